@@ -1,0 +1,45 @@
+"""The decision clock: a budget on one axis, cut into K decisions of equal size."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class DecisionClock:
+    """Where a run stands in its budget.
+
+    Decision k ends at the first optimizer step whose reading is at or past k·B/K; the overshoot is carried into the
+    next. A cost that runs past a boundary merges decisions: `passed` then jumps by more than one.
+
+    Attributes:
+        amount: the budget B, in its axis's unit.
+        decisions: K.
+        passed: boundaries passed so far.
+    """
+
+    amount: float
+    decisions: int
+    passed: int = 0
+
+    @property
+    def slice(self) -> float:
+        """B/K."""
+        return self.amount / self.decisions
+
+    @property
+    def boundary(self) -> float:
+        """The reading at which the current decision ends."""
+        return (self.passed + 1) * self.slice
+
+    def advance(self, reading: float) -> None:
+        """Note that training stopped at `reading`."""
+        # The tolerance keeps a reading that is a boundary, but for rounding, from counting as just short of it.
+        self.passed = max(self.passed, min(self.decisions, int(reading / self.slice * (1 + 1e-9))))
+
+    def fraction(self, reading: float) -> float:
+        """Fraction of the budget spent, at most 1."""
+        return min(1.0, reading / self.amount)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the last boundary has been passed."""
+        return self.passed >= self.decisions

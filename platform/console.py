@@ -1,0 +1,34 @@
+"""What a person sees: plain lines on standard error, so that standard output stays for results."""
+
+import sys
+import time
+
+
+def say(message: str) -> None:
+    """Print one line of progress or notice."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `8s`, `2m05s`, `1h12m`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+class Eta:
+    """Time left of a job whose finished fraction is known, from the time it took so far."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def left(self, fraction: float) -> str:
+        """Time left as text at a finished `fraction` in [0, 1]; `?` before anything is finished."""
+        if fraction <= 0:
+            return "?"
+        spent = time.perf_counter() - self._start
+        return duration(spent * (1 - fraction) / fraction)

@@ -1,0 +1,177 @@
+"""What the parts of Esper promise each other.
+
+Workers train and report; policies decide; both know only these types. See `platform/telemetry.py` for the
+observation's fields.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from esper.platform.model import Frozen
+from esper.platform.telemetry import Telemetry
+
+SiteKind = Literal["pre_attention", "post_ffn", "residual_stream"]
+
+
+@dataclass(frozen=True)
+class InjectionSpec:
+    """A site: a place where a host can grow.
+
+    Attributes:
+        id: stable for the life of the site, whatever grows around it.
+        kind: what lies there.
+        depth: position in the network, 0 (input) to 1 (output).
+        blueprints: names of the blueprints that the site accepts.
+        units: heads or neurons at the site; 0 where nothing is counted (the residual stream).
+        parameters: parameters at the site now.
+    """
+
+    id: str
+    kind: SiteKind
+    depth: float
+    blueprints: tuple[str, ...]
+    units: int
+    parameters: int
+
+
+@runtime_checkable
+class HostShape(Protocol):
+    """What can be known of a host without its tensors: its sites and what it costs. Frozen and hashable."""
+
+    def injection_specs(self) -> tuple[InjectionSpec, ...]:
+        """The sites, from input to output."""
+        ...
+
+    def parameters_count(self, *, non_embedding: bool = False) -> int:
+        """Parameters, tied ones counted once; without embeddings and output head if `non_embedding`."""
+        ...
+
+    def flops_per_token(self) -> int:
+        """FLOPs of one training step (forward and backward) per token."""
+        ...
+
+    def depth(self) -> int:
+        """Layers: what the reference clock charges a fixed time for."""
+        ...
+
+    def deepened(self, n_layer: int) -> "HostShape":
+        """The shape with that many layers: the one with the most sites that a run may reach."""
+        ...
+
+
+class HostProtocol(HostShape, Protocol):
+    """What Kasmina may ask of a model. Domain-neutral: a CNN's pair of convolutions is a pair of linears."""
+
+    @property
+    def shape(self) -> HostShape:
+        """The shape now: frozen and hashable."""
+        ...
+
+    def parameters(self) -> Iterator[Any]:
+        """Every parameter, once."""
+        ...
+
+    def linears(self, site_id: str) -> tuple[Any, Any]:
+        """The pair that units are added between: (incoming, grows by rows; outgoing, grows by columns)."""
+        ...
+
+    def insert_layer(self, site_id: str) -> tuple[Any, list[tuple[Any, Any]]]:
+        """Put an uninitialised layer in at a stream site: (module, its parameters with their siblings)."""
+        ...
+
+    def written_by(self, site_id: str) -> Iterator[Any]:
+        """The parameters that a site's telemetry is about."""
+        ...
+
+    def split(self) -> bool:
+        """Whether some seed's segments are still separate tensors."""
+        ...
+
+    def grown(self) -> None:
+        """To be called after a change of tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class GraftAction:
+    """The gardener's reply: a row of `Telemetry.candidates`.
+
+    Attributes:
+        index: the row; 0 is WAIT.
+        sequence: the telemetry's sequence number; a reply to an older telemetry is refused.
+        reason: why, in a few words, for the record.
+    """
+
+    index: int
+    sequence: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one decision led to.
+
+    Attributes:
+        telemetry: the observation at the next decision.
+        reward: (L_before − L_after) − rent · ΔPS/PS_ref, in nats per token.
+        terminated: the budget is spent (or the run diverged, and the rent it did not pay was charged).
+        truncated: cut from outside; the value of the last state should be bootstrapped.
+        info: the curve point of this decision, and under `summary` the run's summary when it has ended.
+    """
+
+    telemetry: Telemetry
+    reward: float
+    terminated: bool
+    truncated: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Instance(Frozen):
+    """What varies between the episodes of one spec; the default changes nothing."""
+
+    budget: float = Field(1.0, gt=0, description="factor on the spec's budget")
+    n_layer: int | None = Field(None, ge=1, description="layers to start with; none means the spec's")
+    data: tuple[float, float] = Field((0.0, 1.0), description="slice of the training tokens, as fractions")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.data
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"data is {self.data}, but a slice must be 0 <= from < to <= 1.")
+        return self
+
+
+class Run(Protocol):
+    """One host's training run as a gardener sees it: an episode. `GrowthRun` trains, `SurrogateRun` computes."""
+
+    def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
+        """Start an episode and return the first observation."""
+        ...
+
+    def step(self, action: GraftAction) -> Transition:
+        """Apply the action, train to the next decision, and report."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What the run has reached and used, as plain JSON values."""
+        ...
+
+
+class Probe(Protocol):
+    """Through which a policy may try actions on copies of the run, on the same batches."""
+
+    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray:
+        """Training losses, float64 (len(actions), optimizer_steps), that each action leads to."""
+        ...
+
+
+class GrowthPolicy(Protocol):
+    """Who decides. Every arm is one of these and runs through the same run, trainer and ledger."""
+
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
+        """Choose one legal candidate of `telemetry`."""
+        ...

@@ -1,0 +1,16 @@
+"""Errors that a user can mend: one sentence saying what was wrong, what is allowed and how to mend it."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input. Pipelines print its one sentence and exit with code 2, without a traceback."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among the `known` ones, with the closest of them suggested."""
+    names = sorted(known)
+    close = get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return UserError(f"unknown {what} {name!r}: it must be one of {', '.join(names)}.{hint}")

@@ -1,0 +1,54 @@
+"""The ledger: what a run has used so far, on every axis at once.
+
+Axes: optimizer steps, tokens, FLOPs, seconds (by the run's clock), and parameter-seconds, the integral of N over
+time with N all parameters (tied ones counted once). Wall seconds are recorded beside them whatever the clock.
+Grafts are charged; the validation that every arm does at the same points is kept apart in `validation_seconds`.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+Axis = Literal["parameter_seconds", "steps", "tokens", "seconds", "flops"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+
+
+@dataclass
+class Ledger:
+    """Running totals. `charge` is the only way to add to them."""
+
+    steps: int = 0  # optimizer steps
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0  # by the run's clock
+    wall_seconds: float = 0.0  # measured, whatever the clock
+    parameter_seconds: float = 0.0
+    parameter_seconds_non_embedding: float = 0.0
+    validation_seconds: float = 0.0  # wall; not part of any budget
+
+    def charge(
+        self,
+        *,
+        seconds: float,
+        wall_seconds: float,
+        parameters: int,
+        parameters_non_embedding: int,
+        steps: int = 0,
+        tokens: int = 0,
+        flops: float = 0.0,
+    ) -> None:
+        """Add the cost of a training step (or, with no steps and tokens, of a graft) at the size it was done at."""
+        self.steps += steps
+        self.tokens += tokens
+        self.flops += flops
+        self.seconds += seconds
+        self.wall_seconds += wall_seconds
+        self.parameter_seconds += parameters * seconds
+        self.parameter_seconds_non_embedding += parameters_non_embedding * seconds
+
+    def read(self, axis: Axis) -> float:
+        """The total on one axis, in the axis's own unit."""
+        return float(getattr(self, axis))
+
+    def as_dict(self) -> dict[str, float]:
+        """All totals by name."""
+        return asdict(self)

@@ -1,0 +1,61 @@
+"""Files that are either whole or absent: everything is written beside its place, flushed, and renamed."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from esper.platform.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill that becomes `path` only when the block ends without an error.
+
+    Two processes may fill the same `path` at once: the first to finish wins, the other's work is dropped.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        with contextlib.suppress(OSError):  # another process finished first
+            partial.rename(path)
+        if not path.exists():
+            raise OSError(f"could not move {partial} to {path}")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_unused(out: Path) -> None:
+    """Refuse an output folder that cannot become a run's own.
+
+    Raises:
+        UserError: `out` is a file, a folder with anything in it, or in a place that may not be written to.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a new or empty folder.")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} already holds another run: name a new or empty folder, or delete it first.")
+    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be made ({parent} is read-only): name a folder you may write to.")

@@ -1,0 +1,164 @@
+"""Telemetry: what a worker tells the gardener at each decision. Fixed order, versioned, always finite.
+
+The column names below are the one list of fields; everything is read and written by name. A quantity that may be
+unmeasured has a `…_measured` flag beside it: 0 in the quantity means nothing unless its flag is 1. Rows beyond the
+present ones are all zero (`present` = 0), up to the preset's maxima, so that every array has a fixed shape.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+VERSION = 1
+
+GLOBALS = (
+    "budget_used",  # fraction of the budget spent
+    "decisions_left",  # fraction of the decisions still to come
+    "growth_left",  # fraction of the budget left before the rate decays, when growing ends
+    "moments_left",  # log10(1 + decisions still to come before that, this one included)
+    "decaying",  # 1 once the learning rate decays: no more grafts
+    "rate",  # learning rate of the host over the highest the spec allows
+    "loss",  # validation loss over ln(vocabulary)
+    "train_gap",  # (validation − mean training loss of the last slice) / validation loss
+    "slope_fast",  # −d ln(validation loss) / d(budget fraction) over the last decision, clipped to ±10
+    "slope_slow",  # the same over the last four decisions
+    "slopes_measured",
+    "since_graft",  # decisions since the last graft over all decisions; 1 if there was none
+    "grafts",  # ln(1 + grafts so far)
+    "size_vs_start",  # ln(parameters / parameters at the start)
+    "size_vs_cap",  # parameters over the most the spec allows
+    "tokens_per_parameter",  # log10(1 + tokens seen / non-embedding parameters)
+    "steps_left",  # log10(1 + optimizer steps that the rest of the budget holds at this size)
+    "rent_rate",  # rent, in nats, that a whole budget at this size would cost
+    "gradient_noise",  # standard deviation of the gradient's norm over its mean, in the last slice
+    "gradient_noise_measured",
+    "last_graft_outcome",  # the last graft: 1 kept, −1 rolled back
+    "last_graft_outcome_measured",
+)
+
+SITE = (
+    "present",
+    "depth",  # 0 input, 1 output
+    "is_pre_attention",
+    "is_post_ffn",
+    "is_residual_stream",
+    "relative_size",  # parameters at the site over all
+    "units",  # ln(1 + heads or neurons)
+    "gradient_norm",  # ln(gradient norm / weight norm) at the last step, over 10
+    "update_norm",  # ln(norm of the last update / weight norm), over 10
+    "norms_measured",
+    "on_probation",  # a seed at the site is on probation
+    "established",  # a seed at the site has left probation
+    "grafts",  # ln(1 + grafts at the site)
+    "since_graft",  # decisions since the last graft here over all decisions; 1 if there was none
+    "cooling",  # grafts here are blocked for a while after a rollback
+    "contribution",  # loss with the newest seed masked minus loss with it, in nats
+    "contribution_measured",
+)
+
+OPERATIONS = ("wait", "graft", "prune")
+GROWTH_KINDS = ("heads", "width", "expert", "layer")
+
+CANDIDATE = (
+    "present",
+    *(f"is_{operation}" for operation in OPERATIONS),
+    *(f"adds_{kind}" for kind in GROWTH_KINDS),
+    "parameters",  # ln(parameters after / now)
+    "seconds",  # ln(seconds per step after / now), by the clock's formula
+    "steps_per_decision",  # log10(1 + optimizer steps that a decision would hold after)
+    "steps_measured",
+    *(f"site_{name}" for name in SITE),  # the row of its site; zero for WAIT
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one row of `candidates` stands for."""
+
+    operation: Literal["wait", "graft", "prune"]
+    site: str | None = None
+    blueprint: str | None = None
+
+    def __str__(self) -> str:
+        if self.operation == "wait":
+            return "wait"
+        return " ".join(part for part in (self.operation, self.blueprint, "at", self.site) if part)
+
+
+WAIT = Candidate("wait")
+
+
+@dataclass(frozen=True)
+class TelemetrySpace:
+    """The fixed array sizes of a preset: at most `sites` sites and `candidates` candidates."""
+
+    sites: int
+    candidates: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Array name → shape."""
+        return {
+            "globals": (len(GLOBALS),),
+            "sites": (self.sites, len(SITE)),
+            "candidates": (self.candidates, len(CANDIDATE)),
+            "mask": (self.candidates,),
+        }
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """One observation.
+
+    Attributes:
+        sequence: number of this observation in its episode.
+        globals: float32 (len(GLOBALS),).
+        sites: float32 (S, len(SITE)), a row per site, then zero rows.
+        candidates: float32 (A, len(CANDIDATE)), a row per possible action, WAIT first, then zero rows.
+        mask: bool (A,), which candidates are legal.
+        site_ids: id of each present row of `sites`.
+        actions: meaning of each present row of `candidates`.
+        version: of this schema.
+    """
+
+    sequence: int
+    globals: np.ndarray
+    sites: np.ndarray
+    candidates: np.ndarray
+    mask: np.ndarray
+    site_ids: tuple[str, ...]
+    actions: tuple[Candidate, ...]
+    version: int = VERSION
+
+    def get(self, name: str) -> float:
+        """A global by name."""
+        return float(self.globals[GLOBALS.index(name)])
+
+    def site_column(self, name: str) -> np.ndarray:
+        """A site field by name, float32 (present sites,)."""
+        return self.sites[: len(self.site_ids), SITE.index(name)]
+
+    def candidate_column(self, name: str) -> np.ndarray:
+        """A candidate field by name, float32 (present candidates,)."""
+        return self.candidates[: len(self.actions), CANDIDATE.index(name)]
+
+    def legal(self) -> np.ndarray:
+        """Indices of the legal candidates, int64, WAIT first."""
+        return np.flatnonzero(self.mask)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays a learned policy sees, by name."""
+        return {"globals": self.globals, "sites": self.sites, "candidates": self.candidates, "mask": self.mask}
+
+    def problems(self, space: TelemetrySpace) -> str | None:
+        """Why this observation must not be used (wrong version or shape, not finite), or None."""
+        if self.version != VERSION:
+            return f"telemetry of version {self.version}, but this code reads version {VERSION}"
+        for name, shape in space.shapes.items():
+            array = self.arrays()[name]
+            if array.shape != shape:
+                return f"{name} has shape {array.shape}, but must have {shape}"
+            if not np.isfinite(array).all():
+                return f"{name} holds a value that is not finite"
+        return None if self.mask[0] else "WAIT is not legal"

@@ -1,0 +1,85 @@
+"""The arms: every gardener by name. The one list; the command line, the sweep and the docs derive from it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.platform.contracts import GrowthPolicy
+from esper.platform.errors import UserError, unknown
+from esper.policies.random import RandomPolicy
+from esper.policies.schedule import SchedulePolicy
+from esper.policies.static import StaticPolicy
+from esper.policies.tamiyo import TamiyoPolicy
+
+
+@dataclass(frozen=True)
+class ArmInputs:
+    """What an arm may be given.
+
+    Attributes:
+        seed: the run's.
+        policy: a trained policy, for `ppo`.
+        schedule: a JSON file, for `schedule`.
+        match: the `summary.json` of a run whose grafts `random` should match in number and kind.
+    """
+
+    seed: int = 0
+    policy: Path | None = None
+    schedule: Path | None = None
+    match: Path | None = None
+
+
+def _ppo(inputs: ArmInputs) -> GrowthPolicy:
+    from esper.policies.simic.policy import SimicPolicy
+
+    if inputs.policy is None:
+        raise UserError("arm 'ppo' needs a trained policy: give --policy CHECKPOINT, made by `esper ppo`.")
+    return SimicPolicy.load(inputs.policy)
+
+
+def _schedule(inputs: ArmInputs) -> GrowthPolicy:
+    if inputs.schedule is None:
+        raise UserError("arm 'schedule' needs a schedule: give --schedule FILE, a JSON list of budget fractions.")
+    return SchedulePolicy.load(inputs.schedule)
+
+
+def _random(inputs: ArmInputs) -> GrowthPolicy:
+    if inputs.match is None:
+        return RandomPolicy(inputs.seed)
+    try:
+        summary = json.loads(inputs.match.read_text(encoding="utf-8"))
+        return RandomPolicy(inputs.seed, matched=[graft["blueprint"] for graft in summary["grafts"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--match {inputs.match} is not the summary.json of a run: name one that `train` left.") from None
+
+
+ARMS: dict[str, Callable[[ArmInputs], GrowthPolicy]] = {
+    "static": lambda inputs: StaticPolicy(),
+    "random": _random,
+    "schedule": _schedule,
+    "tamiyo": lambda inputs: TamiyoPolicy(),
+    "ppo": _ppo,
+}
+ALIASES = {"baseline": "static", "heuristic": "tamiyo"}
+
+
+def arm_name(name: str) -> str:
+    """The arm that a name or an alias stands for.
+
+    Raises:
+        UserError: no such arm.
+    """
+    name = ALIASES.get(name, name)
+    if name not in ARMS:
+        raise unknown("arm", name, [*ARMS, *ALIASES])
+    return name
+
+
+def make_policy(arm: str, inputs: ArmInputs) -> GrowthPolicy:
+    """The gardener of an arm.
+
+    Raises:
+        UserError: no such arm, or it lacks what it needs.
+    """
+    return ARMS[arm_name(arm)](inputs)

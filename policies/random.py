@@ -1,0 +1,51 @@
+"""Random: grafts without looking. The control that tells a gardener's judgement from growth itself.
+
+Either by a rate (each decision, with probability `rate`, one of the legal grafts), or matched to another run: the
+same number of grafts of the same blueprints, in random order, at random moments before the rate decays, at random
+sites.
+"""
+
+from collections.abc import Sequence
+
+from esper.platform.contracts import GraftAction, Probe
+from esper.platform.seeding import stream
+from esper.platform.telemetry import Telemetry
+
+
+class RandomPolicy:
+    """Draws are keyed by (seed, decision).
+
+    Args:
+        seed: of the `policy` stream.
+        rate: probability of a graft at a decision; not used if `matched` is given.
+        matched: blueprint names to graft, each once per mention.
+    """
+
+    def __init__(self, seed: int = 0, *, rate: float = 0.2, matched: Sequence[str] | None = None) -> None:
+        self._seed = seed
+        self._rate = rate
+        self._matched = matched
+        self._pending: list[str] = []
+
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
+        """One of the legal grafts, or WAIT."""
+        random = stream(self._seed, "policy", telemetry.sequence)
+        if telemetry.sequence == 0 and self._matched is not None:
+            self._pending = list(random.permutation(list(self._matched)))
+        grafts = [i for i in telemetry.legal() if telemetry.actions[i].operation == "graft"]
+        if self._matched is None:
+            wanted, chance = grafts, self._rate
+        else:
+            nxt = self._pending[0] if self._pending else None
+            wanted = [i for i in grafts if telemetry.actions[i].blueprint == nxt]
+            chance = len(self._pending) / max(1, self._moments_left(telemetry))
+        if not wanted or random.random() >= chance:
+            return GraftAction(0, telemetry.sequence, "drew wait")
+        if self._matched is not None:
+            self._pending.pop(0)
+        return GraftAction(int(random.choice(wanted)), telemetry.sequence, "drawn")
+
+    @staticmethod
+    def _moments_left(telemetry: Telemetry) -> int:
+        """Decisions before the rate decays, this one included: with chance pending / moments, all get their turn."""
+        return round(10 ** telemetry.get("moments_left") - 1)

@@ -1,0 +1,83 @@
+"""Schedule: a fixed list of grafts at budget fractions, blind to telemetry.
+
+A JSON list, such as `[{"at": 0.15, "blueprint": "block"}, {"at": 0.4, "blueprint": "ffn", "site": "h0.ffn"}]`.
+Without a site, the deepest one where it is legal. An entry is due at the first decision at or past its fraction; one
+graft a decision, in order, and one that is not legal when due waits until it is.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from esper.platform.contracts import GraftAction, Probe
+from esper.platform.errors import UserError, unknown
+from esper.platform.model import Frozen
+from esper.platform.telemetry import Telemetry
+
+
+class Entry(Frozen):
+    """One graft of a schedule."""
+
+    at: float = Field(ge=0, le=1, description="budget fraction at which it is due")
+    blueprint: str
+    site: str | None = None
+
+
+class SchedulePolicy:
+    """Plays a schedule."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._entries = sorted(entries, key=lambda entry: entry.at)
+        self._next = 0
+
+    @classmethod
+    def load(cls, path: Path) -> "SchedulePolicy":
+        """Read a schedule.
+
+        Raises:
+            UserError: no such file, no JSON list, or an entry that is not one.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--schedule {path} cannot be read ({error.strerror}): name a JSON file.") from None
+        except ValueError as error:
+            raise UserError(f"--schedule {path} is not valid JSON ({error}): mend it.") from None
+        if not isinstance(values, list):
+            raise UserError(
+                f"--schedule {path} holds no list: write it as "
+                '[{"at": 0.15, "blueprint": "block"}], at being a budget fraction.'
+            )
+        return cls([Entry.checked(value, f"entry {i} of {path}") for i, value in enumerate(values)])
+
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
+        """The entry that is due, or WAIT.
+
+        Raises:
+            UserError: an entry names a blueprint or a site that the run does not have.
+        """
+        if telemetry.sequence == 0:
+            self._next = 0
+        if self._next == len(self._entries) or telemetry.get("budget_used") < self._entries[self._next].at:
+            return GraftAction(0, telemetry.sequence, "nothing due")
+        entry = self._entries[self._next]
+        rows = self._rows(telemetry, entry)
+        legal = [i for i in rows if telemetry.mask[i]]
+        if not legal:
+            return GraftAction(0, telemetry.sequence, f"{entry.blueprint} is due but not legal now")
+        self._next += 1
+        return GraftAction(legal[-1], telemetry.sequence, f"due at {entry.at:g}")
+
+    @staticmethod
+    def _rows(telemetry: Telemetry, entry: Entry) -> list[int]:
+        grafts = [(i, action) for i, action in enumerate(telemetry.actions) if action.operation == "graft"]
+        known = {action.blueprint for _, action in grafts if action.blueprint}
+        if entry.blueprint not in known:
+            raise unknown("blueprint in the schedule", entry.blueprint, known)
+        rows = [i for i, action in grafts if action.blueprint == entry.blueprint and entry.site in (None, action.site)]
+        if not rows:
+            sites = {action.site for _, action in grafts if action.site and action.blueprint == entry.blueprint}
+            raise unknown(f"site for {entry.blueprint} in the schedule", entry.site, sites)
+        return rows

@@ -1,0 +1,12 @@
+"""Static (alias `baseline`): never grows. The control for every other arm."""
+
+from esper.platform.contracts import GraftAction, Probe
+from esper.platform.telemetry import Telemetry
+
+
+class StaticPolicy:
+    """Always WAIT."""
+
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
+        """Row 0."""
+        return GraftAction(0, telemetry.sequence, "static")

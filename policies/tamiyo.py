@@ -1,0 +1,78 @@
+"""Tamiyo (alias `heuristic`): the rule-based gardener.
+
+1. Wait while the loss still falls fast: while slope_fast × (budget left before the rate decays) > `flat`.
+2. Wait until `patience` of all decisions have passed since the last graft: a young seed has not shown what it does.
+3. Of the legal grafts, keep those that the rest of the budget can train: at least `tokens_per_parameter` tokens for
+   each parameter of the grown network.
+4. Prefer a layer to neurons to heads (what adds most first), and of equal kinds the site with the greatest pressure,
+   its gradient norm over its weight norm, less what the graft costs in seconds per step.
+5. Graft it; if none is left, wait.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from esper.platform.contracts import GraftAction, Probe
+from esper.platform.telemetry import Telemetry
+
+PREFERENCE = ("layer", "width", "heads")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Tamiyo's numbers.
+
+    Attributes:
+        flat: relative loss drop still to be had at the current slope, below which the loss counts as flat.
+        patience: fraction of the decisions to wait after a graft.
+        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after the graft.
+    """
+
+    flat: float = 0.3
+    patience: float = 0.12
+    tokens_per_parameter: float = 20.0
+
+
+class TamiyoPolicy:
+    """The rule above; it keeps no state."""
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        self.thresholds = thresholds or Thresholds()
+
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
+        """One legal graft, or WAIT with the reason."""
+        limit = self.thresholds
+
+        def wait(reason: str) -> GraftAction:
+            return GraftAction(0, telemetry.sequence, reason)
+
+        if not telemetry.get("slopes_measured"):
+            return wait("no slope yet")
+        still = telemetry.get("slope_fast") * telemetry.get("growth_left")
+        if still > limit.flat:
+            return wait(f"still falling: {still:.2f} to be had > {limit.flat}")
+        if telemetry.get("since_graft") < limit.patience:
+            return wait("the last graft is young")
+        grafts = [i for i in telemetry.legal() if telemetry.actions[i].operation == "graft"]
+        tokens = _tokens_per_parameter(telemetry)
+        kept = [i for i in grafts if tokens[i] >= limit.tokens_per_parameter]
+        for kind in PREFERENCE:
+            of_kind = [i for i in kept if telemetry.candidate_column(f"adds_{kind}")[i]]
+            if of_kind:
+                score = telemetry.candidate_column("site_gradient_norm") * 10 - telemetry.candidate_column("seconds")
+                best = max(of_kind, key=lambda i: (score[i], i))
+                return GraftAction(int(best), telemetry.sequence, f"flat ({still:.2f}); pressure {score[best]:.2f}")
+        return wait("no graft that the rest of the budget can train")
+
+
+def _tokens_per_parameter(telemetry: Telemetry) -> np.ndarray:
+    """Tokens that the rest of the budget holds after each candidate, per non-embedding parameter now grown.
+
+    At this size the rest would hold seen · (1 − u)/u tokens; a candidate changes the number of steps by the ratio of
+    its steps per decision to WAIT's, and the parameters by its own ratio.
+    """
+    used = max(telemetry.get("budget_used"), 1e-6)
+    seen = 10 ** telemetry.get("tokens_per_parameter") - 1
+    steps = 10 ** telemetry.candidate_column("steps_per_decision") - 1
+    return seen * (1 - used) / used * steps / steps[0] / np.exp(telemetry.candidate_column("parameters"))

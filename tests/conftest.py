@@ -1,0 +1,64 @@
+"""Fixtures that many tests need: a small text as prepared shards, and a spec that trains in seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from esper.platform.spec import RunSpec
+from esper.workers.tolaria.data import TokenData, prepare
+
+TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
+
+WORDS = "the cat sat on a mat and saw one big red dog run to its tree while birds sang in warm sun".split()
+
+
+def story(i: int) -> str:
+    """A short deterministic text with a little structure to learn."""
+    return " ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(60)) + "."
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(story(i) for i in range(200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, text_file) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "char"
+    prepare(str(text_file), "char", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokens(shards) -> TokenData:
+    return TokenData.open(shards)
+
+
+@pytest.fixture
+def tiny_spec() -> RunSpec:
+    """40 steps of a one-layer GPT in 8 decisions, on the reference clock."""
+    return RunSpec.model_validate(
+        {
+            "preset": "tiny",
+            "host": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
+            "data": {"tokenizer": "char", "batch_size": 4, "eval_tokens": 512},
+            "budget": {"axis": "steps", "amount": 40, "decisions": 8},
+            "growth": {"max_layers": 3, "min_optimizer_steps": 2, "blueprints": {"attention": {}, "ffn": {"width": 8}, "block": {}}},
+            "device": "cpu",
+        }
+    )
+
+
+def pytest_configure(config):
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tinystories() -> Path:
+    if not TINYSTORIES.is_dir():
+        pytest.skip(f"needs the TinyStories slice in {TINYSTORIES}")
+    return TINYSTORIES

@@ -1,0 +1,56 @@
+"""Candidates: every action possible at a shape, with the shape it leads to, from the blueprint registry alone."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from esper.platform.contracts import HostShape
+from esper.platform.spec import RunSpec
+from esper.platform.telemetry import WAIT, Candidate, TelemetrySpace
+from esper.workers.kasmina.registry import Blueprint, make_blueprints
+from esper.workers.tolaria.hosts import start_shape
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate and what it leads to.
+
+    Attributes:
+        candidate: the action.
+        site: index of its site among the shape's sites; −1 for WAIT.
+        adds: what it adds, one of `telemetry.GROWTH_KINDS`; empty for WAIT.
+        after: the shape it leads to; None where the blueprint's own limit forbids it.
+    """
+
+    candidate: Candidate
+    site: int
+    adds: str
+    after: HostShape | None
+
+
+@lru_cache(maxsize=1024)
+def options(shape: HostShape, blueprints: tuple[Blueprint, ...]) -> tuple[Option, ...]:
+    """WAIT, then for each site from input to output each blueprint in use that it accepts."""
+    found = [Option(WAIT, -1, "", shape)]
+    for i, site in enumerate(shape.injection_specs()):
+        for blueprint in blueprints:
+            if blueprint.name in site.blueprints:
+                after = blueprint.resized(shape, site.id) if blueprint.allowed(shape, site.id) else None
+                found.append(Option(Candidate("graft", site.id, blueprint.name), i, blueprint.adds, after))
+    return tuple(found)
+
+
+def within_caps(spec: RunSpec, shape: HostShape) -> bool:
+    """Whether the spec lets a run have this shape."""
+    cap = spec.growth.max_parameters
+    return shape.depth() <= spec.growth.max_layers and (cap is None or shape.parameters_count() <= cap)
+
+
+def telemetry_space(spec: RunSpec) -> TelemetrySpace:
+    """The fixed sizes of a spec's telemetry: those of its deepest shape, a prune row for each site included.
+
+    The vocabulary changes no count, so none is needed.
+    """
+    blueprints = tuple(make_blueprints(spec.growth.blueprints).values())
+    deepest = start_shape(spec, vocab_size=1).deepened(spec.growth.max_layers)
+    sites = len(deepest.injection_specs())
+    return TelemetrySpace(sites=sites, candidates=len(options(deepest, blueprints)) + sites)

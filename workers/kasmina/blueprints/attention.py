@@ -1,0 +1,42 @@
+"""AttentionSeed: more heads in a layer (widthwise growth of attention; MSG 2305.02869, 2308.06103 theorem on heads).
+
+    attn(x) = Σ_h O_h·head_h(x)   →   Σ_h O_h·head_h(x) + 0·head_new(x)
+
+A head is 3·D rows of QKV (one more (3, D) group in the (H, 3, D, C) layout) and D columns of the output projection.
+The columns are zero at birth; the rows are not. Parameters per head: 3·D·(C + 1) + C·D. Training FLOPs per token and
+head: 3·(8·C·D + 4·T·D).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from esper.platform.contracts import HostProtocol, HostShape, SiteKind
+from esper.workers.kasmina.blueprints.widen import add_units
+from esper.workers.kasmina.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class AttentionSeed:
+    """`heads` heads at a time, up to `limit` in a layer."""
+
+    name: ClassVar[str] = "attention"
+    site_kind: ClassVar[SiteKind] = "pre_attention"
+    adds: ClassVar[str] = "heads"
+
+    heads: int = 1
+    limit: int = 64
+
+    def allowed(self, shape: HostShape, site_id: str) -> bool:
+        """Up to `limit` heads in all."""
+        return next(site.units for site in shape.injection_specs() if site.id == site_id) + self.heads <= self.limit
+
+    def resized(self, shape: Any, site_id: str) -> HostShape:
+        """The shape with the heads added."""
+        return shape.with_heads(site_id, self.heads)
+
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> list[tuple]:
+        """Add the heads to the host's own matrices."""
+        return add_units(host, site_id, self.heads, generator)

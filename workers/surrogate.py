@@ -1,0 +1,127 @@
+"""SurrogateRun: an episode that computes its loss by a law instead of training; microseconds a decision.
+
+    L(N, D) = E + A·N^(−α) + B·D^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2)
+
+N effective parameters, D effective tokens. A graft leaves the loss where it is: D becomes the tokens that the new
+size would have needed for the loss now, so a grown run goes on from there, steeper. Heads, neurons and layers count
+towards N with weights that the seed draws, as it draws the law's constants; the ledger charges by the spec's clock.
+It stands in for GrowthRun wherever learning to decide is what is tried, and shows nothing about real growth.
+
+The constants are near those of character-level TinyStories with C = 32 (losses from 1.3 to 2.4 nats at 16 to 100
+thousand parameters and 1 to 34 million tokens).
+"""
+
+import math
+from dataclasses import dataclass
+
+from esper.platform.contracts import HostShape
+from esper.platform.seeding import stream
+from esper.workers.episode import Episode
+from esper.workers.observe import Measured, batch_tokens
+from esper.workers.tolaria.hosts import start_shape
+from esper.workers.tolaria.model.shape import TransformerShape
+
+VOCABULARY = 96
+
+
+@dataclass(frozen=True)
+class Law:
+    """The constants of one episode.
+
+    Attributes:
+        floor: E, nats.
+        size: A.
+        size_exponent: α.
+        data: B.
+        data_exponent: β.
+        heads: how much an attention parameter counts against an MLP's.
+        depth: exponent of (layers / layers at the start) with which depth multiplies the size.
+    """
+
+    floor: float
+    size: float
+    size_exponent: float
+    data: float
+    data_exponent: float
+    heads: float
+    depth: float
+
+    @classmethod
+    def drawn(cls, seed: int) -> "Law":
+        """The law of a seed."""
+        random = stream(seed, "law")
+        return cls(
+            floor=random.uniform(0.6, 0.8),
+            size=33 * random.uniform(0.85, 1.2),
+            size_exponent=0.4,
+            data=54e3 * random.uniform(0.8, 1.25),
+            data_exponent=0.78,
+            heads=random.uniform(0.4, 1.2),
+            depth=random.uniform(0.0, 0.3),
+        )
+
+    def size_loss(self, shape: TransformerShape, start_layers: int) -> float:
+        """E + A·N^(−α): what no amount of tokens removes at this shape."""
+        attention = sum(4 * shape.n_embd * layer.heads * shape.head_dim for layer in shape.layers)
+        other = shape.parameters_count() - attention
+        effective = (self.heads * attention + other) * (shape.depth() / start_layers) ** self.depth
+        return self.floor + self.size * effective**-self.size_exponent
+
+    def tokens_for(self, loss: float, size_loss: float) -> float:
+        """D at which a shape with this size loss has this loss."""
+        return (self.data / (loss - size_loss)) ** (1 / self.data_exponent)
+
+
+class SurrogateRun(Episode):
+    """The Run contract over a loss law. Same spec, ledger, candidates, telemetry and reward as GrowthRun."""
+
+    def _start(self) -> None:
+        self.law = Law.drawn(self.seed)
+        host = self.spec.host.model_copy(update={"n_layer": self.instance.n_layer or self.spec.host.n_layer})
+        self.shape = start_shape(self.spec.model_copy(update={"host": host}), VOCABULARY)
+        self._begin_shape(math.log(VOCABULARY))
+
+    def _begin_shape(self, loss: float) -> None:
+        first = self.spec.host.n_layer
+        self._size_loss = self.law.size_loss(self.shape, first)
+        self._effective_tokens = self.law.tokens_for(loss, self._size_loss)
+
+    def _shape(self) -> HostShape:
+        return self.shape
+
+    def _vocab_size(self) -> int:
+        return VOCABULARY
+
+    def _graft(self, site: str, blueprint: str) -> float:
+        loss = self._evaluate()
+        grown = self.blueprints[blueprint].resized(self.shape, site)
+        assert isinstance(grown, TransformerShape)
+        self.shape = grown
+        self._begin_shape(loss)
+        self._charge(self.spec.clock.graft_seconds, steps=0)
+        return self._evaluate()
+
+    def _train(self, boundary: float) -> None:
+        tokens, clock = batch_tokens(self.spec), self.spec.clock
+        per_step = clock.axis_per_step(self.spec.budget.axis, self.shape, tokens)
+        steps = max(1, math.ceil((boundary - self.reading()) / per_step - 1e-9))
+        self._charge(steps * clock.step_seconds(self.shape, tokens), steps=steps)
+        self._effective_tokens += steps * tokens
+
+    def _charge(self, seconds: float, steps: int) -> None:
+        tokens = steps * batch_tokens(self.spec)
+        self.ledger.charge(
+            seconds=seconds,
+            wall_seconds=seconds,
+            parameters=self.shape.parameters_count(),
+            parameters_non_embedding=self.shape.parameters_count(non_embedding=True),
+            steps=steps,
+            tokens=tokens,
+            flops=tokens * self.shape.flops_per_token(),
+        )
+
+    def _evaluate(self) -> float:
+        return self._size_loss + self.law.data * self._effective_tokens**-self.law.data_exponent
+
+    def _measure(self) -> Measured:
+        return Measured()

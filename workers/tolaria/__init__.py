@@ -1,0 +1,1 @@
+"""Tolaria, the training engine: host models, data, trainer."""

@@ -1,0 +1,25 @@
+"""Which device a run is on."""
+
+import torch
+
+from esper.platform.errors import UserError
+from esper.platform.spec import RunSpec
+
+
+def pick_device(spec: RunSpec) -> torch.device:
+    """The spec's device; `auto` takes the GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for that is not there.
+    """
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but this machine shows no CUDA GPU: use --set device=cpu or device=auto.")
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(spec.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a time read next is that of finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,22 @@
+"""From a spec's host section to a host model."""
+
+import torch
+
+from esper.platform.spec import RunSpec
+from esper.workers.tolaria.model.shape import TransformerShape
+from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
+
+
+def host_config(spec: RunSpec, vocab_size: int) -> TransformerConfig:
+    """The configuration that the spec's host is born with."""
+    return TransformerConfig(vocab_size=vocab_size, **spec.host.model_dump(exclude={"kind"}))
+
+
+def start_shape(spec: RunSpec, vocab_size: int) -> TransformerShape:
+    """The shape that a run starts with."""
+    return host_config(spec, vocab_size).shape()
+
+
+def make_host(spec: RunSpec, vocab_size: int, generator: torch.Generator) -> TransformerHost:
+    """The host, its weights drawn from `generator`."""
+    return TransformerHost(host_config(spec, vocab_size), generator)

@@ -1,0 +1,1 @@
+"""Host models: what is trained and grown."""

@@ -1,0 +1,25 @@
+"""The learning rate: warm-up, stable, decay, by the fraction of the budget spent and the size now.
+
+Driven by the budget, not by a step count that is not known in advance, every arm ends annealed exactly when its
+budget ends (WSD: Hu et al. 2024, 2404.06395). The stable rate follows the current size, so a run that grows glides
+along the curve that static sizes were tuned to.
+"""
+
+from esper.platform.spec import OptimizerSpec
+
+
+def stable_rate(spec: OptimizerSpec, parameters_non_embedding: int) -> float:
+    """`learning_rate · (N / rate_parameters)^(−rate_exponent)`, at most `rate_max`."""
+    relative = parameters_non_embedding / spec.rate_parameters
+    return min(spec.rate_max, spec.learning_rate * relative**-spec.rate_exponent)
+
+
+def rate(spec: OptimizerSpec, fraction: float, parameters_non_embedding: int) -> float:
+    """The host's learning rate at a budget `fraction` in [0, 1]; above 0 at the very start."""
+    stable = stable_rate(spec, parameters_non_embedding)
+    if fraction < spec.warmup:
+        return stable * (0.01 + 0.99 * fraction / spec.warmup)
+    if fraction <= spec.decay_from:
+        return stable
+    left = max(0.0, 1 - fraction) / (1 - spec.decay_from)
+    return stable * (spec.final_rate + (1 - spec.final_rate) * left)
