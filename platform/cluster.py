@@ -92,6 +92,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus() -> int:
+    """GPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def _attach(address: str, worker_logs: bool) -> None:
     """Connect to a running cluster, saying in one sentence why that cannot be done."""
     import ray

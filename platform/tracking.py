@@ -40,7 +40,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 PROBE_SECONDS = 3  # a server that does not answer its health page by then is not there
-READY_SECONDS = 60  # the longest that `run_id` waits for the connection: MLflow's import and a first migration
+READY_SECONDS = 60  # the longest that anyone waits for the connection: MLflow's import and a first migration
 RETRY_SECONDS = 60  # a server that restarts in mid-run has this long
 CLOSE_SECONDS = 30
 VALUE_LENGTH, TAG_LENGTH, KEY_LENGTH, PARAMS_A_BATCH = 6000, 8000, 250, 100  # MLflow's own limits
@@ -131,12 +131,16 @@ class Tracker:
         self._put(lambda client, run_id: client.set_tag(run_id, key, str(value)[:TAG_LENGTH]))
 
     def close(self, status: Status = "FINISHED", seconds: float = CLOSE_SECONDS) -> None:
-        """End the run once everything has been sent, waiting for that for at most `seconds`. A second call is idle."""
+        """End the run once everything has been sent, waiting for that for at most `seconds`. A second call is idle.
+
+        A connection that is still being made (a short run, a busy machine) has its own `READY_SECONDS` first.
+        """
         if self._thread is None:
             return
         ended = _milliseconds()
         self._put(lambda client, run_id: client.set_terminated(run_id, status, ended))
         self._jobs.put(None)
+        self._ready.wait(READY_SECONDS)
         self._thread.join(seconds)
         if self._thread.is_alive() and not self._off:
             self._off = True

@@ -137,11 +137,10 @@ class GrowthRun(Episode):
             young, old = stages.get(seed.site, (False, False))
             probation = self.trainer.kasmina.on_probation(seed)
             stages[seed.site] = (young or probation, old or not probation)
-        train_loss = statistics.fmean(losses)
-        noise = statistics.pstdev(norms) / statistics.fmean(norms) if len(norms) > 1 else math.nan
+        sound = all(map(math.isfinite, losses)) and all(map(math.isfinite, norms))
         return Measured(
-            train_loss=train_loss if math.isfinite(train_loss) else None,
-            gradient_noise=noise if math.isfinite(noise) else None,
+            train_loss=statistics.fmean(losses) if sound else None,
+            gradient_noise=statistics.pstdev(norms) / statistics.fmean(norms) if sound and len(norms) > 1 else None,
             norms=self.trainer.site_norms(),
             stages=stages,
             rate=rate(self.spec.optimizer, self.fraction(), self._parameters_non_embedding),

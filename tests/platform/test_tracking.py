@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,9 +27,18 @@ from esper.platform.tracking import Tracker, flatten
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with MLflow's tables and nothing in them: making them takes seconds, a copy none."""
+    file = tmp_path_factory.mktemp("tables") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}")
+    return file
+
+
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A working directory with nothing in it, and no server named."""
+def store(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A working directory with an empty store in it, and no server named."""
+    shutil.copy(tables, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "_already_said", set())
@@ -77,7 +87,7 @@ def test_a_run_arrives_with_params_tags_metrics_and_artifacts(
         "spec.json",
     ]
     assert tracker.where == f"mlflow ui --backend-store-uri {store} --host 127.0.0.1"
-    assert capsys.readouterr() == ("", "")  # neither MLflow nor alembic says a word
+    assert capsys.readouterr() == ("", "")
 
 
 def files(root: Path) -> list[Path]:
@@ -104,14 +114,14 @@ def test_all_keys_of_one_call_share_step_and_time_stamp(store: str):
 
 
 def test_logging_does_not_wait_for_the_connection(store: str):
-    tracker = Tracker.start("garden", "quick")
-    began = time.perf_counter()
-    for step in range(1000):
-        tracker.log({"loss": 1.0}, step)
-    assert time.perf_counter() - began < 0.5
+    with tracking._alone(store):  # nobody can connect while this is held
+        tracker = Tracker.start("garden", "quick")
+        for step in range(100):
+            tracker.log({"loss": 1.0}, step)
+        assert not tracker._ready.is_set()
     tracker.close()
     assert tracker.run_id
-    assert len(MlflowClient(store).get_metric_history(tracker.run_id, "loss")) == 1000
+    assert len(MlflowClient(store).get_metric_history(tracker.run_id, "loss")) == 100
 
 
 def test_a_child_names_its_parent_and_the_status_tells_how_it_ended(store: str):
@@ -132,16 +142,18 @@ def test_a_child_names_its_parent_and_the_status_tells_how_it_ended(store: str):
     assert client.get_run(parent.run_id).info.status == "FINISHED"
 
 
-def test_two_first_starts_on_one_file_both_arrive(store: str, tmp_path: Path):
+def test_two_first_starts_on_one_file_both_arrive_without_a_word(store: str, tmp_path: Path):
+    (tmp_path / "mlflow.db").unlink()
     code = (
         "from esper.platform.tracking import Tracker\nwith Tracker.start('garden', 'racer') as t: t.log({'x': 1.0}, 0)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
     racers = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) for _ in range(2)
     ]
-    assert [(racer.communicate(timeout=60)[1], racer.returncode) for racer in racers] == [("", 0), ("", 0)]
+    assert [racer.communicate(timeout=120) for racer in racers] == [("", ""), ("", "")]
+    assert [racer.returncode for racer in racers] == [0, 0]
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name("garden")
     assert experiment
@@ -187,7 +199,7 @@ def test_a_store_that_is_not_there_is_one_sentence_and_nothing_more(
                 tracker.artifact(Path("nothing"))
             assert tracker.run_id is None
             assert tracker.where == "not tracked"
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 20
     said = capsys.readouterr().err
     assert re.fullmatch(
         rf"MLflow at \S+ cannot be used \(.*({reason}).*\): the run goes on without tracking; .*\n", said
@@ -231,7 +243,7 @@ def test_a_server_gets_it_all_and_may_go_away(
     orphan.log({"loss": 1.0}, 0)
     began = time.monotonic()
     orphan.close(seconds=2)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
     assert capsys.readouterr().err == f"MLflow at {uri} did not take the run's last records within 2 s: left out.\n"
 
 

@@ -1,0 +1,49 @@
+# People and CI run the same targets. Each works as the first command after a clone: it sets the environment up itself.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint type fmt bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-9s %s\n", $$1, $$2 }'
+
+setup: $(READY)  ## make .venv and install Esper with its development tools
+
+# On Linux, PyPI's torch is the CUDA build (gigabytes). For the CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Esper needs Python 3.11 or newer, as $(PYTHON): install one, or name it with make PYTHON=python3.12 setup." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(READY)  ## the whole story in minutes on a laptop
+	$(BIN)/python pipelines/demo.py
+
+test: $(READY)  ## all tests but the slow ones; those for a GPU show as skipped without one
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY)  ## check types
+	$(BIN)/pyright
+
+fmt: $(READY)  ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## measure, and record the numbers
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove caches and build products; .venv, runs and mlflow.db stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

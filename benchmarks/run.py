@@ -1,0 +1,105 @@
+"""`make bench`: speed as paired ratios, measured alternately in one process.
+
+    python benchmarks/run.py            # every benchmark
+    python benchmarks/run.py step       # one of them: step, waiting
+
+A number depends on the machine and on what else it does; a ratio of two things timed in turn hardly does.
+"""
+
+import platform as host_platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from plain_gpt import PlainConfig, PlainTrainer
+
+from esper.platform.contracts import Instance
+from esper.platform.spec import RunSpec, load_spec
+from esper.workers.kasmina.registry import make_blueprints
+from esper.workers.tolaria.data import TokenData, ensure, prepare
+from esper.workers.tolaria.trainer import Trainer
+
+SHAPES = {
+    "demo": (60, load_spec("demo")),
+    "tinystories-char, 1 layer": (60, load_spec("tinystories-char", ["host.n_layer=1"])),
+    "tinystories-char, 4 layers": (30, load_spec("tinystories-char", ["host.n_layer=4"])),
+    "tinystories (batch 2)": (5, load_spec("tinystories", ["data.batch_size=2", "dtype=float32", "device=cpu"])),
+}
+BURN_IN = 3
+BLOCKS = 7  # paired blocks, each a few steps of the one, then of the other
+
+
+def paired(a: Callable[[], object], b: Callable[[], object], steps: int) -> list[float]:
+    """Seconds of b over seconds of a, a value per block; above 1 means that a is the faster."""
+    for _ in range(BURN_IN):
+        a()
+        b()
+    ratios = []
+    for block in range(BLOCKS):
+        taken = {}
+        for name, work in (("a", a), ("b", b)) if block % 2 else (("b", b), ("a", a)):
+            begun = time.perf_counter()
+            for _ in range(steps):
+                work()
+            taken[name] = time.perf_counter() - begun
+        ratios.append(taken["b"] / taken["a"])
+    return ratios
+
+
+def shown(ratios: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(ratios):.3f}x ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} paired blocks)"
+
+
+def bench_step() -> None:
+    """A training step of a growable host, never grown, against a plain GPT of the same shape."""
+    print("training step, speed of ours over a plain GPT of the same shape (goal: 0.97x or more)")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        source = ensure("python-docs", "char")
+        for name, (steps, spec) in SHAPES.items():
+            data = _data(spec, source, Path(folder))
+            vocabulary = data.manifest.vocab_size
+            ours = Trainer(spec, data, make_blueprints(), 0, Instance())
+            h = spec.host
+            tokens = data.split("train").windows(np.array([0]), min(data.split("train").tokens, 500_000))[0]
+            plain = PlainTrainer(
+                PlainConfig(vocabulary, h.block_size, h.n_layer, h.n_head, h.n_embd),
+                tokens.astype(np.uint16),
+                spec.data.batch_size,
+            )
+            ratios = paired(lambda ours=ours: ours.step(1e-4), plain.step, steps)
+            ours.take_losses(), ours.take_norms()
+            print(f"  {name:<28} {shown(ratios)}")
+
+
+def _data(spec: RunSpec, source: Path, folder: Path) -> TokenData:
+    if spec.data.tokenizer == "char":
+        return TokenData.open(source)
+    out = folder / spec.data.tokenizer.replace(":", "-")
+    if not out.exists():
+        prepare("python-docs", spec.data.tokenizer if spec.data.tokenizer != "gpt2" else "bpe:4096", out)
+    return TokenData.open(out)
+
+
+BENCHMARKS = {"step": bench_step}
+
+
+def main(names: list[str]) -> int:
+    """Run the named benchmarks, or all."""
+    print(f"{host_platform.processor() or host_platform.machine()}, torch {torch.__version__}, 1 thread")
+    for name in names or BENCHMARKS:
+        BENCHMARKS[name]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Pipelines: what a person runs."""

@@ -1,0 +1,93 @@
+"""Train a gardener: PPO (Simic) over a fleet of Ray workers, each growing a GPT on text.
+
+    python pipelines/ppo.py                                  # preset by device, as many workers as cores
+    ray job submit -- python pipelines/ppo.py                # on a cluster
+    esper ppo --surrogate --set ppo.iterations=30            # learn on a loss law, in a minute
+    esper ppo --resume runs/ppo-20260101-120000              # go on from its last checkpoint
+
+Leaves `summary.json`, `spec.json` and `checkpoints/` in the output folder. A checkpoint holds RLlib's own and `policy/`,
+which `esper train ppo --policy` plays without Ray.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from esper.pipelines.arguments import CommonArguments, main_guard
+from esper.pipelines.gardener import train_gardener
+from esper.pipelines.job import Job, open_job
+from esper.platform import cluster
+from esper.platform.console import say
+from esper.platform.errors import UserError
+from esper.platform.spec import saved_spec
+
+
+class PPOArguments(CommonArguments):
+    """Train a gardener with PPO over a fleet of workers."""
+
+    surrogate: Annotated[
+        bool, Field(description="Train on a loss law instead of on text: seconds, and no proof of anything on text.")
+    ] = False
+    resume: Annotated[
+        Path | None, Field(title="DIR", description="Go on from the last checkpoint of this output folder.")
+    ] = None
+
+
+def run(arguments: PPOArguments) -> None:
+    """Settle, connect, train, report."""
+    checkpoint = last_checkpoint(arguments.resume) if arguments.resume else None
+    if checkpoint is not None and arguments.preset is None:
+        assert arguments.resume is not None
+        arguments = arguments.model_copy(update={"preset": str(arguments.resume / "spec.json")})
+    job = open_job(arguments, "ppo")
+    if checkpoint is not None:
+        assert arguments.resume is not None
+        refuse_other_data(job, arguments.resume)
+    with cluster.session(gpus=1 if job.spec.fleet.gpus else None):
+        summary = train_gardener(
+            job,
+            job.out,
+            seed=arguments.seed,
+            surrogate=arguments.surrogate,
+            resume=checkpoint,
+            iterations_done=int(checkpoint.name) if checkpoint else 0,
+        )
+    say(f"results: {job.out / 'summary.json'}")
+    say(f"compare: {summary['where']}")
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint that a `ppo` run left.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    found = sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+    if not found:
+        raise UserError(f"--resume {folder} holds no checkpoint: name the output folder of an `esper ppo` run.")
+    return found[-1]
+
+
+def refuse_other_data(job: Job, resumed: Path) -> None:
+    """Go on only with the tokenizer that the checkpoint was trained with.
+
+    Raises:
+        UserError: the shards are of another tokenizer.
+    """
+    before, now = saved_spec(resumed / "spec.json").data.tokenizer, job.spec.data.tokenizer
+    if before != now:
+        raise UserError(
+            f"the checkpoint in {resumed} was trained on tokenizer {before!r}, but the shards in {job.data} are "
+            f"{now!r}: leave out data.tokenizer, or start anew without --resume."
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return main_guard(run, PPOArguments, "esper ppo", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Turn text into a tokenizer and token shards, for `--data` of the other pipelines.
+
+    python pipelines/prepare.py                                     # the preset's source and tokenizer
+    esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories
+
+The other pipelines do this by themselves, into a cache, for the text they are given.
+"""
+
+import sys
+from typing import Annotated
+
+from pydantic import Field
+
+from esper.pipelines.arguments import CommonArguments, main_guard
+from esper.pipelines.job import output_folder, resolve_spec
+from esper.platform.console import say
+from esper.platform.storage import write_json
+from esper.workers.tolaria.data import prepare
+
+
+class PrepareArguments(CommonArguments):
+    """Turn text into a tokenizer and token shards."""
+
+    tokenizer: Annotated[
+        str | None, Field(title="NAME", description="char, bpe:N or gpt2 (default: the preset's).")
+    ] = None
+
+
+def run(arguments: PrepareArguments) -> None:
+    """Settle, prepare, report."""
+    spec = resolve_spec(arguments)
+    out = output_folder(arguments, "data")
+    data = spec.data
+    manifest = prepare(
+        data.source,
+        arguments.tokenizer or data.tokenizer,
+        out,
+        valid_fraction=data.valid_fraction,
+        max_bytes=data.max_bytes,
+    )
+    write_json(out / "summary.json", manifest.model_dump(mode="json"))
+    for name, split in manifest.splits.items():
+        say(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.unseen:,} unseen characters")
+    say(f"results: {out}; use it with --data {out} --set data.tokenizer={manifest.tokenizer}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return main_guard(run, PrepareArguments, "esper prepare", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

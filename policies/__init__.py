@@ -1,0 +1,1 @@
+"""Who decides: every arm is a GrowthPolicy."""

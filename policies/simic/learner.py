@@ -1,0 +1,185 @@
+"""Simic's learner: RLlib's PPO, unchanged, with Esper's settings, its metrics and its checkpoints.
+
+Settings that are not in PPOSpec, and why (PPO: Schulman et al. 2017, 1707.06347):
+
+- γ = 1: rewards are loss drops, whose sum is what counts; less than 1 turns them into greed, and grafts pay late.
+- `vf_clip_param` = ∞: RLlib clamps the value's *squared error* at it, with no gradient beyond. The first decision takes
+  the loss down from ln(vocabulary), up to 7 nats: at the default 10 such a value would never be learned.
+- Advantages are standardised over the whole batch by RLlib's GAE connector, so the policy's loss has no unit.
+- `vf_loss_coeff` 0.5 and a gradient clip of 0.5 *per tensor* (`grad_clip_by="norm"`), not of the global norm: policy and
+  value share no tensor (`net.py`), and a global clip would let the value's error of nats, early on, shrink the policy's
+  step, the only coupling left.
+- KL loss as in RLlib (coefficient 0.2, target 0.01, adaptive): data may be an update or two old.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.rllib.algorithms.ppo import PPO, PPOConfig
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS, TIMERS
+
+from esper.platform.contracts import Instance
+from esper.platform.errors import UserError
+from esper.platform.seeding import derive
+from esper.platform.spec import RunSpec
+from esper.platform.storage import whole_folder
+from esper.platform.telemetry import TelemetrySpace
+from esper.policies.simic.fleet import Fleet
+from esper.policies.simic.module import SimicModule, action_space, observation_space
+from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.policy import FOLDER, SimicPolicy
+from esper.policies.simic.runner import SIMIC, SimicEnvRunner, Source
+
+ALGORITHM = "algorithm"  # RLlib's checkpoint, beside `policy/`
+
+_LEARNER_METRICS = {  # ours → RLlib's, of the last minibatch of the last epoch
+    "kl": "mean_kl_loss",
+    "kl_coefficient": "curr_kl_coeff",
+    "policy_loss": "policy_loss",
+    "value_loss": "vf_loss",
+}
+
+
+def build_algorithm(
+    spec: RunSpec,
+    space: TelemetrySpace,
+    make_fleet: Callable[[], Fleet],
+    *,
+    seed: int,
+    instances: Callable[[int], Instance | None] | None = None,
+) -> PPO:
+    """PPO over the fleet, which is made at the first `train()`. Ray must be initialised; end it with `stop()`.
+
+    This process computes with one torch thread from here on: the network is tiny, the cores are the workers', and on
+    busy cores two threads wait for each other (measured: an update 8 times slower). It also fixes the rounding.
+
+    Args:
+        spec: its `ppo` is used, and nothing else.
+        space: what telemetry looks like.
+        make_fleet: makes the workers.
+        seed: of the network, episodes, action noise and minibatches.
+        instances: episode number → instance; none means the spec's own.
+    """
+    ppo = spec.ppo
+    source = Source(space, make_fleet, seed, instances)
+    config = (
+        PPOConfig()
+        .environment(
+            observation_space=observation_space(space), action_space=action_space(space), env_config={"source": source}
+        )
+        .env_runners(env_runner_cls=SimicEnvRunner, num_env_runners=0, batch_mode="complete_episodes")
+        .learners(num_learners=0, num_gpus_per_learner=0)
+        .rl_module(
+            rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden}
+        )
+        .training(
+            gamma=1.0,
+            lambda_=ppo.gae_lambda,
+            lr=ppo.learning_rate,
+            train_batch_size_per_learner=ppo.decisions,
+            minibatch_size=min(ppo.minibatch, ppo.decisions),
+            num_epochs=ppo.epochs,
+            clip_param=ppo.clip,
+            entropy_coeff=ppo.entropy,
+            vf_loss_coeff=0.5,
+            vf_clip_param=float("inf"),
+            grad_clip=0.5,
+            grad_clip_by="norm",
+        )
+        .debugging(log_level="ERROR", seed=derive(seed, "rllib") % 2**31)
+    )
+    for noisy in ("ray.rllib", "ray.tune"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    algorithm = config.build_algo()
+    _drop_log_folder(algorithm)
+    return algorithm
+
+
+def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """What `algorithm.train()` returned, flat.
+
+    `return_mean` (nats), `episodes`, `decisions`, `val_loss` (mean final loss), `explained_variance`, `entropy` (nats;
+    both of the data as chosen), `lag_mean`, `lag_max` (updates between choosing and learning), `busy` (fraction of the
+    time a worker has a call in flight), `failures`, `refused` (since the start), shares of the decisions (`wait`,
+    `graft`, `prune`, `heads`, `width`, `expert`, `layer`), `kl`, `kl_coefficient`, `policy_loss`, `value_loss`,
+    `sample_seconds` (the learner waiting for episodes), `learn_seconds`.
+    """
+    runner = result[ENV_RUNNER_RESULTS]
+    learner = result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
+    metrics = {
+        "return_mean": runner["episode_return_mean"],
+        "episode_length": runner["episode_len_mean"],
+        **runner[SIMIC],
+        **{name: learner[theirs] for name, theirs in _LEARNER_METRICS.items() if theirs in learner},
+        "sample_seconds": result[TIMERS]["env_runner_sampling_timer"],
+        "learn_seconds": result[TIMERS]["learner_update_timer"],
+    }
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def current_policy(algorithm: PPO) -> SimicPolicy:
+    """The policy as learned so far, a copy."""
+    module = COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE
+    state = algorithm.learner_group.get_state(components=module)[COMPONENT_LEARNER][COMPONENT_RL_MODULE]
+    weights = {name.removeprefix("net."): torch.tensor(value) for name, value in state[DEFAULT_MODULE_ID].items()}
+    net = GardenerNet(algorithm.config.model_config["hidden"])
+    net.load_state_dict(weights)
+    return SimicPolicy(net)
+
+
+def save_algorithm(algorithm: PPO, folder: Path, extra: dict[str, Any] | None = None) -> None:
+    """Write `folder`, whole or not at all: RLlib's checkpoint in `algorithm/`, and `policy/`, which needs no Ray.
+
+    Raises:
+        UserError: `folder` exists.
+    """
+    if folder.exists():
+        raise UserError(f"checkpoint {folder} exists already: name a new folder, or delete it first.")
+    with whole_folder(folder) as partial:
+        algorithm.save_to_path(str((partial / ALGORITHM).absolute()))
+        current_policy(algorithm).save(partial / FOLDER, extra)
+
+
+def restore_algorithm(
+    folder: Path,
+    spec: RunSpec,
+    space: TelemetrySpace,
+    make_fleet: Callable[[], Fleet],
+    *,
+    seed: int,
+    instances: Callable[[int], Instance | None] | None = None,
+) -> PPO:
+    """`build_algorithm`, going on where `save_algorithm` left off: weights, optimizer, counters, next episode.
+
+    Episodes that were under way are lost. RLlib's checkpoints hold pickles: restore only what you trust.
+
+    Raises:
+        UserError: `folder` holds no checkpoint, or one that does not fit the spec.
+    """
+    path = (folder / ALGORITHM).absolute()
+    if not path.is_dir():
+        raise UserError(f"checkpoint {folder} holds no {ALGORITHM}/ folder: name one that `esper ppo` left.")
+    algorithm = build_algorithm(spec, space, make_fleet, seed=seed, instances=instances)
+    try:
+        algorithm.restore_from_path(str(path))
+    except Exception as error:
+        algorithm.stop()
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"checkpoint {folder} cannot be restored ({reason}): use the spec that it was made with.") from error
+    return algorithm
+
+
+def _drop_log_folder(algorithm: PPO) -> None:
+    """Remove the empty folder that RLlib makes for each algorithm below ~/ray_results."""
+    folder = Path(algorithm.logdir)
+    try:
+        folder.rmdir()
+        folder.parent.rmdir()
+    except OSError:
+        pass

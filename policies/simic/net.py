@@ -1,0 +1,122 @@
+"""GardenerNet: a policy that scores candidate rows, and a value. Pure torch; knows nothing of Ray.
+
+A set encoder in the manner of Deep Sets (Zaheer et al. 2017, 1703.06114): every row goes through the same encoder, so
+a new blueprint, another site or another host adds rows, never outputs, and the parameter count depends on no padded
+size. Details, with where they come from:
+
+- Hidden layers orthogonal with gain √2, value output 1, policy output 0.01, biases 0 (CleanRL `ppo.py::layer_init`;
+  Huang et al. 2022, "The 37 Implementation Details of PPO", 2). So the first policy is the prior below, whatever the
+  telemetry.
+- A trunk of its own for the value (Andrychowicz et al. 2020, 2006.05990, §3.2): returns span nats, what grafts change
+  is hundredths, and in a shared trunk the large regression would shape the features that the small signal needs.
+- LayerNorm after the first layer of each encoder: globals mix fractions with logarithms up to 8 and slopes up to ±10,
+  and a norm needs no running statistics, which would be state to keep, ship and check.
+- WAIT's prior: WAIT_PRIOR at the start, whether 1 graft is legal or 40 (`GardenerNet.logits`).
+
+B batch, S site rows, A candidate rows, H hidden.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
+
+ILLEGAL = -1e9  # a logit; finite, so that entropy and KL stay finite: exp(−1e9) is exactly 0 and 0 · 1e9 is 0
+WAIT_PRIOR = 0.7  # 24 decisions then hold some 7 grafts; most decisions of a good schedule are WAIT
+
+_SITE_PRESENT = SITE.index("present")
+_IS_WAIT = CANDIDATE.index("is_wait")
+
+
+class GardenerNet(nn.Module):
+    """Scores each candidate on (its row, pooled sites, globals); illegal rows get ILLEGAL.
+
+    Inputs are a mapping of `globals` float32 (B, G), `sites` float32 (B, S, F), `candidates` float32 (B, A, Fc) and
+    `mask` bool or float32 (B, A), as in `platform/telemetry.py`.
+
+    Args:
+        hidden: H, the width of every layer.
+    """
+
+    def __init__(self, hidden: int = 64) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.policy_sites = SitePool(hidden)
+        self.policy_context = _encoder(len(GLOBALS) + 2 * hidden, hidden)
+        self.candidate = _encoder(len(CANDIDATE), hidden)
+        self.score = nn.Sequential(
+            _linear(2 * hidden, hidden),
+            nn.GELU(),
+            _linear(hidden, 1, gain=0.01, bias=False),  # a bias, equal for all rows, would change no probability
+        )
+        self.value_sites = SitePool(hidden)
+        self.value_head = nn.Sequential(
+            _encoder(len(GLOBALS) + 2 * hidden, hidden),
+            _linear(hidden, hidden),
+            nn.GELU(),
+            _linear(hidden, 1, gain=1.0),
+        )
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits float32 (B, A) and values float32 (B,)."""
+        return self.logits(inputs), self.value(inputs)
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits float32 (B, A).
+
+        With n legal rows beside WAIT, WAIT's logit is raised by ln n + ln(p / (1 − p)): where all scores are equal,
+        WAIT has probability p = WAIT_PRIOR for any n, since n·p/(1−p) against n times 1 is p against 1 − p. What is
+        learned is then *whether* to act and *which* row, apart, and the first does not drift as sites are added.
+        """
+        candidates, legal = inputs["candidates"], inputs["mask"] > 0.5
+        context = torch.cat([inputs["globals"], self.policy_sites(inputs["sites"])], dim=-1)  # (B, G + 2H)
+        context = self.policy_context(context).unsqueeze(1).expand(-1, candidates.shape[1], -1)  # (B, A, H)
+        scores = self.score(torch.cat([self.candidate(candidates), context], dim=-1)).squeeze(-1)  # (B, A)
+        wait = candidates[..., _IS_WAIT]  # (B, A), 1 on WAIT's row
+        others = (legal * (1 - wait)).sum(dim=-1, keepdim=True)  # (B, 1)
+        prior = others.clamp(min=1).log() + math.log(WAIT_PRIOR / (1 - WAIT_PRIOR))
+        return torch.where(legal, scores + wait * prior, ILLEGAL)
+
+    def value(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Expected sum of the rewards still to come, in nats, float32 (B,)."""
+        pooled = self.value_sites(inputs["sites"])  # (B, 2H)
+        return self.value_head(torch.cat([inputs["globals"], pooled], dim=-1)).squeeze(-1)
+
+
+class SitePool(nn.Module):
+    """A set of site rows as one vector: shared encoder, then mean and max over the present rows; zeros without any."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(_encoder(len(SITE), hidden), _linear(hidden, hidden), nn.GELU())
+
+    def forward(self, sites: Tensor) -> Tensor:
+        """float32 (B, S, F) → (B, 2H)."""
+        present = sites[..., _SITE_PRESENT : _SITE_PRESENT + 1] > 0.5  # (B, S, 1)
+        rows = self.encoder(sites)  # (B, S, H)
+        count = present.sum(dim=1)  # (B, 1)
+        mean = (rows * present).sum(dim=1) / count.clamp(min=1)
+        largest = rows.masked_fill(~present, -math.inf).amax(dim=1)
+        return torch.cat([mean, torch.where(count > 0, largest, 0.0)], dim=-1)
+
+
+def _encoder(inputs: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(_linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU())
+
+
+def _linear(inputs: int, outputs: int, gain: float = math.sqrt(2), bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.orthogonal_(layer.weight, gain)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of each row's choice in nats: float32 (B, A) → (B,)."""
+    log_p = functional.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)

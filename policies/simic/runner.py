@@ -1,0 +1,231 @@
+"""SimicEnvRunner: what stock PPO takes for its (only, local) EnvRunner. `sample()` does nothing but drain a queue.
+
+PPO samples and updates in turns in one thread. A runner that served workers inside `sample()` would stall them during
+every update; here the dispatcher serves them all the time, and `sample()` takes what has ended meanwhile. RLlib's
+`env/external/env_runner_server_for_external_inference.py` shows what a runner owes.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_AGENT_ID, DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.env import INPUT_ENV_SPACES
+from ray.rllib.env.env_runner import EnvRunner
+from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.checkpoints import Checkpointable
+from ray.rllib.utils.metrics import (
+    EPISODE_DURATION_SEC_MEAN,
+    EPISODE_LEN_MEAN,
+    EPISODE_RETURN_MAX,
+    EPISODE_RETURN_MEAN,
+    EPISODE_RETURN_MIN,
+    WEIGHTS_SEQ_NO,
+)
+
+from esper.platform.contracts import Instance
+from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS, TelemetrySpace
+from esper.policies.simic.dispatcher import Dispatcher
+from esper.policies.simic.fleet import Fleet
+from esper.policies.simic.net import GardenerNet, entropy
+
+NEXT_EPISODE = "next_episode"
+SIMIC = "simic"  # our metrics' group in the result's `env_runners`
+AHEAD = 2  # iterations of decisions that may wait for the learner
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where episodes come from. It belongs to this process: copies are itself, and a pickled one is empty.
+
+    RLlib deep-copies its config and pickles it into the object store and into checkpoints; what makes a fleet may hold
+    handles and locks, and a checkpoint has no use for it (`restore_algorithm` is given it anew).
+    """
+
+    space: TelemetrySpace
+    make_fleet: Callable[[], Fleet] | None = None
+    seed: int = 0
+    instances: Callable[[int], Instance | None] | None = None
+
+    def __deepcopy__(self, memo: Any) -> "Source":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Source, (self.space,)
+
+
+class SimicEnvRunner(EnvRunner, Checkpointable):
+    """Whole episodes from a fleet, chosen by the learner's latest weights. `env_config["source"]` is a Source."""
+
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self._source: Source = self.config.env_config["source"]
+        self._hidden: int = self.config.model_config["hidden"]
+        self._weights: dict[str, Any] = {}
+        self._weights_seq_no = 0
+        self._next_episode = 0
+        self._dispatcher: Dispatcher | None = None
+        self._episodes: list[SingleAgentEpisode] = []  # sampled, not yet in the metrics
+
+    # -- EnvRunner -----------------------------------------------------------------------------------------------
+
+    def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
+        """Whole episodes of at least `train_batch_size` decisions, numpy'ised, in the order in which they ended."""
+        self._episodes = self._started().collect(self.config.total_train_batch_size)
+        return list(self._episodes)
+
+    def get_metrics(self) -> Any:
+        """Metrics of the last sample."""
+        episodes, self._episodes = self._episodes, []
+        if episodes:
+            self._log(episodes)
+        return self.metrics.reduce()
+
+    def get_spaces(self) -> dict[str, Any]:
+        """The environment's and the module's: the same, there are no connectors between."""
+        spaces = (self.config.observation_space, self.config.action_space)
+        return {INPUT_ENV_SPACES: spaces, DEFAULT_MODULE_ID: spaces}
+
+    def assert_healthy(self) -> None:
+        """It has a way to episodes."""
+        assert self._source.make_fleet is not None
+
+    def stop(self) -> None:
+        """End the fleet."""
+        if self._dispatcher is not None:
+            self._dispatcher.stop()
+            self._dispatcher = None
+
+    # -- Checkpointable ------------------------------------------------------------------------------------------
+
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it was made of."""
+        return (), {"config": self.config}
+
+    def get_checkpointable_components(self) -> list[tuple[str, Checkpointable]]:
+        """None: the learner keeps the weights."""
+        return []
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Number of the weights and of the next episode; episodes under way are not kept, a resume starts new ones."""
+        if self._dispatcher is not None:
+            self._next_episode = self._dispatcher.next_episode
+        state: dict[str, Any] = {WEIGHTS_SEQ_NO: self._weights_seq_no, NEXT_EPISODE: self._next_episode}
+        if self._check_component(COMPONENT_RL_MODULE, components, not_components):
+            state[COMPONENT_RL_MODULE] = self._weights
+        return state
+
+    def set_state(self, state: Any) -> None:
+        """Take weights that are newer (or have no number yet), and the number of the next episode."""
+        if isinstance(state, ray.ObjectRef):
+            state = ray.get(state)
+        if NEXT_EPISODE in state:
+            self._next_episode = state[NEXT_EPISODE]
+        if COMPONENT_RL_MODULE not in state:
+            return
+        number = state.get(WEIGHTS_SEQ_NO, 0)
+        if 0 < number <= self._weights_seq_no:
+            return
+        weights = state[COMPONENT_RL_MODULE]
+        if isinstance(weights, ray.ObjectRef):
+            weights = ray.get(weights)
+        self._weights = dict(weights.get(DEFAULT_MODULE_ID, weights))
+        self._weights_seq_no = number
+        if self._dispatcher is not None:
+            self._dispatcher.set_weights(self._net_weights(), number)
+
+    # -- Helpers -------------------------------------------------------------------------------------------------
+
+    def _started(self) -> Dispatcher:
+        """The dispatcher, made at the first sample: a resumed training has its weights and numbers by then."""
+        if self._dispatcher is None:
+            assert self._source.make_fleet is not None, "a Source from a checkpoint makes no fleet"
+            self._dispatcher = Dispatcher(
+                self._source.make_fleet(),
+                GardenerNet(self._hidden),
+                self._source.space,
+                seed=self._source.seed,
+                ahead=AHEAD * self.config.total_train_batch_size,
+                first_episode=self._next_episode,
+                instances=self._source.instances,
+            )
+            self._dispatcher.set_weights(self._net_weights(), self._weights_seq_no)
+        return self._dispatcher
+
+    def _net_weights(self) -> dict[str, torch.Tensor]:
+        """The module's weights as the network's, copied: the learner goes on changing its own."""
+        return {name.removeprefix("net."): torch.tensor(np.array(value)) for name, value in self._weights.items()}
+
+    def _log(self, episodes: list[SingleAgentEpisode]) -> None:
+        """Each value is that of one sample (window 1), so that a point of a curve belongs to one iteration."""
+        decisions = sum(map(len, episodes))
+        SingleAgentEnvRunner._increase_sampled_metrics(self, decisions, len(episodes))  # type: ignore[arg-type]
+        returns = [episode.get_return() for episode in episodes]
+        values = {
+            EPISODE_RETURN_MEAN: np.mean(returns),
+            EPISODE_RETURN_MIN: np.min(returns),
+            EPISODE_RETURN_MAX: np.max(returns),
+            EPISODE_LEN_MEAN: decisions / len(episodes),
+            EPISODE_DURATION_SEC_MEAN: np.mean([episode.get_duration_s() for episode in episodes]),
+        }
+        for key, value in values.items():
+            self.metrics.log_value(key, float(value), window=1)
+        for key, value in self._own(episodes).items():
+            self.metrics.log_value((SIMIC, key), float(value), window=1)
+
+    def _own(self, episodes: list[SingleAgentEpisode]) -> dict[str, float]:
+        assert self._dispatcher is not None
+        lag = self._weights_seq_no - _stacked(episodes, WEIGHTS_SEQ_NO)
+        own = {
+            "episodes": len(episodes),
+            "decisions": sum(map(len, episodes)),
+            "explained_variance": explained_variance(episodes),
+            "entropy": float(entropy(torch.from_numpy(_stacked(episodes, Columns.ACTION_DIST_INPUTS))).mean()),
+            "lag_mean": lag.mean(),
+            "lag_max": lag.max(),
+            **action_shares(episodes),
+            **self._dispatcher.counts,
+        }
+        busy = self._dispatcher.busy_fraction()
+        if busy is not None:
+            own["busy"] = busy
+        losses = [episode.get_infos(-1).get("val_loss") for episode in episodes]
+        known = [loss for loss in losses if loss is not None]
+        if known:
+            own["val_loss"] = np.mean(known)
+        return own
+
+
+def explained_variance(episodes: list[SingleAgentEpisode]) -> float:
+    """1 − Var[G − V] / Var[G]: G the rewards still to come, V what the value said when it chose.
+
+    Of all decisions and before any update on them: RLlib's `vf_explained_var` is of the last minibatch, after it.
+    """
+    to_come = np.concatenate([np.cumsum(episode.get_rewards()[::-1])[::-1] for episode in episodes])
+    variance = to_come.var()
+    return float(1 - (to_come - _stacked(episodes, Columns.VF_PREDS)).var() / variance) if variance > 0 else 0.0
+
+
+def action_shares(episodes: list[SingleAgentEpisode]) -> dict[str, float]:
+    """Fraction of the decisions by operation, and by what a graft adds: `wait`, `graft`, `prune`, `heads` …"""
+    chosen = np.concatenate(
+        [e.get_observations(slice(0, len(e)))["candidates"][np.arange(len(e)), e.get_actions()] for e in episodes]
+    )
+    grafts = chosen[:, CANDIDATE.index("is_graft")]
+    shares = {name: chosen[:, CANDIDATE.index(f"is_{name}")].mean() for name in OPERATIONS}
+    return shares | {kind: (grafts * chosen[:, CANDIDATE.index(f"adds_{kind}")]).mean() for kind in GROWTH_KINDS}
+
+
+def _stacked(episodes: list[SingleAgentEpisode], column: str) -> np.ndarray:
+    return np.concatenate([episode.get_extra_model_outputs(column) for episode in episodes])

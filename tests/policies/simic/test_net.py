@@ -1,0 +1,120 @@
+"""GardenerNet: set properties, the mask, the prior, and no size built in. Alone: `pytest tests/policies/simic/test_net.py`."""
+
+import numpy as np
+import pytest
+import torch
+
+from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
+from esper.policies.simic.net import ILLEGAL, WAIT_PRIOR, GardenerNet, entropy
+from esper.policies.simic.policy import draw
+
+
+def inputs(b: int, s: int, a: int, *, sites: int | None = None, legal: int | None = None, seed: int = 0):
+    """Random telemetry: `sites` present of S, WAIT in row 0 and `legal` other rows legal of A."""
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.randn(b, s, len(SITE), generator=random)
+    rows[..., SITE.index("present")] = 1
+    rows[:, s if sites is None else sites :] = 0
+    candidates = torch.randn(b, a, len(CANDIDATE), generator=random)
+    candidates[..., CANDIDATE.index("is_wait")] = 0
+    candidates[:, 0, CANDIDATE.index("is_wait")] = 1
+    mask = torch.zeros(b, a)
+    mask[:, : 1 + (a - 1 if legal is None else legal)] = 1
+    return {
+        "globals": torch.randn(b, len(GLOBALS), generator=random),
+        "sites": rows,
+        "candidates": candidates,
+        "mask": mask,
+    }
+
+
+@pytest.fixture
+def net() -> GardenerNet:
+    """A network that has opinions: one fresh from its initialisation scores all rows about equal."""
+    torch.manual_seed(0)
+    made = GardenerNet(32)
+    with torch.no_grad():
+        made.score[-1].weight.normal_()
+    return made
+
+
+def test_shapes_and_types(net: GardenerNet):
+    logits, values = net(inputs(3, 4, 6))
+    assert logits.shape == (3, 6)
+    assert values.shape == (3,)
+    assert logits.dtype == values.dtype == torch.float32
+    assert torch.isfinite(entropy(logits)).all()
+
+
+def test_permuting_candidates_permutes_logits(net: GardenerNet):
+    x = inputs(2, 4, 6, legal=3)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    y = x | {"candidates": x["candidates"][:, order], "mask": x["mask"][:, order]}
+    torch.testing.assert_close(net.logits(y), net.logits(x)[:, order])
+    torch.testing.assert_close(net.value(y), net.value(x))
+
+
+def test_site_order_does_not_matter(net: GardenerNet):
+    x = inputs(2, 4, 6)
+    y = x | {"sites": x["sites"][:, [2, 0, 3, 1]]}
+    torch.testing.assert_close(net.logits(y), net.logits(x))
+    torch.testing.assert_close(net.value(y), net.value(x))
+
+
+@pytest.mark.parametrize(("s", "a"), [(4, 6), (9, 6), (4, 50), (100, 200)])
+def test_padding_changes_nothing(net: GardenerNet, s: int, a: int):
+    x = inputs(2, 4, 6)
+    y = {
+        "globals": x["globals"],
+        "sites": torch.nn.functional.pad(x["sites"], (0, 0, 0, s - 4)),
+        "candidates": torch.nn.functional.pad(x["candidates"], (0, 0, 0, a - 6)),
+        "mask": torch.nn.functional.pad(x["mask"], (0, a - 6)),
+    }
+    torch.testing.assert_close(net.logits(y)[:, :6], net.logits(x))
+    assert (net.logits(y)[:, 6:] == ILLEGAL).all()
+    torch.testing.assert_close(net.value(y), net.value(x))
+
+
+def test_a_row_is_independent_of_its_batch(net: GardenerNet):
+    x = inputs(7, 4, 6, legal=3)
+    logits, values = net(x)
+    for row in range(7):
+        alone = net({name: array[row : row + 1] for name, array in x.items()})
+        torch.testing.assert_close(alone[0][0], logits[row])
+        torch.testing.assert_close(alone[1][0], values[row])
+
+
+def test_no_sites_and_no_grafts_are_fine(net: GardenerNet):
+    logits, values = net(inputs(2, 4, 6, sites=0, legal=0))
+    assert torch.isfinite(values).all()
+    np.testing.assert_array_equal(logits.softmax(-1).detach().numpy(), np.eye(6)[[0, 0]])
+
+
+def test_masked_rows_are_never_drawn(net: GardenerNet):
+    x = inputs(1, 4, 30, legal=5)
+    logits = net.logits(x)[0].detach().numpy()
+    mask = x["mask"][0].numpy() > 0
+    random = np.random.default_rng(0)
+    drawn = {draw(logits, mask, u) for u in [0.0, np.nextafter(1, 0), *random.random(2000)]}
+    assert drawn == set(range(6))
+
+
+def test_draws_follow_the_probabilities(net: GardenerNet):
+    x = inputs(1, 4, 6)
+    logits = net.logits(x)[0].detach()
+    uniform = (np.arange(20000) + 0.5) / 20000
+    counts = np.bincount([draw(logits.numpy(), np.ones(6, bool), u) for u in uniform], minlength=6) / 20000
+    np.testing.assert_allclose(counts, logits.softmax(-1).numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("legal", [1, 3, 40])
+def test_wait_starts_at_its_prior(legal: int):
+    torch.manual_seed(0)
+    chance = GardenerNet(64).logits(inputs(50, 4, 41, legal=legal)).softmax(-1)[:, 0]
+    np.testing.assert_allclose(chance.detach().numpy(), WAIT_PRIOR, atol=0.02)
+
+
+def test_gradients_are_finite_under_the_mask(net: GardenerNet):
+    logits, values = net(inputs(4, 4, 6, sites=0, legal=2))
+    (entropy(logits).sum() + logits.log_softmax(-1)[:, 1].sum() + values.sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)

@@ -1,0 +1,70 @@
+"""English that every machine has: the language reference and docstrings of the installed Python, about 2 MB."""
+
+import ast
+import hashlib
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+# Test suites are half of the library's source, and some distributions leave them out; the rest is not English.
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data"}
+
+
+def read() -> Iterator[str]:
+    """Documents: every topic of the reference, every module's docstring, every top-level definition with its members.
+
+    They are in the order of a hash of their text, so that any prefix is a fair sample. The source is parsed, never
+    imported, so no module's side effects happen. It takes seconds.
+    """
+    from pydoc_data.topics import topics  # half a megabyte, needed here alone
+
+    documents = [topic.strip() for topic in topics.values()]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in _modules(root):
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        documents += _documents(path, name.removesuffix(".__init__"))
+    yield from sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
+
+
+def _modules(folder: Path) -> Iterator[Path]:
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name not in _SKIPPED:
+            yield from _modules(entry)
+        elif entry.suffix == ".py":
+            yield entry
+
+
+def _documents(path: Path, module: str) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # a template, or source of another Python
+            return
+    if doc := ast.get_docstring(tree):
+        yield _text(module, doc)
+    for node in tree.body:
+        if document := "\n\n".join(_docstrings(node, module)):
+            yield document
+
+
+def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
+    """`qualified.name`, a line break and the docstring, for a class or function and what is defined in its body."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        name = f"{prefix}.{node.name}"
+        if doc := ast.get_docstring(node):
+            yield _text(name, doc)
+        for child in node.body:
+            yield from _docstrings(child, name)
+
+
+def _text(name: str, doc: str) -> str:
+    # An escape in a docstring may be half of a surrogate pair, which no encoding of text holds.
+    return f"{name}\n{doc}".encode("utf-8", "replace").decode()
+
+
+def fingerprint() -> str:
+    """What the text depends on: the Python it is the documentation of."""
+    return sys.version

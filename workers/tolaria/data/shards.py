@@ -1,0 +1,167 @@
+"""Shards: token ids in uncompressed Arrow files, mapped into memory and read in windows.
+
+Pages of a mapped file are shared by all processes of a machine, so hundreds of workers cost the memory of one.
+
+B windows, L their length.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from esper.workers.tolaria.data import tokenizer
+from esper.workers.tolaria.data.manifest import Manifest, Shard, damaged
+
+SHARD_BYTES = 64 * 2**20
+COLUMN = "tokens"
+
+
+def write_split(folder: Path, split: str, parts: Iterable[np.ndarray], vocab_size: int) -> list[Shard]:
+    """Write token ids as shards `train-00000.arrow`, … of at most `SHARD_BYTES` each.
+
+    Args:
+        folder: where they go.
+        split: first part of their names.
+        parts: ids in order, cut anywhere; only about one shard of them is held at a time.
+        vocab_size: decides between uint16 and uint32.
+    """
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    size = SHARD_BYTES // dtype.itemsize
+    shards: list[Shard] = []
+    rest = np.empty(0, dtype)
+    for part in parts:
+        rest = np.concatenate([rest, part.astype(dtype)])
+        while len(rest) >= size:
+            shards.append(_write(folder / f"{split}-{len(shards):05d}.arrow", rest[:size]))
+            rest = rest[size:]
+    if len(rest):
+        shards.append(_write(folder / f"{split}-{len(shards):05d}.arrow", rest))
+    return shards
+
+
+def _write(path: Path, ids: np.ndarray) -> Shard:
+    # One record batch: several would come back as several arrays, not as one view of the map.
+    batch = pa.record_batch([pa.array(ids)], names=[COLUMN])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return Shard(file=path.name, tokens=len(ids), sha256=_sha256(path))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _map(path: Path, shard: Shard) -> np.ndarray:
+    """A read-only view of the shard's ids, without a copy."""
+    try:
+        ids = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column(COLUMN).to_numpy(zero_copy_only=True)
+    except FileNotFoundError:
+        raise damaged(path, "is missing") from None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise damaged(path, f"is corrupt ({error})") from None
+    if len(ids) != shard.tokens:
+        raise damaged(path, f"holds {len(ids)} tokens where the manifest says {shard.tokens}")
+    return ids
+
+
+class TokenSplit:
+    """The tokens of one split as one sequence, over however many shards."""
+
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        self._arrays = arrays
+        self._ends = np.cumsum([len(array) for array in arrays])
+
+    @property
+    def tokens(self) -> int:
+        """Count of tokens."""
+        return int(self._ends[-1])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Windows of consecutive tokens.
+
+        Args:
+            starts: position of each window's first token, int64 (B,).
+            length: L, in tokens.
+
+        Returns:
+            int64 (B, L).
+
+        Raises:
+            IndexError: a window reaches outside of the split.
+        """
+        starts = np.asarray(starts, dtype=np.int64)
+        if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
+            raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} in {self.tokens} tokens")
+        positions = starts[:, None] + np.arange(length)  # (B, L)
+        if len(self._arrays) == 1:
+            return self._arrays[0][positions].astype(np.int64)
+        out = np.empty(positions.shape, dtype=np.int64)
+        shard_of = np.searchsorted(self._ends, positions, side="right")  # (B, L)
+        for index in np.unique(shard_of):
+            inside, array = shard_of == index, self._arrays[index]
+            out[inside] = array[positions[inside] - (self._ends[index] - len(array))]
+        return out
+
+
+class TokenData:
+    """A folder of prepared shards, mapped into memory. Pickles as its path, and is mapped anew where it arrives."""
+
+    def __init__(self, path: Path, manifest: Manifest, splits: dict[str, TokenSplit]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._splits = splits
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = True) -> "TokenData":
+        """Map the shards in `path`.
+
+        Args:
+            path: a folder written by `prepare`.
+            verify: read every shard once and compare its SHA-256; without, only presence and length are checked.
+
+        Raises:
+            UserError: no manifest or one of another version; a shard is missing, truncated or corrupt.
+        """
+        path = Path(path)
+        manifest = Manifest.read(path)
+        splits = {}
+        for name, split in manifest.splits.items():
+            arrays = [_map(path / shard.file, shard) for shard in split.shards]
+            splits[name] = TokenSplit(arrays)
+            for shard in split.shards if verify else ():
+                if _sha256(path / shard.file) != shard.sha256:
+                    raise damaged(path / shard.file, "is corrupt (its SHA-256 is not the manifest's)")
+        return cls(path, manifest, splits)
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (self.path,)
+
+    def split(self, name: Literal["train", "valid"]) -> TokenSplit:
+        """The training or the validation tokens."""
+        return self._splits[name]
+
+    @cached_property
+    def tokenizer(self) -> tokenizer.Tokenizer:
+        """The tokenizer that made these ids, read at first use.
+
+        Raises:
+            UserError: its file is missing or damaged.
+        """
+        kind = tokenizer.kind(self.manifest.tokenizer)
+        try:
+            loaded = kind.load(self.manifest.tokenizer, self.path)
+        except (OSError, ValueError, TypeError) as error:
+            raise damaged(self.path / kind.FILE, f"cannot be read ({error})") from None
+        if loaded.fingerprint != self.manifest.tokenizer_fingerprint:
+            raise damaged(self.path / kind.FILE, "is not the one that made the shards")
+        return loaded
+
+
+def _reopen(path: Path) -> TokenData:
+    return TokenData.open(path, verify=False)

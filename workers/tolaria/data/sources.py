@@ -1,0 +1,119 @@
+"""Where text comes from: the list of sources, local paths, and the split into training and validation documents."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from esper.platform.console import say
+from esper.platform.errors import UserError, unknown
+from esper.workers.tolaria.data import files, net, pydocs
+
+TINYSTORIES = "roneneldan/TinyStories"
+HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can read, and a minute or two to fetch
+HUB_VALID_BYTES = 2_000_000
+
+Documents = tuple[Iterable[str], Iterable[str] | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of documents.
+
+    Attributes:
+        name: what the manifest calls it: a name of `SOURCES`, or an absolute path.
+        load: gives training documents and validation documents, the latter None if it has no split of its own.
+        fingerprint: changes when the text does; part of the cache's key.
+        max_bytes: cap on the training text where the caller sets none.
+        ready: whether the text can be had now.
+        fallback: name of the source that stands in when it is not ready.
+    """
+
+    name: str
+    load: Callable[[], Documents]
+    fingerprint: Callable[[], str] = str  # the empty string: the text under this name is always the same
+    max_bytes: int | None = None
+    ready: Callable[[], bool] = lambda: True
+    fallback: str = "python-docs"
+
+
+def _tinystories() -> Documents:
+    return net.hub_texts(TINYSTORIES, "train"), cap(net.hub_texts(TINYSTORIES, "validation"), HUB_VALID_BYTES)
+
+
+SOURCES = (
+    Source("tinystories", _tinystories, max_bytes=HUB_TRAIN_BYTES, ready=lambda: net.hub_answers(TINYSTORIES)),
+    Source("python-docs", lambda: (pydocs.read(), None), pydocs.fingerprint),
+)
+
+
+def find(source: str) -> Source:
+    """The source of this name, or else the local file or folder at this path.
+
+    Raises:
+        UserError: neither exists, or no text can be read there.
+    """
+    named = {known.name: known for known in SOURCES}
+    if source in named:
+        return named[source]
+    path = Path(source).expanduser()
+    if path.exists():
+        files.text_files(path)  # refuses what cannot be read before anything is prepared
+        return Source(str(path.resolve()), partial(files.read, path), partial(files.fingerprint, path))
+    if path.suffix in files.READERS or len(path.parts) != 1:
+        raise UserError(f"there is no file or folder {source}: check the path, or name one of {', '.join(named)}.")
+    raise unknown("source", source, [*named, "a path"])
+
+
+def available(source: Source) -> Source:
+    """`source`, or its stand-in, said in one sentence, when its text cannot be had now."""
+    if source.ready():
+        return source
+    say(f"{source.name} needs the Hugging Face hub, which does not answer: using {source.fallback} instead.")
+    return find(source.fallback)
+
+
+def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:
+    """Training and validation documents, blank ones left out; no text stands in both unless the source has it so.
+
+    Args:
+        source: which text.
+        valid_fraction: of the text, held out by whole documents where the source has no split of its own.
+        max_bytes: cap on the training text in bytes of UTF-8; only the documents before it is reached are read.
+    """
+    limit = max_bytes or source.max_bytes
+    train, valid = source.load()
+    if valid is not None:
+        return list(cap(train, limit)), list(cap(valid, None))
+    kept, held = hold_out(list(cap(train, limit and round(limit / (1 - valid_fraction)))), valid_fraction)
+    return list(cap(kept, limit)), held
+
+
+def cap(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
+    """The leading documents that together have at most `max_bytes` bytes of UTF-8, blank ones left out."""
+    total = 0
+    for document in documents:
+        if not document.strip():
+            continue
+        if max_bytes is not None:
+            total += len(document.encode())
+            if total > max_bytes:
+                return
+        yield document
+
+
+def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Split off the documents with the smallest hashes until they have `fraction` of the characters.
+
+    Which they are depends on the texts alone, and documents of equal text fall on the same side. They come in the
+    order of their hashes, so that any prefix is a fair sample; the others keep their order.
+    """
+    hashed = [(hashlib.sha256(document.encode()).digest(), document) for document in documents]
+    wanted, total, last = fraction * sum(map(len, documents)), 0, b""
+    for digest, document in sorted(hashed):
+        if total >= wanted:
+            break
+        total, last = total + len(document), digest
+    kept = [document for digest, document in hashed if digest > last]
+    return kept, [document for digest, document in sorted(hashed) if digest <= last]
