@@ -9,6 +9,7 @@ per trial.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from esper.pipelines.gardener import train_gardener
 from esper.pipelines.job import Job, open_job
 from esper.pipelines.picture import draw_losses
 from esper.pipelines.table import arm_table
-from esper.pipelines.trials import TrialPlan, run_trials
+from esper.pipelines.trials import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
@@ -80,13 +81,11 @@ def compare(job: Job, arms: list[str], arguments: SweepArguments, inputs: ArmInp
             say("sweep   no --policy given: training a gardener first")
             trained = train_gardener(job, job.out / "ppo", seed=TRAINING_SEED + arguments.seed, parent=parent.run_id)
             policy = Path(trained["checkpoint"])
-        plans = [
-            TrialPlan(arm, ArmInputs(seed, policy, inputs.schedule))
-            for seed in range(arguments.seed, arguments.seed + arguments.seeds)
-            for arm in arms
-        ]
-        say(f"sweep   {len(plans)} trials: {', '.join(arms)}, {arguments.seeds} seed(s) each")
-        summaries, failures = run_trials(job, plans, experiment=experiment, parent=parent.run_id)
+        seeds = list(range(arguments.seed, arguments.seed + arguments.seeds))
+        say(f"sweep   {len(arms) * len(seeds)} trials: {', '.join(arms)}, {len(seeds)} seed(s) each")
+        summaries, failures = run_trials(
+            job, arms, seeds, replace(inputs, policy=policy), experiment=experiment, parent=parent.run_id
+        )
         write_json(job.out / "summary.json", summaries)
         if summaries:
             draw_losses(summaries, job.out / "loss.png")

@@ -5,7 +5,8 @@ the store, and prints what has been done and how long is left.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -14,7 +15,9 @@ from ray.tune.experiment import Trial
 from esper.pipelines.job import Job
 from esper.pipelines.play import metrics, play
 from esper.platform.console import Eta, say
+from esper.platform.contracts import GraftAction, Transition
 from esper.platform.spec import RunSpec
+from esper.platform.telemetry import Telemetry
 from esper.platform.tracking import Tracker
 from esper.policies.arms import ArmInputs, make_policy
 from esper.workers.run import GrowthRun
@@ -27,78 +30,59 @@ QUIET = {
 }
 
 
-@dataclass(frozen=True)
-class TrialPlan:
-    """One trial."""
-
-    arm: str
-    inputs: ArmInputs
-
-    @property
-    def name(self) -> str:
-        """As logs and MLflow call it."""
-        return f"{self.arm}-seed{self.inputs.seed}"
-
-
 def run_trials(
-    job: Job, plans: list[TrialPlan], *, experiment: str, parent: str | None
+    job: Job, arms: list[str], seeds: list[int], inputs: ArmInputs, *, experiment: str, parent: str | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Run every plan; (summaries in the plans' order, a sentence for each that failed)."""
+    """Run every arm on every seed; (summaries, arm by arm, and a sentence for each trial that failed)."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     fleet = job.spec.fleet
-    trainable = tune.with_resources(
-        tune.with_parameters(_trial, spec=job.spec, data_path=str(job.data)), {"cpu": fleet.cpus, "gpu": fleet.gpus}
-    )
-    reporter = _Reporter(job.spec, plans, experiment, parent)
+    trainable = tune.with_parameters(_trial, spec=job.spec, data=job.data, inputs=inputs)
+    reporter = _Reporter(job.spec, len(arms) * len(seeds), experiment, parent)
     tuner = tune.Tuner(
-        trainable,
-        param_space={"plan": tune.grid_search(plans)},
-        tune_config=tune.TuneConfig(trial_name_creator=_trial_name, trial_dirname_creator=_trial_name),
+        tune.with_resources(trainable, {"cpu": fleet.cpus, "gpu": fleet.gpus}),
+        param_space={"seed": tune.grid_search(seeds), "arm": tune.grid_search(arms)},
+        tune_config=tune.TuneConfig(trial_name_creator=_name, trial_dirname_creator=_name),
         run_config=tune.RunConfig(
             name="trials", storage_path=str(job.out), callbacks=[reporter], verbose=0, log_to_file=True
         ),
     )
-    results = tuner.fit()
-    summaries: dict[TrialPlan, dict[str, Any]] = {}
-    failures = []
-    for result in results:
-        plan: TrialPlan = result.config["plan"]  # pyright: ignore[reportOptionalSubscript]
-        summary = (result.metrics or {}).get("summary")
+    summaries, failures = [], []
+    for result in tuner.fit():
+        config, summary = result.config or {}, (result.metrics or {}).get("summary")
+        name = f"{config['arm']}-seed{config['seed']}"
         if result.error is not None or summary is None:
             text = str(result.error or "it ended without a summary").strip()
-            failures.append(f"{plan.name}: {text.splitlines()[-1]} (log in {result.path})")
+            failures.append(f"{name}: {text.splitlines()[-1]} (log in {result.path})")
         else:
-            summaries[plan] = {**summary, "mlflow": reporter.run_ids.get(plan.name)}
-    return [summaries[plan] for plan in plans if plan in summaries], failures
+            summaries.append({**summary, "mlflow": reporter.run_ids.get(name)})
+    return sorted(summaries, key=lambda summary: (arms.index(summary["arm"]), summary["seed"])), failures
 
 
-def _trial(config: dict[str, Any], spec: RunSpec, data_path: str) -> None:
+def _trial(config: dict[str, Any], spec: RunSpec, data: Path, inputs: ArmInputs) -> None:
     """One episode, reported to Tune decision by decision; the last report carries the summary."""
-    from pathlib import Path
+    arm, seed = config["arm"], config["seed"]
+    run = GrowthRun(spec, TokenData.open(data, verify=False))
 
-    plan: TrialPlan = config["plan"]
-    run = GrowthRun(spec, TokenData.open(Path(data_path), verify=False))
-
-    def on_decision(run, telemetry, action, transition) -> None:
+    def on_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
         report = {"point": run.curve[-1], "action": str(telemetry.actions[action.index])}
         if transition.terminated:
-            report["summary"] = {"arm": plan.arm, **run.summary()}
+            report["summary"] = {"arm": arm, **run.summary()}
         tune.report(report)
 
-    play(run, make_policy(plan.arm, plan.inputs), arm=plan.arm, seed=plan.inputs.seed, on_decision=on_decision)
+    play(run, make_policy(arm, replace(inputs, seed=seed)), arm=arm, seed=seed, on_decision=on_decision)
 
 
-def _trial_name(trial: Trial) -> str:
-    return trial.config["plan"].name
+def _name(trial: Trial) -> str:
+    return f"{trial.config['arm']}-seed{trial.config['seed']}"
 
 
 class _Reporter(tune.Callback):
     """Driver side: a child run in MLflow per trial, and a line per graft and per finished trial."""
 
-    def __init__(self, spec: RunSpec, plans: list[TrialPlan], experiment: str, parent: str | None) -> None:
-        self._spec, self._experiment, self._parent = spec, experiment, parent
-        self._fractions = {plan.name: 0.0 for plan in plans}
+    def __init__(self, spec: RunSpec, trials: int, experiment: str, parent: str | None) -> None:
+        self._spec, self._experiment, self._parent, self._count = spec, experiment, parent, trials
+        self._fractions: dict[str, float] = {}
         self._trackers: dict[str, Tracker] = {}
         self.run_ids: dict[str, str | None] = {}
         self._eta = Eta()
@@ -106,11 +90,11 @@ class _Reporter(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Open the trial's MLflow run."""
-        plan: TrialPlan = trial.config["plan"]
-        self._trackers[plan.name] = Tracker.start(
+        name = _name(trial)
+        self._trackers[name] = Tracker.start(
             self._experiment,
-            plan.name,
-            tags={"arm": plan.arm, "seed": plan.inputs.seed, "preset": self._spec.preset},
+            name,
+            tags={**trial.config, "preset": self._spec.preset},
             params=self._spec.model_dump(mode="json"),
             parent=self._parent,
         )
@@ -119,10 +103,10 @@ class _Reporter(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Log the decision's point; say what has been reached, about every tenth of the sweep."""
-        name, point = trial.config["plan"].name, result["point"]
+        name, point = _name(trial), result["point"]
         self._trackers[name].log(metrics(point), point["steps"])
         self._fractions[name] = point["budget_fraction"]
-        done = sum(self._fractions.values()) / len(self._fractions)
+        done = sum(self._fractions.values()) / self._count
         if result["action"] != "wait":
             say(f"  {name}: {result['action']} at {point['budget_fraction']:.0%}, {point['parameters']:,} parameters")
         if done - self._shown >= 0.1:
@@ -140,7 +124,7 @@ class _Reporter(tune.Callback):
         self._close(trial, "FAILED")
 
     def _close(self, trial: Trial, status: Any) -> None:
-        name = trial.config["plan"].name
+        name = _name(trial)
         self._fractions[name] = 1.0
         tracker = self._trackers.pop(name, None)
         if tracker is not None:

@@ -51,12 +51,12 @@ class Law:
         random = stream(seed, "law")
         return cls(
             floor=0.3,
-            size=70 * random.uniform(0.9, 1.1),
+            size=70 * random.uniform(0.97, 1.03),
             size_exponent=0.4,
-            data=150e3 * random.uniform(0.8, 1.25),
+            data=150e3 * random.uniform(0.9, 1.1),
             data_exponent=0.8,
-            heads=random.uniform(0.0, 0.2),
-            depth=random.uniform(1.0, 1.5),
+            heads=random.uniform(0.0, 0.1),
+            depth=random.uniform(1.1, 1.4),
         )
 
     def size_loss(self, shape: TransformerShape, start_layers: int) -> float:

@@ -99,7 +99,7 @@ class Dispatcher:
         instances: Callable[[int], Instance | None] | None = None,
     ) -> None:
         self._fleet, self._net, self._space = fleet, net.eval(), space
-        self._seed, self._ahead = seed, ahead
+        self._seed, self._ahead, self._wanted = seed, ahead, 0
         self._instances = instances or (lambda number: None)
         self._seats = [_Seat() for _ in range(fleet.size)]
         self._losses = 0  # in a row
@@ -128,6 +128,7 @@ class Dispatcher:
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
             self._thread.start()
+        self._wanted = decisions
         while self._fleet.lockstep and self._queued() < decisions:
             self._turn()
         with self._changed:
@@ -138,6 +139,7 @@ class Dispatcher:
             taken: list[SingleAgentEpisode] = []
             while sum(map(len, taken)) < decisions:
                 taken.append(self._queue.popleft())
+            self._wanted = 0
             self._changed.notify_all()
         return taken
 
@@ -199,7 +201,7 @@ class Dispatcher:
         """Reset the workers that may start; how many have a call in flight then."""
         now = time.monotonic()
         for worker, seat in enumerate(self._seats):
-            if seat.number is None and now >= seat.rest_until and self._queued() < self._ahead:
+            if seat.number is None and now >= seat.rest_until and self._queued() < max(self._ahead, self._wanted):
                 number, self.next_episode = self.next_episode, self.next_episode + 1
                 seat.number, seat.episode = number, None
                 self._send(worker, "reset", self._instances(number), derive(self._seed, "episode", number))
@@ -257,8 +259,8 @@ class Dispatcher:
             raise cause
         if self._losses >= GIVE_UP * len(self._seats):
             raise UserError(
-                f"{self._losses} episodes in a row were lost and none was finished; the last worker said: "
-                f"{sentence(error)} Mend that, and try one run with `esper train`."
+                f"{self._losses} episodes in a row were lost and none was finished; the last one by "
+                f"{sentence(error).rstrip('.')}: mend that, and try one run with `esper train`."
             )
         say(f"worker {worker} lost episode {seat.number}: {sentence(error)}")
         pause = 0.0 if self._fleet.lockstep else min(LONGEST_PAUSE, PAUSE * 2**seat.failures)

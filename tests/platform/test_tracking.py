@@ -249,7 +249,7 @@ def test_a_server_gets_it_all_and_may_go_away(
 
 def wait_for(page: str) -> None:
     """Until a page answers; MLflow's server takes its time."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(page, timeout=1).close()

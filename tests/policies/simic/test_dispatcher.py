@@ -104,7 +104,9 @@ def test_choices_do_not_depend_on_the_fleet(make):
 
 def test_new_weights_come_between_batches_and_leave_their_number(make):
     dispatcher = make(LocalFleet(ToyRun, 3))
-    first = dispatcher.collect(4 * DECISIONS)
+    first = dispatcher.collect(3 * DECISIONS)
+    for _ in range(DECISIONS // 2):  # into the next episodes
+        dispatcher._turn()
     dispatcher.set_weights(make_net(1).state_dict(), 1)
     second = dispatcher.collect(8 * DECISIONS)
     numbers = [episode.get_extra_model_outputs(WEIGHTS_SEQ_NO) for episode in (*first, *second)]
