@@ -95,7 +95,9 @@ class PlainTrainer:
         """One optimizer step."""
         starts = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,)).tolist()
         x = torch.stack([torch.from_numpy(self.tokens[i : i + self.block_size].astype("int64")) for i in starts])
-        y = torch.stack([torch.from_numpy(self.tokens[i + 1 : i + 1 + self.block_size].astype("int64")) for i in starts])
+        y = torch.stack(
+            [torch.from_numpy(self.tokens[i + 1 : i + 1 + self.block_size].astype("int64")) for i in starts]
+        )
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(x)
         F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()

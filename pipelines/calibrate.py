@@ -30,9 +30,7 @@ def run(arguments: CalibrateArguments) -> None:
     clock, rows = calibrate(job.spec, job.open_data(), steps=arguments.steps)
     say("layers  MLP width  wall ms  formula ms  error")
     for row in rows:
-        say(
-            f"{row.layers:6}  {row.mlp_width:9}  {1e3 * row.wall:7.2f}  {1e3 * row.predicted:10.2f}  {row.error:+5.1%}"
-        )
+        say(f"{row.layers:6}  {row.mlp_width:9}  {1e3 * row.wall:7.2f}  {1e3 * row.predicted:10.2f}  {row.error:+5.1%}")
     worst = max(abs(row.error) for row in rows)
     constants = clock.model_dump(exclude={"kind"})
     write_json(job.out / "clock.json", constants)

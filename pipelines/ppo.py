@@ -5,8 +5,8 @@
     esper ppo --surrogate --set ppo.iterations=30            # learn on a loss law, in a minute
     esper ppo --resume runs/ppo-20260101-120000              # go on from its last checkpoint
 
-Leaves `summary.json`, `spec.json` and `checkpoints/` in the output folder. A checkpoint holds RLlib's own and `policy/`,
-which `esper train ppo --policy` plays without Ray.
+Leaves `summary.json`, `spec.json` and `checkpoints/` in the output folder. A checkpoint holds RLlib's own and
+`policy/`, which `esper train ppo --policy` plays without Ray.
 """
 
 import sys

@@ -38,7 +38,9 @@ class SweepArguments(CommonArguments):
         str, Field(title="A,B,C", description=f"Arms, separated by commas, of {', '.join([*ARMS, *ALIASES])}.")
     ] = "static,tamiyo"
     seeds: Annotated[int, Field(ge=1, le=1000, description="Seeds of each arm: --seed and those after it.")] = 1
-    policy: Annotated[Path | None, Field(description="For ppo: a trained policy; without one it is trained first.")] = None
+    policy: Annotated[Path | None, Field(description="For ppo: a trained policy; without one it is trained first.")] = (
+        None
+    )
     schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
 
 

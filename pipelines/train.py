@@ -34,7 +34,8 @@ class TrainArguments(CommonArguments):
     policy: Annotated[Path | None, Field(description="For ppo: a policy that `esper ppo` trained.")] = None
     schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
     match: Annotated[
-        Path | None, Field(title="FILE", description="For random: a summary.json, to graft as often and the same kinds.")
+        Path | None,
+        Field(title="FILE", description="For random: a summary.json, to graft as often and the same kinds."),
     ] = None
 
 

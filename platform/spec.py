@@ -93,8 +93,10 @@ class GrowthSpec(Frozen):
 
     max_layers: int = Field(4, ge=1, description="layers at most")
     max_parameters: int | None = Field(None, ge=1, description="parameters at most; none means no cap but max_layers")
-    min_optimizer_steps: int = Field(10, ge=1, description="steps a decision must hold after a graft for it to be legal")
-    probation_steps: int = Field(100, ge=1, description="optimizer steps over which a seed's learning rate warms up")
+    min_optimizer_steps: int = Field(
+        10, ge=1, description="steps a decision must hold after a graft for it to be legal"
+    )
+    probation_steps: int = Field(200, ge=1, description="optimizer steps over which a seed's learning rate warms up")
     blueprints: dict[str, dict[str, Any]] = Field(
         {"attention": {}, "ffn": {}, "block": {}}, description="blueprints in use, with their settings"
     )
@@ -152,7 +154,8 @@ class RunSpec(Frozen):
     def _check(self) -> Self:
         if self.growth.max_layers < self.host.n_layer:
             raise ValueError(
-                f"growth.max_layers is {self.growth.max_layers}, but must be at least host.n_layer = {self.host.n_layer}."
+                f"growth.max_layers is {self.growth.max_layers}, but must be at least "
+                f"host.n_layer = {self.host.n_layer}."
             )
         return self
 

@@ -51,7 +51,9 @@ def _random(inputs: ArmInputs) -> GrowthPolicy:
         summary = json.loads(inputs.match.read_text(encoding="utf-8"))
         return RandomPolicy(inputs.seed, matched=[graft["blueprint"] for graft in summary["grafts"]])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--match {inputs.match} is not the summary.json of a run: name one that `train` left.") from None
+        raise UserError(
+            f"--match {inputs.match} is not the summary.json of a run: name one that `train` left."
+        ) from None
 
 
 ARMS: dict[str, Callable[[ArmInputs], GrowthPolicy]] = {

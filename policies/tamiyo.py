@@ -31,7 +31,7 @@ class Thresholds:
 
     flat: float = 0.3
     patience: float = 0.12
-    tokens_per_parameter: float = 20.0
+    tokens_per_parameter: float = 50.0
 
 
 class TamiyoPolicy:

@@ -9,7 +9,30 @@ from esper.workers.tolaria.data import TokenData, prepare
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
-WORDS = "the cat sat on a mat and saw one big red dog run to its tree while birds sang in warm sun".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "big",
+    "red",
+    "dog",
+    "run",
+    "to",
+    "its",
+    "tree",
+    "while",
+    "birds",
+    "sang",
+    "in",
+    "warm",
+    "sun",
+]
 
 
 def story(i: int) -> str:
@@ -45,7 +68,11 @@ def tiny_spec() -> RunSpec:
             "host": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
             "data": {"tokenizer": "char", "batch_size": 4, "eval_tokens": 512},
             "budget": {"axis": "steps", "amount": 40, "decisions": 8},
-            "growth": {"max_layers": 3, "min_optimizer_steps": 2, "blueprints": {"attention": {}, "ffn": {"width": 8}, "block": {}}},
+            "growth": {
+                "max_layers": 3,
+                "min_optimizer_steps": 2,
+                "blueprints": {"attention": {}, "ffn": {"width": 8}, "block": {}},
+            },
             "device": "cpu",
         }
     )

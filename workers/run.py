@@ -103,12 +103,17 @@ class GrowthRun(Episode):
 
     def _optimizer_step(self) -> None:
         begun = time.perf_counter()
-        self.trainer.step(rate(self.spec.optimizer, self.fraction(), self._parameters_non_embedding))
+        self.trainer.step(self._rate())
         if self.spec.clock.kind == "wall":
             synchronize(self.trainer.device)
         self._charge(self._step_seconds, time.perf_counter() - begun, steps=1)
         if self._on_step is not None:
             self._on_step(self)
+
+    def _rate(self) -> float:
+        """The host's rate now; a seed counts towards the size as it warms up, so the rate glides to the new size's."""
+        size = self._parameters_non_embedding - self.trainer.kasmina.parameters_warming_up()
+        return rate(self.spec.optimizer, self.fraction(), size)
 
     def _resized(self) -> None:
         """Note what a step costs at the shape now."""
@@ -143,5 +148,5 @@ class GrowthRun(Episode):
             gradient_noise=statistics.pstdev(norms) / statistics.fmean(norms) if sound and len(norms) > 1 else None,
             norms=self.trainer.site_norms(),
             stages=stages,
-            rate=rate(self.spec.optimizer, self.fraction(), self._parameters_non_embedding),
+            rate=self._rate(),
         )

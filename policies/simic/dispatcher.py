@@ -10,11 +10,11 @@ Rules, each tested:
 2. Whole episodes only, every one that was started, queued in the order in which they end.
 3. A step keeps what *chose* its action: logits, log-probability, value and the weights' number, kept with the request
    until the reply comes, for new weights may have been swapped in by then. PPO's ratio is then right at any lag.
-4. Episode i has the seed `derive(seed, "episode", i)`; the noise of its decision k is the stream (seed, "policy", i, k),
-   so that no action depends on which telemetries shared a batch.
-5. A worker that fails loses its episode, and goes on with another after a pause. A telemetry that must not be used is
-   refused and its episode dropped. Both are counted. `GIVE_UP` times as many losses as workers, without one finished
-   episode between them, end the training with the last one's own words.
+4. Episode i has the seed `derive(seed, "episode", i)`; the noise of its decision k comes from the stream (seed,
+   "policy", i, k), so that no action depends on which telemetries shared a batch.
+5. A worker that fails loses its episode, and goes on with another, after a pause if its process is gone. A telemetry
+   that must not be used is refused and its episode dropped. Both are counted. `GIVE_UP` times as many losses as
+   workers, without one finished episode between them, end the training with the last one's own words.
 6. The fleet runs at most `ahead` decisions ahead of the learner: while the queue holds as many, a worker whose episode
    has ended rests before its next; never within an episode.
 
@@ -41,13 +41,13 @@ from esper.platform.contracts import GraftAction, Instance, Transition
 from esper.platform.errors import UserError
 from esper.platform.seeding import derive, stream
 from esper.platform.telemetry import Telemetry, TelemetrySpace
-from esper.policies.simic.fleet import Answer, Fleet, sentence
+from esper.policies.simic.fleet import Answer, Fleet, process_lost, sentence
 from esper.policies.simic.module import observation
 from esper.policies.simic.net import GardenerNet
 from esper.policies.simic.policy import batch, draw
 
-GIVE_UP = 5
-PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before a worker's next try after its first failure in a row; doubles
+GIVE_UP = 6  # with the pauses below, a fleet whose processes all die at once has half a minute to come back
+PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds before the next try once a process is gone; doubles with each in a row
 TURN = 0.2  # seconds after which the loop looks at pauses, the queue and `stop` though no answer has come
 
 
@@ -263,7 +263,7 @@ class Dispatcher:
                 f"{sentence(error).rstrip('.')}: mend that, and try one run with `esper train`."
             )
         say(f"worker {worker} lost episode {seat.number}: {sentence(error)}")
-        pause = 0.0 if self._fleet.lockstep else min(LONGEST_PAUSE, PAUSE * 2**seat.failures)
+        pause = min(LONGEST_PAUSE, PAUSE * 2**seat.failures) if process_lost(error) else 0.0
         seat.number, seat.episode = None, None
         seat.failures += 1
         seat.rest_until = time.monotonic() + pause

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError, RayTaskError
 
 from esper.platform.contracts import Run, Transition
 from esper.platform.telemetry import Telemetry
@@ -129,11 +129,16 @@ class LocalFleet:
         self._runs.clear()
 
 
+def process_lost(error: Exception) -> bool:
+    """Whether a worker's process is gone (and its successor needs seconds to start), or its run merely raised."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
 def sentence(error: Exception) -> str:
     """What a worker's error says: its last line, which in Ray's is the worker's own error or the cause of death."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
-    if isinstance(error, ray.exceptions.RayError):
+    if isinstance(error, RayError):
         text = re.sub(r"\x1b\[\d+m", "", str(error))
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
     return f"{type(error).__name__}: {error}"

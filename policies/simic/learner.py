@@ -3,19 +3,21 @@
 Settings that are not in PPOSpec, and why (PPO: Schulman et al. 2017, 1707.06347):
 
 - γ = 1: rewards are loss drops, whose sum is what counts; less than 1 turns them into greed, and grafts pay late.
-- `vf_clip_param` = ∞: RLlib clamps the value's *squared error* at it, with no gradient beyond. The first decision takes
-  the loss down from ln(vocabulary), up to 7 nats: at the default 10 such a value would never be learned.
+- The value is the part of the return that telemetry's globals do not give linearly, in units of its own spread
+  (`baseline.py`); without that PPO learned nothing on the surrogate in 60 iterations.
+- `vf_clip_param` = ∞: RLlib clamps the value's *squared error* at it, with no gradient beyond, so that a value which is
+  far off would never be learned.
 - Advantages are standardised over the whole batch by RLlib's GAE connector, so the policy's loss has no unit.
-- `vf_loss_coeff` 0.5 and a gradient clip of 0.5 *per tensor* (`grad_clip_by="norm"`), not of the global norm: policy and
-  value share no tensor (`net.py`), and a global clip would let the value's error of nats, early on, shrink the policy's
-  step, the only coupling left.
+- `vf_loss_coeff` 0.5 (Huang et al. 2022) and a gradient clip of 0.5 *per tensor* (`grad_clip_by="norm"`), not of the
+  global norm: policy and value share no tensor (`net.py`), and a global clip would let a large error of the value
+  shrink the policy's step, the only coupling left.
 - KL loss as in RLlib (coefficient 0.2, target 0.01, adaptive): data may be an update or two old.
 """
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
@@ -74,9 +76,7 @@ def build_algorithm(
         )
         .env_runners(env_runner_cls=SimicEnvRunner, num_env_runners=0, batch_mode="complete_episodes")
         .learners(num_learners=0, num_gpus_per_learner=0)
-        .rl_module(
-            rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden}
-        )
+        .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
         .training(
             gamma=1.0,
             lambda_=ppo.gae_lambda,
@@ -96,7 +96,7 @@ def build_algorithm(
     for noisy in ("ray.rllib", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    algorithm = config.build_algo()
+    algorithm = cast(PPO, config.build_algo())
     _drop_log_folder(algorithm)
     return algorithm
 
@@ -104,11 +104,13 @@ def build_algorithm(
 def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
     """What `algorithm.train()` returned, flat.
 
-    `return_mean` (nats), `episodes`, `decisions`, `val_loss` (mean final loss), `explained_variance`, `entropy` (nats;
-    both of the data as chosen), `lag_mean`, `lag_max` (updates between choosing and learning), `busy` (fraction of the
-    time a worker has a call in flight), `failures`, `refused` (since the start), shares of the decisions (`wait`,
-    `graft`, `prune`, `heads`, `width`, `expert`, `layer`), `kl`, `kl_coefficient`, `policy_loss`, `value_loss`,
-    `sample_seconds` (the learner waiting for episodes), `learn_seconds`.
+    - `return_mean` (nats), `val_loss` (mean final loss), `episodes`, `decisions`, `episode_length`.
+    - `explained_variance` (strict: see `SimicEnvRunner`) and `entropy` (nats), of the policy as it chose.
+    - `wait`, `graft`, `prune` and, by what a graft adds, `heads`, `width`, `expert`, `layer`: shares of the decisions.
+    - `kl`, `kl_coefficient`, `policy_loss`, `value_loss`: of the last minibatch.
+    - `lag_mean`, `lag_max`: updates between choosing and learning. `busy`: fraction of the time in which a worker has a
+      call in flight. `failures`, `refused`: lost episodes since the start.
+    - `sample_seconds`: the learner waits for episodes. `learn_seconds`: it updates (both smoothed by RLlib).
     """
     runner = result[ENV_RUNNER_RESULTS]
     learner = result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
@@ -126,9 +128,10 @@ def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
 def current_policy(algorithm: PPO) -> SimicPolicy:
     """The policy as learned so far, a copy."""
     module = COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE
+    assert algorithm.learner_group is not None
     state = algorithm.learner_group.get_state(components=module)[COMPONENT_LEARNER][COMPONENT_RL_MODULE]
     weights = {name.removeprefix("net."): torch.tensor(value) for name, value in state[DEFAULT_MODULE_ID].items()}
-    net = GardenerNet(algorithm.config.model_config["hidden"])
+    net = GardenerNet(cast(Any, algorithm.config).model_config["hidden"])
     net.load_state_dict(weights)
     return SimicPolicy(net)
 
@@ -171,13 +174,15 @@ def restore_algorithm(
     except Exception as error:
         algorithm.stop()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {folder} cannot be restored ({reason}): use the spec that it was made with.") from error
+        raise UserError(
+            f"checkpoint {folder} cannot be restored ({reason}): use the spec that it was made with."
+        ) from error
     return algorithm
 
 
 def _drop_log_folder(algorithm: PPO) -> None:
     """Remove the empty folder that RLlib makes for each algorithm below ~/ray_results."""
-    folder = Path(algorithm.logdir)
+    folder = Path(str(algorithm.logdir))
     try:
         folder.rmdir()
         folder.parent.rmdir()

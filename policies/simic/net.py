@@ -7,8 +7,8 @@ size. Details, with where they come from:
 - Hidden layers orthogonal with gain √2, value output 1, policy output 0.01, biases 0 (CleanRL `ppo.py::layer_init`;
   Huang et al. 2022, "The 37 Implementation Details of PPO", 2). So the first policy is the prior below, whatever the
   telemetry.
-- A trunk of its own for the value (Andrychowicz et al. 2020, 2006.05990, §3.2): returns span nats, what grafts change
-  is hundredths, and in a shared trunk the large regression would shape the features that the small signal needs.
+- A trunk of its own for the value (Andrychowicz et al. 2020, 2006.05990, §3.2): the value's regression is far better
+  determined than the policy's small signal, and in a shared trunk it would shape the features.
 - LayerNorm after the first layer of each encoder: globals mix fractions with logarithms up to 8 and slopes up to ±10,
   and a norm needs no running statistics, which would be state to keep, ship and check.
 - WAIT's prior: WAIT_PRIOR at the start, whether 1 graft is legal or 40 (`GardenerNet.logits`).
@@ -82,7 +82,7 @@ class GardenerNet(nn.Module):
         return torch.where(legal, scores + wait * prior, ILLEGAL)
 
     def value(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Expected sum of the rewards still to come, in nats, float32 (B,)."""
+        """Expected sum of the learner's (shaped, scaled) rewards still to come, float32 (B,): see `baseline.py`."""
         pooled = self.value_sites(inputs["sites"])  # (B, 2H)
         return self.value_head(torch.cat([inputs["globals"], pooled], dim=-1)).squeeze(-1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_AGENT_ID, DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.env import INPUT_ENV_SPACES
 from ray.rllib.env.env_runner import EnvRunner
@@ -30,11 +30,13 @@ from ray.rllib.utils.metrics import (
 
 from esper.platform.contracts import Instance
 from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS, TelemetrySpace
+from esper.policies.simic.baseline import Baseline
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet
 from esper.policies.simic.net import GardenerNet, entropy
 
 NEXT_EPISODE = "next_episode"
+BASELINE = "baseline"
 SIMIC = "simic"  # our metrics' group in the result's `env_runners`
 AHEAD = 2  # iterations of decisions that may wait for the learner
 
@@ -70,20 +72,25 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         self._weights_seq_no = 0
         self._next_episode = 0
         self._dispatcher: Dispatcher | None = None
-        self._episodes: list[SingleAgentEpisode] = []  # sampled, not yet in the metrics
+        self._baseline = Baseline()
 
     # -- EnvRunner -----------------------------------------------------------------------------------------------
 
     def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
-        """Whole episodes of at least `train_batch_size` decisions, numpy'ised, in the order in which they ended."""
-        self._episodes = self._started().collect(self.config.total_train_batch_size)
-        return list(self._episodes)
+        """Whole episodes of at least `train_batch_size` decisions, numpy'ised, in the order in which they ended.
+
+        Their rewards are the shaped ones (`baseline.py`); what is logged is true.
+        """
+        episodes = self._started().collect(self.config.total_train_batch_size)
+        self._log(episodes)
+        self._baseline.update(np.concatenate([_states(e)[:-1] for e in episodes]), _to_come(episodes))
+        for episode in episodes:
+            shaped = self._baseline.shaped(episode.get_rewards(), _states(episode), episode.is_terminated)
+            episode.rewards.data = shaped  # `set_rewards` would check each against a space, with a warning each
+        return episodes
 
     def get_metrics(self) -> Any:
-        """Metrics of the last sample."""
-        episodes, self._episodes = self._episodes, []
-        if episodes:
-            self._log(episodes)
+        """Metrics of what was sampled since the last call."""
         return self.metrics.reduce()
 
     def get_spaces(self) -> dict[str, Any]:
@@ -121,7 +128,11 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         """Number of the weights and of the next episode; episodes under way are not kept, a resume starts new ones."""
         if self._dispatcher is not None:
             self._next_episode = self._dispatcher.next_episode
-        state: dict[str, Any] = {WEIGHTS_SEQ_NO: self._weights_seq_no, NEXT_EPISODE: self._next_episode}
+        state: dict[str, Any] = {
+            WEIGHTS_SEQ_NO: self._weights_seq_no,
+            NEXT_EPISODE: self._next_episode,
+            BASELINE: self._baseline.state(),
+        }
         if self._check_component(COMPONENT_RL_MODULE, components, not_components):
             state[COMPONENT_RL_MODULE] = self._weights
         return state
@@ -132,6 +143,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             state = ray.get(state)
         if NEXT_EPISODE in state:
             self._next_episode = state[NEXT_EPISODE]
+            self._baseline.load(state[BASELINE])
         if COMPONENT_RL_MODULE not in state:
             return
         number = state.get(WEIGHTS_SEQ_NO, 0)
@@ -190,7 +202,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         own = {
             "episodes": len(episodes),
             "decisions": sum(map(len, episodes)),
-            "explained_variance": explained_variance(episodes),
+            "explained_variance": self._explained_variance(episodes),
             "entropy": float(entropy(torch.from_numpy(_stacked(episodes, Columns.ACTION_DIST_INPUTS))).mean()),
             "lag_mean": lag.mean(),
             "lag_max": lag.max(),
@@ -206,15 +218,19 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             own["val_loss"] = np.mean(known)
         return own
 
+    def _explained_variance(self, episodes: list[SingleAgentEpisode]) -> float:
+        """1 − Var[G − V] / Var[G | k], at least −1: G the rewards still to come at decision k, V what was said of them.
 
-def explained_variance(episodes: list[SingleAgentEpisode]) -> float:
-    """1 − Var[G − V] / Var[G]: G the rewards still to come, V what the value said when it chose.
-
-    Of all decisions and before any update on them: RLlib's `vf_explained_var` is of the last minibatch, after it.
-    """
-    to_come = np.concatenate([np.cumsum(episode.get_rewards()[::-1])[::-1] for episode in episodes])
-    variance = to_come.var()
-    return float(1 - (to_come - _stacked(episodes, Columns.VF_PREDS)).var() / variance) if variance > 0 else 0.0
+        Stricter than RLlib's `vf_explained_var`: of all decisions, before the update on them, and against what is
+        left when the mean of each decision is known. Most of the plain variance is the fall of the loss itself.
+        """
+        to_come = _to_come(episodes)
+        said = self._baseline.potential(np.concatenate([_states(e)[:-1] for e in episodes]))
+        said += self._baseline.scale * _stacked(episodes, Columns.VF_PREDS)
+        decision = np.concatenate([np.arange(len(episode)) for episode in episodes])
+        means = np.bincount(decision, to_come) / np.bincount(decision)
+        variance = ((to_come - means[decision]) ** 2).mean()
+        return float(max(-1.0, 1 - (to_come - said).var() / variance)) if variance > 0 else 0.0
 
 
 def action_shares(episodes: list[SingleAgentEpisode]) -> dict[str, float]:
@@ -225,6 +241,16 @@ def action_shares(episodes: list[SingleAgentEpisode]) -> dict[str, float]:
     grafts = chosen[:, CANDIDATE.index("is_graft")]
     shares = {name: chosen[:, CANDIDATE.index(f"is_{name}")].mean() for name in OPERATIONS}
     return shares | {kind: (grafts * chosen[:, CANDIDATE.index(f"adds_{kind}")]).mean() for kind in GROWTH_KINDS}
+
+
+def _states(episode: SingleAgentEpisode) -> np.ndarray:
+    """Globals, float32 (K + 1, G)."""
+    return episode.get_observations()["globals"]
+
+
+def _to_come(episodes: list[SingleAgentEpisode]) -> np.ndarray:
+    """True rewards still to come at each decision, in nats."""
+    return np.concatenate([np.cumsum(episode.get_rewards()[::-1])[::-1] for episode in episodes])
 
 
 def _stacked(episodes: list[SingleAgentEpisode], column: str) -> np.ndarray:

@@ -20,7 +20,12 @@ def test_presets_load_and_survive_saving(name, tmp_path):
 def test_any_field_is_overridable():
     spec = load_spec(
         "tinystories-char",
-        ["budget.decisions=12", "optimizer.betas=[0.8, 0.9]", "data.tokenizer=bpe:300", "growth.blueprints.ffn.width=7"],
+        [
+            "budget.decisions=12",
+            "optimizer.betas=[0.8, 0.9]",
+            "data.tokenizer=bpe:300",
+            "growth.blueprints.ffn.width=7",
+        ],
     )
     assert spec.budget.decisions == 12
     assert spec.optimizer.betas == (0.8, 0.9)

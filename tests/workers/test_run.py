@@ -190,9 +190,7 @@ def test_on_a_gpu_in_bfloat16(tiny_spec, tokens):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     clock = tiny_spec.clock.model_copy(update={"kind": "wall"})
-    run, _ = play(
-        tiny_spec.model_copy(update={"device": "cuda", "dtype": "bfloat16", "clock": clock}), tokens, PLAN
-    )
+    run, _ = play(tiny_spec.model_copy(update={"device": "cuda", "dtype": "bfloat16", "clock": clock}), tokens, PLAN)
     for graft in run.summary()["grafts"]:
         assert graft["val_loss_after"] == pytest.approx(graft["val_loss_before"], abs=1e-3)
 

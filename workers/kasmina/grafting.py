@@ -2,14 +2,19 @@
 
 A graft adds the blueprint's tensors to the host and optimizer groups for them: zero moments, a step count of their
 own, the settings of the group their sibling is in, and a learning rate that warms up from above zero (probation).
-Nothing that existed is touched: no weight, no moment, no group. Without the warm-up, a spike comes a few updates
-after birth, when Adam's normalised first steps move the new tensors by the full rate.
+Nothing that existed is touched: no weight, no moment, no group.
+
+Two things keep the updates after birth from spiking, both found by comparing with the ungrown twin on the same batches:
+the warm-up is quadratic, for Adam's normalised first steps move a zero matrix by the full rate however small its
+gradient; and a seed on probation is clipped by itself, for its first gradients can be so large that, clipped together,
+the host's own step would shrink to nothing.
 
     kasmina = Kasmina(host, optimizer)
     kasmina.graft("h0.ffn", "ffn")
     for batch in batches:
         ...                      # backward, and your scheduler, which sets the host's groups
-        kasmina.warm_up()        # then the seeds follow, scaled
+        kasmina.clip(1.0)        # instead of clip_grad_norm_
+        kasmina.warm_up()        # the seeds' rates follow the host's, scaled
         optimizer.step()
 """
 
@@ -17,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from esper.platform.contracts import HostProtocol
 from esper.platform.errors import UserError, unknown
@@ -32,12 +38,14 @@ class Seed:
         site: id of the site it was grafted at.
         blueprint: its name.
         groups: index of each of its optimizer groups → index of the group it follows.
+        parameters: how many it added.
         age: optimizer steps since birth.
     """
 
     site: str
     blueprint: str
     groups: dict[int, int]
+    parameters: int
     age: int = 0
 
 
@@ -61,12 +69,14 @@ class Kasmina:
         optimizer: torch.optim.Optimizer,
         *,
         blueprints: Mapping[str, Blueprint] | None = None,
-        probation_steps: int = 100,
+        probation_steps: int = 200,
         seed: int = 0,
     ) -> None:
         owned = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
         if set(owned) != {id(parameter) for parameter in host.parameters()}:
-            raise UserError("the optimizer does not hold exactly the host's parameters: make it from host.parameters().")
+            raise UserError(
+                "the optimizer does not hold exactly the host's parameters: make it from host.parameters()."
+            )
         self.host = host
         self.optimizer = optimizer
         self.blueprints = dict(make_blueprints() if blueprints is None else blueprints)
@@ -96,7 +106,8 @@ class Kasmina:
         with torch.no_grad():
             pairs = blueprint.graft(self.host, site_id, generator)
         self.host.grown()
-        seed = Seed(site_id, blueprint_name, self._add_groups(pairs))
+        added = sum(new.numel() for new, _ in pairs)
+        seed = Seed(site_id, blueprint_name, self._add_groups(pairs), added)
         self.seeds.append(seed)
         self.warm_up(advance=False)
         return seed
@@ -105,10 +116,27 @@ class Kasmina:
         """Set the rate of every seed's groups from the groups they follow; call right before each optimizer step."""
         groups = self.optimizer.param_groups
         for seed in self.seeds:
-            scale = min(1.0, (seed.age + 1) / self.probation_steps)
+            scale = self._scale(seed)
             for group, follows in seed.groups.items():
                 groups[group]["lr"] = groups[follows]["lr"] * scale
             seed.age += advance
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clip the gradient of the host, and of each seed on probation by itself; returns the host's norm before."""
+        groups = self.optimizer.param_groups
+        young = [seed for seed in self.seeds if self.on_probation(seed)]
+        apart = {group for seed in young for group in seed.groups}
+        for seed in young:
+            nn.utils.clip_grad_norm_([p for group in seed.groups for p in groups[group]["params"]], max_norm)
+        host = [p for i, group in enumerate(groups) if i not in apart for p in group["params"]]
+        return nn.utils.clip_grad_norm_(host, max_norm)
+
+    def parameters_warming_up(self) -> float:
+        """Parameters on probation, each counted by how far its rate still is from the host's (1 at birth, then to 0)."""
+        return sum(seed.parameters * (1 - self._scale(seed)) for seed in self.seeds if self.on_probation(seed))
+
+    def _scale(self, seed: Seed) -> float:
+        return min(1.0, (seed.age + 1) / self.probation_steps) ** 2
 
     def on_probation(self, seed: Seed) -> bool:
         """Whether the seed's rate is still warming up."""

@@ -1,7 +1,7 @@
 """The registry of blueprints: the one list from which candidates, mask, costs and padded sizes are derived.
 
-A blueprint (the field's growth operator) is a frozen dataclass: its fields are its settings, `RunSpec.growth.blueprints`
-chooses and sets them. To add one: write a file in `blueprints/`, decorate the class with `@register`.
+A blueprint (the field's growth operator) is a frozen dataclass: its fields are its settings, which
+`RunSpec.growth.blueprints` chooses and sets. To add one: write a file in `blueprints/`, decorate it with `@register`.
 """
 
 from collections.abc import Mapping
@@ -78,6 +78,8 @@ def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> 
             if key not in known:
                 raise unknown(f"setting of blueprint {name}", key, known)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"growth.blueprints.{name}.{key} is {value!r}: it must be a whole number of at least 1.")
+                raise UserError(
+                    f"growth.blueprints.{name}.{key} is {value!r}: it must be a whole number of at least 1."
+                )
         made[name] = _KINDS[name](**values)
     return made

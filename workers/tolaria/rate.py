@@ -8,13 +8,13 @@ along the curve that static sizes were tuned to.
 from esper.platform.spec import OptimizerSpec
 
 
-def stable_rate(spec: OptimizerSpec, parameters_non_embedding: int) -> float:
+def stable_rate(spec: OptimizerSpec, parameters_non_embedding: float) -> float:
     """`learning_rate · (N / rate_parameters)^(−rate_exponent)`, at most `rate_max`."""
     relative = parameters_non_embedding / spec.rate_parameters
     return min(spec.rate_max, spec.learning_rate * relative**-spec.rate_exponent)
 
 
-def rate(spec: OptimizerSpec, fraction: float, parameters_non_embedding: int) -> float:
+def rate(spec: OptimizerSpec, fraction: float, parameters_non_embedding: float) -> float:
     """The host's learning rate at a budget `fraction` in [0, 1]; above 0 at the very start."""
     stable = stable_rate(spec, parameters_non_embedding)
     if fraction < spec.warmup:

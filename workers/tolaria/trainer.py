@@ -55,7 +55,6 @@ class Trainer:
         self._batches = Batches(data, seed, spec.data.batch_size, block, instance.data, self.device)
         self._held_out = held_out(data, spec.data.eval_tokens, block, self.device)
         self.steps = 0
-        self._parameters = list(self.host.parameters())
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
 
@@ -68,7 +67,7 @@ class Trainer:
         loss = self._loss(inputs, targets)
         loss.backward()
         self._losses.append(loss.detach())
-        self._norms.append(nn.utils.clip_grad_norm_(self._parameters, self._spec.optimizer.grad_clip))
+        self._norms.append(self.kasmina.clip(self._spec.optimizer.grad_clip))
         for group in self.optimizer.param_groups[:HOST_GROUPS]:
             group["lr"] = rate
         self.kasmina.warm_up()
@@ -78,7 +77,6 @@ class Trainer:
     def graft(self, site: str, blueprint: str) -> None:
         """Grow the host; its output does not change."""
         self.kasmina.graft(site, blueprint)
-        self._parameters = list(self.host.parameters())
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -99,7 +97,7 @@ class Trainer:
         return torch.stack(losses).tolist() if losses else []
 
     def take_norms(self) -> list[float]:
-        """Gradient norms (before clipping) since the last call, a value per step."""
+        """The host's gradient norms (before clipping) since the last call, a value per step."""
         norms, self._norms = self._norms, []
         return torch.stack(norms).tolist() if norms else []
 
@@ -162,4 +160,3 @@ def _update(state: dict, parameter: Tensor, group: dict) -> Tensor:
 
 def _norm(tensors: Iterator[Tensor]) -> Tensor:
     return torch.stack([tensor.float().square().sum() for tensor in tensors]).sum().sqrt()
-

@@ -5,7 +5,6 @@ import time
 import numpy as np
 
 from esper.platform.contracts import GraftAction, Instance, Transition
-from esper.platform.seeding import stream
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, WAIT, Candidate, Telemetry, TelemetrySpace
 
 SPACE = TelemetrySpace(sites=3, candidates=5)
@@ -56,8 +55,7 @@ class ToyRun:
         return {}
 
     def _observe(self) -> Telemetry:
-        random = stream(self.seed, "toy", self.k)
-        sign = 1 if random.random() < 0.5 else -1
+        sign = int(np.random.default_rng([self.seed, self.k]).choice([-1, 1]))  # no seeding.py: it imports torch
         self.paying = 1 if sign > 0 else 2
         arrays = {name: np.zeros(shape, np.float32) for name, shape in SPACE.shapes.items()}
         arrays["globals"][GLOBALS.index("gradient_noise")] = sign

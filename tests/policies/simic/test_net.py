@@ -1,4 +1,4 @@
-"""GardenerNet: set properties, the mask, the prior, and no size built in. Alone: `pytest tests/policies/simic/test_net.py`."""
+"""GardenerNet: set properties, the mask, the prior, and no size built in."""
 
 import numpy as np
 import pytest

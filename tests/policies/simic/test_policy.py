@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from simic_toy import ToyRun
 
 from esper.platform.errors import UserError
 from esper.policies.simic.net import GardenerNet
-from esper.policies.simic.policy import CARD, SimicPolicy
-from simic_toy import ToyRun
+from esper.policies.simic.policy import CARD, SimicPolicy, likeliest
 
 
 @pytest.fixture
@@ -31,6 +31,11 @@ def test_greedy_takes_the_likeliest_legal_row(policy: SimicPolicy):
     assert telemetry.mask[action.index]
     assert action.sequence == telemetry.sequence
     assert action.reason
+
+
+def test_acting_competes_with_waiting_as_a_whole():
+    assert likeliest(np.array([0.4, 0.1, 0.3, 0.2])) == 2
+    assert likeliest(np.array([0.6, 0.1, 0.3, 0.0])) == 0
 
 
 def test_sampling_needs_a_generator_and_repeats_with_it(policy: SimicPolicy):

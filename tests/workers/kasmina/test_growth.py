@@ -158,7 +158,7 @@ def test_a_seed_warms_up_from_above_zero():
     for _ in range(12):
         train(host, kasmina.optimizer, kasmina)
         rates.append(kasmina.optimizer.param_groups[-1]["lr"])
-    assert rates == pytest.approx([1e-2 * min(1, (i + 1) / 10) for i in range(12)])
+    assert rates == pytest.approx([1e-2 * min(1, (i + 1) / 10) ** 2 for i in range(12)])
     assert not kasmina.on_probation(kasmina.seeds[0])
 
 
@@ -221,8 +221,10 @@ def test_bad_blueprint_settings(settings):
 
 
 @pytest.mark.parametrize(
-    "change", [{"n_embd": 9}, {"n_layer": 0}, {"heads": (1,)}, {"widths": (3, 0)}], ids=lambda change: next(iter(change))
+    "change",
+    [{"n_embd": 9}, {"n_layer": 0}, {"heads": (1,)}, {"widths": (3, 0)}],
+    ids=lambda change: next(iter(change)),
 )
 def test_a_shape_that_cannot_be(change):
-    with pytest.raises(ValueError, match="must be|does not divide"):
+    with pytest.raises(ValueError, match=r"must be|does not divide"):
         TransformerConfig(**{"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8, **change})

@@ -3,7 +3,7 @@
     x → x + attn(ln(x)) → + mlp(ln(·))   with both output projections zero, weight and bias:   x → x + 0 → + 0 = x
 
 The new layer has the shape the host's layers were born with. Its norms start at weight 1 and bias 0, its incoming
-matrices as wide as the neighbour's are now. Parameters: those of a layer, (4·C·H·D + 3·H·D + C) + (2·C·W + W + C) + 4·C.
+matrices as wide as the neighbour's are now. Parameters: (4·C·H·D + 3·H·D + C) + (2·C·W + W + C) + 4·C.
 """
 
 from dataclasses import dataclass
