@@ -47,7 +47,7 @@ class CommonArguments(Arguments):
     ] = None
     task: Annotated[str, Field(title="NAME", description="What the model learns.")] = "tinystories"
     data: Annotated[
-        Path | None, Field(description="Text of your own, a file or a folder (default: the task's own data).")
+        Path | None, Field(description="Text file, folder of them, prepared shards, or a source's name (default: the task's own).")
     ] = None
     out: Annotated[
         Path | None, Field(title="DIR", description="A new or empty folder for the results (default: one in runs/).")

@@ -13,6 +13,7 @@ from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import check_unused, write_text
 from esper.workers.candidates import telemetry_space
 from esper.workers.tolaria.data import TokenData, ensure
+from esper.workers.tolaria.data.sources import SOURCES
 from esper.workers.tolaria.device import pick_device
 
 TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}
@@ -70,7 +71,8 @@ def resolve_spec(arguments: CommonArguments) -> RunSpec:
     preset = arguments.preset or by_device["cuda" if torch.cuda.is_available() else "cpu"]
     overrides = list(arguments.set)
     if arguments.data is not None:
-        overrides.append(f"data.source={arguments.data.absolute()}")
+        named = str(arguments.data) in [source.name for source in SOURCES]
+        overrides.append(f"data.source={arguments.data if named else arguments.data.absolute()}")
     spec = load_spec(preset, overrides)
     telemetry_space(spec)  # resolves the blueprints
     if spec.fleet.gpus == 0:

@@ -126,7 +126,7 @@ class PPOSpec(Frozen):
     decisions: int = Field(256, ge=8, description="decisions an iteration learns from (train_batch_size)")
     minibatch: int = Field(64, ge=8)
     epochs: int = Field(6, ge=1)
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     gae_lambda: float = Field(0.95, ge=0, le=1)
     clip: float = Field(0.2, gt=0, lt=1)
     entropy: float = Field(0.01, ge=0)
