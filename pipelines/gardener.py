@@ -14,6 +14,7 @@ from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.policies.simic.learner import build_algorithm, iteration_metrics, restore_algorithm, save_algorithm
+from esper.policies.simic.policy import CHECKPOINTS
 from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
 from esper.workers.run import GrowthRun
@@ -71,7 +72,7 @@ def train_gardener(
                 done = len(history) / (spec.ppo.iterations - iterations_done)
                 say(f"  {_line(iteration, spec.ppo.iterations, metrics)}, {eta.left(done)} left")
                 if iteration == spec.ppo.iterations or iteration % CHECKPOINT_EVERY == 0:
-                    checkpoint = out / "checkpoints" / f"{iteration:06d}"
+                    checkpoint = out / CHECKPOINTS / f"{iteration:06d}"
                     save_algorithm(
                         algorithm,
                         checkpoint,

@@ -18,6 +18,8 @@ from esper.workers.tolaria.device import pick_device
 
 TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}
 """Task → device → preset."""
+FLEET_ON_CPU = "demo"
+"""The preset of pipelines that train GPTs by the hundred, where there is no GPU: minutes instead of hours."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,18 @@ class Job:
         return TokenData.open(self.data)
 
 
-def open_job(arguments: CommonArguments, what: str) -> Job:
+def open_job(arguments: CommonArguments, what: str, *, fleet: bool = False) -> Job:
     """Settle spec, data and output folder; nothing is written before all of them are known to be good.
+
+    Args:
+        arguments: the command line.
+        what: the pipeline's name, for the output folder's.
+        fleet: whether it trains GPTs by the hundred, for the choice of the preset.
 
     Raises:
         UserError: any of them is not.
     """
-    spec = resolve_spec(arguments)
+    spec = resolve_spec(arguments, fleet=fleet)
     out = output_folder(arguments, what)
     data = ensure(
         spec.data.source,
@@ -63,12 +70,13 @@ def open_job(arguments: CommonArguments, what: str) -> Job:
     return job
 
 
-def resolve_spec(arguments: CommonArguments) -> RunSpec:
+def resolve_spec(arguments: CommonArguments, *, fleet: bool = False) -> RunSpec:
     """The preset (by task and device where none is named) with overrides; blueprints and device are checked too."""
     if arguments.task not in TASKS:
         raise unknown("task", arguments.task, TASKS)
-    by_device = TASKS[arguments.task]
-    preset = arguments.preset or by_device["cuda" if torch.cuda.is_available() else "cpu"]
+    gpu = torch.cuda.is_available()
+    chosen = FLEET_ON_CPU if fleet and not gpu else TASKS[arguments.task]["cuda" if gpu else "cpu"]
+    preset = arguments.preset or chosen
     overrides = list(arguments.set)
     if arguments.data is not None:
         named = str(arguments.data) in [source.name for source in SOURCES]

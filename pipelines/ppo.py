@@ -1,6 +1,8 @@
 """Train a gardener: PPO (Simic) over a fleet of Ray workers, each growing a GPT on text.
 
-    python pipelines/ppo.py                                  # preset by device, as many workers as cores
+    python pipelines/ppo.py                                  # preset by device, as many workers as cores; without a
+                                                             # GPU that is `demo`: minutes, and no good policy
+    python pipelines/ppo.py --preset tinystories-char        # a laptop for hours
     ray job submit -- python pipelines/ppo.py                # on a cluster
     esper ppo --surrogate --set ppo.iterations=30            # learn on a loss law, in a minute
     esper ppo --resume runs/ppo-20260101-120000              # go on from its last checkpoint
@@ -22,6 +24,7 @@ from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.spec import saved_spec
+from esper.policies.simic.policy import checkpoints
 
 
 class PPOArguments(CommonArguments):
@@ -41,7 +44,7 @@ def run(arguments: PPOArguments) -> None:
     if checkpoint is not None and arguments.preset is None:
         assert arguments.resume is not None
         arguments = arguments.model_copy(update={"preset": str(arguments.resume / "spec.json")})
-    job = open_job(arguments, "ppo")
+    job = open_job(arguments, "ppo", fleet=not arguments.surrogate)
     if checkpoint is not None:
         assert arguments.resume is not None
         refuse_other_data(job, arguments.resume)
@@ -64,7 +67,7 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         UserError: the folder holds none.
     """
-    found = sorted(path for path in (folder / "checkpoints").glob("*") if path.name.isdigit())
+    found = checkpoints(folder)
     if not found:
         raise UserError(f"--resume {folder} holds no checkpoint: name the output folder of an `esper ppo` run.")
     return found[-1]

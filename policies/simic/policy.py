@@ -23,8 +23,14 @@ from esper.platform.telemetry import VERSION, Telemetry
 from esper.policies.simic.net import GardenerNet
 
 CARD = "policy.json"
+CHECKPOINTS = "checkpoints"  # inside a `ppo` run's folder, each named by its iteration
 FOLDER = "policy"  # inside a run's or a checkpoint's folder
 FORMAT = "simic-1"  # of the files and the network
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints that a `ppo` run left in its folder, oldest first."""
+    return sorted(path for path in (run / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
 def batch(telemetries: list[Telemetry]) -> dict[str, torch.Tensor]:
@@ -110,12 +116,13 @@ class SimicPolicy:
 
     @classmethod
     def load(cls, path: Path, *, sample: bool = False, rng: np.random.Generator | None = None) -> "SimicPolicy":
-        """Read a policy from its folder, or from a run's or a checkpoint's folder that holds one in `policy/`.
+        """Read a policy: its own folder, a checkpoint's, or a `ppo` run's, whose newest checkpoint is taken.
 
         Raises:
             UserError: there is none, it is damaged, or it was made for another telemetry or network.
         """
-        folder = next((f for f in (path, path / FOLDER) if (f / CARD).is_file()), None)
+        newest = [checkpoint / FOLDER for checkpoint in checkpoints(path)[::-1]]
+        folder = next((f for f in (path, path / FOLDER, *newest) if (f / CARD).is_file()), None)
         if folder is None:
             what = "holds no trained policy" if path.exists() else "does not exist"
             raise UserError(f"policy {path} {what}: name a folder that `esper ppo` left.")
