@@ -90,7 +90,22 @@ def _data(spec: RunSpec, source: Path, folder: Path) -> TokenData:
     return TokenData.open(out)
 
 
-BENCHMARKS = {"step": bench_step}
+def bench_waiting() -> None:
+    """How much of the time the workers of a fleet wait for an action, while the learner updates in between."""
+    print("share of the time in which a GrowthWorker waits for an action (demo preset, 2 iterations of PPO)")
+    from esper.pipelines.gardener import train_gardener
+    from esper.pipelines.job import Job
+    from esper.platform import cluster
+
+    spec = load_spec("demo", ["ppo.iterations=2"])
+    with tempfile.TemporaryDirectory() as folder, cluster.session():
+        job = Job(spec, ensure("python-docs", "char", max_bytes=spec.data.max_bytes), Path(folder) / "ppo")
+        history = train_gardener(job, job.out, seed=0)["history"]
+    busy = history[-1]["busy"]
+    print(f"  {1 - busy:.1%} waiting, {busy:.1%} busy; learner's update {history[-1]['learn_seconds']:.2f} s")
+
+
+BENCHMARKS = {"step": bench_step, "waiting": bench_waiting}
 
 
 def main(names: list[str]) -> int:

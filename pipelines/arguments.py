@@ -47,7 +47,8 @@ class CommonArguments(Arguments):
     ] = None
     task: Annotated[str, Field(title="NAME", description="What the model learns.")] = "tinystories"
     data: Annotated[
-        Path | None, Field(description="Text file, folder of them, prepared shards, or a source's name (default: the task's own).")
+        Path | None,
+        Field(description="A text file, a folder of them, prepared shards, or a source's name."),
     ] = None
     out: Annotated[
         Path | None, Field(title="DIR", description="A new or empty folder for the results (default: one in runs/).")

@@ -84,7 +84,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tinystories() -> Path:
     if not TINYSTORIES.is_dir():
         pytest.skip(f"needs the TinyStories slice in {TINYSTORIES}")

@@ -132,7 +132,7 @@ class Kasmina:
         return nn.utils.clip_grad_norm_(host, max_norm)
 
     def parameters_warming_up(self) -> float:
-        """Parameters on probation, each counted by how far its rate still is from the host's (1 at birth, then to 0)."""
+        """Parameters on probation, each counted by how far its rate still is from the host's: 1 at birth, then to 0."""
         return sum(seed.parameters * (1 - self._scale(seed)) for seed in self.seeds if self.on_probation(seed))
 
     def _scale(self, seed: Seed) -> float:
