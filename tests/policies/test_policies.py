@@ -61,13 +61,13 @@ def test_schedule_grafts_when_and_where_it_says(spec):
         [
             Entry(at=0.4, blueprint="ffn", site="h0.ffn"),
             Entry(at=0.15, blueprint="block"),
-            Entry(at=0.15, blueprint="block", site="wte.stream"),
+            Entry(at=0.15, blueprint="block", site="h1.stream"),
         ]
     )
     grafts = play(spec, policy)["grafts"]
     assert [(g["site"], g["blueprint"]) for g in grafts] == [
         ("h0.stream", "block"),
-        ("wte.stream", "block"),
+        ("h1.stream", "block"),
         ("h0.ffn", "ffn"),
     ]
     slice_ = 1 / spec.budget.decisions

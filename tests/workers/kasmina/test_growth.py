@@ -180,10 +180,10 @@ def test_a_seed_takes_the_settings_of_its_siblings_group():
 def test_site_ids_outlive_growth_around_them():
     host, kasmina = small()
     old = {site.id for site in host.injection_specs()}
-    kasmina.graft("wte.stream", "block")
+    kasmina.graft("h0.stream", "block")
     sites = host.injection_specs()
     assert old < {site.id for site in sites}
-    assert [site.id for site in sites][1:3] == ["h2.attention", "h2.ffn"]
+    assert [site.id for site in sites][3:5] == ["h2.attention", "h2.ffn"]
     assert [site.depth for site in sites] == sorted(site.depth for site in sites)
 
 

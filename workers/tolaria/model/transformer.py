@@ -211,16 +211,14 @@ class TransformerHost(nn.Module):
         return module, (block.attn if part == "attention" else block.mlp).c_proj
 
     def written_by(self, site_id: str) -> Iterator[nn.Parameter]:
-        """The parameters that a site's telemetry is about; for a stream site, of the module that writes it."""
-        if site_id == "wte.stream":
-            return iter((self.wte.weight, self.wpe.weight))
+        """The parameters that a site's telemetry is about; for a stream site, of the layer before it."""
         block, part = self._block(site_id)
         return {"attention": block.attn, "ffn": block.mlp, "stream": block}[part].parameters()
 
     def insert_layer(self, site_id: str) -> tuple[Block, Pairs]:
-        """Put an uninitialised layer of the born shape into the stream; its siblings are the layer's beside it."""
+        """Put an uninitialised layer of the born shape into the stream; its siblings are the layer's before it."""
         position = self._shape.position(site_id)
-        sibling = self.h[max(0, position - 1)]
+        sibling = self.h[position - 1]
         assert isinstance(sibling, Block)
         layer = LayerShape(self._shape.next_uid(), self._shape.born.heads, self._shape.born.width)
         block = Block(self._shape, layer, self.config.dropout).to(sibling.ln_1.weight)
