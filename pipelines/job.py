@@ -63,8 +63,11 @@ def open_job(arguments: CommonArguments, what: str, *, fleet: bool = False) -> J
     job = Job(spec, data, out)
     manifest = job.open_data().manifest
     tokens = {name: split.tokens for name, split in manifest.splits.items()}
+    unseen = sum(split.unseen for split in manifest.splits.values())
     say(f"preset  {spec.preset}: {describe(spec)}")
     say(f"data    {manifest.source}, {spec.data.tokenizer}: {tokens['train']:,} training tokens in {data}")
+    if unseen:
+        say(f"        {unseen:,} characters of the validation text are not in the training text: one reserved id")
     say(f"out     {out}")
     write_text(out / "spec.json", spec.model_dump_json(indent=2) + "\n")
     return job

@@ -9,6 +9,7 @@ matplotlib.use("Agg")  # no screen needed
 
 import matplotlib.pyplot as plt
 
+STYLES = ("-", "--", ":", "-.")  # arms that never grew lie on one another: all of them should show
 SHOWN_FROM = 0.04  # budget fraction: before it every run falls from chance level, and would flatten the rest
 
 
@@ -24,8 +25,8 @@ def draw_losses(summaries: list[dict[str, Any]], path: Path) -> None:
             [point["parameter_seconds"] for point in curve],
             [point["val_loss"] for point in curve],
             color=color,
-            linewidth=1.4,
-            alpha=0.85,
+            linestyle=STYLES[arms.index(summary["arm"]) % len(STYLES)],
+            linewidth=1.6,
             label=summary["arm"] if first else None,
         )
         whole = summary["val_curve"]
