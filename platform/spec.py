@@ -14,6 +14,7 @@ from esper.platform.clock import ClockSpec
 from esper.platform.errors import UserError, unknown
 from esper.platform.ledger import Axis
 from esper.platform.model import Frozen
+from esper.platform.storage import read_json
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -198,12 +199,7 @@ def _read_preset(preset: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a JSON file of a spec.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): mend it, or name another preset.") from None
+    values = read_json(path, str(path), "a JSON file of a spec")
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object: a spec is an object with keys such as host and budget.")
     return values

@@ -28,6 +28,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path, what: str, example: str) -> Any:
+    """The value in a JSON file that a user named.
+
+    Args:
+        path: the file.
+        what: how errors call it, such as `--schedule plan.json`.
+        example: what it should be, for the mend.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror}): name {example}.") from None
+    except ValueError as error:
+        raise UserError(f"{what} is not valid JSON ({error}): mend it, or name another.") from None
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill that becomes `path` only when the block ends without an error.

@@ -1,12 +1,12 @@
 """The arms: every gardener by name. The one list; the command line, the sweep and the docs derive from it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.errors import UserError, unknown
+from esper.platform.storage import read_json
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.static import StaticPolicy
@@ -47,13 +47,14 @@ def _schedule(inputs: ArmInputs) -> GrowthPolicy:
 def _random(inputs: ArmInputs) -> GrowthPolicy:
     if inputs.match is None:
         return RandomPolicy(inputs.seed)
+    summary = read_json(inputs.match, f"--match {inputs.match}", "a summary.json that `esper train` left")
     try:
-        summary = json.loads(inputs.match.read_text(encoding="utf-8"))
-        return RandomPolicy(inputs.seed, matched=[graft["blueprint"] for graft in summary["grafts"]])
-    except (OSError, ValueError, KeyError, TypeError):
+        matched = [graft["blueprint"] for graft in summary["grafts"]]
+    except (KeyError, TypeError):
         raise UserError(
-            f"--match {inputs.match} is not the summary.json of a run: name one that `train` left."
+            f"--match {inputs.match} is not the summary of a run: name one that `esper train` left."
         ) from None
+    return RandomPolicy(inputs.seed, matched=matched)
 
 
 ARMS: dict[str, Callable[[ArmInputs], GrowthPolicy]] = {

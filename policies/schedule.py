@@ -5,7 +5,6 @@ Without a site, the deepest one where it is legal. An entry is due at the first 
 graft a decision, in order, and one that is not legal when due waits until it is.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pydantic import Field
 from esper.platform.contracts import GraftAction, Probe
 from esper.platform.errors import UserError, unknown
 from esper.platform.model import Frozen
+from esper.platform.storage import read_json
 from esper.platform.telemetry import Telemetry
 
 
@@ -39,12 +39,7 @@ class SchedulePolicy:
         Raises:
             UserError: no such file, no JSON list, or an entry that is not one.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"--schedule {path} cannot be read ({error.strerror}): name a JSON file.") from None
-        except ValueError as error:
-            raise UserError(f"--schedule {path} is not valid JSON ({error}): mend it.") from None
+        values = read_json(path, f"--schedule {path}", "a JSON file")
         if not isinstance(values, list):
             raise UserError(
                 f"--schedule {path} holds no list: write it as "

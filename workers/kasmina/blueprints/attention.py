@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
-from esper.workers.kasmina.blueprints.widen import add_units
+from esper.workers.kasmina.blueprints.widen import add_units, units_at
 from esper.workers.kasmina.registry import register
 
 
@@ -31,7 +31,7 @@ class AttentionSeed:
 
     def allowed(self, shape: HostShape, site_id: str) -> bool:
         """Up to `limit` heads in all."""
-        return next(site.units for site in shape.injection_specs() if site.id == site_id) + self.heads <= self.limit
+        return units_at(shape, site_id) + self.heads <= self.limit
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
         """The shape with the heads added."""

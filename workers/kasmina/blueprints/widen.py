@@ -10,7 +10,12 @@ also starts from zero on one side).
 import torch
 from torch import Tensor
 
-from esper.platform.contracts import HostProtocol
+from esper.platform.contracts import HostProtocol, HostShape
+
+
+def units_at(shape: HostShape, site_id: str) -> int:
+    """Units (heads, neurons) at a site."""
+    return next(site.units for site in shape.injection_specs() if site.id == site_id)
 
 
 def add_units(host: HostProtocol, site_id: str, units: int, generator: torch.Generator) -> list[tuple]:
@@ -20,7 +25,7 @@ def add_units(host: HostProtocol, site_id: str, units: int, generator: torch.Gen
     scale whenever the graft comes.
     """
     incoming, outgoing = host.linears(site_id)
-    now = next(site.units for site in host.injection_specs() if site.id == site_id)
+    now = units_at(host.shape, site_id)
     rows, columns = incoming.out_features // now, outgoing.in_features // now  # of one unit
     weight = drawn_like(incoming.weight[0], (units * rows, incoming.in_features), generator)
     bias = torch.zeros(units * rows)
