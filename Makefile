@@ -41,7 +41,7 @@ fmt: $(READY)  ## mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## measure, and record the numbers
+bench: $(READY)  ## measure speed as paired ratios
 	$(BIN)/python benchmarks/run.py
 
 clean:  ## remove caches and build products; .venv, runs and mlflow.db stay

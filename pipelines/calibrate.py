@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, main_guard
-from esper.pipelines.job import open_job
+from esper.pipelines.job import open_job, resolve_spec
 from esper.platform.console import say
 from esper.platform.storage import write_json
 from esper.workers.calibrate import calibrate
@@ -26,11 +26,12 @@ class CalibrateArguments(CommonArguments):
 
 def run(arguments: CalibrateArguments) -> None:
     """Settle, time, fit, report."""
-    job = open_job(arguments, "calibrate")
+    job = open_job(arguments, resolve_spec(arguments), "calibrate")
     clock, rows = calibrate(job.spec, job.open_data(), steps=arguments.steps)
     say("layers  MLP width  wall ms  formula ms  error")
     for row in rows:
         say(f"{row.layers:6}  {row.mlp_width:9}  {1e3 * row.wall:7.2f}  {1e3 * row.predicted:10.2f}  {row.error:+5.1%}")
+    job.begin()
     worst = max(abs(row.error) for row in rows)
     constants = clock.model_dump(exclude={"kind"})
     write_json(job.out / "clock.json", constants)

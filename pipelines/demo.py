@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import Field
 
 from esper.pipelines.arguments import main_guard
-from esper.pipelines.gardener import train_gardener
-from esper.pipelines.job import open_job
+from esper.pipelines.gardener import gpus_needed, train_gardener
+from esper.pipelines.job import open_job, resolve_spec
 from esper.pipelines.sweep import TRAINING_SEED, SweepArguments, compare, parse_arms
 from esper.platform import cluster
 from esper.platform.console import duration, say
@@ -32,9 +32,11 @@ def run(arguments: DemoArguments) -> int:
     say("Esper's demo: about 3 minutes on 2 cores. It does not train a good policy; that takes hours.")
     say("1 of 3  preparing text, some seconds")
     arguments = arguments.model_copy(update={"preset": arguments.preset or "demo"})
-    arms, inputs = parse_arms(arguments)
-    job = open_job(arguments, "demo")
-    with cluster.session():
+    spec = resolve_spec(arguments)
+    arms, inputs = parse_arms(arguments, spec)
+    job = open_job(arguments, spec, "demo")
+    with cluster.session(gpus=gpus_needed(spec)):
+        job.begin()
         if "ppo" in arms and inputs.policy is None:
             say(f"2 of 3  training a gardener with PPO, about a minute and a half; {_so_far(begun)}")
             trained = train_gardener(job, job.out / "ppo", seed=TRAINING_SEED + arguments.seed)

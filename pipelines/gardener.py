@@ -1,6 +1,8 @@
 """Training a gardener: PPO iterations over a fleet, with progress, tracking, checkpoints and a summary."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from esper.pipelines.job import Job
 from esper.platform import cluster
 from esper.platform.console import Eta, say
 from esper.platform.contracts import Run
+from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker
@@ -25,6 +28,18 @@ SURROGATES = 16  # surrogate runs side by side in the driver
 CHECKPOINT_EVERY = 5  # iterations
 
 
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to go on from, and what its training had done by then."""
+
+    checkpoint: Path
+    iterations: int
+    episodes: float
+    decisions: float
+    seed: int
+    surrogate: bool
+
+
 def train_gardener(
     job: Job,
     out: Path,
@@ -32,8 +47,7 @@ def train_gardener(
     seed: int,
     parent: str | None = None,
     surrogate: bool = False,
-    resume: Path | None = None,
-    iterations_done: int = 0,
+    start: ResumePoint | None = None,
 ) -> dict[str, Any]:
     """Train on the connected cluster and return the summary, which is also left in `out`.
 
@@ -43,60 +57,59 @@ def train_gardener(
         seed: of policy, episodes and action noise.
         parent: MLflow run that this one is a child of.
         surrogate: train on SurrogateRun instead of on text.
-        resume: checkpoint to go on from.
-        iterations_done: iterations that the checkpoint has behind it.
+        start: where to go on from.
     """
     spec, space = job.spec, telemetry_space(job.spec)
-    tracker = Tracker.start(
+    make_fleet = fleet_maker(job, surrogate=surrogate)
+    begin = 0 if start is None else start.iterations
+    done = {"episodes": 0.0, "decisions": 0.0}
+    if start is not None:
+        done = {"episodes": start.episodes, "decisions": start.decisions}
+    history: list[dict[str, float]] = []
+    checkpoint: Path | None = None
+    with Tracker.start(
         "esper-gardeners",
         out.name if parent is None else f"{out.parent.name}-ppo",
-        tags={"kind": "ppo", "arm": "ppo", "seed": str(seed), "preset": spec.preset},
+        tags={"kind": "ppo", "arm": "ppo", "seed": seed, "preset": spec.preset},
         params=spec.model_dump(mode="json"),
         parent=parent,
-    )
-    make_fleet = fleet_maker(job, surrogate=surrogate)
-    say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
-    if resume is None:
-        algorithm = build_algorithm(spec, space, make_fleet, seed=seed)
-    else:
-        algorithm = restore_algorithm(resume, spec, space, make_fleet, seed=seed)
-    history: list[dict[str, float]] = []
-    checkpoint = resume
-    eta = Eta()
-    with tracker:
+    ) as tracker:
+        say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
+        if start is None:
+            algorithm = build_algorithm(spec, space, make_fleet, seed=seed)
+        else:
+            algorithm = restore_algorithm(start.checkpoint, spec, space, make_fleet, seed=seed)
+        eta = Eta()
         try:
-            for iteration in range(iterations_done + 1, spec.ppo.iterations + 1):
+            for iteration in range(begin + 1, spec.ppo.iterations + 1):
                 metrics = iteration_metrics(algorithm.train())
                 history.append({"iteration": iteration, **metrics})
+                done = {key: done[key] + metrics[key] for key in done}
                 tracker.log(metrics, iteration)
-                done = len(history) / (spec.ppo.iterations - iterations_done)
-                say(f"  {_line(iteration, spec.ppo.iterations, metrics)}, {eta.left(done)} left")
+                left = eta.left(len(history) / (spec.ppo.iterations - begin))
+                say(f"  {_line(iteration, spec.ppo.iterations, metrics)}, {left} left")
                 if iteration == spec.ppo.iterations or iteration % CHECKPOINT_EVERY == 0:
                     checkpoint = out / CHECKPOINTS / f"{iteration:06d}"
-                    save_algorithm(
-                        algorithm,
-                        checkpoint,
-                        {"preset": spec.preset, "iterations": iteration, "surrogate": surrogate, "seed": seed},
-                    )
+                    extra = {"iterations": iteration, **done, "seed": seed, "surrogate": surrogate}
+                    save_algorithm(algorithm, checkpoint, extra)
         finally:
             algorithm.stop()
+        assert checkpoint is not None
         summary = {
             "preset": spec.preset,
             "seed": seed,
             "surrogate": surrogate,
             "iterations": spec.ppo.iterations,
-            "episodes": sum(metrics["episodes"] for metrics in history),
-            "decisions": sum(metrics["decisions"] for metrics in history),
-            "episode_return_mean": history[-1]["return_mean"] if history else None,
+            **done,
+            "episode_return_mean": history[-1]["return_mean"],
             "checkpoint": str(checkpoint),
             "mlflow": tracker.run_id,
             "history": history,
         }
         write_json(out / "summary.json", summary)
         tracker.artifact(out / "summary.json")
-        if checkpoint is not None:
-            tracker.artifact(checkpoint / "policy", "policy")
-        say(f"policy  {checkpoint}; use it with: esper train ppo --policy {checkpoint}")
+        tracker.artifact(checkpoint / "policy", "policy")
+    say(f"policy  {checkpoint}; use it with: esper train ppo --policy {checkpoint}")
     return {**summary, "where": tracker.where}
 
 
@@ -112,14 +125,23 @@ def make_run(spec: RunSpec, data: Path) -> Run:
     return GrowthRun(spec, TokenData.open(data, verify=False))
 
 
+def gpus_needed(spec: RunSpec) -> int | None:
+    """GPUs that a cluster must have for one worker or trial; None where none is needed."""
+    return math.ceil(spec.fleet.gpus) or None
+
+
 def _ray_fleet(spec: RunSpec, data: Path) -> Fleet:
     fleet = spec.fleet
-    by_cores = max(1, int(cluster.cores() / fleet.cpus)) if fleet.cpus else 1
-    count = fleet.workers or (min(by_cores, max(1, int(cluster.gpus() / fleet.gpus))) if fleet.gpus else by_cores)
+    room = cluster.fit(fleet.cpus, fleet.gpus)
+    count = room if fleet.workers is None else fleet.workers
+    if count > room:
+        raise UserError(
+            f"fleet.workers is {count}, but the cluster holds {room} of them: set it lower, or leave it out."
+        )
     say(f"fleet   {count} workers, each with {fleet.cpus:g} core(s)" + (f", {fleet.gpus:g} GPU" if fleet.gpus else ""))
 
     def make_worker(number: int):
-        options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus, name=None)
+        options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus)
         return options.remote(partial(make_run, spec, data))
 
     return RayFleet(make_worker, count)

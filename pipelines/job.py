@@ -8,7 +8,7 @@ import torch
 
 from esper.pipelines.arguments import CommonArguments
 from esper.platform.console import say
-from esper.platform.errors import unknown
+from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import check_unused, write_text
 from esper.workers.candidates import telemetry_space
@@ -24,12 +24,12 @@ FLEET_ON_CPU = "demo"
 
 @dataclass(frozen=True)
 class Job:
-    """A pipeline's work, settled.
+    """A pipeline's work, settled; nothing has been written yet.
 
     Attributes:
         spec: resolved; `spec.data.source` is what was asked for.
         data: folder of the prepared shards.
-        out: where results go; it holds `spec.json`.
+        out: where results go.
     """
 
     spec: RunSpec
@@ -40,41 +40,53 @@ class Job:
         """The shards, checksums verified."""
         return TokenData.open(self.data)
 
+    def begin(self) -> None:
+        """Make the output folder, with the resolved spec in it: everything is known to be good."""
+        write_text(self.out / "spec.json", self.spec.model_dump_json(indent=2) + "\n")
 
-def open_job(arguments: CommonArguments, what: str, *, fleet: bool = False) -> Job:
-    """Settle spec, data and output folder; nothing is written before all of them are known to be good.
+
+def open_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
+    """Settle data and output folder, and say what was chosen.
 
     Args:
         arguments: the command line.
+        spec: what `resolve_spec` made of it.
         what: the pipeline's name, for the output folder's.
-        fleet: whether it trains GPTs by the hundred, for the choice of the preset.
 
     Raises:
-        UserError: any of them is not.
+        UserError: either is not good, or the text is too short for the spec's context.
     """
-    spec = resolve_spec(arguments, fleet=fleet)
     out = output_folder(arguments, what)
-    data = ensure(
-        spec.data.source,
-        spec.data.tokenizer,
-        valid_fraction=spec.data.valid_fraction,
-        max_bytes=spec.data.max_bytes,
-    )
+    source = spec.data
+    data = ensure(source.source, source.tokenizer, valid_fraction=source.valid_fraction, max_bytes=source.max_bytes)
     job = Job(spec, data, out)
     manifest = job.open_data().manifest
-    tokens = {name: split.tokens for name, split in manifest.splits.items()}
+    for name, split in manifest.splits.items():
+        if split.tokens <= spec.host.block_size + 1:
+            raise UserError(
+                f"the {name} text has {split.tokens:,} tokens, too few for a context of {spec.host.block_size}: "
+                "give more text, or set a smaller host.block_size."
+            )
     unseen = sum(split.unseen for split in manifest.splits.values())
     say(f"preset  {spec.preset}: {describe(spec)}")
-    say(f"data    {manifest.source}, {spec.data.tokenizer}: {tokens['train']:,} training tokens in {data}")
+    train = manifest.splits["train"].tokens
+    say(f"data    {manifest.source}, {source.tokenizer}: {train:,} training tokens in {data}")
     if unseen:
         say(f"        {unseen:,} characters of the validation text are not in the training text: one reserved id")
     say(f"out     {out}")
-    write_text(out / "spec.json", spec.model_dump_json(indent=2) + "\n")
     return job
 
 
 def resolve_spec(arguments: CommonArguments, *, fleet: bool = False) -> RunSpec:
-    """The preset (by task and device where none is named) with overrides; blueprints and device are checked too."""
+    """The preset (by task and device where none is named) with overrides; blueprints and device are checked too.
+
+    Args:
+        arguments: the command line.
+        fleet: whether the pipeline trains GPTs by the hundred, and elsewhere than in this process.
+
+    Raises:
+        UserError: an unknown task, preset, key or blueprint, a value that is not allowed, a GPU that is not there.
+    """
     if arguments.task not in TASKS:
         raise unknown("task", arguments.task, TASKS)
     gpu = torch.cuda.is_available()
@@ -86,7 +98,7 @@ def resolve_spec(arguments: CommonArguments, *, fleet: bool = False) -> RunSpec:
         overrides.append(f"data.source={arguments.data if named else arguments.data.absolute()}")
     spec = load_spec(preset, overrides)
     telemetry_space(spec)  # resolves the blueprints
-    if spec.fleet.gpus == 0:
+    if not fleet:
         pick_device(spec)
     return spec
 

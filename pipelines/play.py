@@ -1,11 +1,11 @@
 """One episode under one policy: the loop that every arm goes through."""
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from esper.platform.contracts import GraftAction, GrowthPolicy, Instance, Run, Transition
 from esper.platform.telemetry import Telemetry
+from esper.workers.episode import perplexity
 
 R = TypeVar("R", bound=Run)
 OnDecision = Callable[[R, Telemetry, GraftAction, Transition], None]
@@ -34,4 +34,4 @@ def play(
 
 def metrics(point: dict[str, float]) -> dict[str, float]:
     """What MLflow gets at a decision, from a point of the curve: loss, size and every ledger axis at one step."""
-    return {**point, "perplexity": math.exp(min(point["val_loss"], 50.0))}
+    return {**point, "perplexity": perplexity(point["val_loss"])}

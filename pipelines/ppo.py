@@ -18,13 +18,13 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, main_guard
-from esper.pipelines.gardener import train_gardener
-from esper.pipelines.job import Job, open_job
+from esper.pipelines.gardener import ResumePoint, gpus_needed, train_gardener
+from esper.pipelines.job import Job, describe, open_job, output_folder, resolve_spec
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.spec import saved_spec
-from esper.policies.simic.policy import checkpoints
+from esper.policies.simic.policy import SimicPolicy, checkpoints
 
 
 class PPOArguments(CommonArguments):
@@ -40,29 +40,33 @@ class PPOArguments(CommonArguments):
 
 def run(arguments: PPOArguments) -> None:
     """Settle, connect, train, report."""
-    checkpoint = last_checkpoint(arguments.resume) if arguments.resume else None
-    if checkpoint is not None and arguments.preset is None:
-        assert arguments.resume is not None
-        arguments = arguments.model_copy(update={"preset": str(arguments.resume / "spec.json")})
-    job = open_job(arguments, "ppo", fleet=not arguments.surrogate)
-    if checkpoint is not None:
-        assert arguments.resume is not None
-        refuse_other_data(job, arguments.resume)
-    with cluster.session(gpus=1 if job.spec.fleet.gpus else None):
-        summary = train_gardener(
-            job,
-            job.out,
-            seed=arguments.seed,
-            surrogate=arguments.surrogate,
-            resume=checkpoint,
-            iterations_done=int(checkpoint.name) if checkpoint else 0,
+    seed, surrogate, start = arguments.seed, arguments.surrogate, None
+    if arguments.resume is not None:
+        start = resume_point(arguments.resume)
+        seed, surrogate = start.seed, start.surrogate
+        if arguments.preset is None:
+            arguments = arguments.model_copy(update={"preset": str(arguments.resume / "spec.json")})
+    spec = resolve_spec(arguments, fleet=not surrogate)
+    if start is not None and start.iterations >= spec.ppo.iterations:
+        raise UserError(
+            f"--resume {arguments.resume} has its {start.iterations} iterations: ask for more, such as "
+            f"--set ppo.iterations={2 * start.iterations}."
         )
+    job = Job(spec, Path(), output_folder(arguments, "ppo")) if surrogate else open_job(arguments, spec, "ppo")
+    if surrogate:
+        say(f"preset  {spec.preset}: {describe(spec)}")
+        say(f"out     {job.out}")
+    if arguments.resume is not None and not surrogate:
+        refuse_other_data(job, arguments.resume)
+    with cluster.session(gpus=None if surrogate else gpus_needed(spec)):
+        job.begin()
+        summary = train_gardener(job, job.out, seed=seed, surrogate=surrogate, start=start)
     say(f"results: {job.out / 'summary.json'}")
     say(f"compare: {summary['where']}")
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint that a `ppo` run left.
+def resume_point(folder: Path) -> ResumePoint:
+    """Where a `ppo` run's newest checkpoint stands, as its card tells.
 
     Raises:
         UserError: the folder holds none.
@@ -70,7 +74,7 @@ def last_checkpoint(folder: Path) -> Path:
     found = checkpoints(folder)
     if not found:
         raise UserError(f"--resume {folder} holds no checkpoint: name the output folder of an `esper ppo` run.")
-    return found[-1]
+    return ResumePoint(found[-1], **SimicPolicy.load(found[-1]).card["extra"])
 
 
 def refuse_other_data(job: Job, resumed: Path) -> None:

@@ -28,9 +28,10 @@ class PrepareArguments(CommonArguments):
 
 def run(arguments: PrepareArguments) -> None:
     """Settle, prepare, report."""
-    spec = resolve_spec(arguments)
+    spec = resolve_spec(arguments, fleet=True)
     out = output_folder(arguments, "data")
     data = spec.data
+    say(f"preset  {spec.preset}: {data.source}, {arguments.tokenizer or data.tokenizer}; out {out}")
     manifest = prepare(
         data.source,
         arguments.tokenizer or data.tokenizer,

@@ -2,7 +2,8 @@
 
     python pipelines/sweep.py --arms static,tamiyo --seeds 3
     esper sweep --arms static,tamiyo,ppo --policy runs/ppo-20260101-120000
-    esper sweep --arms static,ppo                   # no policy given: trains one first, on the same spec
+    esper sweep --arms static,ppo                   # no policy given: trains one first, on the same spec; without a
+                                                    # GPU the preset is then `demo`
 
 Leaves `summary.json` (a list of run summaries), `loss.png` and a folder per trial; in MLflow a parent run with a child
 per trial.
@@ -16,14 +17,15 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, main_guard
-from esper.pipelines.gardener import train_gardener
-from esper.pipelines.job import Job, open_job
+from esper.pipelines.gardener import gpus_needed, train_gardener
+from esper.pipelines.job import Job, open_job, resolve_spec
 from esper.pipelines.picture import draw_losses
 from esper.pipelines.table import arm_table
 from esper.pipelines.trials import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
+from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker
 from esper.policies.arms import ALIASES, ARMS, ArmInputs, arm_name, make_policy
@@ -46,13 +48,15 @@ class SweepArguments(CommonArguments):
 
 def run(arguments: SweepArguments) -> int:
     """Settle, run the trials, report; 1 if a trial failed."""
-    arms, inputs = parse_arms(arguments)
-    job = open_job(arguments, "sweep")
-    with cluster.session(gpus=1 if job.spec.fleet.gpus else None):
+    spec = resolve_spec(arguments, fleet="ppo" in arguments.arms and arguments.policy is None)
+    arms, inputs = parse_arms(arguments, spec)
+    job = open_job(arguments, spec, "sweep")
+    with cluster.session(gpus=gpus_needed(spec)):
+        job.begin()
         return compare(job, arms, arguments, inputs)
 
 
-def parse_arms(arguments: SweepArguments) -> tuple[list[str], ArmInputs]:
+def parse_arms(arguments: SweepArguments, spec: RunSpec) -> tuple[list[str], ArmInputs]:
     """The arms by name, and what they are given; what is missing is refused before anything starts.
 
     Raises:
@@ -61,7 +65,7 @@ def parse_arms(arguments: SweepArguments) -> tuple[list[str], ArmInputs]:
     arms = list(dict.fromkeys(arm_name(name.strip()) for name in arguments.arms.split(",") if name.strip()))
     if not arms:
         raise UserError(f"--arms names no arm: give one or more of {', '.join([*ARMS, *ALIASES])}.")
-    inputs = ArmInputs(arguments.seed, arguments.policy, arguments.schedule)
+    inputs = ArmInputs(arguments.seed, arguments.policy, arguments.schedule, blueprints=tuple(spec.growth.blueprints))
     for arm in arms:
         if arm != "ppo" or arguments.policy is not None:
             make_policy(arm, inputs)

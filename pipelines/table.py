@@ -21,7 +21,7 @@ def arm_table(summaries: list[dict[str, Any]]) -> str:
             (
                 arm,
                 str(len(runs)),
-                f"{mean('val_loss'):.4f}{spread}",
+                f"{mean('val_loss'):.4f}{spread}" + (" (diverged)" if any(run["diverged"] for run in runs) else ""),
                 f"{mean('perplexity'):.2f}",
                 f"{mean('parameters'):,.0f}",
                 f"{mean('parameter_seconds'):,.0f}",

@@ -17,11 +17,13 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from esper.pipelines.arguments import CommonArguments, main_guard
-from esper.pipelines.job import open_job
+from esper.pipelines.job import open_job, resolve_spec
 from esper.pipelines.play import metrics, play
 from esper.pipelines.progress import RunProgress
 from esper.platform.console import duration, say
+from esper.platform.contracts import GraftAction, Transition
 from esper.platform.storage import write_json
+from esper.platform.telemetry import Telemetry
 from esper.platform.tracking import Tracker
 from esper.policies.arms import ALIASES, ARMS, ArmInputs, arm_name, make_policy
 from esper.workers.run import GrowthRun
@@ -42,32 +44,31 @@ class TrainArguments(CommonArguments):
 def run(arguments: TrainArguments) -> None:
     """Settle, train, report."""
     arm = arm_name(arguments.arm)
-    policy = make_policy(arm, ArmInputs(arguments.seed, arguments.policy, arguments.schedule, arguments.match))
-    job = open_job(arguments, f"train-{arm}")
-    spec = job.spec
+    spec = resolve_spec(arguments)
+    inputs = ArmInputs(
+        arguments.seed, arguments.policy, arguments.schedule, arguments.match, tuple(spec.growth.blueprints)
+    )
+    policy = make_policy(arm, inputs)
+    job = open_job(arguments, spec, f"train-{arm}")
+    job.begin()
     progress = RunProgress()
     growth = GrowthRun(spec, job.open_data(), on_step=progress.on_step)
-    tracker = Tracker.start(
-        f"esper-{arguments.task}",
-        job.out.name,
-        tags={"arm": arm, "seed": str(arguments.seed), "preset": spec.preset},
-        params=spec.model_dump(mode="json"),
-    )
+    tags = {"arm": arm, "seed": arguments.seed, "preset": spec.preset}
+    with Tracker.start(
+        f"esper-{arguments.task}", job.out.name, tags=tags, params=spec.model_dump(mode="json")
+    ) as tracker:
 
-    def on_decision(growth, telemetry, action, transition):
-        progress.on_decision(growth, telemetry, action, transition)
-        tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
+        def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
+            progress.on_decision(growth, telemetry, action, transition)
+            tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
 
-    try:
         summary = play(growth, policy, arm=arm, seed=arguments.seed, on_decision=on_decision)
-    except BaseException:
-        tracker.close("KILLED")
-        raise
-    summary["mlflow"] = tracker.run_id
-    write_json(job.out / "summary.json", summary)
-    tracker.artifact(job.out / "summary.json")
-    tracker.artifact(job.out / "spec.json")
-    tracker.close()
+        summary["mlflow"] = tracker.run_id
+        write_json(job.out / "summary.json", summary)
+        tracker.artifact(job.out / "summary.json")
+        tracker.artifact(job.out / "spec.json")
+    if summary["diverged"]:
+        say(f"diverged: the loss was not finite at {growth.fraction():.0%} of the budget; lower the learning rate.")
     say(
         f"{arm}: val loss {summary['val_loss']:.4f} nats per token (perplexity {summary['perplexity']:.2f}), "
         f"{summary['parameters']:,} parameters, {len(summary['grafts'])} grafts, {summary['steps']:,} steps, "

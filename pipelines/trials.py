@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 
 from esper.pipelines.job import Job
 from esper.pipelines.play import metrics, play
+from esper.platform import cluster
 from esper.platform.console import Eta, say
 from esper.platform.contracts import GraftAction, Transition
 from esper.platform.spec import RunSpec
@@ -37,6 +38,7 @@ def run_trials(
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     fleet = job.spec.fleet
+    cluster.fit(fleet.cpus, fleet.gpus)
     trainable = tune.with_parameters(_trial, spec=job.spec, data=job.data, inputs=inputs)
     reporter = _Reporter(job.spec, len(arms) * len(seeds), experiment, parent)
     tuner = tune.Tuner(
@@ -48,7 +50,11 @@ def run_trials(
         ),
     )
     summaries, failures = [], []
-    for result in tuner.fit():
+    try:
+        results = tuner.fit()
+    finally:
+        reporter.close_all()
+    for result in results:
         config, summary = result.config or {}, (result.metrics or {}).get("summary")
         name = f"{config['arm']}-seed{config['seed']}"
         if result.error is not None or summary is None:
@@ -122,6 +128,12 @@ class _Reporter(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Close its run as failed."""
         self._close(trial, "FAILED")
+
+    def close_all(self) -> None:
+        """Close what is still open: the sweep was interrupted."""
+        for tracker in self._trackers.values():
+            tracker.close("KILLED")
+        self._trackers.clear()
 
     def _close(self, trial: Trial, status: Any) -> None:
         name = _name(trial)

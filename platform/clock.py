@@ -33,7 +33,7 @@ class ClockSpec(Frozen):
         plain = self.base_seconds + self.layer_seconds * shape.depth() + flops / self.flops_per_second
         return plain * (self.split_factor if split else 1.0)
 
-    def axis_per_step(self, axis: Axis, shape: HostShape, tokens: int) -> float:
+    def axis_per_step(self, axis: Axis, shape: HostShape, tokens: int, *, split: bool = False) -> float:
         """Predicted use of one budget axis by one optimizer step over `tokens` tokens at this shape."""
         if axis == "steps":
             return 1.0
@@ -41,7 +41,7 @@ class ClockSpec(Frozen):
             return float(tokens)
         if axis == "flops":
             return float(tokens * shape.flops_per_token())
-        seconds = self.step_seconds(shape, tokens)
+        seconds = self.step_seconds(shape, tokens, split=split)
         return seconds if axis == "seconds" else seconds * shape.parameters_count()
 
     def reading(self, predicted: float, measured: float) -> float:

@@ -99,6 +99,22 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def fit(each_cpus: float, each_gpus: float) -> int:
+    """How many processes of this many cores and GPUs the connected cluster holds at once.
+
+    Raises:
+        UserError: not one; Ray would wait for ever.
+    """
+    shares = [int(have / need) for have, need in ((cores(), each_cpus), (gpus(), each_gpus)) if need]
+    count = min(shares, default=cores())
+    if count < 1:
+        raise UserError(
+            f"a process of {each_cpus:g} core(s) and {each_gpus:g} GPU(s) does not fit a cluster of "
+            f"{_count(cores(), 'core')} and {_count(gpus(), 'GPU')}: set fleet.cpus or fleet.gpus lower."
+        )
+    return count
+
+
 def _attach(address: str, worker_logs: bool) -> None:
     """Connect to a running cluster, saying in one sentence why that cannot be done."""
     import ray

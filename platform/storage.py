@@ -76,5 +76,7 @@ def check_unused(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} already holds another run: name a new or empty folder, or delete it first.")
     parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"--out {out} cannot be made ({parent} is a file): name a folder.")
     if not os.access(parent, os.W_OK):
         raise UserError(f"--out {out} cannot be made ({parent} is read-only): name a folder you may write to.")

@@ -18,9 +18,10 @@ GLOBALS = (
     "growth_left",  # fraction of the budget left before the rate decays, when growing ends
     "moments_left",  # log10(1 + decisions still to come before that, this one included)
     "decaying",  # 1 once the learning rate decays: no more grafts
-    "rate",  # learning rate of the host over the highest the spec allows
+    "rate",  # learning rate at this moment and size over the highest the spec allows
     "loss",  # validation loss over ln(vocabulary)
     "train_gap",  # (validation − mean training loss of the last slice) / validation loss
+    "train_gap_measured",
     "slope_fast",  # −d ln(validation loss) / d(budget fraction) over the last decision, clipped to ±10
     "slope_slow",  # the same over the last four decisions
     "slopes_measured",

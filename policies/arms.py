@@ -1,6 +1,6 @@
 """The arms: every gardener by name. The one list; the command line, the sweep and the docs derive from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,24 @@ class ArmInputs:
         policy: a trained policy, for `ppo`.
         schedule: a JSON file, for `schedule`.
         match: the `summary.json` of a run whose grafts `random` should match in number and kind.
+        blueprints: names of those the run has; what a schedule or a match names must be among them.
     """
 
     seed: int = 0
     policy: Path | None = None
     schedule: Path | None = None
     match: Path | None = None
+    blueprints: tuple[str, ...] | None = None
+
+    def check(self, what: str, wanted: Iterable[str]) -> None:
+        """Refuse blueprints that the run does not have.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for name in wanted:
+            if self.blueprints is not None and name not in self.blueprints:
+                raise unknown(f"blueprint in {what}", name, self.blueprints)
 
 
 def _ppo(inputs: ArmInputs) -> GrowthPolicy:
@@ -41,7 +53,9 @@ def _ppo(inputs: ArmInputs) -> GrowthPolicy:
 def _schedule(inputs: ArmInputs) -> GrowthPolicy:
     if inputs.schedule is None:
         raise UserError("arm 'schedule' needs a schedule: give --schedule FILE, a JSON list of budget fractions.")
-    return SchedulePolicy.load(inputs.schedule)
+    policy = SchedulePolicy.load(inputs.schedule)
+    inputs.check(f"--schedule {inputs.schedule}", (entry.blueprint for entry in policy.entries))
+    return policy
 
 
 def _random(inputs: ArmInputs) -> GrowthPolicy:
@@ -54,6 +68,7 @@ def _random(inputs: ArmInputs) -> GrowthPolicy:
         raise UserError(
             f"--match {inputs.match} is not the summary of a run: name one that `esper train` left."
         ) from None
+    inputs.check(f"--match {inputs.match}", matched)
     return RandomPolicy(inputs.seed, matched=matched)
 
 

@@ -26,10 +26,14 @@ class Entry(Frozen):
 
 
 class SchedulePolicy:
-    """Plays a schedule."""
+    """Plays a schedule.
+
+    Attributes:
+        entries: by the fraction at which they are due.
+    """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        self._entries = sorted(entries, key=lambda entry: entry.at)
+        self.entries = sorted(entries, key=lambda entry: entry.at)
         self._next = 0
 
     @classmethod
@@ -55,9 +59,9 @@ class SchedulePolicy:
         """
         if telemetry.sequence == 0:
             self._next = 0
-        if self._next == len(self._entries) or telemetry.get("budget_used") < self._entries[self._next].at:
+        if self._next == len(self.entries) or telemetry.get("budget_used") < self.entries[self._next].at:
             return GraftAction(0, telemetry.sequence, "nothing due")
-        entry = self._entries[self._next]
+        entry = self.entries[self._next]
         rows = self._rows(telemetry, entry)
         legal = [i for i in rows if telemetry.mask[i]]
         if not legal:

@@ -26,7 +26,8 @@ class Thresholds:
     Attributes:
         flat: relative loss drop still to be had at the current slope, below which the loss counts as flat.
         patience: fraction of the decisions to wait after a graft.
-        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after the graft.
+        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after the graft (about:
+            the ratio that it grows by is that of all parameters).
     """
 
     flat: float = 0.3

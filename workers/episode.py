@@ -65,6 +65,10 @@ class Episode(ABC):
         """What the last slice measured."""
 
     @abstractmethod
+    def _split(self) -> bool:
+        """Whether some seed's segments are separate tensors."""
+
+    @abstractmethod
     def _vocab_size(self) -> int:
         """Tokens in the vocabulary."""
 
@@ -78,6 +82,7 @@ class Episode(ABC):
         budget = self.spec.budget
         self.clock = DecisionClock(budget.amount * self.instance.budget, budget.decisions)
         self.curve, self.grafts = [], []
+        self._grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
         self.diverged = False
         self._sequence = 0
         self._start()
@@ -120,7 +125,7 @@ class Episode(ABC):
             "seed": self.seed,
             "preset": self.spec.preset,
             "val_loss": self.loss,
-            "perplexity": math.exp(self.loss),
+            "perplexity": perplexity(self.loss),
             "diverged": self.diverged,
             "parameters": shape.parameters_count(),
             "parameters_non_embedding": shape.parameters_count(non_embedding=True),
@@ -168,6 +173,7 @@ class Episode(ABC):
         before = self._shape().parameters_count()
         fraction = self.fraction()
         loss_after = self._graft(candidate.site, candidate.blueprint)
+        self._grafted.append((self.clock.passed, candidate.site))
         self.grafts.append(
             {
                 "budget_fraction": fraction,
@@ -204,8 +210,9 @@ class Episode(ABC):
             vocab_size=self._vocab_size(),
             start=self._start_shape,
             shape=shape,
+            split=self._split(),
             losses=[(point["budget_fraction"], point["val_loss"]) for point in self.curve],
-            grafts=[(graft["decision"], graft["site"]) for graft in self.grafts],
+            grafts=self._grafted,
             budget=self.clock.amount,
             reference=self.reference,
         )
@@ -227,5 +234,11 @@ class Episode(ABC):
     def _cost_of(self, amount: float, shape: HostShape) -> float:
         """Predicted parameter-seconds of `amount` on the budget's axis at a shape."""
         tokens, clock = batch_tokens(self.spec), self.spec.clock
-        steps = amount / clock.axis_per_step(self.spec.budget.axis, shape, tokens)
-        return steps * clock.step_seconds(shape, tokens) * shape.parameters_count()
+        split = shape != self._start_shape and self._split()
+        steps = amount / clock.axis_per_step(self.spec.budget.axis, shape, tokens, split=split)
+        return steps * clock.step_seconds(shape, tokens, split=split) * shape.parameters_count()
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), for a loss in nats per token; a loss past 50 nats says nothing more."""
+    return math.exp(min(loss, 50.0))

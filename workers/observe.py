@@ -10,7 +10,9 @@ from esper.platform.contracts import HostShape
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, Telemetry, TelemetrySpace
 from esper.workers.candidates import Option, within_caps
+from esper.workers.tolaria.rate import rate
 
+SEGMENTS = ("heads", "width")  # kinds of growth that are segments of the host's own matrices
 SLOW = 4  # decisions that the slow slope looks back
 
 
@@ -23,14 +25,12 @@ class Measured:
         gradient_noise: standard deviation of the gradient's norm over its mean.
         norms: site id → (gradient norm, norm of the last update), both over the site's weight norm.
         stages: site id → (a seed is on probation, a seed has left it).
-        rate: learning rate of the host.
     """
 
     train_loss: float | None = None
     gradient_noise: float | None = None
     norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     stages: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
-    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Moment:
     vocab_size: int
     start: HostShape
     shape: HostShape
+    split: bool  # whether some seed's segments are separate tensors
     losses: Sequence[tuple[float, float]]
     grafts: Sequence[tuple[int, str]]
     budget: float  # in the spec's axis
@@ -84,8 +85,8 @@ def _globals(spec: RunSpec, moment: Moment, measured: Measured) -> np.ndarray:
     parameters = shape.parameters_count()
     cap = spec.growth.max_parameters or moment.start.deepened(spec.growth.max_layers).parameters_count()
     loss = moment.losses[-1][1]
-    whole_steps = moment.budget / spec.clock.axis_per_step(spec.budget.axis, shape, tokens)
-    whole_cost = whole_steps * spec.clock.step_seconds(shape, tokens) * parameters
+    whole_steps = moment.budget / spec.clock.axis_per_step(spec.budget.axis, shape, tokens, split=moment.split)
+    whole_cost = whole_steps * spec.clock.step_seconds(shape, tokens, split=moment.split) * parameters
     decay_from = spec.optimizer.decay_from
     last = moment.grafts[-1][0] if moment.grafts else None
     values = {
@@ -94,9 +95,11 @@ def _globals(spec: RunSpec, moment: Moment, measured: Measured) -> np.ndarray:
         "growth_left": max(0.0, decay_from - moment.budget_used),
         "moments_left": math.log10(1 + max(0, math.ceil(decay_from * moment.decisions - 1e-9) - moment.decision)),
         "decaying": float(moment.decaying),
-        "rate": measured.rate / spec.optimizer.rate_max,
+        "rate": rate(spec.optimizer, moment.budget_used, shape.parameters_count(non_embedding=True))
+        / spec.optimizer.rate_max,
         "loss": loss / math.log(moment.vocab_size),
         "train_gap": 0.0 if measured.train_loss is None else (loss - measured.train_loss) / loss,
+        "train_gap_measured": float(measured.train_loss is not None),
         "slope_fast": _slope(moment.losses, 1),
         "slope_slow": _slope(moment.losses, SLOW),
         "slopes_measured": float(len(moment.losses) > 1),
@@ -158,13 +161,14 @@ def _candidates(
     mask = np.zeros(space.candidates, dtype=bool)
     tokens, slice_ = batch_tokens(spec), moment.budget / moment.decisions
     parameters = moment.shape.parameters_count()
-    seconds = spec.clock.step_seconds(moment.shape, tokens)
+    seconds = spec.clock.step_seconds(moment.shape, tokens, split=moment.split)
     first_of_site = len(CANDIDATE) - len(SITE)
     for i, option in enumerate(found):
         values = {"present": 1.0, f"is_{option.candidate.operation}": 1.0, f"adds_{option.adds}": 1.0}
         if option.after is not None:
-            after_seconds = spec.clock.step_seconds(option.after, tokens)
-            steps = slice_ / spec.clock.axis_per_step(spec.budget.axis, option.after, tokens)
+            split = moment.split or option.adds in SEGMENTS
+            after_seconds = spec.clock.step_seconds(option.after, tokens, split=split)
+            steps = slice_ / spec.clock.axis_per_step(spec.budget.axis, option.after, tokens, split=split)
             values |= {
                 "parameters": math.log(option.after.parameters_count() / parameters),
                 "seconds": math.log(after_seconds / seconds),

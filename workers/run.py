@@ -72,6 +72,9 @@ class GrowthRun(Episode):
     def _shape(self) -> HostShape:
         return self.trainer.host.shape
 
+    def _split(self) -> bool:
+        return self._is_split
+
     def _vocab_size(self) -> int:
         return self._data.manifest.vocab_size
 
@@ -88,6 +91,10 @@ class GrowthRun(Episode):
             self._optimizer_step()
             if self.reading() >= boundary:
                 break
+        if self.spec.clock.kind != "wall":  # which waits at every step: here the rest of the slice is waited for
+            begun = time.perf_counter()
+            synchronize(self.trainer.device)
+            self.ledger.wall_seconds += time.perf_counter() - begun
         self._measured = self._take_measures()
 
     def _evaluate(self) -> float:
@@ -117,12 +124,13 @@ class GrowthRun(Episode):
 
     def _resized(self) -> None:
         """Note what a step costs at the shape now."""
-        shape, split = self._shape(), self.trainer.host.split()
+        shape = self._shape()
+        self._is_split = self.trainer.host.split()
         self.parameters = shape.parameters_count()
         self._parameters_non_embedding = shape.parameters_count(non_embedding=True)
         self.tokens_per_step = batch_tokens(self.spec)
         self._flops = self.tokens_per_step * shape.flops_per_token()
-        self._step_seconds = self.spec.clock.step_seconds(shape, self.tokens_per_step, split=split)
+        self._step_seconds = self.spec.clock.step_seconds(shape, self.tokens_per_step, split=self._is_split)
 
     def _charge(self, predicted: float, measured: float, steps: int = 0) -> None:
         self.ledger.charge(
@@ -148,5 +156,4 @@ class GrowthRun(Episode):
             gradient_noise=statistics.pstdev(norms) / statistics.fmean(norms) if sound and len(norms) > 1 else None,
             norms=self.trainer.site_norms(),
             stages=stages,
-            rate=self._rate(),
         )

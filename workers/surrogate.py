@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from esper.platform.contracts import HostShape
 from esper.platform.seeding import stream
 from esper.workers.episode import Episode
-from esper.workers.observe import Measured, batch_tokens
+from esper.workers.observe import SEGMENTS, Measured, batch_tokens
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.model.shape import TransformerShape
 
@@ -78,6 +78,7 @@ class SurrogateRun(Episode):
         self.law = Law.drawn(self.seed)
         host = self.spec.host.model_copy(update={"n_layer": self.instance.n_layer or self.spec.host.n_layer})
         self.shape = start_shape(self.spec.model_copy(update={"host": host}), VOCABULARY)
+        self._segments = False
         self._begin_shape(math.log(VOCABULARY))
 
     def _begin_shape(self, loss: float) -> None:
@@ -88,6 +89,9 @@ class SurrogateRun(Episode):
     def _shape(self) -> HostShape:
         return self.shape
 
+    def _split(self) -> bool:
+        return self._segments
+
     def _vocab_size(self) -> int:
         return VOCABULARY
 
@@ -96,15 +100,16 @@ class SurrogateRun(Episode):
         grown = self.blueprints[blueprint].resized(self.shape, site)
         assert isinstance(grown, TransformerShape)
         self.shape = grown
+        self._segments = self._segments or self.blueprints[blueprint].adds in SEGMENTS
         self._begin_shape(loss)
         self._charge(self.spec.clock.graft_seconds, steps=0)
         return self._evaluate()
 
     def _train(self, boundary: float) -> None:
         tokens, clock = batch_tokens(self.spec), self.spec.clock
-        per_step = clock.axis_per_step(self.spec.budget.axis, self.shape, tokens)
+        per_step = clock.axis_per_step(self.spec.budget.axis, self.shape, tokens, split=self._segments)
         steps = max(1, math.ceil((boundary - self.reading()) / per_step - 1e-9))
-        self._charge(steps * clock.step_seconds(self.shape, tokens), steps=steps)
+        self._charge(steps * clock.step_seconds(self.shape, tokens, split=self._segments), steps=steps)
         self._effective_tokens += steps * tokens
 
     def _charge(self, seconds: float, steps: int) -> None:

@@ -231,7 +231,7 @@ class Dispatcher:
             observation(telemetry),
             seat.index,
             answer.reward,
-            {"val_loss": answer.info["summary"].get("val_loss")} if ended and "summary" in answer.info else {},
+            step_info(answer),
             terminated=answer.terminated,
             truncated=answer.truncated,
             extra_model_outputs=seat.chosen,
@@ -310,3 +310,11 @@ class Dispatcher:
         """Decisions in the queue."""
         with self._changed:  # re-entrant
             return sum(map(len, self._queue))
+
+
+def step_info(answer: Transition) -> dict[str, float]:
+    """What the runner's metrics need of a transition's info: seconds of the worker, and the final loss."""
+    info = {key: answer.info[key] for key in ("worked", "waited") if key in answer.info}
+    if "summary" in answer.info:
+        info["val_loss"] = answer.info["summary"].get("val_loss")
+    return info

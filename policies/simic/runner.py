@@ -212,6 +212,10 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         busy = self._dispatcher.busy_fraction()
         if busy is not None:
             own["busy"] = busy
+        seconds = [info for episode in episodes for info in episode.get_infos() if "waited" in info]
+        if seconds:
+            waited = sum(info["waited"] for info in seconds)
+            own["waiting"] = waited / (waited + sum(info["worked"] for info in seconds))
         losses = [episode.get_infos(-1).get("val_loss") for episode in episodes]
         known = [loss for loss in losses if loss is not None]
         if known:

@@ -30,27 +30,23 @@ def test_on_the_law_then_resumed_then_played(tiny, client, tmp_path, capfd):
     assert "iteration 2/2" in capfd.readouterr().err
 
     more = tmp_path / "more"
-    resume = ["--surrogate", "--resume", str(out), "--set", "ppo.iterations=3", "--out", str(more)]
-    assert ppo.main([*resume, *tiny[2:]]) == 0
-    assert [metrics["iteration"] for metrics in summary_of(more)["history"]] == [3]
+    assert ppo.main(["--resume", str(out), "--set", "ppo.iterations=3", "--out", str(more)]) == 0
+    after = summary_of(more)
+    assert [metrics["iteration"] for metrics in after["history"]] == [3]
+    assert after["decisions"] == summary["decisions"] + after["history"][0]["decisions"]
+    assert after["surrogate"]  # as it was, without saying so again
 
     assert train.main(["ppo", *tiny, "--policy", str(more), "--out", str(tmp_path / "played")]) == 0
     assert summary_of(tmp_path / "played")["arm"] == "ppo"
 
-    assert ppo.main(["--resume", str(out), *tiny[2:], "--set", "data.tokenizer=bpe:300"]) == 2
-    assert "ask for 'char'" in capfd.readouterr().err
+    assert ppo.main(["--resume", str(out), "--out", str(tmp_path / "no")]) == 2
+    assert "has its 2 iterations" in capfd.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
-def test_resume_refuses_shards_of_another_tokenizer(tiny, text_file, tmp_path, capfd):
-    out = tmp_path / "law"
-    assert ppo.main(["--surrogate", *tiny, *SMALL, "--set", "ppo.iterations=1", "--out", str(out)]) == 0
-    other = ["--data", str(text_file), "--set", "data.tokenizer=bpe:260"]
-    assert ppo.main(["--resume", str(out), *other, "--out", str(tmp_path / "no")]) == 2
-    assert "was trained on tokenizer 'char'" in capfd.readouterr().err
-    assert not (tmp_path / "no" / "summary.json").exists()
-
-
-def test_on_text_a_dead_worker_costs_its_episode_and_no_more(tiny, tiny_spec, shards, tmp_path, monkeypatch):
+def test_on_text_a_dead_worker_costs_its_episode_and_no_more(
+    tiny, tiny_spec, shards, text_file, tmp_path, monkeypatch, capfd
+):
     """Two real workers train GPTs; one is killed in mid-episode; training goes on to its planned end."""
     import ray
 
@@ -71,11 +67,26 @@ def test_on_text_a_dead_worker_costs_its_episode_and_no_more(tiny, tiny_spec, sh
         }
     )
     with cluster.session():
-        summary = gardener.train_gardener(Job(spec, shards, tmp_path / "out"), tmp_path / "out", seed=0)
+        job = Job(spec, shards, tmp_path / "out")
+        job.begin()
+        summary = gardener.train_gardener(job, job.out, seed=0)
     assert summary["iterations"] == len(summary["history"]) == 2
     assert summary["history"][-1]["failures"] >= 1  # and the calls that found it restarting
     assert all(metrics["episode_length"] == 8 for metrics in summary["history"])  # whole episodes only
     assert 0 < summary["history"][-1]["busy"] <= 1
+    assert 0 < summary["history"][-1]["waiting"] < 1
+
+    # Its checkpoint does not go on with shards of another tokenizer.
+    other = ["--data", str(text_file), "--set", "data.tokenizer=bpe:260", "--set", "ppo.iterations=3"]
+    assert ppo.main(["--resume", str(job.out), *other, "--out", str(tmp_path / "no")]) == 2
+    assert "was trained on tokenizer 'char'" in capfd.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_workers_that_do_not_fit_are_refused(tiny, tmp_path, capfd):
+    for setting, sentence in (("fleet.cpus=999", "does not fit a cluster"), ("fleet.workers=999", "holds")):
+        assert ppo.main([*tiny, *SMALL, "--set", setting, "--out", str(tmp_path / setting)]) == 2
+        assert sentence in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -77,6 +77,10 @@ class TokenSplit:
         self._arrays = arrays
         self._ends = np.cumsum([len(array) for array in arrays])
 
+    def __deepcopy__(self, memo: dict) -> "TokenSplit":
+        """Itself: the tokens are read-only, and a run that is forked must not copy its text."""
+        return self
+
     @property
     def tokens(self) -> int:
         """Count of tokens."""
