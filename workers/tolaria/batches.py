@@ -1,7 +1,8 @@
 """Batches: which tokens a run sees at an optimizer step, and the fixed held-out set.
 
 The batch of a step depends on the seed and the step's number alone, so a graft changes no later batch, twins see the
-same ones, and resuming needs no cursor.
+same ones, and resuming needs no cursor. Positions are drawn for a block of steps at once: seeding a stream costs more
+than drawing from it.
 
 B sequences, T block size.
 """
@@ -13,6 +14,8 @@ from torch import Tensor
 from esper.platform.errors import UserError
 from esper.platform.seeding import stream
 from esper.workers.tolaria.data import TokenData
+
+STEPS_AT_ONCE = 256
 
 
 class Batches:
@@ -43,6 +46,7 @@ class Batches:
         self._seed, self._batch_size, self._block_size, self._device = seed, batch_size, block_size, device
         self._low, high = (int(fraction * self._split.tokens) for fraction in part)
         self._high = high - block_size
+        self._drawn = (-1, np.empty((0, batch_size), dtype=np.int64))  # (block of steps, their positions)
         if self._high <= self._low:
             raise UserError(
                 f"the training text has {high - self._low} tokens, too few for a context of {block_size}: "
@@ -51,7 +55,11 @@ class Batches:
 
     def at(self, optimizer_step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step, int64 (B, T) each."""
-        starts = stream(self._seed, "data", optimizer_step).integers(self._low, self._high, self._batch_size)
+        block, row = divmod(optimizer_step, STEPS_AT_ONCE)
+        if block != self._drawn[0]:
+            size = (STEPS_AT_ONCE, self._batch_size)
+            self._drawn = block, stream(self._seed, "data", block).integers(self._low, self._high, size)
+        starts = self._drawn[1][row]
         windows = torch.from_numpy(self._split.windows(starts, self._block_size + 1))  # (B, T + 1)
         if self._device.type == "cuda":
             windows = windows.pin_memory().to(self._device, non_blocking=True)

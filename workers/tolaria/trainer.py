@@ -130,10 +130,12 @@ class Trainer:
         }
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        low = self._spec.dtype == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-            logits = self.host(inputs)  # (B, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        if self._spec.dtype == "bfloat16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                logits = self.host(inputs).float()  # (B, T, V)
+        else:
+            logits = self.host(inputs)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 HOST_GROUPS = 2  # matrices, then biases and norms; every later group is a seed's

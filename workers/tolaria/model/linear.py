@@ -7,8 +7,6 @@ segment and runs like `torch.nn.Linear`.
 R output features (rows), K input features (columns).
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +64,7 @@ class GrowableLinear(nn.Module):
         return new, first
 
 
-def _joined(segments: Iterable[Tensor], axis: int) -> Tensor:
-    whole, *more = segments
-    return torch.cat([whole, *more], dim=axis) if more else whole
+def _joined(segments: nn.ParameterList, axis: int) -> Tensor:
+    if len(segments) == 1:
+        return segments[0]
+    return torch.cat(list(segments), dim=axis)

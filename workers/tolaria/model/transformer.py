@@ -75,6 +75,11 @@ class TransformerConfig:
         )
 
 
+def make_dropout(probability: float) -> nn.Module:
+    """Dropout, or nothing at all: torch's with probability 0 still draws and multiplies."""
+    return nn.Dropout(probability) if probability else nn.Identity()
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; the number of heads is read off `c_attn`."""
 
@@ -117,7 +122,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(shape.n_embd, layer.heads, shape.head_dim, dropout)
         self.ln_2 = nn.LayerNorm(shape.n_embd)
         self.mlp = MLP(shape.n_embd, layer.width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = make_dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C) → (B, T, C)."""
@@ -143,7 +148,7 @@ class TransformerHost(nn.Module):
         shape = self._shape = config.shape()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = make_dropout(config.dropout)
         self.h = nn.ModuleList(Block(shape, layer, config.dropout) for layer in shape.layers)
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
