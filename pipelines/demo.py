@@ -29,7 +29,7 @@ class DemoArguments(SweepArguments):
 def run(arguments: DemoArguments) -> int:
     """Prepare, train, compare."""
     begun = time.perf_counter()
-    say("Esper's demo: about 3 minutes on 2 cores. It does not train a good policy; that takes hours.")
+    say("Esper's demo: about 2 minutes on 2 cores. It does not train a good policy; that takes hours.")
     say("1 of 3  preparing text, some seconds")
     arguments = arguments.model_copy(update={"preset": arguments.preset or "demo"})
     spec = resolve_spec(arguments)
