@@ -94,7 +94,7 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, C) → (B, T, C)."""
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, 3, self.head_dim)  # (B, T, H, 3, D)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # each (B, H, T, D)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3))  # each (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, H·D) → (B, T, C)
 
