@@ -28,7 +28,7 @@ class PrepareArguments(CommonArguments):
 
 def run(arguments: PrepareArguments) -> None:
     """Settle, prepare, report."""
-    spec = resolve_spec(arguments, fleet=True)
+    spec = resolve_spec(arguments)
     out = output_folder(arguments, "data")
     data = spec.data
     say(f"preset  {spec.preset}: {data.source}, {arguments.tokenizer or data.tokenizer}; out {out}")

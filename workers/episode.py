@@ -234,7 +234,7 @@ class Episode(ABC):
     def _cost_of(self, amount: float, shape: HostShape) -> float:
         """Predicted parameter-seconds of `amount` on the budget's axis at a shape."""
         tokens, clock = batch_tokens(self.spec), self.spec.clock
-        split = shape != self._start_shape and self._split()
+        split = self._split()
         steps = amount / clock.axis_per_step(self.spec.budget.axis, shape, tokens, split=split)
         return steps * clock.step_seconds(shape, tokens, split=split) * shape.parameters_count()
 

@@ -113,8 +113,8 @@ def test_bad_arguments_are_refused(text, tmp_path):
 
 def test_an_empty_folder_is_filled(text, tmp_path):
     (tmp_path / "out").mkdir()
-    prepare(str(text), "char", tmp_path / "out")
-    TokenData.open(tmp_path / "out")
+    manifest = prepare(str(text), "char", tmp_path / "out")
+    assert TokenData.open(tmp_path / "out").manifest == manifest
 
 
 KILLED = """
