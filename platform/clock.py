@@ -1,10 +1,10 @@
 """Two clocks for one ledger: measured wall time, and a deterministic reference.
 
-The reference clock's seconds per optimizer step are `base + layer·depth + FLOPs/rate`, times a factor while a seed's
-segments are still separate tensors, plus a constant for each graft. The constants are fitted once on an idle device
-(`esper calibrate` fits them and prints their error against wall time) and stored with the run, so that a result does
-not depend on what else the machine was doing. The wall clock uses the same formula only to predict what a graft
-would cost.
+The reference clock's seconds per optimizer step are `base + layer·depth + expert·experts + FLOPs/rate`, times a factor
+while a seed's segments are still separate tensors, plus constants for a graft and for fusing. The constants are fitted
+once on an idle device (`esper calibrate` fits them and prints their error against wall time) and stored with the run,
+so that a result does not depend on what else the machine was doing. The wall clock uses the same formula only to
+predict what a graft would cost.
 """
 
 from typing import Literal
@@ -24,13 +24,16 @@ class ClockSpec(Frozen):
     layer_seconds: float = Field(1e-3, ge=0, description="seconds a layer adds to a step, whatever its size")
     flops_per_second: float = Field(5e10, gt=0, description="rate at which a step's FLOPs are done")
     split_factor: float = Field(1.0, ge=1, description="factor on a step while some seed's segments are separate")
-    graft_seconds: float = Field(1e-3, ge=0, description="seconds of one graft")
+    expert_seconds: float = Field(1e-3, ge=0, description="seconds an expert adds to a step, whatever its size")
+    graft_seconds: float = Field(1e-3, ge=0, description="seconds of one graft, prune or rollback")
+    fuse_seconds: float = Field(1e-3, ge=0, description="seconds of fusing one seed")
     measured_on: str = Field("", description="device, threads, dtype and command the constants were fitted with")
 
     def step_seconds(self, shape: HostShape, tokens: int, *, split: bool = False) -> float:
         """Predicted seconds of one optimizer step over `tokens` tokens at this shape."""
         flops = tokens * shape.flops_per_token()
-        plain = self.base_seconds + self.layer_seconds * shape.depth() + flops / self.flops_per_second
+        fixed = self.base_seconds + self.layer_seconds * shape.depth() + self.expert_seconds * shape.experts()
+        plain = fixed + flops / self.flops_per_second
         return plain * (self.split_factor if split else 1.0)
 
     def axis_per_step(self, axis: Axis, shape: HostShape, tokens: int, *, split: bool = False) -> float:

@@ -58,13 +58,42 @@ class HostShape(Protocol):
         """Layers: what the reference clock charges a fixed time for."""
         ...
 
+    def experts(self) -> int:
+        """Sparsely gated parts: they cost a fixed time too."""
+        ...
+
+    def without(self, name: str) -> "HostShape":
+        """The shape without an inserted part."""
+        ...
+
     def deepened(self, n_layer: int) -> "HostShape":
         """The shape with that many layers: the one with the most sites that a run may reach."""
         ...
 
 
+@dataclass(frozen=True)
+class Swap:
+    """A parameter that takes another's place in the model, and so has to in its optimizer.
+
+    Attributes:
+        new: `old` and then `young`, joined along `axis`; without `young`, the leading part of `old` along `axis`.
+        old: the parameter that `new` replaces.
+        young: the parameter that is now part of `new`.
+        axis: along which they were joined or cut.
+    """
+
+    new: Any
+    old: Any
+    young: Any | None
+    axis: int
+
+
 class HostProtocol(HostShape, Protocol):
-    """What Kasmina may ask of a model. Domain-neutral: a CNN's pair of convolutions is a pair of linears."""
+    """What Kasmina may ask of a model. Domain-neutral: a CNN's pair of convolutions is a pair of linears.
+
+    A site either takes units (heads, neurons), added between a pair of linears, or parts (layers, experts), modules of
+    their own that the host names.
+    """
 
     @property
     def shape(self) -> HostShape:
@@ -79,8 +108,16 @@ class HostProtocol(HostShape, Protocol):
         """The pair that units are added between: (incoming, grows by rows; outgoing, grows by columns)."""
         ...
 
-    def insert_layer(self, site_id: str) -> tuple[Any, list[tuple[Any, Any]]]:
-        """Put an uninitialised layer in at a stream site: (module, its parameters with their siblings)."""
+    def insert(self, site_id: str, shape: HostShape) -> tuple[str, list[tuple[Any, Any]]]:
+        """Put in the uninitialised part that `shape` has and the host has not: (its name, parameters and siblings)."""
+        ...
+
+    def part(self, name: str) -> Any:
+        """The module of an inserted part; `KeyError` when it is gone."""
+        ...
+
+    def remove(self, name: str) -> list[Any]:
+        """Take an inserted part out; returns every parameter that is gone."""
         ...
 
     def written_by(self, site_id: str) -> Iterator[Any]:

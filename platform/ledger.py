@@ -2,7 +2,8 @@
 
 Axes: optimizer steps, tokens, FLOPs, seconds (by the run's clock), and parameter-seconds, the integral of N over
 time with N all parameters (tied ones counted once). Wall seconds are recorded beside them whatever the clock.
-Grafts are charged; the validation that every arm does at the same points is kept apart in `validation_seconds`.
+Grafts, and trials on copies, are charged; the validation that every arm does at the same points is kept apart in
+`validation_seconds`.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ AXES: tuple[Axis, ...] = get_args(Axis)
 
 @dataclass
 class Ledger:
-    """Running totals. `charge` is the only way to add to them."""
+    """Running totals: `charge` adds what was done here, `add` what was done on copies."""
 
     steps: int = 0  # optimizer steps
     tokens: int = 0
@@ -44,6 +45,16 @@ class Ledger:
         self.wall_seconds += wall_seconds
         self.parameter_seconds += parameters * seconds
         self.parameter_seconds_non_embedding += parameters_non_embedding * seconds
+
+    def add(self, other: "Ledger") -> None:
+        """Add what something else has used, on every axis."""
+        for name, value in other.as_dict().items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def less(self, earlier: "Ledger") -> "Ledger":
+        """What has been used since `earlier`."""
+        before = earlier.as_dict()
+        return Ledger(**{name: value - before[name] for name, value in self.as_dict().items()})
 
     def read(self, axis: Axis) -> float:
         """The total on one axis, in the axis's own unit."""

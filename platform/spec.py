@@ -6,7 +6,7 @@ Names that need a registry (a blueprint, a host, a tokenizer) are resolved where
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,9 @@ class HostSpec(Frozen):
     mlp_width: int | None = Field(None, ge=1, description="neurons of an MLP at the start; none means 4 n_embd")
     tied: bool = Field(True, description="the output head is the token embedding")
     dropout: float = Field(0.0, ge=0, lt=1)
+    attention: Literal["sdpa", "flash"] = Field(
+        "sdpa", description="torch's own, or flash-attn's, which needs a CUDA GPU, bfloat16 and the extra flash-attn"
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -38,6 +41,12 @@ class HostSpec(Frozen):
             raise ValueError(
                 f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide: "
                 "change one of them, or set head_dim."
+            )
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.attention == "flash" and head_dim > 256:
+            raise ValueError(
+                f"host.attention is 'flash', which takes heads of at most 256 dimensions, not {head_dim}: "
+                "set host.head_dim, or host.attention=sdpa."
             )
         return self
 
@@ -87,6 +96,9 @@ class BudgetSpec(Frozen):
     axis: Axis = "parameter_seconds"
     amount: float = Field(1e6, gt=0, description="in the axis's own unit")
     decisions: int = Field(24, ge=1, le=1000, description="decisions K in an episode")
+    cooldowns: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (), description="budget fractions whose annealed loss is taken on a fork, not charged"
+    )
 
 
 class GrowthSpec(Frozen):
@@ -98,6 +110,9 @@ class GrowthSpec(Frozen):
         10, ge=1, description="steps a decision must hold after a graft for it to be legal"
     )
     probation_steps: int = Field(200, ge=1, description="optimizer steps over which a seed's learning rate warms up")
+    cooling_decisions: int = Field(
+        4, ge=0, description="decisions for which a graft that was rolled back is not allowed again"
+    )
     blueprints: dict[str, dict[str, Any]] = Field(
         {"attention": {}, "ffn": {}, "block": {}}, description="blueprints in use, with their settings"
     )
@@ -157,6 +172,16 @@ class RunSpec(Frozen):
             raise ValueError(
                 f"growth.max_layers is {self.growth.max_layers}, but must be at least "
                 f"host.n_layer = {self.host.n_layer}."
+            )
+        if self.host.attention == "flash" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"host.attention is 'flash', which needs dtype = 'bfloat16', but dtype is {self.dtype!r}: "
+                "set dtype=bfloat16, or host.attention=sdpa."
+            )
+        if self.host.attention == "flash" and self.device == "cpu":
+            raise ValueError(
+                "host.attention is 'flash', which needs a CUDA GPU, but device is 'cpu': "
+                "set device=cuda, or host.attention=sdpa."
             )
         return self
 

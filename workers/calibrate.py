@@ -2,11 +2,12 @@
 
     seconds = base + layer·depth + FLOPs/rate      (non-negative least squares over relative errors)
 
-then the factor while segments are separate, and the seconds of a graft.
+then the factor while segments are separate, and the seconds of an expert, of a graft and of fusing.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +79,16 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[Clock
     design = np.array([[1.0, row.layers, row.flops] for row in rows]) / wall[:, None]
     scale = design.max(axis=0)
     base, layer, per_flop = nnls(design / scale, np.ones(len(rows)))[0] / scale
-    split_factor, graft = _growth_costs(spec, data, steps)
+    costs = _growth_costs(spec, data, steps)
     clock = ClockSpec(
         kind=spec.clock.kind,
         base_seconds=float(base),
         layer_seconds=float(layer),
         flops_per_second=float(1 / max(per_flop, 1e-18)),
-        split_factor=max(1.0, split_factor),
-        graft_seconds=graft,
+        expert_seconds=costs.expert,
+        split_factor=costs.split,
+        graft_seconds=costs.graft,
+        fuse_seconds=costs.fuse,
         measured_on=f"{trainers[0].device.type}, {spec.threads} thread(s), {spec.dtype}, `esper calibrate`",
     )
     predicted = design * wall[:, None] @ np.array([base, layer, per_flop])
@@ -95,31 +98,56 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[Clock
     ]
 
 
-def _timed_step(trainer: Trainer) -> float:
-    begun = time.perf_counter()
-    trainer.step(1e-4)
-    synchronize(trainer.device)
-    return time.perf_counter() - begun
+@dataclass(frozen=True)
+class _GrowthCosts:
+    """Factor of a step while segments are separate; seconds of a graft, of fusing a seed, of an expert in a step."""
+
+    split: float
+    graft: float
+    fuse: float
+    expert: float
 
 
-def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> tuple[float, float]:
-    """(step time with a split segment at every site, over that of a host born so; seconds of a graft)."""
+def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> _GrowthCosts:
+    """A young seed of units at every site that takes one, and an expert a layer, each against a host born without."""
     blueprints = make_blueprints(None)
     grown = Trainer(spec, data, blueprints, 0, Instance())
     grafts = []
     for site in grown.host.injection_specs():
-        if site.kind != "residual_stream":
-            begun = time.perf_counter()
-            grown.graft(site.id, site.blueprints[0])
-            synchronize(grown.device)
-            grafts.append(time.perf_counter() - begun)
+        for name in site.blueprints:
+            if blueprints[name].units:
+                grafts.append(_timed(grown, lambda site=site, name=name: grown.kasmina.graft(site.id, name)))
     layer = grown.host.shape.layers[0]
     head_dim = spec.host.head_dim or spec.host.n_embd // spec.host.n_head
     host = spec.host.model_copy(update={"n_head": layer.heads, "head_dim": head_dim, "mlp_width": layer.width})
     born = Trainer(spec.model_copy(update={"host": host}), data, blueprints, 0, Instance())
-    ratios = []
-    for i in range(steps + BURN_IN):
-        split, whole = _timed_step(grown), _timed_step(born)
-        if i >= BURN_IN:
-            ratios.append(split / whole)
-    return statistics.median(ratios), statistics.median(grafts)
+    split = statistics.median(first / second for first, second in _paired_steps(grown, born, steps))
+    fuses = [_timed(grown, lambda seed=seed: grown.kasmina.fuse(seed)) for seed in grown.kasmina.seeds]
+
+    gated, plain = (Trainer(spec, data, blueprints, 0, Instance()) for _ in range(2))
+    for site in gated.host.injection_specs():
+        if site.kind == "post_ffn":
+            gated.kasmina.graft(site.id, "expert")
+    extra = statistics.median(first - second for first, second in _paired_steps(gated, plain, steps))
+    return _GrowthCosts(
+        split=max(1.0, split),
+        graft=statistics.median(grafts),
+        fuse=statistics.median(fuses),
+        expert=max(0.0, extra / gated.host.experts()),
+    )
+
+
+def _paired_steps(a: Trainer, b: Trainer, steps: int) -> list[tuple[float, float]]:
+    """Seconds of a step of each, in turn."""
+    return [(_timed_step(a), _timed_step(b)) for _ in range(steps + BURN_IN)][BURN_IN:]
+
+
+def _timed_step(trainer: Trainer) -> float:
+    return _timed(trainer, lambda: trainer.step(1e-4))
+
+
+def _timed(trainer: Trainer, work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    synchronize(trainer.device)
+    return time.perf_counter() - begun

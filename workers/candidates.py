@@ -27,15 +27,40 @@ class Option:
     after: HostShape | None
 
 
+@dataclass(frozen=True)
+class Planted:
+    """A seed on a host, as far as its blueprint has to know it (`kasmina.registry.PlantedSeed`)."""
+
+    site: str
+    blueprint: str
+    units: int
+    part: str
+
+
 @lru_cache(maxsize=1024)
-def options(shape: HostShape, blueprints: tuple[Blueprint, ...]) -> tuple[Option, ...]:
-    """WAIT, then for each site from input to output each blueprint in use that it accepts."""
+def options(
+    shape: HostShape, blueprints: tuple[Blueprint, ...], newest: tuple[Planted, ...] = ()
+) -> tuple[Option, ...]:
+    """WAIT, then for each site from input to output each blueprint in use that it accepts, and its newest seed's end.
+
+    Args:
+        shape: of the host now.
+        blueprints: in use.
+        newest: the newest seed of each site that has one.
+    """
     found = [Option(WAIT, -1, "", shape)]
+    seeds = {seed.site: seed for seed in newest}
+    by_name = {blueprint.name: blueprint for blueprint in blueprints}
     for i, site in enumerate(shape.injection_specs()):
         for blueprint in blueprints:
             if blueprint.name in site.blueprints:
                 after = blueprint.resized(shape, site.id) if blueprint.allowed(shape, site.id) else None
                 found.append(Option(Candidate("graft", site.id, blueprint.name), i, blueprint.adds, after))
+        seed = seeds.get(site.id)
+        if seed is not None:
+            blueprint = by_name[seed.blueprint]
+            after = blueprint.pruned(shape, seed)
+            found.append(Option(Candidate("prune", site.id, seed.blueprint), i, blueprint.adds, after))
     return tuple(found)
 
 

@@ -1,12 +1,13 @@
 """An episode: one host's training run, decision by decision, whatever does the training.
 
-`Episode` keeps the ledger, the decision clock, the reward and the records, and leaves five things to what trains:
-starting, growing, training to a reading, evaluating and measuring. `GrowthRun` does them with torch on text,
+`Episode` keeps the ledger, the decision clock, the reward and the records, and leaves to what trains: starting, growing
+and pruning, training to a reading, evaluating and measuring. `GrowthRun` does them with torch on text,
 `SurrogateRun` by a formula.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from esper.platform.budget import DecisionClock
@@ -15,9 +16,11 @@ from esper.platform.errors import UserError
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
-from esper.workers.candidates import Option, options, telemetry_space
+from esper.workers.candidates import Option, Planted, options, telemetry_space
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.observe import Measured, Moment, batch_tokens, observe
+
+RECORDS = ("curve", "grafts", "prunes", "rollbacks", "annealed", "failure")
 
 
 class Episode(ABC):
@@ -27,7 +30,12 @@ class Episode(ABC):
         spec: what the run is.
         ledger: what it has used so far.
         curve: a point per decision, the first at budget fraction 0 (`summary.json`'s `val_curve`).
-        grafts: a record per graft (`summary.json`'s `grafts`).
+        telemetry: the last observation.
+        grafts: a record per graft (`summary.json`'s `grafts`); its `outcome` is null, kept, rolled back or pruned.
+        prunes: a record per prune.
+        rollbacks: a record per fault that the governor undid.
+        annealed: a point per cooldown: the loss that a run of that budget would have ended at.
+        failure: why the run was given up; None while it goes on.
     """
 
     def __init__(self, spec: RunSpec) -> None:
@@ -35,8 +43,19 @@ class Episode(ABC):
         self.space = telemetry_space(spec)
         self.blueprints = make_blueprints(spec.growth.blueprints)
         self.ledger = Ledger()
+        self._clear()
+
+    def _clear(self) -> None:
         self.curve: list[dict[str, float]] = []
         self.grafts: list[dict[str, Any]] = []
+        self.prunes: list[dict[str, Any]] = []
+        self.rollbacks: list[dict[str, Any]] = []
+        self.annealed: list[dict[str, float]] = []
+        self.failure: str | None = None
+        self._grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
+        self._cooling: dict[tuple[str, str], int] = {}  # (site, blueprint) → boundaries passed when it may come again
+        self._slice: tuple[float, float] | None = None  # loss and parameter-seconds at the start of a slice under way
+        self._sequence = 0
 
     # -- What trains ---------------------------------------------------------------------------------------------
 
@@ -49,12 +68,24 @@ class Episode(ABC):
         """The host's shape now."""
 
     @abstractmethod
-    def _graft(self, site: str, blueprint: str) -> float:
-        """Grow, charge the ledger, and return the validation loss right after, in nats."""
+    def _graft(self, site: str, blueprint: str) -> None:
+        """Grow, and charge the ledger."""
 
     @abstractmethod
-    def _train(self, boundary: float) -> None:
-        """Do at least one optimizer step, and stop at the first whose reading is at or past `boundary`."""
+    def _prune(self, seed: Planted) -> None:
+        """Take a site's newest seed out, and charge the ledger."""
+
+    @abstractmethod
+    def _newest(self) -> tuple[Planted, ...]:
+        """The newest seed of each site that has one."""
+
+    @abstractmethod
+    def _train(self, boundary: float) -> float:
+        """Do at least one optimizer step, and stop at the first whose reading is at or past `boundary`.
+
+        Returns:
+            The validation loss there, nats per token. `failure` is set where the run had to be given up.
+        """
 
     @abstractmethod
     def _evaluate(self) -> float:
@@ -81,10 +112,7 @@ class Episode(ABC):
         self.ledger = Ledger()
         budget = self.spec.budget
         self.clock = DecisionClock(budget.amount * self.instance.budget, budget.decisions)
-        self.curve, self.grafts = [], []
-        self._grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
-        self.diverged = False
-        self._sequence = 0
+        self._clear()
         self._start()
         self._start_shape = self._shape()
         self.reference = self._reference()
@@ -98,21 +126,35 @@ class Episode(ABC):
             UserError: the action answers an older observation or is not legal; nothing has been changed then.
         """
         candidate = self._accept(action)
-        loss_before, cost_before = self.loss, self.ledger.parameter_seconds
-        if candidate.operation == "graft":
+        self._slice = self.loss, self.ledger.parameter_seconds
+        if candidate.operation != "wait":
             self._apply(candidate, action.reason)
-        self._train(self.clock.boundary)
+        return self.finish()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a slice is under way: `finish` is then what comes next, not `step`."""
+        return self._slice is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the budget is spent or the run was given up."""
+        return self.clock.spent or self.failure is not None
+
+    def finish(self) -> Transition:
+        """Train to the next decision: the rest of a `step` that was interrupted."""
+        assert self._slice is not None
+        loss_before, cost_before = self._slice
+        self.loss = self._train(self.clock.boundary)
         self.clock.advance(self.reading())
         self._sequence += 1
-        self.loss = self._evaluate()
         rented = self.ledger.parameter_seconds - cost_before
-        if not math.isfinite(self.loss):  # the rent that the run does not pay is charged, the loss is chance level
-            self.diverged = True
-            self.loss = max(loss_before, math.log(self._vocab_size()))
+        if self.failure is not None:  # the rent that the run does not pay is charged
             rented += self._unpaid()
+        self._slice = None
         telemetry = self._observe()
         reward = (loss_before - self.loss) - self.spec.reward.rent * rented / self.reference
-        terminated = self.clock.spent or self.diverged
+        terminated = self.ended
         info: dict[str, Any] = {"point": self.curve[-1]}
         if terminated:
             info["summary"] = self.summary()
@@ -126,7 +168,8 @@ class Episode(ABC):
             "preset": self.spec.preset,
             "val_loss": self.loss,
             "perplexity": perplexity(self.loss),
-            "diverged": self.diverged,
+            "diverged": self.failure is not None,
+            "failure": self.failure,
             "parameters": shape.parameters_count(),
             "parameters_non_embedding": shape.parameters_count(non_embedding=True),
             "layers": shape.depth(),
@@ -135,8 +178,41 @@ class Episode(ABC):
             "budget": {"axis": self.spec.budget.axis, "amount": self.clock.amount},
             "decisions": self._sequence,
             "grafts": list(self.grafts),
+            "prunes": list(self.prunes),
+            "rollbacks": list(self.rollbacks),
+            "annealed": list(self.annealed),
             "val_curve": list(self.curve),
         }
+
+    # -- Saving --------------------------------------------------------------------------------------------------
+
+    def books(self) -> dict[str, Any]:
+        """Everything but what trains, as JSON values."""
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "instance": self.instance.model_dump(mode="json"),
+            "seed": self.seed,
+            "ledger": self.ledger.as_dict(),
+            "passed": self.clock.passed,
+            "loss": self.loss,
+            **{name: getattr(self, name) for name in RECORDS},
+            "grafted": self._grafted,
+            "cooling": [[*key, until] for key, until in self._cooling.items()],
+            "slice": self._slice,
+            "sequence": self._sequence,
+        }
+
+    def _load_books(self, books: dict[str, Any]) -> None:
+        """Take over what `books` gave, of an episode of this spec that has been reset to that instance and seed."""
+        self.ledger = Ledger(**books["ledger"])
+        self.clock.passed = books["passed"]
+        self.loss = books["loss"]
+        for name in RECORDS:
+            setattr(self, name, books[name])
+        self._grafted = [(passed, site) for passed, site in books["grafted"]]
+        self._cooling = {(site, blueprint): until for site, blueprint, until in books["cooling"]}
+        self._slice = books["slice"] and tuple(books["slice"])
+        self._sequence = books["sequence"]
 
     # -- Where it stands -----------------------------------------------------------------------------------------
 
@@ -150,56 +226,80 @@ class Episode(ABC):
 
     def options(self) -> tuple[Option, ...]:
         """Every candidate at the shape now."""
-        return options(self._shape(), tuple(self.blueprints.values()))
+        return options(self._shape(), tuple(self.blueprints.values()), self._newest())
 
     # -- Helpers -------------------------------------------------------------------------------------------------
 
     def _accept(self, action: GraftAction) -> Candidate:
-        if self.clock.spent or self.diverged:
+        if self.ended:
             raise UserError("the episode has ended: call reset before step.")
         if action.sequence != self._sequence:
             raise UserError(
                 f"the action answers observation {action.sequence}, but the last one is {self._sequence}: "
                 "a late reply is refused."
             )
-        if not (0 <= action.index < len(self._last.actions) and self._last.mask[action.index]):
-            legal = ", ".join(str(self._last.actions[i]) for i in self._last.legal())
+        if not (0 <= action.index < len(self.telemetry.actions) and self.telemetry.mask[action.index]):
+            legal = ", ".join(str(self.telemetry.actions[i]) for i in self.telemetry.legal())
             raise UserError(f"action {action.index} is not legal here: the legal ones are {legal}.")
-        return self._last.actions[action.index]
+        return self.telemetry.actions[action.index]
 
     def _apply(self, candidate: Candidate, reason: str) -> None:
-        assert candidate.site is not None
-        assert candidate.blueprint is not None
-        before = self._shape().parameters_count()
-        fraction = self.fraction()
-        loss_after = self._graft(candidate.site, candidate.blueprint)
-        self._grafted.append((self.clock.passed, candidate.site))
-        self.grafts.append(
-            {
-                "budget_fraction": fraction,
-                "decision": self._sequence,
-                "optimizer_step": self.ledger.steps,
-                "site": candidate.site,
-                "blueprint": candidate.blueprint,
-                "parameters_before": before,
-                "parameters_after": self._shape().parameters_count(),
-                "val_loss_before": self.loss,
-                "val_loss_after": loss_after,
-                "reason": reason,
-            }
-        )
+        record: dict[str, Any] = {
+            "budget_fraction": self.fraction(),
+            "decision": self._sequence,
+            "optimizer_step": self.ledger.steps,
+            "site": candidate.site,
+            "blueprint": candidate.blueprint,
+            "parameters_before": self._shape().parameters_count(),
+            "val_loss_before": self.loss,
+            "reason": reason,
+        }
+        self._change(candidate)
+        record |= {"parameters_after": self._shape().parameters_count(), "val_loss_after": self._evaluate()}
+        if candidate.operation == "graft":
+            self._grafted.append((self.clock.passed, candidate.site or ""))
+            self.grafts.append(record | {"outcome": None})
+        else:
+            self._settle(candidate.site, "pruned")
+            self.prunes.append(record)
+
+    def _change(self, candidate: Candidate) -> None:
+        """Change the host; WAIT changes nothing."""
+        if candidate.operation == "graft":
+            self._graft(candidate.site or "", candidate.blueprint or "")
+        elif candidate.operation == "prune":
+            self._prune(next(seed for seed in self._newest() if seed.site == candidate.site))
+
+    def _settle(self, site: str | None, outcome: str | None, of: Sequence[str | None] = (None, "kept")) -> None:
+        """Note what became of the newest graft at a site; of those still there, unless others are meant."""
+        for record in reversed(self.grafts):
+            if record["site"] == site and record["outcome"] in of:
+                record["outcome"] = outcome
+                return
+
+    def _cool(self, site: str, blueprint: str) -> None:
+        """Allow no such graft for a while."""
+        self._cooling[site, blueprint] = self.clock.passed + 1 + self.spec.growth.cooling_decisions
 
     def _observe(self) -> Telemetry:
-        shape, fraction = self._shape(), self.fraction()
+        """Note the point reached, and make the observation there."""
+        self.curve.append(self._point())
+        self.telemetry = self._look()
+        return self.telemetry
+
+    def _point(self) -> dict[str, float]:
+        """Budget fraction, ledger axes, size and loss now."""
         ledger = self.ledger.as_dict()
-        self.curve.append(
-            {
-                "budget_fraction": fraction,
-                **{k: ledger[k] for k in ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")},
-                "parameters": shape.parameters_count(),
-                "val_loss": self.loss,
-            }
-        )
+        return {
+            "budget_fraction": self.fraction(),
+            **{k: ledger[k] for k in ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")},
+            "parameters": self._shape().parameters_count(),
+            "val_loss": self.loss,
+        }
+
+    def _look(self) -> Telemetry:
+        shape, fraction = self._shape(), self.fraction()
+        outcomes = {"kept": 1.0, "rolled back": -1.0}
         moment = Moment(
             sequence=self._sequence,
             decision=self.clock.passed,
@@ -213,11 +313,12 @@ class Episode(ABC):
             split=self._split(),
             losses=[(point["budget_fraction"], point["val_loss"]) for point in self.curve],
             grafts=self._grafted,
+            outcome=outcomes.get(self.grafts[-1]["outcome"]) if self.grafts else None,
+            cooling={key for key, until in self._cooling.items() if self.clock.passed < until},
             budget=self.clock.amount,
             reference=self.reference,
         )
-        self._last = observe(self.spec, self.space, moment, self.options(), self._measure())
-        return self._last
+        return observe(self.spec, self.space, moment, self.options(), self._measure())
 
     def _reference(self) -> float:
         """Parameter-seconds that cost `reward.rent` nats."""

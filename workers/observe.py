@@ -1,8 +1,9 @@
 """From a run's records to Telemetry: the one place where its fields are computed."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +26,18 @@ class Measured:
         gradient_noise: standard deviation of the gradient's norm over its mean.
         norms: site id → (gradient norm, norm of the last update), both over the site's weight norm.
         stages: site id → (a seed is on probation, a seed has left it).
+        contributions: site id → loss with its newest seed masked less the loss with it, in nats.
     """
 
     train_loss: float | None = None
     gradient_noise: float | None = None
     norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     stages: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
+    contributions: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Moment:
     Attributes:
         losses: (budget fraction, validation loss in nats) at every decision so far, the first at 0.
         grafts: (decision, site id) of every graft so far.
+        outcome: of the last graft: 1 kept, −1 rolled back, None while it is on probation.
+        cooling: (site id, blueprint) of the grafts that are blocked for a while after a rollback.
     """
 
     sequence: int
@@ -54,6 +63,8 @@ class Moment:
     split: bool  # whether some seed's segments are separate tensors
     losses: Sequence[tuple[float, float]]
     grafts: Sequence[tuple[int, str]]
+    outcome: float | None
+    cooling: Collection[tuple[str, str]]
     budget: float  # in the spec's axis
     reference: float  # parameter-seconds that cost the rent
 
@@ -112,6 +123,8 @@ def _globals(spec: RunSpec, moment: Moment, measured: Measured) -> np.ndarray:
         "rent_rate": spec.reward.rent * whole_cost / moment.reference,
         "gradient_noise": measured.gradient_noise or 0.0,
         "gradient_noise_measured": float(measured.gradient_noise is not None),
+        "last_graft_outcome": moment.outcome or 0.0,
+        "last_graft_outcome_measured": float(moment.outcome is not None),
     }
     return np.array([values.get(name, 0.0) for name in GLOBALS], dtype=np.float32)
 
@@ -131,6 +144,7 @@ def _sites(space: TelemetrySpace, moment: Moment, measured: Measured) -> tuple[n
     for i, site in enumerate(specs):
         here = [decision for decision, site_id in moment.grafts if site_id == site.id]
         gradient, update = measured.norms.get(site.id, (None, None))
+        contribution = measured.contributions.get(site.id)
         probation, established = measured.stages.get(site.id, (False, False))
         values = {
             "present": 1.0,
@@ -145,6 +159,9 @@ def _sites(space: TelemetrySpace, moment: Moment, measured: Measured) -> tuple[n
             "established": float(established),
             "grafts": math.log1p(len(here)),
             "since_graft": (moment.decision - here[-1]) / moment.decisions if here else 1.0,
+            "cooling": float(any(cooled == site.id for cooled, _ in moment.cooling)),
+            "contribution": contribution or 0.0,
+            "contribution_measured": float(contribution is not None),
         }
         table[i] = [values.get(name, 0.0) for name in SITE]
     return table, tuple(site.id for site in specs)
@@ -176,7 +193,9 @@ def _candidates(
                 "steps_measured": 1.0,
             }
             enough = steps >= spec.growth.min_optimizer_steps
-            mask[i] = i == 0 or (not moment.decaying and enough and within_caps(spec, option.after))
+            cooled = (option.candidate.site, option.candidate.blueprint) in moment.cooling
+            fits = option.candidate.operation == "prune" or (enough and not cooled and within_caps(spec, option.after))
+            mask[i] = i == 0 or (not moment.decaying and fits)
         table[i, :first_of_site] = [values.get(name, 0.0) for name in CANDIDATE[:first_of_site]]
         if option.site >= 0:
             table[i, first_of_site:] = sites[option.site]

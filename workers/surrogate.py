@@ -3,8 +3,9 @@
     L(N, D) = E + A·N^(−α) + B·D^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2)
 
 N effective parameters, D effective tokens. A graft leaves the loss where it is: D becomes the tokens that the new
-size would have needed for the loss now, so a grown run goes on from there, steeper. Heads, neurons and layers count
-towards N with weights that the seed draws, as it draws the law's constants; the ledger charges by the spec's clock.
+size would have needed for the loss now, so a grown run goes on from there, steeper; a prune gives back what D lost.
+Heads, neurons and layers count towards N with weights that the seed draws, as it draws the law's constants; the ledger
+charges by the spec's clock.
 It stands in for GrowthRun wherever learning to decide is what is tried, and shows nothing about real growth: the
 constants are of the order of character-level TinyStories with C = 32, but chosen so that growing too little, too much
 or in the wrong place all cost a tenth of a nat or more (heads count for little, depth for much).
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 
 from esper.platform.contracts import HostShape
 from esper.platform.seeding import stream
+from esper.workers.candidates import Planted
 from esper.workers.episode import Episode
-from esper.workers.observe import SEGMENTS, Measured, batch_tokens
+from esper.workers.observe import Measured, batch_tokens
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.model.shape import TransformerShape
 
@@ -78,7 +80,7 @@ class SurrogateRun(Episode):
         self.law = Law.drawn(self.seed)
         host = self.spec.host.model_copy(update={"n_layer": self.instance.n_layer or self.spec.host.n_layer})
         self.shape = start_shape(self.spec.model_copy(update={"host": host}), VOCABULARY)
-        self._segments = False
+        self._seeds: list[tuple[Planted, float]] = []  # with the effective tokens that growing to its size gave up
         self._begin_shape(math.log(VOCABULARY))
 
     def _begin_shape(self, loss: float) -> None:
@@ -90,27 +92,42 @@ class SurrogateRun(Episode):
         return self.shape
 
     def _split(self) -> bool:
-        return self._segments
+        return False
 
     def _vocab_size(self) -> int:
         return VOCABULARY
 
-    def _graft(self, site: str, blueprint: str) -> float:
-        loss = self._evaluate()
-        grown = self.blueprints[blueprint].resized(self.shape, site)
+    def _graft(self, site: str, blueprint: str) -> None:
+        loss, tokens, kind = self._evaluate(), self._effective_tokens, self.blueprints[blueprint]
+        grown = kind.resized(self.shape, site)
         assert isinstance(grown, TransformerShape)
+        part = "" if kind.units else grown.part_after(self.shape)
         self.shape = grown
-        self._segments = self._segments or self.blueprints[blueprint].adds in SEGMENTS
         self._begin_shape(loss)
+        self._seeds.append((Planted(site, blueprint, kind.units, part), tokens - self._effective_tokens))
         self._charge(self.spec.clock.graft_seconds, steps=0)
-        return self._evaluate()
 
-    def _train(self, boundary: float) -> None:
+    def _prune(self, seed: Planted) -> None:
+        shape = self.blueprints[seed.blueprint].pruned(self.shape, seed)
+        assert isinstance(shape, TransformerShape)
+        self.shape = shape
+        self._size_loss = self.law.size_loss(shape, self.spec.host.n_layer)
+        index = max(i for i, (planted, _) in enumerate(self._seeds) if planted == seed)
+        self._effective_tokens += self._seeds.pop(index)[1]
+        sites = {site.id for site in shape.injection_specs()}
+        self._seeds = [(planted, given) for planted, given in self._seeds if planted.site in sites]
+        self._charge(self.spec.clock.graft_seconds, steps=0)
+
+    def _newest(self) -> tuple[Planted, ...]:
+        return tuple({planted.site: planted for planted, _ in self._seeds}.values())
+
+    def _train(self, boundary: float) -> float:
         tokens, clock = batch_tokens(self.spec), self.spec.clock
-        per_step = clock.axis_per_step(self.spec.budget.axis, self.shape, tokens, split=self._segments)
+        per_step = clock.axis_per_step(self.spec.budget.axis, self.shape, tokens)
         steps = max(1, math.ceil((boundary - self.reading()) / per_step - 1e-9))
-        self._charge(steps * clock.step_seconds(self.shape, tokens, split=self._segments), steps=steps)
+        self._charge(steps * clock.step_seconds(self.shape, tokens), steps=steps)
         self._effective_tokens += steps * tokens
+        return self._evaluate()
 
     def _charge(self, seconds: float, steps: int) -> None:
         tokens = steps * batch_tokens(self.spec)

@@ -118,7 +118,8 @@ def test_twins_see_the_same_batches_and_a_graft_does_not_spike(tiny_spec, tokens
     for decision in range(3):
         telemetry = run.step(GraftAction(0, decision)).telemetry
     grafts = [i for i in telemetry.legal() if i]
-    losses = run.twins([GraftAction(int(i), 3) for i in [0, 0, *grafts]], 10)
+    losses, ledgers = run.twins([GraftAction(int(i), 3) for i in [0, 0, *grafts]], 10)
+    assert {ledger.steps for ledger in ledgers} == {25}
     assert np.array_equal(losses[0], losses[1])
     assert losses[2:, 0] == pytest.approx(losses[0, 0], abs=1e-5)
     assert not np.array_equal(losses[2], losses[0])

@@ -1,8 +1,9 @@
-"""Kasmina: grafts seeds onto a host in training, together with its optimizer.
+"""Kasmina: grafts seeds onto a host in training, together with its optimizer; fuses and prunes them.
 
-A graft adds the blueprint's tensors to the host and optimizer groups for them: zero moments, a step count of their
-own, the settings of the group their sibling is in, and a learning rate that warms up from above zero (probation).
-Nothing that existed is touched: no weight, no moment, no group.
+A graft adds the blueprint's tensors to the host, and to the optimizer with a learning rate that warms up from above
+zero (probation). Nothing that existed is touched: no weight, no moment, no group. Once a seed's warm-up is over and its
+moments are old enough, it is fused: the host is then what it would be had it been born that shape. A site's newest seed
+can be pruned, fused or not.
 
 Two things keep the updates after birth from spiking, both found by comparing with the ungrown twin on the same batches:
 the warm-up is quadratic, for Adam's normalised first steps move a zero matrix by the full rate however small its
@@ -12,14 +13,20 @@ the host's own step would shrink to nothing.
     kasmina = Kasmina(host, optimizer)
     kasmina.graft("h0.ffn", "ffn")
     for batch in batches:
-        ...                      # backward, and your scheduler, which sets the host's groups
-        kasmina.clip(1.0)        # instead of clip_grad_norm_
-        kasmina.warm_up()        # the seeds' rates follow the host's, scaled
+        ...                                  # zero_grad, forward, backward
+        for group in kasmina.host_groups:    # or leave the rate as it is
+            group["lr"] = rate
+        kasmina.clip(1.0)                    # instead of clip_grad_norm_
+        kasmina.warm_up()                    # the seeds' rates follow the host's, scaled
         optimizer.step()
+        kasmina.fuse()                       # those that are due; the output does not change
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +34,11 @@ from torch import nn
 from esper.platform.contracts import HostProtocol
 from esper.platform.errors import UserError, unknown
 from esper.platform.seeding import torch_stream
+from esper.workers.kasmina import surgery
 from esper.workers.kasmina.registry import Blueprint, make_blueprints
+
+NEGLIGIBLE = 1e-6
+"""A seed is fused when β₂ᵗ is at most this: the weight of its first gradients in its second moments."""
 
 
 @dataclass
@@ -37,27 +48,55 @@ class Seed:
     Attributes:
         site: id of the site it was grafted at.
         blueprint: its name.
-        groups: index of each of its optimizer groups → index of the group it follows.
         parameters: how many it added.
+        probation: optimizer steps over which its rate warms up.
+        fuse_age: age at which it is fused.
+        units: units (heads, neurons) it added; 0 where it is a part.
+        part: the host's name of the part it is (a layer, an expert); empty where it is units.
+        number: of this graft among all that were made.
         age: optimizer steps since birth.
+        groups: its optimizer groups, each with the group whose rate it follows; none once it is fused.
     """
 
     site: str
     blueprint: str
-    groups: dict[int, int]
     parameters: int
+    probation: int
+    fuse_age: int
+    units: int = 0
+    part: str = ""
+    number: int = 0
     age: int = 0
+    groups: list[tuple[surgery.Group, surgery.Group]] = field(default_factory=list)
+
+    @property
+    def fused(self) -> bool:
+        """Whether it has become the host's own."""
+        return not self.groups
+
+    @property
+    def on_probation(self) -> bool:
+        """Whether its rate is still warming up."""
+        return self.age < self.probation
+
+    @property
+    def scale(self) -> float:
+        """Its rate over the host's."""
+        return min(1.0, (self.age + 1) / self.probation) ** 2
 
 
 class Kasmina:
-    """Growth of one host and its optimizer.
+    """Grows one host and its optimizer.
 
     Args:
         host: the model.
-        optimizer: owns exactly the host's parameters, each once.
-        blueprints: name → blueprint; none means every registered one with its defaults.
-        probation_steps: optimizer steps over which a seed's rate warms up.
-        seed: of the streams that new weights are drawn from.
+        optimizer: any torch optimizer over exactly the host's parameters.
+        blueprints: name → blueprint; none means every registered one with its default settings.
+        probation_steps: optimizer steps over which a seed's learning rate warms up, quadratically.
+        seed: of the `graft` stream.
+
+    Attributes:
+        seeds: the seeds that are there, in the order of their grafts.
 
     Raises:
         UserError: the optimizer does not hold exactly the host's parameters.
@@ -72,17 +111,16 @@ class Kasmina:
         probation_steps: int = 200,
         seed: int = 0,
     ) -> None:
-        owned = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-        if set(owned) != {id(parameter) for parameter in host.parameters()}:
-            raise UserError(
-                "the optimizer does not hold exactly the host's parameters: make it from host.parameters()."
-            )
+        surgery.check_owns(optimizer, host.parameters())
         self.host = host
         self.optimizer = optimizer
         self.blueprints = dict(make_blueprints() if blueprints is None else blueprints)
         self.probation_steps = probation_steps
         self.seeds: list[Seed] = []
         self._random = seed
+        self._grafts = 0  # ever made: the key of each graft's random numbers
+
+    # -- Growing -----------------------------------------------------------------------------------------------
 
     def graft(self, site_id: str, blueprint_name: str) -> Seed:
         """Graft a seed; the host's output does not change.
@@ -102,56 +140,194 @@ class Kasmina:
         if not blueprint.allowed(self.host.shape, site_id):
             raise UserError(f"site {site_id!r} is at the limit that blueprint {blueprint_name!r} sets: {blueprint}.")
 
-        generator = torch_stream(self._random, "graft", len(self.seeds))
+        probation = self.probation_steps * blueprint.patience(sites[site_id])
         with torch.no_grad():
-            pairs = blueprint.graft(self.host, site_id, generator)
+            part, pairs = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self._grafts))
         self.host.grown()
-        added = sum(new.numel() for new, _ in pairs)
-        seed = Seed(site_id, blueprint_name, self._add_groups(pairs), added)
+        seed = Seed(
+            site_id,
+            blueprint_name,
+            parameters=sum(new.numel() for new, _ in pairs),
+            probation=probation,
+            fuse_age=max(probation, self._old_enough()),
+            units=blueprint.units,
+            part=part,
+            number=self._grafts,
+            groups=surgery.add(self.optimizer, pairs),
+        )
+        self._grafts += 1
         self.seeds.append(seed)
-        self.warm_up(advance=False)
+        self._set_rates()
         return seed
 
-    def warm_up(self, *, advance: bool = True) -> None:
-        """Set the rate of every seed's groups from the groups they follow; call right before each optimizer step."""
-        groups = self.optimizer.param_groups
-        for seed in self.seeds:
-            scale = self._scale(seed)
-            for group, follows in seed.groups.items():
-                groups[group]["lr"] = groups[follows]["lr"] * scale
-            seed.age += advance
+    def fuse(self, seed: Seed | None = None) -> list[Seed]:
+        """Make seeds the host's own: `seed`, or all that are old enough. To be called between two optimizer steps.
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """Clip the gradient of the host, and of each seed on probation by itself; returns the host's norm before."""
-        groups = self.optimizer.param_groups
-        young = [seed for seed in self.seeds if self.on_probation(seed)]
-        apart = {group for seed in young for group in seed.groups}
-        for seed in young:
-            nn.utils.clip_grad_norm_([p for group in seed.groups for p in groups[group]["params"]], max_norm)
-        host = [p for i, group in enumerate(groups) if i not in apart for p in group["params"]]
-        return nn.utils.clip_grad_norm_(host, max_norm)
+        The output does not change by a bit. Units are joined to the host's tensors, their moments rescaled
+        (`surgery`); a part's tensors move to the groups that they followed. Of several young seeds of units at a site
+        the oldest comes first.
+
+        Returns:
+            Those that were fused.
+
+        Raises:
+            UserError: `seed` is not one of this host's on its own, or an older one at its site is.
+        """
+        due = [seed] if seed else [s for s in self.seeds if s.groups and s.age >= s.fuse_age]
+        for each in due:
+            self._fuse(each)
+        return due
+
+    @property
+    def due(self) -> bool:
+        """Whether some seed is old enough to be fused."""
+        return any(seed.groups and seed.age >= seed.fuse_age for seed in self.seeds)
+
+    def prune(self, site_id: str) -> Seed:
+        """Take the newest seed at a site out of host and optimizer, fused or not, with what was grafted inside it.
+
+        Raises:
+            UserError: no such site, or no seed there. Nothing has been changed then.
+        """
+        seed = self.newest(site_id)
+        if seed is None:
+            sites = [site.id for site in self.host.injection_specs()]
+            if site_id not in sites:
+                raise unknown("site", site_id, sites)
+            seeded = sorted({other.site for other in self.seeds} & set(sites))
+            raise UserError(
+                f"there is no seed at site {site_id!r} to prune: seeds are at {', '.join(seeded) or 'none'}."
+            )
+        swaps, gone = self.blueprints[seed.blueprint].prune(self.host, seed)
+        for change in swaps:
+            surgery.swap(self.optimizer, change)
+        surgery.drop(self.optimizer, gone)
+        self.host.grown()
+        sites = {site.id for site in self.host.injection_specs()}
+        # Seeds of units that lay in a pruned layer are gone with it; a layer grafted behind it has its own name.
+        left = [other for other in self.seeds if other is not seed and (other.site in sites or self._part_lives(other))]
+        self._follow_on([other for other in self.seeds if other not in left])
+        self.seeds = left
+        return seed
+
+    def newest(self, site_id: str) -> Seed | None:
+        """The newest seed at a site."""
+        return next((seed for seed in reversed(self.seeds) if seed.site == site_id), None)
+
+    @contextmanager
+    def masked(self, site_id: str) -> Iterator[None]:
+        """For the time of a `with` block, the host without the newest seed at a site: its outgoing side is zero."""
+        seed = self.newest(site_id)
+        assert seed is not None
+        views = [view.detach() for view in self.blueprints[seed.blueprint].outgoing(self.host, seed)]
+        values = [view.clone() for view in views]
+        try:
+            for view in views:
+                view.zero_()
+            yield
+        finally:
+            for view, value in zip(views, values, strict=True):
+                view.copy_(value)
+
+    # -- At every optimizer step -------------------------------------------------------------------------------
+
+    @property
+    def host_groups(self) -> list[surgery.Group]:
+        """The optimizer groups of everything that is not a seed's own: those whose rate the caller sets."""
+        apart = {id(group) for seed in self.seeds for group, _ in seed.groups}
+        return [group for group in self.optimizer.param_groups if id(group) not in apart]
+
+    def warm_up(self) -> None:
+        """Set the rate of every seed's groups from the groups they follow; call right before each optimizer step."""
+        self._set_rates()
+        for seed in self.seeds:
+            seed.age += 1
+
+    def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Clip the gradient of the host, and of each seed on probation by itself.
+
+        Returns:
+            The host's norm before, and the seeds' added up (None without any): if a gradient is not finite, one of them
+            is not.
+        """
+        young = [seed for seed in self.seeds if seed.on_probation]
+        if not young:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            return nn.utils.clip_grad_norm_(parameters, max_norm), None
+        apart = {id(group) for seed in young for group, _ in seed.groups}
+        seeds = [
+            nn.utils.clip_grad_norm_([p for group, _ in seed.groups for p in group["params"]], max_norm)
+            for seed in young
+        ]
+        host = [p for group in self.optimizer.param_groups if id(group) not in apart for p in group["params"]]
+        return nn.utils.clip_grad_norm_(host, max_norm), torch.stack(seeds).sum()
 
     def parameters_warming_up(self) -> float:
         """Parameters on probation, each counted by how far its rate still is from the host's: 1 at birth, then to 0."""
-        return sum(seed.parameters * (1 - self._scale(seed)) for seed in self.seeds if self.on_probation(seed))
+        return sum(seed.parameters * (1 - seed.scale) for seed in self.seeds if seed.on_probation)
 
-    def _scale(self, seed: Seed) -> float:
-        return min(1.0, (seed.age + 1) / self.probation_steps) ** 2
+    # -- Saving ------------------------------------------------------------------------------------------------
 
-    def on_probation(self, seed: Seed) -> bool:
-        """Whether the seed's rate is still warming up."""
-        return seed.age < self.probation_steps
+    def state(self) -> dict[str, Any]:
+        """The seeds as JSON values; groups by their index in the optimizer."""
+        index = {id(group): i for i, group in enumerate(self.optimizer.param_groups)}
+        seeds = []
+        for seed in self.seeds:
+            groups = [[index[id(group)], index[id(follows)]] for group, follows in seed.groups]
+            seeds.append({**seed.__dict__, "groups": groups})
+        return {"seeds": seeds, "grafts": self._grafts}
 
-    def _add_groups(self, pairs: list[tuple]) -> dict[int, int]:
-        """A new group for each group that the siblings are in, with its settings; new index → followed index."""
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave, once host and optimizer are as they were then."""
         groups = self.optimizer.param_groups
-        home = {id(parameter): i for i, group in enumerate(groups) for parameter in group["params"]}
-        by_group: dict[int, list] = {}
-        for new, sibling in pairs:
-            by_group.setdefault(home[id(sibling)], []).append(new)
-        added = {}
-        for follows, parameters in by_group.items():
-            settings = {key: value for key, value in groups[follows].items() if key != "params"}
-            self.optimizer.add_param_group({**settings, "params": parameters})
-            added[len(groups) - 1] = follows
-        return added
+        self.seeds = [
+            Seed(**{**seed, "groups": [(groups[i], groups[j]) for i, j in seed["groups"]]}) for seed in state["seeds"]
+        ]
+        self._grafts = state["grafts"]
+
+    # -- Helpers -----------------------------------------------------------------------------------------------
+
+    def _set_rates(self) -> None:
+        for seed in self.seeds:
+            for group, follows in seed.groups:
+                group["lr"] = follows["lr"] * seed.scale
+
+    def _old_enough(self) -> int:
+        """Age at which β₂ᵗ is negligible; 0 for an optimizer that has no β₂."""
+        betas = [group["betas"][1] for group in self.optimizer.param_groups if "betas" in group]
+        slowest = max(betas, default=0.0)
+        return math.ceil(math.log(NEGLIGIBLE) / math.log(slowest)) if slowest > 0 else 0
+
+    def _fuse(self, seed: Seed) -> None:
+        blueprint = self.blueprints[seed.blueprint]
+        older = [s for s in self.seeds if s.site == seed.site and s.units and not s.fused]
+        if seed.fused or (seed.units and older[0] is not seed):
+            raise UserError(f"the seed at {seed.site!r} is fused already, or an older one there comes first.")
+        for change in blueprint.fuse(self.host, seed):
+            surgery.swap(self.optimizer, change)
+        for group, follows in seed.groups:
+            if group["params"]:
+                surgery.move(self.optimizer, group, follows)
+        self._follow_on([seed])
+        seed.groups = []
+
+    def _follow_on(self, leaving: list[Seed]) -> None:
+        """Let what follows the groups of seeds that lose theirs follow what those followed."""
+        ahead = {id(group): follows for seed in leaving for group, follows in seed.groups}
+
+        def still(group: surgery.Group) -> surgery.Group:
+            while id(group) in ahead:
+                group = ahead[id(group)]
+            return group
+
+        for seed in self.seeds:
+            seed.groups = [(group, still(follows)) for group, follows in seed.groups]
+
+    def _part_lives(self, seed: Seed) -> bool:
+        if not seed.part:
+            return False
+        try:
+            self.host.part(seed.part)
+        except KeyError:
+            return False
+        return True

@@ -6,16 +6,28 @@ A blueprint (the field's growth operator) is a frozen dataclass: its fields are 
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 
-from esper.platform.contracts import HostProtocol, HostShape, SiteKind
+from esper.platform.contracts import HostProtocol, HostShape, InjectionSpec, SiteKind, Swap
 from esper.platform.errors import UserError, unknown
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+"""The type of a setting that counts something."""
+
+
+class PlantedSeed(Protocol):
+    """What a blueprint may know of a seed of its kind, on the host."""
+
+    site: str
+    units: int  # that it added; 0 for a part
+    part: str  # the host's name of the part it is; empty for units
 
 
 class Blueprint(Protocol):
-    """What a blueprint must tell.
+    """What a blueprint must tell and do.
 
     Attributes:
         name: as actions, specs and records call it.
@@ -27,16 +39,41 @@ class Blueprint(Protocol):
     site_kind: ClassVar[SiteKind]
     adds: ClassVar[str]
 
+    @property
+    def units(self) -> int:
+        """Units that a graft adds; 0 where it adds a part."""
+        ...
+
     def allowed(self, shape: HostShape, site_id: str) -> bool:
         """Whether the site may take one more of these."""
+        ...
+
+    def patience(self, site: InjectionSpec) -> int:
+        """How many times the usual warm-up a seed needs at a site."""
         ...
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
         """The shape after: what it adds in parameters and FLOPs is the difference of the two shapes' closed forms."""
         ...
 
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> list[tuple[Any, Any]]:
-        """Add the seed's tensors to the host; returns each new parameter with its sibling in the host."""
+    def pruned(self, shape: Any, seed: PlantedSeed) -> HostShape:
+        """The shape without a seed."""
+        ...
+
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple[Any, Any]]]:
+        """Add the seed's tensors to the host: (name of the part, or empty; each new parameter with its sibling)."""
+        ...
+
+    def outgoing(self, host: HostProtocol, seed: PlantedSeed) -> list[torch.Tensor]:
+        """Views of the outgoing side of a site's newest seed: zero at birth; zero means that it does nothing."""
+        ...
+
+    def fuse(self, host: HostProtocol, seed: PlantedSeed) -> list[Swap]:
+        """Make the seed's tensors the host's own; returns what changed."""
+        ...
+
+    def prune(self, host: HostProtocol, seed: PlantedSeed) -> tuple[list[Swap], list[Any]]:
+        """Take a site's newest seed out; returns what changed, and the parameters that are gone."""
         ...
 
 
@@ -74,12 +111,15 @@ def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> 
         if name not in _KINDS:
             raise unknown("blueprint", name, _KINDS)
         known = {field.name: field for field in fields(_KINDS[name])}  # pyright: ignore[reportArgumentType]
-        for key, value in values.items():
+        for key in values:
             if key not in known:
                 raise unknown(f"setting of blueprint {name}", key, known)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(
-                    f"growth.blueprints.{name}.{key} is {value!r}: it must be a whole number of at least 1."
-                )
-        made[name] = _KINDS[name](**values)
+        try:
+            made[name] = TypeAdapter(_KINDS[name]).validate_python(dict(values))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            rule = first["msg"].removeprefix("Input should be ")
+            raise UserError(
+                f"growth.blueprints.{name}.{first['loc'][0]} is {first['input']!r}: it must be {rule}."
+            ) from None
     return made

@@ -68,12 +68,22 @@ class Batches:
 
 def held_out(data: TokenData, tokens: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first `tokens` validation tokens (or all there are) as inputs and targets, int64 (n, T) each."""
+    return _windows(data, 0, tokens // block_size, block_size, device)
+
+
+def held_out_sample(data: TokenData, n: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The last `n` whole windows of the validation tokens (or all there are), int64 (n, T) each."""
+    whole = (data.split("valid").tokens - 1) // block_size
+    return _windows(data, max(0, whole - n), n, block_size, device)
+
+
+def _windows(data: TokenData, first: int, n: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     split = data.split("valid")
-    n = min(tokens, split.tokens - 1) // block_size
+    n = min(n, (split.tokens - 1) // block_size - first)
     if n < 1:
         raise UserError(
             f"the validation text has {split.tokens} tokens, too few for a context of {block_size}: "
             "give more text, or set a smaller host.block_size."
         )
-    windows = torch.from_numpy(split.windows(np.arange(n) * block_size, block_size + 1)).to(device)
+    windows = torch.from_numpy(split.windows((first + np.arange(n)) * block_size, block_size + 1)).to(device)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -1,10 +1,8 @@
 """From a spec's host section to a host model."""
 
-import torch
-
 from esper.platform.spec import RunSpec
 from esper.workers.tolaria.model.shape import TransformerShape
-from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
+from esper.workers.tolaria.model.transformer import TransformerConfig
 
 
 def host_config(spec: RunSpec, vocab_size: int) -> TransformerConfig:
@@ -15,8 +13,3 @@ def host_config(spec: RunSpec, vocab_size: int) -> TransformerConfig:
 def start_shape(spec: RunSpec, vocab_size: int) -> TransformerShape:
     """The shape that a run starts with."""
     return host_config(spec, vocab_size).shape()
-
-
-def make_host(spec: RunSpec, vocab_size: int, generator: torch.Generator) -> TransformerHost:
-    """The host, its weights drawn from `generator`."""
-    return TransformerHost(host_config(spec, vocab_size), generator)

@@ -14,12 +14,22 @@ def stable_rate(spec: OptimizerSpec, parameters_non_embedding: float) -> float:
     return min(spec.rate_max, spec.learning_rate * relative**-spec.rate_exponent)
 
 
-def rate(spec: OptimizerSpec, fraction: float, parameters_non_embedding: float) -> float:
-    """The host's learning rate at a budget `fraction` in [0, 1]; above 0 at the very start."""
+def rate(
+    spec: OptimizerSpec, fraction: float, parameters_non_embedding: float, decay: tuple[float, float] | None = None
+) -> float:
+    """The host's learning rate at a budget `fraction` in [0, 1]; above 0 at the very start.
+
+    Args:
+        spec: the curve.
+        fraction: of the budget spent.
+        parameters_non_embedding: N.
+        decay: fractions between which the rate falls; none means from the spec's `decay_from` to the end.
+    """
+    begin, end = decay or (spec.decay_from, 1.0)
     stable = stable_rate(spec, parameters_non_embedding)
     if fraction < spec.warmup:
         return stable * (0.01 + 0.99 * fraction / spec.warmup)
-    if fraction <= spec.decay_from:
+    if fraction <= begin:
         return stable
-    left = max(0.0, 1 - fraction) / (1 - spec.decay_from)
+    left = max(0.0, end - fraction) / (end - begin)
     return stable * (spec.final_rate + (1 - spec.final_rate) * left)

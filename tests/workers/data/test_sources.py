@@ -1,13 +1,17 @@
-"""Sources: documents from files, folders, Parquet, the hub's format and the installed Python; and their split."""
+"""Sources: documents from files of all kinds, folders, the hub's format and the installed Python; and their split."""
 
 import http.server
+import itertools
+import json
 import os
 import random
 import socket
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.platform.errors import UserError
-from esper.workers.tolaria.data import files, net, sources
+from esper.workers.tolaria.data import TokenData, files, net, prepare, sources
 
 DOCUMENTS = [f"Story {i}: " + f"the cat saw {i} dogs. " * 10 for i in range(50)]
 
@@ -29,6 +33,12 @@ def write_txt(path: Path, documents: list[str]) -> Path:
 def write_parquet(path: Path, **columns: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
+    return path
+
+
+def write_jsonl(path: Path, *values: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(value)}\n" for value in values), encoding="utf-8")
     return path
 
 
@@ -84,6 +94,78 @@ def test_parquet_without_a_clear_column_is_refused(tmp_path, columns):
         list(files.read_parquet(path))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [{"title": "a story", "text": document} for document in DOCUMENTS],
+        [{"story": document, "id": i} for i, document in enumerate(DOCUMENTS)],
+        [{"story": None}, *({"story": document, "id": i} for i, document in enumerate(DOCUMENTS)), {"story": None}],
+        [{"text": DOCUMENTS[0], "by": "me"}, {"text": None, "by": "you"}, *({"text": text} for text in DOCUMENTS[1:])],
+        DOCUMENTS,
+    ],
+)
+def test_jsonl_takes_text_or_the_only_strings(tmp_path, values):
+    assert list(files.read_jsonl(write_jsonl(tmp_path / "a.jsonl", *values))) == DOCUMENTS
+
+
+def test_jsonl_of_windows_with_blank_lines_is_read_too(tmp_path):
+    texts = ["été\n\u2028 😀", 'a "b" c', "no line end"]
+    lines = "\r\n \r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + lines.encode("utf-8-sig"))
+    assert list(files.read_jsonl(tmp_path / "a.jsonl")) == texts
+
+
+def test_jsonl_is_read_line_by_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 50_000 + "nonsense")
+    texts = files.read_jsonl(tmp_path / "a.jsonl")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in itertools.islice(texts, 50_000)) == 50_000
+        assert tracemalloc.get_traced_memory()[1] < 300_000  # the file has 700,000 bytes
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(UserError, match=r"line 50001 of .*a\.jsonl is not JSON"):
+        next(texts)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"text": "cut o', r"is not JSON \(Unterminated string.*\): give each text its own line"),
+        (b"[" * 100_000, r"is not JSON \(.*recursion"),
+        (b'["a"]', "is no object with a string under 'text': mend or delete"),
+        (b'{"text": 3}', "is no object with a string under 'text'"),
+        (b'{"story": "a"}', "is no object with a string under 'text'"),
+        (b'{"text": "caf\xe9"}', r"is not UTF-8 text \(its byte 13\): convert"),
+        (b'{"text": "\\ud83d"}', r"holds half a character \('\\ud83d'\)"),
+    ],
+)
+def test_a_damaged_line_of_jsonl_is_refused_by_its_number(tmp_path, line, words):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "whole"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=rf"^line 3 of .*a\.jsonl {words}"):
+        load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("record", [{"a": "x", "b": "y"}, {"id": 1}, {"a": "x", "b": None}])
+def test_jsonl_without_a_clear_key_is_refused(tmp_path, record):
+    path = write_jsonl(tmp_path / "a.jsonl", record)
+    with pytest.raises(UserError, match=f"line 1 of .* has the keys {', '.join(record)}, .*: name the one"):
+        list(files.read_jsonl(path))
+
+
+def test_a_folder_of_jsonl_is_prepared_with_its_splits(tmp_path, capsys):
+    write_jsonl(tmp_path / "text" / "train-0.jsonl", *({"text": document} for document in DOCUMENTS[:20]))
+    write_jsonl(tmp_path / "text" / "train-1.jsonl", *({"story": document} for document in DOCUMENTS[20:40]))
+    write_jsonl(tmp_path / "text" / "valid.jsonl", *DOCUMENTS[40:])
+    manifest = prepare(str(tmp_path / "text"), "char", tmp_path / "out")
+    assert {name: split.documents for name, split in manifest.splits.items()} == {"train": 40, "valid": 10}
+    data = TokenData.open(tmp_path / "out")
+    for name, documents in {"train": DOCUMENTS[:40], "valid": DOCUMENTS[40:]}.items():
+        split = data.split(name)
+        text = data.tokenizer.decode(split.windows(np.array([0]), split.tokens)[0])
+        assert text == "".join(document + files.SEPARATOR for document in documents)
+
+
 def test_damaged_files_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no more")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
@@ -123,8 +205,8 @@ def test_other_folders_are_all_documents_in_order_of_names(tmp_path):
         ("tinystorys", "Did you mean 'tinystories'"),
         ("no/such/file", "no file or folder no/such/file"),
         ("missing.txt", "no file or folder missing.txt"),
-        ("pyproject.toml", "no .txt or .parquet file"),
-        ("infra/../.ci/..", "holds no .txt or .parquet file"),
+        ("pyproject.toml", "no .txt, .parquet or .jsonl file"),
+        ("infra/../.ci/..", "holds no .txt, .parquet or .jsonl file"),
     ],
 )
 def test_what_is_no_source_is_refused(source, words, tmp_path, monkeypatch):

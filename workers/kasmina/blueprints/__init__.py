@@ -2,6 +2,7 @@
 
 from esper.workers.kasmina.blueprints.attention import AttentionSeed
 from esper.workers.kasmina.blueprints.block import ResidualSeed
+from esper.workers.kasmina.blueprints.expert import ExpertSeed
 from esper.workers.kasmina.blueprints.ffn import FFNSeed
 
-__all__ = ["AttentionSeed", "FFNSeed", "ResidualSeed"]
+__all__ = ["AttentionSeed", "ExpertSeed", "FFNSeed", "ResidualSeed"]

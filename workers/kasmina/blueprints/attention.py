@@ -10,33 +10,32 @@ head: 3·(8·C·D + 4·T·D).
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from esper.platform.contracts import HostProtocol, HostShape, SiteKind
-from esper.workers.kasmina.blueprints.widen import add_units, units_at
-from esper.workers.kasmina.registry import register
+from esper.platform.contracts import HostShape, SiteKind
+from esper.workers.kasmina.blueprints.widen import Widening
+from esper.workers.kasmina.registry import Count, PlantedSeed, register
 
 
 @register
 @dataclass(frozen=True)
-class AttentionSeed:
+class AttentionSeed(Widening):
     """`heads` heads at a time, up to `limit` in a layer."""
 
     name: ClassVar[str] = "attention"
     site_kind: ClassVar[SiteKind] = "pre_attention"
     adds: ClassVar[str] = "heads"
 
-    heads: int = 1
-    limit: int = 64
+    heads: Count = 1
+    limit: Count = 64
 
-    def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Up to `limit` heads in all."""
-        return units_at(shape, site_id) + self.heads <= self.limit
+    @property
+    def units(self) -> int:
+        """Heads."""
+        return self.heads
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
         """The shape with the heads added."""
         return shape.with_heads(site_id, self.heads)
 
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> list[tuple]:
-        """Add the heads to the host's own matrices."""
-        return add_units(host, site_id, self.heads, generator)
+    def pruned(self, shape: Any, seed: PlantedSeed) -> HostShape:
+        """The shape without a seed's heads."""
+        return shape.with_heads(seed.site, -seed.units)

@@ -9,33 +9,32 @@ neuron: 2·C + 1. Training FLOPs per token and neuron: 3·4·C.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from esper.platform.contracts import HostProtocol, HostShape, SiteKind
-from esper.workers.kasmina.blueprints.widen import add_units, units_at
-from esper.workers.kasmina.registry import register
+from esper.platform.contracts import HostShape, SiteKind
+from esper.workers.kasmina.blueprints.widen import Widening
+from esper.workers.kasmina.registry import Count, PlantedSeed, register
 
 
 @register
 @dataclass(frozen=True)
-class FFNSeed:
+class FFNSeed(Widening):
     """`width` neurons at a time, up to `limit` in a layer."""
 
     name: ClassVar[str] = "ffn"
     site_kind: ClassVar[SiteKind] = "post_ffn"
     adds: ClassVar[str] = "width"
 
-    width: int = 64
-    limit: int = 65536
+    width: Count = 64
+    limit: Count = 65536
 
-    def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Up to `limit` neurons in all."""
-        return units_at(shape, site_id) + self.width <= self.limit
+    @property
+    def units(self) -> int:
+        """Neurons."""
+        return self.width
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
         """The shape with the neurons added."""
         return shape.with_width(site_id, self.width)
 
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> list[tuple]:
-        """Add the neurons to the host's own matrices."""
-        return add_units(host, site_id, self.width, generator)
+    def pruned(self, shape: Any, seed: PlantedSeed) -> HostShape:
+        """The shape without a seed's neurons."""
+        return shape.with_width(seed.site, -seed.units)

@@ -1,4 +1,4 @@
-"""Adding units (heads, neurons) between two linear layers: rows of the incoming one, columns of the outgoing one.
+"""Units (heads, neurons) between two linear layers: rows of the incoming one, columns of the outgoing one.
 
     y = V·φ(U·x)   →   y' = [V 0]·φ([U; U⁺]·x) = V·φ(U·x) + 0·φ(U⁺·x) = y
 
@@ -7,10 +7,13 @@ incoming side is not: zero on both would leave both without a gradient (Net2Net 
 also starts from zero on one side).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from esper.platform.contracts import HostProtocol, HostShape
+from esper.platform.contracts import HostProtocol, HostShape, InjectionSpec, Swap
+from esper.workers.kasmina.registry import PlantedSeed
 
 
 def units_at(shape: HostShape, site_id: str) -> int:
@@ -18,20 +21,61 @@ def units_at(shape: HostShape, site_id: str) -> int:
     return next(site.units for site in shape.injection_specs() if site.id == site_id)
 
 
-def add_units(host: HostProtocol, site_id: str, units: int, generator: torch.Generator) -> list[tuple]:
-    """Add `units` units at a site; returns each new parameter with its sibling.
-
-    New rows are drawn as wide as the site's own rows are now, so that the new units' activations are of the host's
-    scale whenever the graft comes.
-    """
-    incoming, outgoing = host.linears(site_id)
-    now = units_at(host.shape, site_id)
-    rows, columns = incoming.out_features // now, outgoing.in_features // now  # of one unit
-    weight = drawn_like(incoming.weight[0], (units * rows, incoming.in_features), generator)
-    bias = torch.zeros(units * rows)
-    return incoming.add_rows(weight, bias) + outgoing.add_columns(torch.zeros(outgoing.out_features, units * columns))
-
-
 def drawn_like(sibling: Tensor, size: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Normal values with the root mean square of `sibling`, on the CPU."""
     return torch.randn(size, generator=generator) * sibling.detach().float().square().mean().sqrt().cpu()
+
+
+class Widening:
+    """What every blueprint of units shares; it says how many `units` it adds and how many are the `limit`."""
+
+    units: int
+    limit: int
+
+    def patience(self, site: InjectionSpec) -> int:
+        """The usual warm-up."""
+        return 1
+
+    def allowed(self, shape: HostShape, site_id: str) -> bool:
+        """Up to `limit` units in all."""
+        return units_at(shape, site_id) + self.units <= self.limit
+
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
+        """Add the units to the host's own matrices.
+
+        New rows are drawn as wide as the site's own rows are now, so that the new units' activations are of the host's
+        scale whenever the graft comes.
+        """
+        incoming, outgoing = host.linears(site_id)
+        now = units_at(host.shape, site_id)
+        rows, columns = self._per_unit(incoming, outgoing, now)
+        weight = drawn_like(incoming.weight[0], (self.units * rows, incoming.in_features), generator)
+        bias = torch.zeros(self.units * rows)
+        zeros = torch.zeros(outgoing.out_features, self.units * columns)
+        return "", incoming.add(weight, bias) + outgoing.add(zeros)
+
+    def outgoing(self, host: HostProtocol, seed: PlantedSeed) -> list[Tensor]:
+        """The last columns of the outgoing matrix."""
+        incoming, outgoing = host.linears(seed.site)
+        _, columns = self._per_unit(incoming, outgoing, units_at(host.shape, seed.site))
+        return [outgoing.tail(seed.units * columns)]
+
+    def fuse(self, host: HostProtocol, seed: PlantedSeed) -> list[Swap]:
+        """Join the oldest young segments of both matrices to the host's tensors."""
+        return [change for linear in host.linears(seed.site) for change in linear.fuse()]
+
+    def prune(self, host: HostProtocol, seed: PlantedSeed) -> tuple[list[Swap], list[Any]]:
+        """Drop the last rows and columns."""
+        linears = host.linears(seed.site)
+        sizes = self._per_unit(*linears, units_at(host.shape, seed.site))
+        swaps, gone = [], []
+        for linear, size in zip(linears, sizes, strict=True):
+            changed, lost = linear.cut(seed.units * size)
+            swaps += changed
+            gone += lost
+        return swaps, gone
+
+    @staticmethod
+    def _per_unit(incoming: Any, outgoing: Any, units: int) -> tuple[int, int]:
+        """Rows and columns of one unit."""
+        return incoming.out_features // units, outgoing.in_features // units

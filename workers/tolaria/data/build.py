@@ -28,7 +28,7 @@ def prepare(
     The folder appears whole or not at all. Progress is printed.
 
     Args:
-        source: name of a source, or path of a .txt or .parquet file or a folder of them.
+        source: name of a source, or path of a .txt, .parquet or .jsonl file or a folder of them.
         tokenizer: `char`, `bpe:N` or `gpt2`.
         out: new or empty folder.
         valid_fraction: of the text, held out by whole documents where the source has no split of its own.

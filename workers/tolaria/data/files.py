@@ -1,8 +1,10 @@
-"""Documents from local files: .txt, .parquet, and folders of them."""
+"""Documents from local files: .txt, .parquet, .jsonl, and folders of them."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,7 +63,68 @@ def _text_column(path: Path, schema: pa.Schema) -> str:
     )
 
 
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": read_txt, ".parquet": read_parquet}
+def read_jsonl(path: Path) -> Iterator[str]:
+    """The texts of a UTF-8 file with one JSON object a line; blank lines and null texts are left out.
+
+    The first object settles the key: `text`, or the only one whose value is a string (or null). A line may also be
+    a JSON string, which is a text as it is. One line is held in memory at a time.
+    """
+    key = None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"line {number} of {path}"
+            record = _json(where, line)
+            if isinstance(record, dict):
+                key = key or _text_key(where, record)
+                record = record.get(key, record)
+            if isinstance(record, str):
+                yield _encodable(where, record)
+            elif record is not None:
+                raise UserError(f"{where} is no object with a string under {key or 'text'!r}: mend or delete the line.")
+
+
+def _json(where: str, line: bytes) -> Any:
+    """The value of a line, None if it is blank."""
+    try:
+        text = line.decode("utf-8-sig").strip()
+        return json.loads(text) if text else None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 text (its byte {error.start}): convert the file, for example with `iconv -t UTF-8`."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(
+            f'{where} is not JSON ({reason}): give each text its own line, such as {{"text": "Once upon a time"}}.'
+        ) from None
+
+
+def _encodable(where: str, text: str) -> str:
+    """`text`, which JSON's escapes can give what UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds half a character ({text[error.start]!r}): mend or delete the line.") from None
+    return text
+
+
+def _text_key(where: str, record: dict[str, Any]) -> str:
+    strings = [key for key, value in record.items() if value is None or isinstance(value, str)]
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise UserError(
+        f"{where} has the keys {', '.join(record) or '(none)'}, of which none is a string called 'text' and "
+        f"{len(strings)} hold strings: name the one with the text 'text'."
+    )
+
+
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": read_txt,
+    ".parquet": read_parquet,
+    ".jsonl": read_jsonl,
+}
 
 
 def text_files(path: Path) -> list[Path]:
@@ -73,7 +136,8 @@ def text_files(path: Path) -> list[Path]:
     found = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
     readable = [file for file in found if file.suffix in READERS]
     if not readable:
-        kinds = " or ".join(READERS)
+        *others, last = READERS
+        kinds = f"{', '.join(others)} or {last}"
         what = f"{path} holds no {kinds} file" if path.is_dir() else f"{path} is no {kinds} file"
         raise UserError(f"{what}: give a {kinds} file, or a folder with such files directly in it.")
     return readable

@@ -1,5 +1,6 @@
 """The manifest: what a folder of shards holds, in numbers."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class Manifest(Frozen):
     valid_fraction: float
     max_bytes: int | None
     splits: dict[str, SplitManifest] = Field(description="`train` and `valid`")
+
+    def fingerprint(self) -> str:
+        """What tells these tokens from others, wherever they lie."""
+        shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
+        return hashlib.sha256(json.dumps([self.tokenizer_fingerprint, shards]).encode()).hexdigest()
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

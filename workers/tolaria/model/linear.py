@@ -1,8 +1,9 @@
-"""A linear layer made of segments, so that it can grow while it trains.
+"""A linear layer that can grow while it trains.
 
-The segments of its weight are separate parameters, concatenated in `forward`: there is one GEMM whatever was
-grafted, and each segment can have its own optimizer state and learning rate. A layer that was never grown holds one
-segment and runs like `torch.nn.Linear`.
+What is grafted onto it is a segment of its own until it is fused: separate parameters, concatenated in `forward`, so
+there is one GEMM whatever was grafted, and each segment can have its own optimizer state and learning rate. Fusing
+stores the concatenation; the values do not change, nor does any bit of the output. A layer without segments is a plain
+linear layer: the same parameters, the same names, the same code.
 
 R output features (rows), K input features (columns).
 """
@@ -11,60 +12,128 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper.platform.contracts import Swap
+
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 """(new parameter, its sibling): the sibling's optimizer settings are the new one's."""
 
 
-class GrowableLinear(nn.Module):
-    """`y = x Wᵀ + b`, W float (R, K) in segments of rows (`axis` 0) or of columns (`axis` 1).
+class Segment(nn.Module):
+    """Rows with their bias, or columns: what one graft added."""
 
-    A layer of row segments has a segment of the bias for each; one of column segments has a single bias.
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+
+class GrowableLinear(nn.Module):
+    """`y = x Wᵀ + b`, W float (R, K), growing by rows (`axis` 0, the bias with them) or by columns (`axis` 1).
+
+    Attributes:
+        weight: (R, K) without the young segments.
+        bias: (R,) without theirs.
+        young: segments not yet fused, in the order of their grafts; None where there are none.
     """
 
     def __init__(self, in_features: int, out_features: int, *, axis: int) -> None:
         super().__init__()
         self.axis = axis
-        self.weight = nn.ParameterList([nn.Parameter(torch.empty(out_features, in_features))])
-        self.bias = nn.ParameterList([nn.Parameter(torch.zeros(out_features))])
-
-    @property
-    def split(self) -> bool:
-        """Whether there is more than one segment."""
-        return len(self.weight) > 1
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.young: nn.ModuleList | None = None
 
     @property
     def in_features(self) -> int:
         """K, as it is now."""
-        return sum(w.shape[1] for w in self.weight) if self.axis == 1 else self.weight[0].shape[1]
+        return self._size(1)
 
     @property
     def out_features(self) -> int:
         """R, as it is now."""
-        return sum(w.shape[0] for w in self.weight) if self.axis == 0 else self.weight[0].shape[0]
+        return self._size(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K) → (..., R)."""
-        return F.linear(x, _joined(self.weight, self.axis), _joined(self.bias, 0))
+        if self.young is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, *self.joined())
 
-    def add_rows(self, weight: Tensor, bias: Tensor) -> Pairs:
-        """Add output features: weight (r, K), bias (r,)."""
-        assert self.axis == 0
-        return [self._append(self.weight, weight), self._append(self.bias, bias)]
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """The whole W and b, young segments included."""
+        segments = self._segments()
+        weight = torch.cat([self.weight, *(segment.weight for segment in segments)], dim=self.axis)
+        if self.axis == 1:
+            return weight, self.bias
+        return weight, torch.cat([self.bias, *(segment.bias for segment in segments if segment.bias is not None)])
 
-    def add_columns(self, weight: Tensor) -> Pairs:
-        """Add input features: weight (R, k)."""
-        assert self.axis == 1
-        return [self._append(self.weight, weight)]
+    def tail(self, size: int) -> Tensor:
+        """A view of the last `size` rows or columns of W: those of the newest graft."""
+        last = self._segments()[-1].weight if self.young is not None else self.weight
+        return last.narrow(self.axis, last.shape[self.axis] - size, size)
 
-    @staticmethod
-    def _append(segments: nn.ParameterList, value: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-        first = segments[0]
-        new = nn.Parameter(value.to(device=first.device, dtype=first.dtype))
-        segments.append(new)
-        return new, first
+    # -- Growing -----------------------------------------------------------------------------------------------
 
+    def add(self, weight: Tensor, bias: Tensor | None = None) -> Pairs:
+        """Append a segment: weight (r, K) and bias (r,), or weight (R, k)."""
+        like = self.weight
+        segment = Segment(weight.to(like), None if bias is None else bias.to(like))
+        if self.young is None:
+            self.young = nn.ModuleList()
+        self.young.append(segment)
+        pairs = [(segment.weight, self.weight)]
+        return pairs if segment.bias is None else [*pairs, (segment.bias, self.bias)]
 
-def _joined(segments: nn.ParameterList, axis: int) -> Tensor:
-    if len(segments) == 1:
-        return segments[0]
-    return torch.cat(list(segments), dim=axis)
+    def fuse(self) -> list[Swap]:
+        """Join the oldest young segment to the layer's own tensors."""
+        assert self.young is not None
+        oldest = self._segments()[0]
+        self._keep(self._segments()[1:])
+        swaps = [self._swap("weight", self.axis, oldest.weight)]
+        return swaps if oldest.bias is None else [*swaps, self._swap("bias", 0, oldest.bias)]
+
+    def cut(self, size: int) -> tuple[list[Swap], list[nn.Parameter]]:
+        """Drop the last `size` rows or columns; returns what changed, and the parameters that are gone."""
+        segments = self._segments()
+        if segments:
+            assert segments[-1].weight.shape[self.axis] == size
+            self._keep(segments[:-1])
+            return [], list(segments[-1].parameters())
+        swaps = [self._swap("weight", self.axis, cut=size)]
+        return (swaps if self.axis == 1 else [*swaps, self._swap("bias", 0, cut=size)]), []
+
+    def split_off(self, sizes: list[int]) -> None:
+        """Make the last rows or columns young segments of these sizes, uninitialised: to load a saved state into."""
+        total = sum(sizes)
+        for name in ("weight",) if self.axis == 1 else ("weight", "bias"):
+            whole = getattr(self, name)
+            axis = self.axis if name == "weight" else 0
+            setattr(self, name, nn.Parameter(whole.detach().narrow(axis, 0, whole.shape[axis] - total).clone()))
+        for size in sizes:
+            rows = (size, self.in_features) if self.axis == 0 else (self.out_features, size)
+            self.add(torch.empty(rows), torch.empty(size) if self.axis == 0 else None)
+
+    def young_sizes(self) -> list[int]:
+        """Rows or columns of each young segment."""
+        return [segment.weight.shape[self.axis] for segment in self._segments()]
+
+    # -- Helpers -----------------------------------------------------------------------------------------------
+
+    def _segments(self) -> list[Segment]:
+        return [segment for segment in self.young or () if isinstance(segment, Segment)]
+
+    def _size(self, axis: int) -> int:
+        own = self.weight.shape[axis]
+        return own + sum(self.young_sizes()) if axis == self.axis else own
+
+    def _keep(self, segments: list[Segment]) -> None:
+        del self.young  # a registered module, or None: either way gone before it is set again
+        self.young = nn.ModuleList(segments) if segments else None
+
+    @torch.no_grad()
+    def _swap(self, name: str, axis: int, young: nn.Parameter | None = None, cut: int = 0) -> Swap:
+        old = getattr(self, name)
+        value = old.narrow(axis, 0, old.shape[axis] - cut).clone() if young is None else torch.cat([old, young], axis)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        setattr(self, name, new)
+        return Swap(new, old, young, axis)

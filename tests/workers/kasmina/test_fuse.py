@@ -1,0 +1,143 @@
+"""A fused host is one that was born so: bit for bit in forward, and in training but for what β₂ᵗ has left.
+
+Alone: `pytest tests/workers/kasmina/test_fuse.py`.
+"""
+
+import copy
+
+import pytest
+import torch
+from growing import BETAS, assert_owned, hosts, kasmina_of, logits, numbers, pick, settings_drawn, small, train
+from hypothesis import given, settings
+
+from esper.platform.errors import UserError
+from esper.workers.kasmina import Kasmina
+from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
+
+
+def born(host):
+    """A host born in the shape that `host` has grown to."""
+    config = {**host.config.__dict__, "n_layer": host.depth(), "layers": host.shape.layers}
+    return TransformerHost(TransformerConfig(**config)).to(host.wte.weight.dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(hosts(), numbers(), settings_drawn())
+def test_fusing_changes_no_bit_of_the_output(host, drawn, blueprints):
+    kasmina = kasmina_of(host, blueprints, probation_steps=3)
+    for number in drawn:
+        kasmina.graft(*pick(host, number))
+        train(host, kasmina, 2)
+    before, count = logits(host), host.parameters_count()
+    for seed in list(kasmina.seeds):
+        kasmina.fuse(seed)
+        assert torch.equal(logits(host), before)
+        assert_owned(kasmina)
+    assert not host.split()
+    assert host.parameters_count() == count == sum(p.numel() for p in host.parameters())
+    assert kasmina.host_groups == kasmina.optimizer.param_groups
+    other = born(host)
+    assert [name for name, _ in other.named_modules()] == [name for name, _ in host.named_modules()]
+    other.load_state_dict(host.state_dict())
+    assert torch.equal(logits(other), before)
+    train(host, kasmina)
+
+
+def test_grown_and_fused_trains_like_one_born_so():
+    """With the same weights and moments, the next 20 updates agree: nothing else of the history is left."""
+    host, kasmina = small()
+    train(host, kasmina, 3)
+    for site, name in (("h0.attention", "attention"), ("h1.ffn", "ffn"), ("h0.stream", "block"), ("h0.ffn", "ffn")):
+        kasmina.graft(site, name)
+        train(host, kasmina, 12)
+    for seed in list(kasmina.seeds):
+        kasmina.fuse(seed)
+    other = born(host)
+    other.load_state_dict(host.state_dict())
+    twin = kasmina_of(other)
+    own = dict(host.named_parameters())
+    for name, parameter in other.named_parameters():
+        twin.optimizer.state[parameter] = copy.deepcopy(kasmina.optimizer.state[own[name]])
+    assert train(other, twin, 20) == pytest.approx(train(host, kasmina, 20), rel=1e-5)
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(parameter, own[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("age", [30, 60, 120, 270])
+def test_the_next_updates_are_those_of_the_run_that_stayed_split(age):
+    """Bound: the relative difference of the next 20 updates is at most 4·β₂ᵗ, and rounding (1e-11 in float64)."""
+    host, kasmina = grown(age)
+    fused_host, fused = grown(age)
+    (seed,) = fused.seeds
+    fused.fuse(seed)
+    start = whole(host)
+    differences, moved = [], []
+    for _ in range(20):
+        train(host, kasmina)
+        train(fused_host, fused)
+        differences.append((whole(host) - whole(fused_host)).norm().item())
+        moved.append((whole(host) - start).norm().item())
+    worst = max(difference / moves for difference, moves in zip(differences, moved, strict=True))
+    assert worst <= 4 * BETAS[1] ** age + 1e-11, worst
+
+
+def grown(age):
+    host = TransformerHost(
+        TransformerConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=8), torch.Generator().manual_seed(3)
+    ).double()
+    kasmina = Kasmina(host, torch.optim.AdamW(host.parameters(), lr=1e-3, betas=BETAS), probation_steps=10)
+    train(host, kasmina, 50)
+    kasmina.graft("h0.ffn", "ffn")
+    train(host, kasmina, age)
+    return host, kasmina
+
+
+def whole(host):
+    """The grown matrices, as one vector."""
+    mlp = host.h[0].mlp
+    return torch.cat([tensor.detach().flatten() for linear in (mlp.c_fc, mlp.c_proj) for tensor in linear.joined()])
+
+
+def test_seeds_are_fused_when_their_moments_are_old_enough():
+    host, kasmina = small()
+    seed = kasmina.graft("h0.ffn", "ffn")
+    assert 0.95**seed.fuse_age <= 1e-6 < 0.95 ** (seed.fuse_age - 1)
+    train(host, kasmina, seed.fuse_age - 1)
+    assert not kasmina.due
+    assert kasmina.fuse() == []
+    train(host, kasmina)
+    assert kasmina.due
+    assert kasmina.fuse() == [seed]
+    assert seed.fused
+    assert not host.split()
+
+
+def test_the_older_of_two_seeds_at_a_site_is_fused_first():
+    host, kasmina = small()
+    first = kasmina.graft("h0.ffn", "ffn")
+    train(host, kasmina, 4)
+    second = kasmina.graft("h0.ffn", "ffn")
+    train(host, kasmina, 4)
+    with pytest.raises(UserError, match="older one there comes first"):
+        kasmina.fuse(second)
+    before = logits(host)
+    kasmina.fuse(first)
+    with pytest.raises(UserError, match="fused already"):
+        kasmina.fuse(first)
+    kasmina.fuse(second)
+    assert torch.equal(logits(host), before)
+
+
+def test_a_seed_inside_a_young_layer_outlives_the_layers_fusing():
+    host, kasmina = small()
+    layer = kasmina.graft("h0.stream", "block")
+    train(host, kasmina, 5)
+    inner = kasmina.graft("h2.ffn", "ffn")
+    train(host, kasmina, 3)
+    kasmina.fuse(layer)
+    host_rate = kasmina.optimizer.param_groups[0]["lr"] = 0.5
+    train(host, kasmina)
+    assert {group["lr"] for group, _ in inner.groups} == {host_rate * (inner.age / 10) ** 2}
+    kasmina.fuse(inner)
+    assert_owned(kasmina)
+    assert len(kasmina.optimizer.param_groups) == 1

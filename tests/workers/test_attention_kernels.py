@@ -1,0 +1,129 @@
+"""Attention: every kernel computes the same function, and one that cannot run here is refused in a sentence.
+
+`flash` needs a CUDA GPU and flash-attn. Alone: `pytest tests/workers/test_attention_kernels.py`.
+"""
+
+import importlib.util
+import sys
+import types
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esper.platform.errors import UserError
+from esper.platform.spec import HostSpec, RunSpec
+from esper.workers.tolaria.model.attention_kernels import KERNELS, kernel, sdpa
+
+
+def random_qkv(shape: tuple[int, ...], **options) -> Tensor:
+    """q, k and v in one, (B, T, H, 3, D), as the host has them."""
+    B, T, H, D = shape
+    return torch.randn(B, T, H, 3, D, generator=torch.Generator().manual_seed(0)).to(**options)
+
+
+def with_gradient(attend, qkv: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """What `attend` returns for views of qkv, (B, T, H, D), and the gradient of qkv for some gradient of that."""
+    qkv = qkv.detach().clone().requires_grad_()
+    y = attend(*qkv.unbind(3), **options)
+    y.backward(qkv.detach()[:, :, :, 2].flip(1))
+    assert qkv.grad is not None
+    return y.detach(), qkv.grad
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention written out: (B, T, H, D), three times, → (B, T, H, D)."""
+    T, D = q.shape[1], q.shape[3]
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / D**0.5
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    weights = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3, 8), (1, 1, 1, 4), (3, 33, 2, 5)])
+def test_sdpa_is_softmax_attention(shape):
+    qkv = random_qkv(shape, dtype=torch.float64)
+    found, wanted = with_gradient(sdpa, qkv, dropout=0.0), with_gradient(plain, qkv)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_sdpa_is_torchs_to_the_bit(dtype, dropout):
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
+
+    qkv = random_qkv((2, 33, 3, 8), dtype=dtype)
+    torch.manual_seed(1)
+    found = with_gradient(sdpa, qkv, dropout=dropout)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, with_gradient(torchs, qkv), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 256, 4, 64), (3, 77, 2, 32), (1, 130, 3, 20)])
+def test_flash_is_sdpa_in_bfloat16(shape):
+    """Within 0.02 + 2 % of torch's in float32, and twice that of torch's in bfloat16.
+
+    Rounding the weights, their gradients and the results to bfloat16 (8 bits) in otherwise exact arithmetic uses up
+    half of that at these shapes.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    if importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("needs flash-attn")
+    qkv = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
+    found = with_gradient(kernel("flash"), qkv, dropout=0.0)
+    assert found[0].shape == shape
+    torch.testing.assert_close(found, with_gradient(sdpa, qkv, dropout=0.0), rtol=4e-2, atol=4e-2)
+    exact = with_gradient(sdpa, qkv.float(), dropout=0.0)
+    torch.testing.assert_close(tuple(x.float() for x in found), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_missing_flash_attn_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(
+        UserError, match=r"flash-attn cannot be imported .*: install it with pip install .*\[flash-attn\]"
+    ):
+        kernel("flash")
+
+
+def test_flash_without_a_gpu_is_one_sentence(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    stand_in = types.ModuleType("flash_attn")
+    stand_in.__dict__["flash_attn_func"] = None
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    with pytest.raises(UserError, match=r"no CUDA GPU .*: run on one, or use --set host\.attention=sdpa\.$"):
+        kernel("flash")
+
+
+def test_the_spec_names_the_kernels():
+    assert set(get_args(HostSpec.model_fields["attention"].annotation)) == set(KERNELS)
+    assert kernel(HostSpec().attention) is sdpa
+    with pytest.raises(UserError, match=r"unknown host\.attention 'flsh'.*Did you mean 'flash'"):
+        kernel("flsh")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"dtype": "float32"},
+            r"'flash', which needs dtype = 'bfloat16', but dtype is 'float32': set dtype=bfloat16, or",
+        ),
+        (
+            {"dtype": "bfloat16", "device": "cpu"},
+            r"'flash', which needs a CUDA GPU, but device is 'cpu': set device=cuda",
+        ),
+        ({"dtype": "bfloat16", "host": {"n_embd": 1028}}, r"'flash', which takes heads of at most 256.* 257"),
+    ],
+)
+def test_a_spec_that_flash_cannot_run_is_refused(settings, sentence):
+    host = {"attention": "flash", **settings.get("host", {})}
+    with pytest.raises(UserError, match=sentence):
+        RunSpec.checked({**settings, "host": host}, "the spec")
+    assert RunSpec.checked({"dtype": "bfloat16", "host": {"attention": "flash"}}, "the spec").host.attention == "flash"

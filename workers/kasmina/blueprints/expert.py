@@ -1,0 +1,61 @@
+"""ExpertSeed: a sparsely gated expert beside a layer's MLP (Shazeer et al. 2017, 1701.06538; here without a softmax).
+
+    mlp(x) + Σ_e g_e(x)·E_e(x)   →   mlp(x) + Σ_e g_e(x)·E_e(x) + g_new(x)·0
+
+The new expert competes only for tokens that no expert takes yet, so it takes none from another, and its second matrix
+is zero at birth, weight and bias. The router is not: N(0, 1/C), which makes its scores of a normed token about standard
+normal. See `tolaria/model/experts.py` for gates, capacity and balance. Parameters: 2·C·W + W + 2·C. Training FLOPs per
+token: 3·(2·C + share·4·C·W), the share being what the gate is balanced to.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from esper.platform.contracts import HostProtocol, HostShape, InjectionSpec, SiteKind
+from esper.workers.kasmina.blueprints.parts import Part
+from esper.workers.kasmina.blueprints.widen import drawn_like
+from esper.workers.kasmina.registry import Count, register
+
+
+@register
+@dataclass(frozen=True)
+class ExpertSeed(Part):
+    """An expert of `width` neurons for a `share` of the tokens, up to `limit` in all layers together."""
+
+    name: ClassVar[str] = "expert"
+    site_kind: ClassVar[SiteKind] = "post_ffn"
+    adds: ClassVar[str] = "expert"
+
+    width: Count = 64
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    limit: Count = 64
+
+    def patience(self, site: InjectionSpec) -> int:
+        """The usual warm-up."""
+        return 1
+
+    def allowed(self, shape: HostShape, site_id: str) -> bool:
+        """Up to `limit` experts."""
+        return shape.experts() < self.limit
+
+    def resized(self, shape: Any, site_id: str) -> HostShape:
+        """The shape with the expert added."""
+        return shape.with_expert(site_id, self.width, self.share)
+
+    @torch.no_grad()
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
+        """Put the expert in; its second matrix is zero."""
+        name, pairs = host.insert(site_id, self.resized(host.shape, site_id))
+        expert = host.part(name)
+        siblings = {id(new): sibling for new, sibling in pairs}
+        for key, parameter in expert.named_parameters():
+            if key == "router":
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+            elif key == "c_fc.weight":
+                parameter.copy_(drawn_like(siblings[id(parameter)], parameter.shape, generator))
+            else:
+                parameter.zero_()
+        return name, pairs

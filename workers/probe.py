@@ -1,0 +1,28 @@
+"""Probe: trying actions on copies of a run, and paying for it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from esper.platform.contracts import GraftAction
+from esper.workers.run import GrowthRun
+
+
+class ChargedProbe:
+    """Implements `Probe` on a GrowthRun: what its twins use, on every axis, is added to the run's ledger.
+
+    Args:
+        run: which the twins are copies of.
+    """
+
+    def __init__(self, run: GrowthRun) -> None:
+        self._run = run
+
+    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray:
+        """Training losses, nats per token, float64 (len(actions), optimizer_steps), on the same batches."""
+        before = replace(self._run.ledger)
+        losses, ledgers = self._run.twins(actions, optimizer_steps)
+        for ledger in ledgers:
+            self._run.ledger.add(ledger.less(before))
+        return losses
