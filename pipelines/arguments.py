@@ -96,8 +96,8 @@ def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, 
     """Parse the command line, call `run` with it, and turn what went wrong into a sentence and an exit code.
 
     Returns:
-        What `run` returns (None counts as 0); 0 after `--help`; 2 for a user's error; 130 for Ctrl-C, with the
-        message of the KeyboardInterrupt where the pipeline raised its own ("saved in …, go on with …").
+        What `run` returns (None counts as 0); 0 after `--help`; 2 for a user's error; 130 for Ctrl-C, or the
+        KeyboardInterrupt's own `exit_code`, with its message where the pipeline raised its own ("saved at …").
         Any other exception is a bug: it passes through, with its traceback.
     """
     try:
@@ -107,7 +107,7 @@ def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, 
         return 2
     except KeyboardInterrupt as interrupt:
         say(f"interrupted: {str(interrupt) or 'stopped before it was done.'}")
-        return INTERRUPTED
+        return getattr(interrupt, "exit_code", INTERRUPTED)
     except SystemExit as stop:
         if stop.code:
             raise

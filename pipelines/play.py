@@ -3,33 +3,29 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from esper.platform.contracts import GraftAction, GrowthPolicy, Instance, Run, Transition
+from esper.platform.contracts import GraftAction, GrowthPolicy, Probe, Transition
 from esper.platform.telemetry import Telemetry
-from esper.workers.episode import perplexity
+from esper.workers.episode import Episode, perplexity
 
-R = TypeVar("R", bound=Run)
+R = TypeVar("R", bound=Episode)
 OnDecision = Callable[[R, Telemetry, GraftAction, Transition], None]
 
 
 def play(
-    run: R,
-    policy: GrowthPolicy,
-    *,
-    arm: str,
-    seed: int,
-    instance: Instance | None = None,
-    on_decision: OnDecision[R] | None = None,
+    run: R, policy: GrowthPolicy, *, arm: str, probe: Probe | None = None, on_decision: OnDecision[R] | None = None
 ) -> dict[str, Any]:
-    """Play the episode to its end and return its summary."""
-    telemetry = run.reset(instance, seed)
-    while True:
-        action = policy.act(telemetry)
-        transition = run.step(action)
+    """Play an episode from where it stands (reset, or restored) to its end, and return its summary."""
+    while not run.ended:
+        telemetry = run.telemetry
+        if run.unfinished:  # restored from within a slice, whose action has been taken
+            action = GraftAction(0, telemetry.sequence)
+            transition = run.finish()
+        else:
+            action = policy.act(telemetry, probe)
+            transition = run.step(action)
         if on_decision is not None:
             on_decision(run, telemetry, action, transition)
-        if transition.terminated or transition.truncated:
-            return {"arm": arm, **run.summary()}
-        telemetry = transition.telemetry
+    return {"arm": arm, **run.summary()}
 
 
 def metrics(point: dict[str, float]) -> dict[str, float]:

@@ -4,9 +4,10 @@
     esper train heuristic --task tinystories --data stories.txt
     esper train schedule --schedule plan.json --set budget.decisions=12
     esper train ppo --policy runs/ppo-20260101-120000
+    esper train --resume runs/train-tamiyo-20260101-120000      # one that was stopped or killed: to the same numbers
 
-Leaves `summary.json` (final loss, every cost axis, grafts, loss curve) and `spec.json` in the output folder, and a
-run in MLflow.
+Leaves `summary.json` (final loss, every cost axis, grafts, loss curve), `spec.json` and the newest checkpoint in the
+output folder, and a run in MLflow. Ctrl-C and SIGTERM save first.
 """
 
 import sys
@@ -20,13 +21,22 @@ from esper.pipelines.arguments import CommonArguments, main_guard
 from esper.pipelines.job import open_job, resolve_spec
 from esper.pipelines.play import metrics, play
 from esper.pipelines.progress import RunProgress
+from esper.pipelines.stopping import Stopped, StopSignals
+from esper.platform.checkpoint import Checkpoints
 from esper.platform.console import duration, say
-from esper.platform.contracts import GraftAction, Transition
+from esper.platform.contracts import GraftAction, GrowthPolicy, Stateful, Transition
+from esper.platform.errors import UserError
+from esper.platform.model import Frozen
+from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.telemetry import Telemetry
 from esper.platform.tracking import Tracker
 from esper.policies.arms import ALIASES, ARMS, ArmInputs, arm_name, make_policy
+from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
+from esper.workers.tolaria.data import TokenData
+
+CHECKPOINTS = "checkpoints"  # in a run's output folder
 
 
 class TrainArguments(CommonArguments):
@@ -39,43 +49,130 @@ class TrainArguments(CommonArguments):
         Path | None,
         Field(title="FILE", description="For random: a summary.json, to graft as often and the same kinds."),
     ] = None
+    resume: Annotated[
+        Path | None, Field(title="DIR", description="Go on with the run in this folder; takes nothing else.")
+    ] = None
 
 
-def run(arguments: TrainArguments) -> None:
-    """Settle, train, report."""
+class Plan(Frozen):
+    """What a run needs beside its spec: kept in its checkpoints, so that `--resume` needs nothing else."""
+
+    arm: str
+    seed: int
+    task: str
+    data: Path
+    policy: Path | None
+    schedule: Path | None
+    match: Path | None
+
+    def make_policy(self, spec: RunSpec) -> GrowthPolicy:
+        """The arm's gardener."""
+        blueprints = tuple(spec.growth.blueprints)
+        return make_policy(self.arm, ArmInputs(self.seed, self.policy, self.schedule, self.match, blueprints))
+
+
+def run(arguments: TrainArguments) -> int:
+    """Settle, train, report; 1 if the run had to be given up."""
+    if arguments.resume is not None:
+        return resume(arguments, arguments.resume)
     arm = arm_name(arguments.arm)
     spec = resolve_spec(arguments)
-    inputs = ArmInputs(
-        arguments.seed, arguments.policy, arguments.schedule, arguments.match, tuple(spec.growth.blueprints)
+    files = [path and path.absolute() for path in (arguments.policy, arguments.schedule, arguments.match)]
+    plan = Plan.checked(
+        dict(zip(Plan.model_fields, (arm, arguments.seed, arguments.task, Path(), *files), strict=True)),
+        "the arguments",
     )
-    policy = make_policy(arm, inputs)
+    policy = plan.make_policy(spec)
     job = open_job(arguments, spec, f"train-{arm}")
     job.begin()
-    progress = RunProgress()
-    growth = GrowthRun(spec, job.open_data(), on_step=progress.on_step)
-    tags = {"arm": arm, "seed": arguments.seed, "preset": spec.preset}
-    with Tracker.start(
-        f"esper-{arguments.task}", job.out.name, tags=tags, params=spec.model_dump(mode="json")
-    ) as tracker:
+    growth = GrowthRun(spec, job.open_data())
+    growth.reset(seed=plan.seed)
+    return train(growth, policy, plan.model_copy(update={"data": job.data}), job.out)
+
+
+def resume(arguments: TrainArguments, out: Path) -> int:
+    """Go on with the run whose results are in `out`.
+
+    Raises:
+        UserError: other arguments are given, the run has ended, or it cannot be restored.
+    """
+    others = [f"--{name}" for name in sorted(arguments.model_fields_set - {"resume"})]
+    if others:
+        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
+    if (out / "summary.json").exists():
+        raise UserError(f"the run in {out} has ended: its results are in {out / 'summary.json'}.")
+    out = out.absolute()
+    _, values, tensors = Checkpoints(out / CHECKPOINTS).latest()
+    kept = values["train"]
+    plan = Plan.checked(kept["plan"], f"the checkpoint in {out}")
+    spec = RunSpec.checked(values["books"]["spec"], f"the checkpoint in {out}")
+    policy = plan.make_policy(spec)
+    if isinstance(policy, Stateful):
+        policy.resume(kept["policy"])
+    growth = GrowthRun(spec, TokenData.open(plan.data))
+    growth.load(values, tensors)
+    say(f"resume  {out}, {plan.arm}, at optimizer step {growth.ledger.steps:,} ({growth.fraction():.0%} of the budget)")
+    return train(growth, policy, plan, out, mlflow=kept["mlflow"])
+
+
+def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlflow: str | None = None) -> int:
+    """Play the run from where it stands to its end, saving at every decision, and report."""
+    spec, arm = growth.spec, plan.arm
+    progress = RunProgress(growth.fraction())
+    tags = {"arm": arm, "seed": plan.seed, "preset": spec.preset}
+    params = spec.model_dump(mode="json")
+    with (
+        StopSignals() as signals,
+        Checkpoints(out / CHECKPOINTS) as checkpoints,
+        Tracker.start(f"esper-{plan.task}", out.name, tags=tags, params=params, resume=mlflow) as tracker,
+    ):
+
+        def save() -> None:
+            values, tensors = growth.state()
+            values["train"] = {
+                "plan": plan.model_dump(mode="json"),
+                "policy": policy.state() if isinstance(policy, Stateful) else None,
+                "mlflow": tracker.run_id_now or mlflow,
+            }
+            checkpoints.save(growth.ledger.steps, values, tensors)
+
+        def on_step(growth: GrowthRun) -> None:
+            progress.on_step(growth)
+            signals.check()
 
         def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
             progress.on_decision(growth, telemetry, action, transition)
             tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
+            save()
 
-        summary = play(growth, policy, arm=arm, seed=arguments.seed, on_decision=on_decision)
+        growth.on_step = on_step
+        if mlflow is None and growth.ledger.steps == 0:
+            save()
+        try:
+            summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
+        except Stopped as stopped:
+            save()
+            checkpoints.close()
+            where = f"saved at optimizer step {growth.ledger.steps:,}; go on with: esper train --resume {out}"
+            raise Stopped(stopped.number, checkpoints.failed or where) from None
+        checkpoints.flush()
         summary["mlflow"] = tracker.run_id
-        write_json(job.out / "summary.json", summary)
-        tracker.artifact(job.out / "summary.json")
-        tracker.artifact(job.out / "spec.json")
-    if summary["diverged"]:
-        say(f"diverged: the loss was not finite at {growth.fraction():.0%} of the budget; lower the learning rate.")
+        write_json(out / "summary.json", summary)
+        tracker.artifact(out / "summary.json")
+        tracker.artifact(out / "spec.json")
+    if summary["failure"]:
+        say(f"given up at {growth.fraction():.0%} of the budget: {summary['failure']}; lower the learning rate.")
+        say(f"the last sound state is in {out / CHECKPOINTS}")
     say(
         f"{arm}: val loss {summary['val_loss']:.4f} nats per token (perplexity {summary['perplexity']:.2f}), "
         f"{summary['parameters']:,} parameters, {len(summary['grafts'])} grafts, {summary['steps']:,} steps, "
         f"{summary['parameter_seconds']:,.0f} parameter-seconds, {duration(summary['wall_seconds'])} of training"
     )
-    say(f"results: {job.out / 'summary.json'}")
+    for point in summary["annealed"]:
+        say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {point['val_loss']:.4f}")
+    say(f"results: {out / 'summary.json'}")
     say(f"compare: {tracker.where}")
+    return 1 if summary["failure"] else 0
 
 
 def main(argv: list[str] | None = None) -> int:

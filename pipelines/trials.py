@@ -21,6 +21,7 @@ from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Telemetry
 from esper.platform.tracking import Tracker
 from esper.policies.arms import ArmInputs, make_policy
+from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 
@@ -76,7 +77,9 @@ def _trial(config: dict[str, Any], spec: RunSpec, data: Path, inputs: ArmInputs)
             report["summary"] = {"arm": arm, **run.summary()}
         tune.report(report)
 
-    play(run, make_policy(arm, replace(inputs, seed=seed)), arm=arm, seed=seed, on_decision=on_decision)
+    run.reset(seed=seed)
+    policy = make_policy(arm, replace(inputs, seed=seed))
+    play(run, policy, arm=arm, probe=ChargedProbe(run), on_decision=on_decision)
 
 
 def _name(trial: Trial) -> str:

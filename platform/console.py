@@ -21,14 +21,19 @@ def duration(seconds: float) -> str:
 
 
 class Eta:
-    """Time left of a job whose finished fraction is known, from the time it took so far."""
+    """Time left of a job whose finished fraction is known, from the time it took so far.
 
-    def __init__(self) -> None:
+    Args:
+        done: fraction that was finished before the clock started.
+    """
+
+    def __init__(self, done: float = 0.0) -> None:
         self._start = time.perf_counter()
+        self._done = done
 
     def left(self, fraction: float) -> str:
         """Time left as text at a finished `fraction` in [0, 1]; `?` before anything is finished."""
-        if fraction <= 0:
+        if fraction <= self._done:
             return "?"
         spent = time.perf_counter() - self._start
-        return duration(spent * (1 - fraction) / fraction)
+        return duration(spent * (1 - fraction) / (fraction - self._done))

@@ -206,6 +206,19 @@ class Probe(Protocol):
         ...
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A policy that remembers something between decisions: a resumed run gives it back."""
+
+    def state(self) -> Any:
+        """What it remembers, as a JSON value."""
+        ...
+
+    def resume(self, state: Any) -> None:
+        """Remember what `state` gave."""
+        ...
+
+
 class GrowthPolicy(Protocol):
     """Who decides. Every arm is one of these and runs through the same run, trainer and ledger."""
 

@@ -70,6 +70,7 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         parent: str | None = None,
+        resume: str | None = None,
     ) -> "Tracker":
         """Begin a run; returns at once, while the connection is made in the background.
 
@@ -79,6 +80,7 @@ class Tracker:
             tags: What the UI filters by (arm, seed, preset, git commit).
             params: The configuration; nested mappings become dotted keys (`host.n_layer`).
             parent: `run_id` of the run this one is a child of.
+            resume: `run_id` of a run to go on with instead; where the store has none such, a new one begins.
         """
         tracker = cls(tracking_uri())
         began = _milliseconds()
@@ -89,7 +91,7 @@ class Tracker:
 
         def work() -> None:
             try:
-                tracker._connect(experiment, run_name, labels, flat, began)
+                tracker._connect(experiment, run_name, labels, flat, began, resume)
             except Exception as error:
                 tracker._give_up(error)
             finally:
@@ -179,11 +181,27 @@ class Tracker:
         if not self._off and self._thread is not None:
             self._jobs.put(job)
 
-    def _connect(self, experiment: str, name: str, tags: dict[str, str], params: dict[str, str], began: int) -> None:
+    @property
+    def run_id_now(self) -> str | None:
+        """`run_id` without waiting: None too while the connection is still being made."""
+        return self._run_id
+
+    def _connect(
+        self,
+        experiment: str,
+        name: str,
+        tags: dict[str, str],
+        params: dict[str, str],
+        began: int,
+        resume: str | None,
+    ) -> None:
         """Import MLflow, find the store, make experiment and run."""
         _probe(self._uri)
         client = _client(self._uri)
         self._experiment_id = _experiment(client, experiment, self._uri)
+        if resume is not None and _reopened(client, resume):
+            self._client, self._run_id = client, resume
+            return
         run = client.create_run(self._experiment_id, start_time=began, tags=tags, run_name=name)
         from mlflow.entities import Param
 
@@ -290,6 +308,19 @@ def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
             if found is None:
                 raise
     return found.experiment_id
+
+
+def _reopened(client: "MlflowClient", run_id: str) -> bool:
+    """Whether there is such a run; if so, it is running again."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except MlflowException as error:
+        if not _is_final(error):
+            raise
+        return False
+    return True
 
 
 def _sqlite_file(uri: str) -> Path | None:

@@ -45,6 +45,14 @@ class RandomPolicy:
             self._pending.pop(0)
         return GraftAction(int(random.choice(wanted)), telemetry.sequence, "drawn")
 
+    def state(self) -> list[str]:
+        """The blueprints still to come."""
+        return [str(name) for name in self._pending]
+
+    def resume(self, state: list[str]) -> None:
+        """Go on with these."""
+        self._pending = list(state)
+
     @staticmethod
     def _moments_left(telemetry: Telemetry) -> int:
         """Decisions before the rate decays, this one included: with chance pending / moments, all get their turn."""

@@ -69,6 +69,14 @@ class SchedulePolicy:
         self._next += 1
         return GraftAction(legal[-1], telemetry.sequence, f"due at {entry.at:g}")
 
+    def state(self) -> int:
+        """How many entries have been played."""
+        return self._next
+
+    def resume(self, state: int) -> None:
+        """Go on after so many."""
+        self._next = state
+
     @staticmethod
     def _rows(telemetry: Telemetry, entry: Entry) -> list[int]:
         grafts = [(i, action) for i, action in enumerate(telemetry.actions) if action.operation == "graft"]

@@ -48,24 +48,25 @@ class GrowthRun(Episode):
     Attributes:
         parameters: of the host now.
         tokens_per_step: tokens of one optimizer step.
+        on_step: as given; may be changed.
     """
 
     def __init__(self, spec: RunSpec, data: TokenData, on_step: Callable[["GrowthRun"], None] | None = None) -> None:
         super().__init__(spec)
         self._data = data
-        self._on_step = on_step
+        self.on_step = on_step
         self.trainer: Trainer  # made by reset
 
     # -- Copies ------------------------------------------------------------------------------------------------
 
     def fork(self) -> Self:
         """An independent copy in memory, at the same point, over the same text."""
-        callback, self._on_step = self._on_step, None
+        callback, self.on_step = self.on_step, None
         shared = {id(kept): kept for kept in (self._data, self._good)}  # nobody changes them
         try:
             return copy.deepcopy(self, shared)
         finally:
-            self._on_step = callback
+            self.on_step = callback
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
         """What each action leads to from here on the same batches, tried on forks.
@@ -253,8 +254,8 @@ class GrowthRun(Episode):
                 self._checked = len(self.trainer.unread())
             if done:
                 break
-            if self._on_step is not None:
-                self._on_step(self)
+            if self.on_step is not None:
+                self.on_step(self)
         if self.spec.clock.kind != "wall":  # which waits at every step: here the rest of the slice is waited for
             begun = time.perf_counter()
             synchronize(self.trainer.device)
