@@ -47,14 +47,14 @@ def test_no_graft_spikes(real):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["zero", "copy"])
-def test_fifty_random_grafts_do_not_spike(real, init):
-    """At random decisions of runs that grow as they go, random (site, blueprint); the worst is printed (`-s`)."""
+@pytest.mark.timeout(1800)
+def test_fifty_random_grafts_do_not_spike(real):
+    """At random decisions of two runs that grow as they go, random (site, blueprint); the worst are printed (`-s`)."""
     overrides = ["budget.axis=steps", "budget.amount=6000", "budget.decisions=24"]
-    spec = load_spec("tinystories-char", [*overrides, "growth.blueprints=" + BLUEPRINTS % init])
     random = stream(0, "test")
     found: list[tuple[float, str]] = []
-    for seed in range(2):
+    for seed, init in enumerate(("zero", "copy")):
+        spec = load_spec("tinystories-char", [*overrides, "growth.blueprints=" + BLUEPRINTS % init])
         run = GrowthRun(spec, real)
         telemetry = run.reset(seed=seed)
         moments = set(random.choice(np.arange(2, 19), 5, replace=False).tolist())  # past the warm-up, before the decay
@@ -63,14 +63,12 @@ def test_fifty_random_grafts_do_not_spike(real, init):
             action = 0
             if telemetry.sequence in moments:
                 tried = sorted(random.permutation(grafts)[:5].tolist())
-                found += [
-                    (worst, f"{name}, decision {telemetry.sequence}")
-                    for name, worst in excess(run, telemetry, tried).items()
-                ]
+                worst = excess(run, telemetry, tried)
+                found += [(value, f"{name}, decision {telemetry.sequence}, {init}") for name, value in worst.items()]
                 action = int(random.choice(tried))
             telemetry = run.step(GraftAction(action, telemetry.sequence)).telemetry
     assert len(found) == 50
-    print("\n".join(f"{worst:+.4f} {what}" for worst, what in sorted(found)[-5:]))
+    print("\n".join(f"{value:+.4f} {what}" for value, what in sorted(found)[::-1]))
     assert max(found)[0] <= MOST, max(found)
 
 

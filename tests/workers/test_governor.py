@@ -1,0 +1,233 @@
+"""The governor sees faults and nothing else, and a run survives them without the graft that may have caused them.
+
+Alone: `pytest tests/workers/test_governor.py`.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esper.platform.contracts import GraftAction
+from esper.platform.telemetry import SITE
+from esper.workers.kasmina.governor import CHECK_EVERY, WINDOW, Governor
+from esper.workers.run import GrowthRun
+
+
+def rows(losses):
+    return [[float(loss), 1.0, 1.0] for loss in losses]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 0.3), st.floats(0, 2))
+def test_noise_and_progress_are_no_fault(seed, noise, progress):
+    random = np.random.default_rng(seed)
+    losses = 1.5 + progress * np.exp(-np.arange(600) / 200) + noise * random.standard_normal(600)
+    losses[random.integers(0, 600, 12)] += 6 * noise  # single bad batches
+    governor = Governor(vocab_size=100)
+    assert all(governor.fault(rows(losses[i : i + CHECK_EVERY])) is None for i in range(0, 600, CHECK_EVERY))
+
+
+@pytest.mark.parametrize(
+    ("after", "sentence"),
+    [
+        ([1.5, math.nan], "the loss was not finite"),
+        ([1.5, math.inf], "the loss was not finite"),
+        ([3.0] * CHECK_EVERY, "the loss rose from 1.50 to 3.00"),
+    ],
+)
+def test_faults(after, sentence):
+    governor = Governor(vocab_size=100)
+    random = np.random.default_rng(0)
+    governor.fault(rows(1.5 + 0.003 * random.standard_normal(WINDOW)))
+    assert sentence in governor.fault(rows(after))
+
+
+def test_a_gradient_that_is_not_finite_is_a_fault():
+    assert Governor(100).fault([[1.5, 2.0, 2.0], [1.5, 2.0, math.inf]]) == "a gradient was not finite"
+
+
+def test_back_at_chance_level_is_a_fault_however_noisy_it_was():
+    governor = Governor(vocab_size=20)
+    governor.fault(rows(2.4 + 0.3 * np.random.default_rng(0).standard_normal(WINDOW)))
+    assert "chance level" in governor.fault(rows([math.log(20)] * CHECK_EVERY))
+
+
+# -- In a run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spec(tiny_spec):
+    """240 steps in 8 decisions, a seed's probation longer than a decision."""
+    return tiny_spec.model_copy(
+        update={
+            "budget": tiny_spec.budget.model_copy(update={"amount": 240}),
+            "growth": tiny_spec.growth.model_copy(update={"probation_steps": 50, "cooling_decisions": 2}),
+        }
+    )
+
+
+def graft(run, blueprint):
+    return next(i for i, a in enumerate(run.telemetry.actions) if (a.operation, a.blueprint) == ("graft", blueprint))
+
+
+def started(spec, tokens, inject=None):
+    """A run that has waited for two decisions; `inject(run, k)` is called after every step, k counting them all."""
+    calls = [0]
+
+    def on_step(run):
+        calls[0] += 1
+        if inject is not None:
+            inject(run, calls[0])
+
+    run = GrowthRun(spec, tokens, on_step=on_step)
+    run.reset(seed=0)
+    for _ in range(2):
+        run.step(GraftAction(0, run.telemetry.sequence))
+    return run, calls
+
+
+def poison(parameter):
+    with torch.no_grad():
+        parameter.fill_(math.nan)
+
+
+def seed_weight(run):
+    return run.trainer.kasmina.seeds[-1].groups[0][0]["params"][0]
+
+
+FAULTS = {
+    "weight": lambda run: poison(seed_weight(run)),
+    "gradient": lambda run: seed_weight(run).register_hook(lambda grad: grad * math.nan),
+    "rate": lambda run: run.trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: [group.update(lr=group["lr"] * 1000) for group in optimizer.param_groups] and None
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, fault):
+    at = []
+
+    def inject(run, k):
+        if run.trainer.kasmina.seeds and not at and run.trainer.kasmina.seeds[-1].age == 10:
+            at.append(run.ledger.steps)
+            FAULTS[fault](run)
+
+    run, _ = started(spec, tokens, inject)
+    shape, steps = run.trainer.host.shape, run.trainer.steps
+    transition = run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
+    assert at
+    assert not transition.terminated
+    (rollback,) = run.rollbacks
+    assert rollback["removed"] == "ffn at h0.ffn"
+    assert run.grafts[-1]["outcome"] == "rolled back"
+    assert run.trainer.host.shape == shape
+    assert not run.trainer.kasmina.seeds
+    assert math.isfinite(run.loss)
+    # The lost time is charged, and the data's cursor went back: fewer batches were learned from than paid for.
+    assert run.ledger.steps == 90
+    assert run.trainer.steps - steps == 90 - rollback["optimizer_step"]
+    # The gardener is told, and may not do it again for a while.
+    telemetry = transition.telemetry
+    assert (telemetry.get("last_graft_outcome"), telemetry.get("last_graft_outcome_measured")) == (-1, 1)
+    site = telemetry.site_ids.index("h0.ffn")
+    masks = []
+    for _ in range(4):
+        masks.append((run.telemetry.sites[site, SITE.index("cooling")], run.telemetry.mask[graft(run, "ffn")]))
+        run.step(GraftAction(0, run.telemetry.sequence))
+    assert masks == [(1, False), (1, False), (0, True), (0, True)]
+    while not run.ended:
+        run.step(GraftAction(0, run.telemetry.sequence))
+    assert run.summary()["failure"] is None
+
+
+def test_after_a_rollback_the_run_is_the_one_that_never_grafted(spec, tokens):
+    """Weights, moments, batches, dropout: all as from the snapshot."""
+    spec = spec.model_copy(update={"host": spec.host.model_copy(update={"dropout": 0.1})})
+    run, _ = started(spec, tokens, lambda run, k: poison(seed_weight(run)) if run.trainer.kasmina.seeds else None)
+    run.step(GraftAction(graft(run, "block"), run.telemetry.sequence))
+    never, _ = started(spec, tokens)
+    never.trainer.forget()
+    rollback = run.rollbacks[0]["optimizer_step"] - 60
+    for step in range(30 - rollback):
+        never.ledger.steps = 60 + rollback + step  # the rate follows the budget, which the lost steps have used
+        never.trainer.step(never._rate())
+    weights = never.trainer.host.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in run.trainer.host.state_dict().items())
+
+
+def test_a_graft_of_an_earlier_decision_is_removed_while_it_is_on_probation(spec, tokens):
+    run, _ = started(spec, tokens)
+    run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
+    assert run.trainer.kasmina.seeds[0].on_probation
+    poison(run.trainer.host.ln_f.weight)
+    run.step(GraftAction(0, run.telemetry.sequence))
+    assert run.rollbacks[-1]["removed"] == "ffn at h0.ffn"
+    assert not run.trainer.kasmina.seeds
+    run.step(GraftAction(0, run.telemetry.sequence))
+    assert len(run.rollbacks) == 1
+
+
+def test_a_graft_that_has_left_probation_is_kept(spec, tokens):
+    run, _ = started(spec, tokens)
+    run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
+    run.step(GraftAction(0, run.telemetry.sequence))
+    assert run.grafts[-1]["outcome"] == "kept"
+    assert run.telemetry.get("last_graft_outcome") == 1
+    poison(run.trainer.host.ln_f.weight)
+    run.step(GraftAction(0, run.telemetry.sequence))
+    assert run.rollbacks[-1]["removed"] is None
+    assert len(run.trainer.kasmina.seeds) == 1
+    assert run.grafts[-1]["outcome"] == "kept"
+
+
+def test_a_prune_in_the_slice_of_a_fault_is_undone(spec, tokens):
+    run, _ = started(spec, tokens)
+    run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
+    run.step(GraftAction(0, run.telemetry.sequence))
+    fired = []
+
+    def inject(run):
+        if not fired:
+            fired.append(poison(run.trainer.host.ln_f.weight))
+
+    run.on_step = inject
+    prune = next(i for i, action in enumerate(run.telemetry.actions) if action.operation == "prune")
+    run.step(GraftAction(prune, run.telemetry.sequence))
+    assert len(run.trainer.kasmina.seeds) == 1
+    assert run.prunes == []
+    assert run.grafts[-1]["outcome"] == "kept"
+
+
+def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(spec, tokens, tmp_path):
+    run, _ = started(spec, tokens)
+    before, sound = run.loss, {n: t.clone() for n, t in run.trainer.host.state_dict().items()}
+    run.on_step = lambda run: poison(run.trainer.host.ln_f.weight)
+    transition = run.step(GraftAction(0, run.telemetry.sequence))
+    assert transition.terminated
+    assert run.failure == "the loss was not finite, 3 times in a row"
+    assert len(run.rollbacks) == 3
+    assert run.loss == before
+    assert transition.telemetry.problems(run.space) is None
+    rent = spec.reward.rent * (1 - 60 / 240)  # what it used and what it did not, at a constant size on a step budget
+    assert transition.reward == pytest.approx(-rent, rel=0.01)
+    run.save(tmp_path / "checkpoint")
+    restored = GrowthRun.restore(tmp_path / "checkpoint", tokens)
+    assert restored.ended
+    assert all(torch.equal(sound[name], value) for name, value in restored.trainer.host.state_dict().items())
+    assert restored.trainer.evaluate() == before
+
+
+def test_faults_with_a_sound_decision_between_them_do_not_end_it(spec, tokens):
+    run, _ = started(spec, tokens)
+    for _ in range(2):
+        for times in (1, 0):
+            if times:
+                poison(run.trainer.host.ln_f.weight)
+            run.step(GraftAction(0, run.telemetry.sequence))
+    assert len(run.rollbacks) == 2
+    assert not run.ended
