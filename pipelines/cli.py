@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train one GPT under one policy",
     "ppo": "train a gardener with PPO over a fleet of workers",
     "sweep": "compare arms at an equal budget with Ray Tune",
+    "export": "write a trained GPT as files for transformers, or for Esper itself",
     "demo": "the whole story in minutes on a laptop",
     "calibrate": "fit the reference clock to this machine",
 }

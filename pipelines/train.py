@@ -96,7 +96,7 @@ def resume(arguments: TrainArguments, out: Path) -> int:
     Raises:
         UserError: other arguments are given, the run has ended, or it cannot be restored.
     """
-    others = [f"--{name}" for name in sorted(arguments.model_fields_set - {"resume"})]
+    others = [name if name == "arm" else f"--{name}" for name in sorted(arguments.model_fields_set - {"resume"})]
     if others:
         raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
     if (out / "summary.json").exists():
@@ -151,6 +151,7 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlf
         try:
             summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
         except Stopped as stopped:
+            tracker.run_id  # noqa: B018  waits for the connection, so that the resumed run goes on in this MLflow run
             save()
             checkpoints.close()
             where = f"saved at optimizer step {growth.ledger.steps:,}; go on with: esper train --resume {out}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.errors import UserError, unknown
 from esper.platform.storage import read_json
+from esper.policies.lag import LagPolicy
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.static import StaticPolicy
@@ -77,6 +78,7 @@ ARMS: dict[str, Callable[[ArmInputs], GrowthPolicy]] = {
     "random": _random,
     "schedule": _schedule,
     "tamiyo": lambda inputs: TamiyoPolicy(),
+    "lag": lambda inputs: LagPolicy(),
     "ppo": _ppo,
 }
 ALIASES = {"baseline": "static", "heuristic": "tamiyo"}

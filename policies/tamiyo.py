@@ -11,10 +11,9 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from esper.platform.contracts import GraftAction, Probe
 from esper.platform.telemetry import Telemetry
+from esper.policies.affordable import trainable_grafts
 
 PREFERENCE = ("layer", "width", "heads")
 
@@ -26,8 +25,7 @@ class Thresholds:
     Attributes:
         flat: relative loss drop still to be had at the current slope, below which the loss counts as flat.
         patience: fraction of the decisions to wait after a graft.
-        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after the graft (about:
-            the ratio that it grows by is that of all parameters).
+        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after the graft.
     """
 
     flat: float = 0.3
@@ -55,25 +53,11 @@ class TamiyoPolicy:
             return wait(f"still falling: {still:.2f} to be had > {limit.flat}")
         if telemetry.get("since_graft") < limit.patience:
             return wait("the last graft is young")
-        grafts = [i for i in telemetry.legal() if telemetry.actions[i].operation == "graft"]
-        tokens = _tokens_per_parameter(telemetry)
-        kept = [i for i in grafts if tokens[i] >= limit.tokens_per_parameter]
+        kept = trainable_grafts(telemetry, limit.tokens_per_parameter)
         for kind in PREFERENCE:
             of_kind = [i for i in kept if telemetry.candidate_column(f"adds_{kind}")[i]]
             if of_kind:
                 score = telemetry.candidate_column("site_gradient_norm") * 10 - telemetry.candidate_column("seconds")
                 best = max(of_kind, key=lambda i: (score[i], i))
-                return GraftAction(int(best), telemetry.sequence, f"flat ({still:.2f}); pressure {score[best]:.2f}")
+                return GraftAction(best, telemetry.sequence, f"flat ({still:.2f}); pressure {score[best]:.2f}")
         return wait("no graft that the rest of the budget can train")
-
-
-def _tokens_per_parameter(telemetry: Telemetry) -> np.ndarray:
-    """Tokens that the rest of the budget holds after each candidate, per non-embedding parameter now grown.
-
-    At this size the rest would hold seen · (1 − u)/u tokens; a candidate changes the number of steps by the ratio of
-    its steps per decision to WAIT's, and the parameters by its own ratio.
-    """
-    used = max(telemetry.get("budget_used"), 1e-6)
-    seen = 10 ** telemetry.get("tokens_per_parameter") - 1
-    steps = 10 ** telemetry.candidate_column("steps_per_decision") - 1
-    return seen * (1 - used) / used * steps / steps[0] / np.exp(telemetry.candidate_column("parameters"))

@@ -1,0 +1,126 @@
+"""Write a trained GPT as files that others can load.
+
+    python pipelines/export.py runs/train-tamiyo-20260101-120000 --out gpt              # Esper's own format
+    esper export runs/train-static-20260101-120000 --out gpt2 --format gpt2             # for transformers
+
+Takes the newest checkpoint in the folder of `esper train`, whether the run has ended or goes on. Leaves `config.json`
+and `model.safetensors` in the output folder, with the tokenizer of the run's text while that text is still there.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from torch import Tensor
+
+from esper.pipelines.arguments import Arguments, main_guard
+from esper.pipelines.train import CHECKPOINTS
+from esper.platform.checkpoint import Checkpoints
+from esper.platform.console import say
+from esper.platform.errors import UserError
+from esper.platform.storage import check_unused
+from esper.workers.tolaria.data import TokenData, Tokenizer
+from esper.workers.tolaria.export import export_gpt2, export_native, host_of
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a host is written, and the lines of Python that load it and its tokenizer from a folder."""
+
+    write: Callable[..., None]
+    imports: str
+    host: str
+    tokenizer: str
+
+
+FORMATS = {
+    "native": Format(
+        export_native,
+        "from esper.workers.tolaria.export import load_native, load_native_tokenizer",
+        "host = load_native({!r})",
+        "tokenizer = load_native_tokenizer({!r})",
+    ),
+    "gpt2": Format(
+        export_gpt2,
+        "from transformers import AutoTokenizer, GPT2LMHeadModel",
+        "model = GPT2LMHeadModel.from_pretrained({!r})",
+        "tokenizer = AutoTokenizer.from_pretrained({!r})",
+    ),
+}
+
+
+class ExportArguments(Arguments):
+    """Write a trained GPT as files that others can load."""
+
+    run: CliPositionalArg[Path] = Field(description="The output folder of `esper train`.")
+    out: Annotated[
+        Path | None, Field(title="DIR", description="A new or empty folder for the files; must be given.")
+    ] = None
+    format: Annotated[
+        Literal["native", "gpt2"],
+        Field(description="native takes any shape; gpt2 is for transformers, and takes layers that are alike."),
+    ] = "native"
+
+
+def run(arguments: ExportArguments) -> None:
+    """Read, rebuild, write, report."""
+    if arguments.out is None:
+        raise UserError("--out is missing: name a new or empty folder for the files.")
+    check_unused(arguments.out)
+    out = arguments.out.absolute()
+    step, values, tensors = newest(arguments.run)
+    host = host_of(values, tensors)
+    how = FORMATS[arguments.format]
+    shape = host.shape
+    say(f"run     {arguments.run}, at optimizer step {step:,}")
+    say(f"host    {shape.parameters_count():,} parameters in {shape.depth()} layer(s)")
+    tokenizer = tokenizer_of(values)
+    how.write(host, out, tokenizer)
+    with_tokenizer = f" with the tokenizer {tokenizer.name}" if tokenizer else ""
+    say(f"wrote   {out}: the host in the {arguments.format} format{with_tokenizer}")
+    say("load it with:")
+    for line in (how.imports, how.host, *([how.tokenizer] if tokenizer else [])):
+        say(f"    {line.format(str(out))}")
+
+
+def newest(folder: Path) -> tuple[int, Any, dict[str, Tensor]]:
+    """Number, state and tensors of a run's newest checkpoint.
+
+    Raises:
+        UserError: the folder is no run's, or has no checkpoint, or a damaged one.
+    """
+    if not (folder / "spec.json").is_file():
+        raise UserError(f"{folder} is no output folder of `esper train` (it has no spec.json): name one.")
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    try:
+        return checkpoints.latest()
+    except UserError:
+        return checkpoints.latest()  # of a run that goes on, and has put a newer one in its place meanwhile
+
+
+def tokenizer_of(values: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer of the text that a run was trained on; None, with a sentence, where it cannot be had."""
+    folder = values.get("train", {}).get("plan", {}).get("data")
+    try:
+        if folder is None:
+            raise UserError("the checkpoint does not say where its text is.")
+        data = TokenData.open(Path(folder), verify=False)
+        if data.manifest.fingerprint() != values["data"]:
+            raise UserError(f"{folder} holds other text, or another tokenizer, than when the run was trained.")
+        return data.tokenizer
+    except UserError as error:
+        say(f"the tokenizer is left out: {error}")
+        return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return main_guard(run, ExportArguments, "esper export", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Lag: tries every graft on a copy of the run for a while, and takes the one that does best.
+
+Landscape-Aware Growing (Karp et al. 2024, 2406.02469): how the loss stands a short lag after a growth operation tells
+the final ranking better than how it stands right after it. Here every graft starts at the loss that was, so without a
+lag there is nothing to tell.
+
+1. Wait until there is a slope, and then until a decision whose number is a multiple of `patience` of all decisions.
+2. Of the legal grafts, keep those that the rest of the budget can train, as Tamiyo does; without any, wait.
+3. Wait if trying them would cost more than `cost` of the budget, or would last until the rate decays.
+4. Train a copy of the run for `steps` optimizer steps under WAIT and one under each graft, on the same batches.
+5. Take the one with the lowest mean loss over the last `tail` of those steps; of equal ones WAIT.
+
+Everything tried is charged to the run. The policy keeps no state.
+
+Copies are compared at equal steps, not at equal cost. On the same batches their difference is known to a tenth of a
+millinat, where losses on different batches differ by a hundred times what a lag can show. And at equal cost WAIT
+would always win: a seed's rate warms up quadratically over `growth.probation_steps`, so within a lag shorter than that
+next to nothing is gained, while the cost of the larger size is paid from the first step on. A lag therefore tells
+*which* graft, and which ones do harm; it cannot tell *whether* growing pays. That is left to rules 2 and 3.
+
+The length is stated in optimizer steps because the warm-up is, and it is the warm-up that it has to reach into: a
+quarter of it ranks the first grafts of `tinystories-char` as all of it does, a sixteenth shows nothing. What is bounded
+in terms of decisions is the cost: 5 % of a budget of 24 decisions is little more than one of them. Measured, with its
+limits, in docs/results.md. One of them matters: as a seed warms up, the host's learning rate glides down to that of the
+larger size, and a falling rate lowers the loss by itself; so grafts of different sizes are not compared for what they
+learn alone, and the largest has the advantage.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from esper.platform.contracts import GraftAction, Probe
+from esper.platform.errors import UserError
+from esper.platform.telemetry import Telemetry
+from esper.policies.affordable import decision, trainable_grafts, trial_cost
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lag's numbers.
+
+    Attributes:
+        steps: optimizer steps that each copy trains for.
+        tail: fraction of them, at the end, over which the loss is averaged.
+        patience: fraction of the decisions between two trials.
+        cost: fraction of the budget that one trial may use.
+        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after a graft; Tamiyo's.
+    """
+
+    steps: int = 100
+    tail: float = 0.5
+    patience: float = 0.12
+    cost: float = 0.05
+    tokens_per_parameter: float = 50.0
+
+
+class LagPolicy:
+    """The rule above."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
+        """The best of what it tried, or WAIT with the reason.
+
+        Raises:
+            UserError: there is no probe.
+        """
+        if probe is None:
+            raise UserError(
+                "lag tries grafts on copies of the run: it plays only where there is one to copy, as under "
+                "`esper train lag`, and not on a loss law."
+            )
+        limit = self.limits
+
+        def wait(reason: str) -> GraftAction:
+            return GraftAction(0, telemetry.sequence, reason)
+
+        if not telemetry.get("slopes_measured"):
+            return wait("no slope yet")
+        number, decisions = decision(telemetry)
+        every = max(1, math.ceil(limit.patience * decisions - 1e-9))
+        if number % every:
+            return wait(f"tries every {every} decisions")
+        grafts = trainable_grafts(telemetry, limit.tokens_per_parameter)
+        if not grafts:
+            return wait("no graft that the rest of the budget can train")
+        rows = [0, *grafts]
+        cost = trial_cost(telemetry, rows, limit.steps)
+        if cost > limit.cost:
+            return wait(f"trying {len(grafts)} grafts would cost {cost:.1%} of the budget > {limit.cost:.1%}")
+        if cost >= telemetry.get("growth_left"):
+            return wait("the rate would decay before the trial ends")
+        losses = probe.twins([GraftAction(row, telemetry.sequence, "tried") for row in rows], limit.steps)
+        means = losses[:, -max(1, round(limit.tail * limit.steps)) :].mean(axis=1)
+        means[~np.isfinite(means)] = math.inf
+        best = int(means.argmin())
+        if best == 0:
+            return wait(f"none of {len(grafts)} grafts tried is ahead after {limit.steps} steps")
+        return GraftAction(
+            rows[best],
+            telemetry.sequence,
+            f"best of {len(grafts)} tried: {1e3 * (means[0] - means[best]):.2f} millinats ahead of waiting after "
+            f"{limit.steps} steps, for {cost:.1%} of the budget",
+        )

@@ -1,0 +1,312 @@
+"""An exported host is the host: Esper's own format to the bit and for any shape, GPT-2's as transformers runs it.
+
+Alone: `pytest tests/workers/test_export.py`; importing transformers takes about 5 s of it.
+"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from growing_run import choose
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from esper.platform.errors import UserError
+from esper.workers.kasmina import Kasmina
+from esper.workers.run import GrowthRun
+from esper.workers.tolaria.data.tokenizer import BytePairs, Characters
+from esper.workers.tolaria.export import (
+    export_gpt2,
+    export_native,
+    fused_state,
+    host_of,
+    load_native,
+    load_native_tokenizer,
+)
+from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
+
+DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
+
+LETTERS = sorted({*"".join(DOCUMENTS), *"'sl  \n\r\u00a0\u2028xé\u0301🦄"})
+
+
+def text():
+    """Some batch, int64 (4, 16)."""
+    return torch.randint(0, 37, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+def logits(host):
+    with torch.no_grad():
+        return host.eval()(text())
+
+
+def grown(grafts, fused=0, **changes):
+    """A host and its Kasmina after these grafts, with training between them; the first `fused` seeds are fused."""
+    config = {"vocab_size": 37, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 16, "head_dim": 4, **changes}
+    host = TransformerHost(TransformerConfig(**config), torch.Generator().manual_seed(0))
+    kasmina = Kasmina(host, torch.optim.AdamW(host.parameters(), lr=1e-2), probation_steps=10)
+    for site, blueprint in grafts:
+        kasmina.graft(site, blueprint)
+        for _ in range(3):
+            kasmina.optimizer.zero_grad()
+            F.cross_entropy(host(text()).flatten(0, 1), text().roll(-1, 1).flatten()).backward()
+            kasmina.warm_up()
+            kasmina.optimizer.step()
+    for seed in list(kasmina.seeds)[:fused]:
+        kasmina.fuse(seed)
+    return host, kasmina
+
+
+EVERY_KIND = (
+    *(("h0.attention", "attention"), ("h0.ffn", "ffn"), ("h1.stream", "block"), ("h1.ffn", "expert")),
+    *(("h2.attention", "attention"), ("h1.ffn", "expert"), ("h2.ffn", "ffn"), ("wte.stream", "block")),
+)
+ALIKE = (("h1.stream", "block"), *((f"h{i}.attention", "attention") for i in range(3)))
+
+
+# -- Esper's own format ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fused", [0, 4, len(EVERY_KIND)])
+def test_native_gives_the_host_back_to_the_bit(tmp_path, fused, tied):
+    host, _ = grown(EVERY_KIND, fused, tied=tied)
+    assert host.split() == (fused < len(EVERY_KIND))
+    export_native(host, tmp_path / "host")
+    loaded = load_native(tmp_path / "host")
+    assert not loaded.training
+    assert not loaded.split()
+    assert loaded.shape == host.shape
+    assert (loaded.lm_head.weight is loaded.wte.weight) == tied
+    assert sum(p.numel() for p in loaded.parameters()) == host.parameters_count()
+    assert torch.equal(logits(loaded), logits(host))
+    assert sorted(p.name for p in (tmp_path / "host").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_exported_state_is_that_of_a_host_born_in_this_shape():
+    host, _ = grown(EVERY_KIND, tied=False)
+    config = TransformerConfig(**{**vars(host.config), "n_layer": 4, "layers": host.shape.layers})
+    born = TransformerHost(config)
+    born.load_state_dict(fused_state(host))
+    assert torch.equal(logits(born), logits(host))
+
+
+def test_a_loaded_host_can_grow_on(tmp_path):
+    host, _ = grown(EVERY_KIND)
+    export_native(host, tmp_path / "host")
+    loaded = load_native(tmp_path / "host")
+    Kasmina(loaded, torch.optim.AdamW(loaded.parameters())).graft("h2.stream", "block")
+    assert torch.equal(logits(loaded), logits(host))
+    assert loaded.shape == host.shape.with_layer("h2.stream")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_native_keeps_the_dtype(tmp_path, dtype):
+    host, _ = grown(EVERY_KIND)
+    balance = host.part("h1.e0").balance
+    host.to(dtype)
+    host.part("h1.e0").balance = balance  # which stays float32 in a host of any dtype
+    export_native(host, tmp_path / "host")
+    loaded = load_native(tmp_path / "host")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(loaded.part("h1.e0").balance, balance)
+    assert torch.equal(logits(loaded), logits(host))
+
+
+def test_a_host_of_flash_attention_loads_anywhere(tmp_path):
+    host, _ = grown(EVERY_KIND)
+    host.config = TransformerConfig(**{**vars(host.config), "attention": "flash"})
+    export_native(host, tmp_path / "host")
+    assert load_native(tmp_path / "host").config.attention == "sdpa"
+
+
+def change(**values):
+    return lambda folder: (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | values)
+    )
+
+
+def flip(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no exported host"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not in Esper's own format"),
+        (change(format="gpt2"), "not in Esper's own format"),
+        (change(version=2), "is of version 2 and this code reads version 1"),
+        (change(config={}), "does not describe the host"),
+        (change(config={"vocab_size": 0, "layers": []}), "does not describe the host"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+        (flip, "SHA-256 of model.safetensors"),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_sentence(tmp_path, damage, sentence):
+    export_native(grown(())[0], tmp_path / "host")
+    damage(tmp_path / "host")
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_native(tmp_path / "host")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_shape_in_the_config_is_refused(tmp_path):
+    export_native(grown(())[0], tmp_path / "host")
+    config = json.loads((tmp_path / "host" / "config.json").read_text())["config"]
+    change(config={**config, "block_size": 17})(tmp_path / "host")
+    with pytest.raises(UserError, match="does not describe the host"):
+        load_native(tmp_path / "host")
+
+
+# -- GPT-2's layout --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fused", [0, 2, len(ALIKE)])
+def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
+    from transformers import GPT2LMHeadModel
+
+    host, _ = grown(ALIKE, fused, tied=tied, mlp_width=24)
+    with torch.no_grad():  # biases and norms are near their birth values: logits must depend on every one
+        for parameter in host.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    export_gpt2(host, tmp_path / "host")
+    model, loading = GPT2LMHeadModel.from_pretrained(tmp_path / "host", output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert sum(p.numel() for p in model.parameters()) == host.parameters_count()
+    expected = logits(host)
+    with torch.no_grad():
+        difference = (model(text()).logits - expected).abs().max()
+    assert difference <= 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize(("export", "grafts"), [(export_native, EVERY_KIND), (export_gpt2, ALIKE)])
+def test_fusing_changes_no_byte(tmp_path, export, grafts):
+    host, kasmina = grown(grafts)
+    export(host, tmp_path / "split")
+    for seed in list(kasmina.seeds):
+        kasmina.fuse(seed)
+    export(host, tmp_path / "fused")
+    for file in (tmp_path / "split").iterdir():
+        assert file.read_bytes() == (tmp_path / "fused" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("grafts", "sentence"),
+    [
+        ((), r"layer 1 of 2 \(h0\) has 3 head\(s\) of 4 dimensions, 12 together"),
+        ((("h0.attention", "attention"),), r"layer 2 of 2 \(h1\) has 3 head\(s\)"),
+        ((*ALIKE, ("h2.ffn", "ffn")), r"layer 3 of 3 \(h2\) has \d+ MLP neurons, unlike the first layer's 64"),
+        ((*ALIKE, ("h1.ffn", "expert")), r"layer 2 of 3 \(h1\) has 1 expert"),
+    ],
+)
+def test_a_shape_that_gpt2_has_not_is_refused_by_its_layer(tmp_path, grafts, sentence):
+    with pytest.raises(UserError, match=f"{sentence}.*native format"):
+        export_gpt2(grown(grafts)[0], tmp_path / "host")
+    assert not list(tmp_path.iterdir())
+
+
+# -- Folders and tokenizers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("export", [export_native, export_gpt2])
+def test_only_a_new_or_empty_folder_is_written(tmp_path, export):
+    host, _ = grown(ALIKE)
+    (tmp_path / "empty").mkdir()
+    export(host, tmp_path / "empty")
+    before = (tmp_path / "empty" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="not an empty folder"):
+        export(host, tmp_path / "empty")
+    with pytest.raises(UserError, match="cannot be written"):
+        export(host, tmp_path / "empty" / "config.json" / "below")
+    assert (tmp_path / "empty" / "config.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("tokenizer", [BytePairs.build("bpe:300", DOCUMENTS), Characters.build("char", DOCUMENTS)])
+def test_the_tokenizer_goes_along(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="give the one that its text was prepared with"):
+        export_native(grown(())[0], tmp_path / "host", tokenizer)
+    host, _ = grown((), vocab_size=tokenizer.vocab_size)
+    export_native(host, tmp_path / "host", tokenizer)
+    assert load_native_tokenizer(tmp_path / "host").fingerprint == tokenizer.fingerprint
+    (tmp_path / "host" / tokenizer.FILE).unlink()
+    with pytest.raises(UserError, match="tokenizer cannot be read"):
+        load_native_tokenizer(tmp_path / "host")
+    export_native(host, tmp_path / "without")
+    with pytest.raises(UserError, match="exported without a tokenizer"):
+        load_native_tokenizer(tmp_path / "without")
+
+
+@pytest.fixture(scope="module", params=["bpe:300", "char"])
+def both(request, tmp_path_factory):
+    """Our tokenizer, and what transformers makes of its export."""
+    from transformers import AutoTokenizer
+
+    ours = (BytePairs if request.param != "char" else Characters).build(request.param, DOCUMENTS)
+    host, _ = grown((), n_head=4, vocab_size=ours.vocab_size)
+    folder = tmp_path_factory.mktemp("exported") / "host"
+    export_gpt2(host, folder, ours)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eos_token_id"] == ours.end_id
+    return ours, AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=st.text(st.sampled_from(LETTERS) | st.characters(codec="utf-8")))
+@example(document=DOCUMENTS[0])
+@example(document="")
+def test_transformers_reads_a_text_as_the_same_ids(both, document):
+    ours, theirs = both
+    ids = ours.encode_documents([document]).tolist()
+    assert len(theirs) == ours.vocab_size
+    assert theirs.eos_token_id == ours.end_id
+    assert theirs(document)["input_ids"] == ids[:-1]
+    assert theirs(document + "<|endoftext|>")["input_ids"] == ids
+    if ours.unseen_id not in ids:
+        assert theirs.decode(ids) == ours.decode(ids) == document + "<|endoftext|>"
+
+
+# -- From a checkpoint -----------------------------------------------------------------------------------------------
+
+
+def test_the_host_of_a_saved_run_is_the_runs(tiny_spec, tokens):
+    """At any decision, and within one, where what was last decided on lies beside it."""
+    run = GrowthRun(tiny_spec, tokens)
+    run.reset(seed=5)
+    for _ in range(6):
+        assert_same(run)
+        run.step(choose(run.telemetry))
+    assert run.grafts
+
+    def stop(run):
+        raise KeyboardInterrupt
+
+    run.on_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        run.step(choose(run.telemetry))
+    assert run.unfinished
+    assert_same(run)
+
+
+def assert_same(run):
+    values, tensors = run.state()
+    values["train"] = {"plan": {}}
+    host = host_of(values, tensors)
+    idx = torch.arange(16)[None]
+    with torch.no_grad():
+        expected = run.trainer.host.eval()(idx)
+        run.trainer.host.train()
+        assert torch.equal(host(idx), expected)
+    assert host.shape == run.trainer.host.shape
+
+
+def test_a_checkpoint_of_something_else_is_refused():
+    with pytest.raises(UserError, match="holds no host"):
+        host_of({"books": {}}, {})

@@ -1,0 +1,65 @@
+"""Our tokenizers as Hugging Face's `tokenizer.json` and `tokenizer_config.json`, for `transformers.AutoTokenizer`.
+
+Both give the same ids for the same text, but that `<|endoftext|>` in a text is read as the end of a document, as in
+GPT-2's own tokenizer there; and an unseen character decodes to `<|unseen|>`.
+
+A byte-pair tokenizer is kept as ranks, as tiktoken reads them: it joins the two neighbours whose join has the lowest
+rank, however that token came to be. Hugging Face joins listed pairs in the order of the list, so every pair whose join
+is a token is listed, by the rank of the join.
+"""
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from esper.platform.storage import write_json, write_text
+from esper.workers.tolaria.data.tokenizer import END, BytePairs, Tokenizer, _bytes_of_symbols
+
+UNSEEN = "<|unseen|>"  # several characters, so none of the text's
+
+
+def save_hugging_face(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
+    """Write a tokenizer into `folder`, as of a model that reads `context` tokens at most."""
+    converted = _byte_pairs(tokenizer) if isinstance(tokenizer, BytePairs) else _characters(tokenizer)
+    special = [END] if tokenizer.unseen_id is None else [UNSEEN, END]
+    converted.add_special_tokens(special)
+    assert converted.get_vocab_size() == tokenizer.vocab_size
+    assert converted.token_to_id(END) == tokenizer.end_id
+    write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", config | ({"unk_token": UNSEEN} if UNSEEN in special else {}))
+
+
+def _characters(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """A word of its own for every character."""
+    vocabulary = {tokenizer.decode([id]): id for id in range(tokenizer.vocab_size) if id != tokenizer.unseen_id}
+    if tokenizer.unseen_id is not None:
+        vocabulary[UNSEEN] = tokenizer.unseen_id
+    converted = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNSEEN))
+    converted.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    converted.decoder = decoders.Fuse()
+    return converted
+
+
+def _byte_pairs(tokenizer: BytePairs) -> tokenizers.Tokenizer:
+    """Byte-level BPE; what is a token as a whole is not taken apart, as in tiktoken."""
+    ranks = {tokenizer._encoding.decode_single_token_bytes(rank): rank for rank in range(tokenizer.end_id)}
+    symbols = {byte: symbol for symbol, byte in _bytes_of_symbols().items()}
+    spelled = {token: "".join(symbols[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in ranks:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
+    converted = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    converted.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits as GPT-2 does
+    converted.decoder = decoders.ByteLevel()
+    return converted
