@@ -18,12 +18,11 @@ would always win: a seed's rate warms up quadratically over `growth.probation_st
 next to nothing is gained, while the cost of the larger size is paid from the first step on. A lag therefore tells
 *which* graft, and which ones do harm; it cannot tell *whether* growing pays. That is left to rules 2 and 3.
 
-The length is stated in optimizer steps because the warm-up is, and it is the warm-up that it has to reach into: a
-quarter of it ranks the first grafts of `tinystories-char` as all of it does, a sixteenth shows nothing. What is bounded
-in terms of decisions is the cost: 5 % of a budget of 24 decisions is little more than one of them. Measured, with its
-limits, in docs/results.md. One of them matters: as a seed warms up, the host's learning rate glides down to that of the
-larger size, and a falling rate lowers the loss by itself; so grafts of different sizes are not compared for what they
-learn alone, and the largest has the advantage.
+The length is stated in optimizer steps because the warm-up is, and it is the warm-up that it has to reach into: the
+default is a quarter of the character presets'. What is bounded in terms of decisions is the cost: 5 % of a budget of 24
+decisions is little more than one of them. One limit matters: as a seed warms up, the host's learning rate glides down to
+that of the larger size, and a falling rate lowers the loss by itself; so grafts of different sizes are not compared for
+what they learn alone, and the largest has the advantage.
 """
 
 import math

@@ -14,7 +14,8 @@ LIMITS = Limits(steps=6, patience=0.1, cost=10.0, tokens_per_parameter=0.0)
 
 @pytest.fixture
 def run(tiny_spec, tokens):
-    run = GrowthRun(tiny_spec, tokens)
+    budget = tiny_spec.budget.model_copy(update={"amount": 800})
+    run = GrowthRun(tiny_spec.model_copy(update={"budget": budget}), tokens)
     run.reset(seed=0)
     run.step(GraftAction(0, 0))
     return run
