@@ -20,8 +20,8 @@ next to nothing is gained, while the cost of the larger size is paid from the fi
 
 The length is stated in optimizer steps because the warm-up is, and it is the warm-up that it has to reach into: the
 default is a quarter of the character presets'. What is bounded in terms of decisions is the cost: 5 % of a budget of 24
-decisions is little more than one of them. One limit matters: as a seed warms up, the host's learning rate glides down to
-that of the larger size, and a falling rate lowers the loss by itself; so grafts of different sizes are not compared for
+decisions is little more than one of them. A limit that matters: as a seed warms up, the host's learning rate glides to
+that of the larger size, and a falling rate lowers the loss by itself; grafts of different sizes are not compared for
 what they learn alone, and the largest has the advantage.
 """
 
