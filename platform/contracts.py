@@ -120,6 +120,10 @@ class HostProtocol(HostShape, Protocol):
         """Take an inserted part out; returns every parameter that is gone."""
         ...
 
+    def stream_sizes(self) -> dict[str, float]:
+        """Stream site → root mean square of the residual stream there, as far as it can be told without data."""
+        ...
+
     def written_by(self, site_id: str) -> Iterator[Any]:
         """The parameters that a site's telemetry is about."""
         ...

@@ -14,7 +14,7 @@ import pytest
 from esper.pipelines.train import main
 
 TRAIN = [sys.executable, "-m", "esper.pipelines.train"]
-LONG = ["--set", "budget.amount=2000", "--set", "budget.decisions=40"]
+LONG = ["--set", "budget.amount=900", "--set", "budget.decisions=30"]
 
 
 def summary_of(folder):

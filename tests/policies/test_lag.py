@@ -1,44 +1,168 @@
-"""Lag takes the graft that did best on copies of the run, and pays for all it tried."""
+"""Lag takes the graft that did best on copies of the run, pays for all it tried, and leaves the run as it was."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
+from esper.platform.ledger import AXES
+from esper.platform.spec import load_spec
+from esper.policies.affordable import decision, trial_cost
 from esper.policies.lag import LagPolicy, Limits
 from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
+from esper.workers.surrogate import SurrogateRun
 
-LIMITS = Limits(steps=6, patience=0.1, cost=10.0, tokens_per_parameter=0.0)
+LIMITS = Limits(steps=6, patience=0.1, cost=0.05, tokens_per_parameter=0.0)
 
 
-@pytest.fixture
-def run(tiny_spec, tokens):
+def begin(tiny_spec, tokens, **growth):
+    """A run of 800 steps in 8 decisions after its first: a trial of 4 grafts over 6 steps is 30 of them."""
     budget = tiny_spec.budget.model_copy(update={"amount": 800})
-    run = GrowthRun(tiny_spec.model_copy(update={"budget": budget}), tokens)
+    update = {"budget": budget, "growth": tiny_spec.growth.model_copy(update=growth)}
+    run = GrowthRun(tiny_spec.model_copy(update=update), tokens)
     run.reset(seed=0)
     run.step(GraftAction(0, 0))
     return run
 
 
-def test_it_takes_the_best_of_what_it_tried_and_is_charged(run):
-    rows = [int(i) for i in run.telemetry.legal()]
-    losses, _ = run.twins([GraftAction(row, 1) for row in rows], 6)
-    steps, before = run.ledger.steps, run.trainer.steps
-    action = LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run))
-    assert action.index == rows[int(np.argmin(losses[:, -3:].mean(axis=1)))]
-    assert run.ledger.steps - steps == 6 * len(rows)
-    assert run.trainer.steps == before
+@pytest.fixture
+def run(tiny_spec, tokens):
+    return begin(tiny_spec, tokens, probation_steps=2)  # short, so that six steps tell the grafts apart
 
 
-def test_a_trial_that_costs_too_much_is_left_out(run):
-    action = LagPolicy(Limits(steps=6, patience=0.1, cost=1e-6, tokens_per_parameter=0.0)).act(
-        run.telemetry, ChargedProbe(run)
-    )
+class Scripted:
+    """A probe whose twins end with the given losses."""
+
+    def __init__(self, *losses):
+        self.losses = losses
+
+    def twins(self, actions, optimizer_steps):
+        """The given loss at every step, a row each."""
+        assert len(actions) == len(self.losses)
+        return np.repeat(np.array(self.losses)[:, None], optimizer_steps, axis=1)
+
+
+class Untouched:
+    """A probe that must not be used."""
+
+    def twins(self, actions, optimizer_steps):
+        """Not to be called."""
+        raise AssertionError("tried something")
+
+
+def tried(run):
+    """What lag tries: WAIT and every legal graft."""
+    rows = [int(i) for i in run.telemetry.legal() if run.telemetry.actions[i].operation in ("wait", "graft")]
+    return [GraftAction(row, run.telemetry.sequence) for row in rows]
+
+
+def test_it_takes_the_lowest_loss_of_its_twins(run):
+    actions = tried(run)
+    losses, _ = run.twins(actions, 6)
+    means = losses[:, -3:].mean(axis=1)
+    assert len(set(means.tolist())) == len(means)
+    chosen = LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run))
+    assert chosen.index == actions[int(means.argmin())].index > 0
+    assert chosen.sequence == run.telemetry.sequence
+    assert "of 4 tried" in chosen.reason
+
+
+def test_the_run_is_charged_what_the_twins_used_on_every_axis(run):
+    expected, before = replace(run.ledger), replace(run.ledger)
+    _, ledgers = run.twins(tried(run), 6)
+    for ledger in ledgers:
+        expected.add(ledger.less(before))
+    LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run))
+    assert {axis: run.ledger.read(axis) for axis in AXES} == {axis: expected.read(axis) for axis in AXES}
+    assert run.ledger.steps == before.steps + 5 * 6
+
+
+@pytest.mark.parametrize("axis", ["parameter_seconds", "steps", "flops"])
+def test_what_a_trial_costs_is_known_beforehand(tiny_spec, tokens, axis):
+    whole = begin(tiny_spec, tokens)
+    amount = 800 / whole.ledger.steps * whole.ledger.read(axis)
+    budget = tiny_spec.budget.model_copy(update={"amount": amount, "axis": axis})
+    clock = tiny_spec.clock.model_copy(update={"graft_seconds": 0.0, "split_factor": 1.1})  # a graft's own is left out
+    run = GrowthRun(tiny_spec.model_copy(update={"budget": budget, "clock": clock}), tokens)
+    run.reset(seed=0)
+    telemetry = run.step(GraftAction(0, 0)).telemetry
+    actions, before = tried(run), run.reading()
+    ChargedProbe(run).twins(actions, 6)
+    predicted = trial_cost(telemetry, [action.index for action in actions], 6)
+    assert predicted == pytest.approx((run.reading() - before) / amount, rel=1e-3)
+
+
+def test_the_run_itself_is_left_as_it_was(run):
+    weights = {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
+    moments = [{k: v.clone() for k, v in state.items()} for state in run.trainer.optimizer.state.values()]
+    cursor = run.trainer.steps
+    LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run))
+    assert run.trainer.steps == cursor
+    now = run.trainer.host.state_dict()
+    assert now.keys() == weights.keys()
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+    for state, kept in zip(run.trainer.optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+def test_same_run_same_choice(tiny_spec, tokens):
+    chosen = []
+    for _ in range(2):
+        run = begin(tiny_spec, tokens, probation_steps=2)
+        chosen.append(LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run)))
+    assert chosen[0] == chosen[1]
+
+
+def test_waiting_wins_where_no_graft_is_ahead(run):
+    action = LagPolicy(LIMITS).act(run.telemetry, Scripted(1.0, 1.0, 1.1, 1.2, 1.3))
     assert action.index == 0
-    assert "would cost" in action.reason
+    assert "none of 4" in action.reason
+
+
+def test_a_twin_that_diverged_is_never_chosen(run):
+    action = LagPolicy(LIMITS).act(run.telemetry, Scripted(1.0, np.nan, 0.9, -np.inf, 0.95))
+    assert action.index == tried(run)[2].index
+    assert LagPolicy(LIMITS).act(run.telemetry, Scripted(*[np.nan] * 5)).index == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (replace(LIMITS, cost=0.03), "would cost 3.8% of the budget > 3.0%"),
+        (replace(LIMITS, steps=110, cost=1.0), "the rate would decay"),
+        (replace(LIMITS, patience=0.25), "every 2 decisions"),
+        (replace(LIMITS, tokens_per_parameter=1e9), "can train"),
+    ],
+)
+def test_it_tries_nothing(run, limits, reason):
+    action = LagPolicy(limits).act(run.telemetry, Untouched())
+    assert action.index == 0
+    assert reason in action.reason
+
+
+def test_it_tries_nothing_where_nothing_is_legal(tiny_spec, tokens):
+    run = begin(tiny_spec, tokens, max_parameters=1)
+    assert run.telemetry.legal().tolist() == [0]
+    assert LagPolicy(LIMITS).act(run.telemetry, Untouched()).index == 0
+
+
+def test_it_tries_nothing_before_there_is_a_slope(run):
+    assert LagPolicy(LIMITS).act(run.reset(seed=0), Untouched()).reason == "no slope yet"
 
 
 def test_without_copies_it_says_so(run):
-    with pytest.raises(UserError, match="copies of the run"):
+    with pytest.raises(UserError, match="lag tries grafts on copies of the run"):
         LagPolicy().act(run.telemetry)
+
+
+@pytest.mark.parametrize("preset", ["tinystories-char", "tinystories-char-tokens", "demo", "tinystories"])
+def test_the_decisions_number_is_read_off_telemetry(preset):
+    run = SurrogateRun(load_spec(preset))
+    telemetry = run.reset(seed=0)
+    while not run.ended:
+        assert decision(telemetry) == (telemetry.sequence, run.spec.budget.decisions)
+        telemetry = run.step(GraftAction(int(telemetry.legal()[-1]), telemetry.sequence)).telemetry

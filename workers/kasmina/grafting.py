@@ -140,7 +140,7 @@ class Kasmina:
         if not blueprint.allowed(self.host.shape, site_id):
             raise UserError(f"site {site_id!r} is at the limit that blueprint {blueprint_name!r} sets: {blueprint}.")
 
-        probation = self.probation_steps * blueprint.patience(sites[site_id])
+        probation = self.probation_steps * blueprint.patience(self.host, site_id)
         with torch.no_grad():
             part, pairs = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self._grafts))
         self.host.grown()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
-from esper.platform.contracts import HostProtocol, HostShape, InjectionSpec, SiteKind, Swap
+from esper.platform.contracts import HostProtocol, HostShape, SiteKind, Swap
 from esper.platform.errors import UserError, unknown
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -48,8 +48,8 @@ class Blueprint(Protocol):
         """Whether the site may take one more of these."""
         ...
 
-    def patience(self, site: InjectionSpec) -> int:
-        """How many times the usual warm-up a seed needs at a site."""
+    def patience(self, host: HostProtocol, site_id: str) -> int:
+        """How many times the usual warm-up a seed needs at a site of this host."""
         ...
 
     def resized(self, shape: Any, site_id: str) -> HostShape:

@@ -120,9 +120,16 @@ def test_a_seed_warms_up_from_above_zero():
     assert not seed.on_probation
 
 
-def test_a_layer_after_the_embeddings_warms_up_longer():
-    _, kasmina = small()
-    assert kasmina.graft("wte.stream", "block").probation == 4 * kasmina.graft("h0.stream", "block").probation
+def test_a_layer_in_a_small_stream_warms_up_longer():
+    """After the embeddings, and after a layer that was put in there: it adds next to nothing at first."""
+    host, kasmina = small()
+    with torch.no_grad():
+        host.h[0].mlp.c_proj.bias.fill_(10.0)
+        host.h[1].mlp.c_proj.bias.fill_(2.0)
+    host.train()
+    sites = ("wte.stream", "h2.stream", "h0.stream", "h1.stream")
+    assert [kasmina.graft(site, "block").probation for site in sites] == [40, 40, 20, 10]
+    assert host.training
 
 
 def test_a_copied_layer_reads_what_its_neighbour_reads():

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from esper.platform.contracts import HostProtocol, HostShape, InjectionSpec, SiteKind
+from esper.platform.contracts import HostProtocol, HostShape, SiteKind
 from esper.workers.kasmina.blueprints.parts import Part
 from esper.workers.kasmina.blueprints.widen import drawn_like
 from esper.workers.kasmina.registry import Count, register
@@ -33,7 +33,7 @@ class ExpertSeed(Part):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     limit: Count = 64
 
-    def patience(self, site: InjectionSpec) -> int:
+    def patience(self, host: HostProtocol, site_id: str) -> int:
         """The usual warm-up."""
         return 1
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.platform.contracts import HostProtocol, HostShape, InjectionSpec, Swap
+from esper.platform.contracts import HostProtocol, HostShape, Swap
 from esper.workers.kasmina.registry import PlantedSeed
 
 
@@ -32,7 +32,7 @@ class Widening:
     units: int
     limit: int
 
-    def patience(self, site: InjectionSpec) -> int:
+    def patience(self, host: HostProtocol, site_id: str) -> int:
         """The usual warm-up."""
         return 1
 
