@@ -255,11 +255,14 @@ def both(request, tmp_path_factory):
     export_gpt2(host, folder, ours)
     config = json.loads((folder / "config.json").read_text())
     assert config["eos_token_id"] == ours.end_id
-    return ours, AutoTokenizer.from_pretrained(folder)
+    # The texts are not for the model: without this, transformers warns of one that is longer than its context.
+    return ours, AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(document=st.text(st.sampled_from(LETTERS) | st.characters(codec="utf-8")))
+@given(
+    document=st.text(st.sampled_from(LETTERS) | st.characters(codec="utf-8")).filter(lambda text: "<|" not in text)
+)  # transformers reads a special token's name in a text as that token, ours does not
 @example(document=DOCUMENTS[0])
 @example(document="")
 def test_transformers_reads_a_text_as_the_same_ids(both, document):
