@@ -61,7 +61,7 @@ def paired(a: Callable[[], object], b: Callable[[], object], steps: int) -> list
 
 
 def shown(ratios: list[float]) -> str:
-    """Median and range."""
+    """Median and range; the range of 7 blocks covers the true median with 98 % (sign test, 1 − 2·½⁷)."""
     return f"{statistics.median(ratios):.3f}x ({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} paired blocks)"
 
 

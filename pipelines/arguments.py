@@ -162,6 +162,8 @@ def _first_error(error: ErrorDetails, model_class: type[BaseModel], parser: _Par
         return UserError(f"{cause or error['msg']}: {parser.advice()}")
     name = str(error["loc"][0])
     shown = parser.shown[name]
+    if error["type"] == "missing":
+        return UserError(f"{shown} is missing: {parser.advice()}")
     choices = _choices(model_class.model_fields[name])
     if choices:
         return unknown(shown, error["input"], choices)

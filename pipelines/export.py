@@ -57,9 +57,7 @@ class ExportArguments(Arguments):
     """Write a trained GPT as files that others can load."""
 
     run: CliPositionalArg[Path] = Field(description="The output folder of `esper train`.")
-    out: Annotated[
-        Path | None, Field(title="DIR", description="A new or empty folder for the files; must be given.")
-    ] = None
+    out: Annotated[Path, Field(title="DIR", description="A new or empty folder for the files; must be given.")]
     format: Annotated[
         Literal["native", "gpt2"],
         Field(description="native takes any shape; gpt2 is for transformers, and takes layers that are alike."),
@@ -68,8 +66,6 @@ class ExportArguments(Arguments):
 
 def run(arguments: ExportArguments) -> None:
     """Read, rebuild, write, report."""
-    if arguments.out is None:
-        raise UserError("--out is missing: name a new or empty folder for the files.")
     check_unused(arguments.out)
     out = arguments.out.absolute()
     step, values, tensors = newest(arguments.run)

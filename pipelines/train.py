@@ -146,8 +146,7 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlf
             save()
 
         growth.on_step = on_step
-        if mlflow is None and growth.ledger.steps == 0:
-            save()
+        save()  # a resumed run's state lies there already, and is not written again
         try:
             summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
         except Stopped as stopped:
@@ -170,7 +169,8 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlf
         f"{summary['parameter_seconds']:,.0f} parameter-seconds, {duration(summary['wall_seconds'])} of training"
     )
     for point in summary["annealed"]:
-        say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {point['val_loss']:.4f}")
+        loss = "not finite" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
+        say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {loss}")
     say(f"results: {out / 'summary.json'}")
     say(f"compare: {tracker.where}")
     return 1 if summary["failure"] else 0

@@ -50,7 +50,7 @@ class Episode(ABC):
         self.grafts: list[dict[str, Any]] = []
         self.prunes: list[dict[str, Any]] = []
         self.rollbacks: list[dict[str, Any]] = []
-        self.annealed: list[dict[str, float]] = []
+        self.annealed: list[dict[str, float | None]] = []
         self.failure: str | None = None
         self._grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
         self._cooling: dict[tuple[str, str], int] = {}  # (site, blueprint) → boundaries passed when it may come again
@@ -107,7 +107,13 @@ class Episode(ABC):
 
     def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
         """Start an episode: the first observation, at budget fraction 0."""
-        self.instance = instance or Instance()
+        self._begin(instance or Instance(), seed)
+        self.loss = self._evaluate()
+        return self._observe()
+
+    def _begin(self, instance: Instance, seed: int) -> None:
+        """A new host and empty books."""
+        self.instance = instance
         self.seed = seed
         self.ledger = Ledger()
         budget = self.spec.budget
@@ -116,8 +122,6 @@ class Episode(ABC):
         self._start()
         self._start_shape = self._shape()
         self.reference = self._reference()
-        self.loss = self._evaluate()
-        return self._observe()
 
     def step(self, action: GraftAction) -> Transition:
         """Apply the action, train to the next decision, evaluate.
@@ -203,7 +207,7 @@ class Episode(ABC):
         }
 
     def _load_books(self, books: dict[str, Any]) -> None:
-        """Take over what `books` gave, of an episode of this spec that has been reset to that instance and seed."""
+        """Take over what `books` gave, of an episode of this spec that has just begun with that instance and seed."""
         self.ledger = Ledger(**books["ledger"])
         self.clock.passed = books["passed"]
         self.loss = books["loss"]

@@ -86,21 +86,23 @@ class GrowthRun(Episode):
             ledgers.append(twin.ledger)
         return np.array(losses), ledgers
 
-    def cooldown(self) -> dict[str, float]:
+    def cooldown(self) -> dict[str, float | None]:
         """The loss that a run of a smaller budget would have ended at: a fork's, its rate let down from here on.
 
         The fork decays over as large a part of its budget as the run itself will: from fraction u on to
         u / `optimizer.decay_from`. Nothing is charged to this run.
 
         Returns:
-            The fork's point: `budget_fraction` (of this run's budget), ledger axes, `parameters`, `val_loss`.
+            The fork's point: `budget_fraction` (of this run's budget), ledger axes, `parameters`, and `val_loss`, None
+            where the governor would have stopped it.
         """
         fork = self.fork()
         end = min(1.0, fork.fraction() / self.spec.optimizer.decay_from)
         fork._decay = (fork.fraction(), end)
-        fork._train_to(end * fork.clock.amount)
+        fault = fork._train_to(end * fork.clock.amount)
         fork.loss = fork._evaluate()
-        return fork._point()
+        sound = fault is None and math.isfinite(fork.loss)
+        return {**fork._point(), "val_loss": fork.loss if sound else None}
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ class GrowthRun(Episode):
                 "the checkpoint was saved over other text or another tokenizer than the data given: give it the same."
             )
         books = values["books"]
-        self.reset(Instance.model_validate(books["instance"]), books["seed"])
+        self._begin(Instance.model_validate(books["instance"]), books["seed"])
         self._load_books(books)
         self._measured = Measured(**values["measured"])
         snapshots: dict[str, Snapshot] = {
@@ -247,11 +249,11 @@ class GrowthRun(Episode):
         while True:
             self._optimizer_step()
             done = self.reading() >= boundary
-            if done or len(self.trainer.unread()) - self._checked >= CHECK_EVERY:
+            if done or self.trainer.unread - self._checked >= CHECK_EVERY:
                 fault = self._governor.fault(self.trainer.measured(since=self._checked))
                 if fault is not None:
                     return fault
-                self._checked = len(self.trainer.unread())
+                self._checked = self.trainer.unread
             if done:
                 break
             if self.on_step is not None:
@@ -333,7 +335,8 @@ class GrowthRun(Episode):
         if stalest:
             begun = time.perf_counter()
             for site, value in self.trainer.contributions(stalest).items():
-                known[site] = value, newest[site], self._sequence
+                if math.isfinite(value):  # without the seed the network may be broken: then nothing was measured
+                    known[site] = value, newest[site], self._sequence
             self._charge((1 + len(stalest)) * cost * self._step_seconds, time.perf_counter() - begun)
         self._contributed = known
         return {site: kept[0] for site, kept in known.items()}

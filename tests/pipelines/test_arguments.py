@@ -40,6 +40,12 @@ class Needy(Arguments):
         return self
 
 
+class Flagged(Arguments):
+    """Needs a flag."""
+
+    out: Path
+
+
 def test_without_arguments_the_defaults_of_the_model_hold():
     assert parse(Toy, []) == Toy()
 
@@ -81,6 +87,7 @@ def test_arguments_are_read_only():
         (Toy, ["tamyo"], "unknown arm 'tamyo': it must be one of tamiyo, wait. Did you mean 'tamiyo'?"),
         (Toy, ["--data="], "--data is empty: give it a value or leave it out."),
         (Needy, [], "the following arguments are required: NAME: `esper toy --help` lists"),
+        (Flagged, [], "--out is missing: `esper toy --help` lists"),
         (Needy, ["x", "--low", "3"], "--low must not be above --high: swap them."),
     ],
 )

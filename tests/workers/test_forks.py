@@ -67,6 +67,15 @@ def test_a_cooldown_is_the_run_of_the_smaller_budget(spec, tokens):
     assert annealed["val_loss"] == pytest.approx(small.loss, abs=1e-6)
 
 
+def test_a_cooldown_that_goes_wrong_has_no_loss(spec, tokens):
+    run = GrowthRun(spec, tokens)
+    run.reset(seed=0)
+    run.step(GraftAction(0, 0))
+    with torch.no_grad():
+        run.trainer.host.ln_f.weight.fill_(math.nan)
+    assert run.cooldown()["val_loss"] is None
+
+
 def test_a_probe_is_charged_on_every_axis_and_leaves_the_run_alone(spec, tokens):
     run = GrowthRun(spec, tokens)
     run.reset(seed=0)

@@ -41,7 +41,7 @@ NEGLIGIBLE = 1e-6
 """A seed is fused when β₂ᵗ is at most this: the weight of its first gradients in its second moments."""
 
 
-@dataclass
+@dataclass(eq=False)  # a seed is itself, whatever another one is like
 class Seed:
     """One graft.
 
@@ -171,17 +171,17 @@ class Kasmina:
             Those that were fused.
 
         Raises:
-            UserError: `seed` is not one of this host's on its own, or an older one at its site is.
+            UserError: `seed` is not on the host, or fused already, or an older one at its site is not.
         """
-        due = [seed] if seed else [s for s in self.seeds if s.groups and s.age >= s.fuse_age]
+        due = self.due if seed is None else [seed]
         for each in due:
             self._fuse(each)
         return due
 
     @property
-    def due(self) -> bool:
-        """Whether some seed is old enough to be fused."""
-        return any(seed.groups and seed.age >= seed.fuse_age for seed in self.seeds)
+    def due(self) -> list[Seed]:
+        """The seeds that are old enough to be fused."""
+        return [seed for seed in self.seeds if not seed.fused and seed.age >= seed.fuse_age]
 
     def prune(self, site_id: str) -> Seed:
         """Take the newest seed at a site out of host and optimizer, fused or not, with what was grafted inside it.
@@ -299,11 +299,12 @@ class Kasmina:
         return math.ceil(math.log(NEGLIGIBLE) / math.log(slowest)) if slowest > 0 else 0
 
     def _fuse(self, seed: Seed) -> None:
-        blueprint = self.blueprints[seed.blueprint]
-        older = [s for s in self.seeds if s.site == seed.site and s.units and not s.fused]
-        if seed.fused or (seed.units and older[0] is not seed):
+        if seed not in self.seeds:
+            raise UserError(f"the seed at {seed.site!r} is not on this host: fuse one of kasmina.seeds.")
+        young = [other for other in self.seeds if other.site == seed.site and other.units and not other.fused]
+        if seed.fused or (seed.units and young[0] is not seed):
             raise UserError(f"the seed at {seed.site!r} is fused already, or an older one there comes first.")
-        for change in blueprint.fuse(self.host, seed):
+        for change in self.blueprints[seed.blueprint].fuse(self.host, seed):
             surgery.swap(self.optimizer, change)
         for group, follows in seed.groups:
             if group["params"]:

@@ -134,12 +134,10 @@ def load_native_tokenizer(folder: Path) -> Tokenizer:
 
 def fused_state(host: TransformerHost) -> dict[str, Tensor]:
     """The state dict of the same host with every young segment fused; without a tied head's second name. On the CPU."""
-    state = {name: tensor for name, tensor in host.state_dict().items() if ".young." not in name}
+    state = {name: tensor for name, tensor in host.own_state().items() if ".young." not in name}
     for name, module in host.named_modules():
         if isinstance(module, GrowableLinear):
             state[f"{name}.weight"], state[f"{name}.bias"] = module.joined()
-    if host.config.tied:
-        del state["lm_head.weight"]
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -237,10 +235,7 @@ def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
 
 def _loaded(host: TransformerHost, state: dict[str, Tensor]) -> TransformerHost:
     """The host with these tensors in place of its own, each in its own dtype: an expert's balance is always float32."""
-    tied = host.config.tied
-    host.load_state_dict(state | ({"lm_head.weight": state["wte.weight"]} if tied else {}), assign=True)
-    if tied:
-        host.lm_head.weight = host.wte.weight
+    host.load_own_state(state, assign=True)
     return host.eval()
 
 

@@ -110,9 +110,10 @@ class Trainer:
         rows = self._measured[since:]
         return torch.stack(rows).tolist() if rows else []
 
-    def unread(self) -> list[Tensor]:
-        """The rows of `measured`, still on the device."""
-        return self._measured
+    @property
+    def unread(self) -> int:
+        """How many rows `measured` has."""
+        return len(self._measured)
 
     def forget(self) -> None:
         """Drop what was measured."""
@@ -151,7 +152,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that `load` needs to go on to the same numbers: JSON values, and copies of tensors by name."""
         names = {id(parameter): name for name, parameter in self.host.named_parameters()}
-        tensors = {f"host/{name}": tensor for name, tensor in self.host.state_dict().items() if self._own(name)}
+        tensors = {f"host/{name}": tensor for name, tensor in self.host.own_state().items()}
         groups = []
         for group in self.optimizer.param_groups:
             held = [names[id(parameter)] for parameter in group["params"]]
@@ -171,9 +172,8 @@ class Trainer:
     def load(self, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Become what `state` told of; the tensors are copied."""
         self._take(TransformerHost.with_layout(self._config, values["layout"]))
-        self.host.load_state_dict(
+        self.host.load_own_state(
             {name.removeprefix("host/"): tensor for name, tensor in tensors.items() if name.startswith("host/")}
-            | ({} if self._own("lm_head.weight") else {"lm_head.weight": tensors["host/wte.weight"]})
         )
         parameters = dict(self.host.named_parameters())
         self.optimizer.param_groups[:] = [
@@ -189,10 +189,6 @@ class Trainer:
         self.kasmina.load(values["kasmina"])
         self.steps = values["steps"]
         self._measured = [torch.tensor(row, device=self.device) for row in values["measured"]]
-
-    def _own(self, name: str) -> bool:
-        """Whether an entry of the host's state dict is not another one's tensor."""
-        return not (name == "lm_head.weight" and self._config.tied)
 
     # -- Helpers -----------------------------------------------------------------------------------------------
 

@@ -128,6 +128,14 @@ def test_the_older_of_two_seeds_at_a_site_is_fused_first():
     assert torch.equal(logits(host), before)
 
 
+def test_a_seed_that_is_gone_cannot_be_fused():
+    _, kasmina = small()
+    seed = kasmina.graft("h0.ffn", "ffn")
+    kasmina.prune("h0.ffn")
+    with pytest.raises(UserError, match="not on this host"):
+        kasmina.fuse(seed)
+
+
 def test_a_seed_inside_a_young_layer_outlives_the_layers_fusing():
     host, kasmina = small()
     layer = kasmina.graft("h0.stream", "block")

@@ -3,6 +3,8 @@
 Identity at birth, old weights and moments untouched, gradients to everything new, formulas equal to counts.
 """
 
+import json
+
 import pytest
 import torch
 from growing import TOLERANCE, assert_owned, hosts, kasmina_of, logits, numbers, pick, settings_drawn, small, train
@@ -54,6 +56,24 @@ def test_any_grafts_are_safe(host, drawn, blueprints):
         missed = {n for n, value in reached.items() if not value and ".experts." not in n}
         assert not missed
         train(host, kasmina)
+
+
+@settings(max_examples=20, deadline=None)
+@given(hosts(), numbers(), settings_drawn())
+def test_a_grown_host_is_rebuilt_from_its_layout(host, drawn, blueprints):
+    """Fused or not: the same tree, and the same logits to the bit."""
+    kasmina = kasmina_of(host, blueprints, probation_steps=3)
+    for i, number in enumerate(drawn):
+        seed = kasmina.graft(*pick(host, number))
+        train(host, kasmina, 2)
+        if i % 2 and (seed.part or len([s for s in kasmina.seeds if s.site == seed.site and not s.fused]) == 1):
+            kasmina.fuse(seed)
+    layout = json.loads(json.dumps(host.layout()))
+    rebuilt = TransformerHost.with_layout(host.config, layout).to(host.wte.weight.dtype)
+    rebuilt.load_own_state(host.own_state())
+    assert [name for name, _ in rebuilt.named_modules()] == [name for name, _ in host.named_modules()]
+    assert rebuilt.shape == host.shape
+    assert torch.equal(logits(rebuilt), logits(host))
 
 
 def test_an_expert_that_is_chosen_learns():

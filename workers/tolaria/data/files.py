@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,7 @@ def read_parquet(path: Path) -> Iterator[str]:
 
 def _text_column(path: Path, schema: pa.Schema) -> str:
     strings = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    if "text" in strings:
-        return "text"
-    if len(strings) == 1:
-        return strings[0]
-    raise UserError(
-        f"{path} has the columns {', '.join(schema.names) or '(none)'}, of which none is strings called 'text' and "
-        f"{len(strings)} hold strings: name the one with the text 'text'."
-    )
+    return _the_text(f"{path} has the columns", schema.names, strings, "strings")
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -110,12 +103,17 @@ def _encodable(where: str, text: str) -> str:
 
 def _text_key(where: str, record: dict[str, Any]) -> str:
     strings = [key for key, value in record.items() if value is None or isinstance(value, str)]
+    return _the_text(f"{where} has the keys", record, strings, "a string")
+
+
+def _the_text(what: str, names: Iterable[str], strings: list[str], wanted: str) -> str:
+    """Of `names`, those in `strings` hold strings: the one called `text`, or the only one."""
     if "text" in strings:
         return "text"
     if len(strings) == 1:
         return strings[0]
     raise UserError(
-        f"{where} has the keys {', '.join(record) or '(none)'}, of which none is a string called 'text' and "
+        f"{what} {', '.join(names) or '(none)'}, of which none is {wanted} called 'text' and "
         f"{len(strings)} hold strings: name the one with the text 'text'."
     )
 

@@ -10,7 +10,7 @@ B batch, T time, C embedding, V vocabulary, H heads, D head dimension, W neurons
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -335,6 +335,20 @@ class TransformerHost(nn.Module):
         """What `with_layout` needs to make the same tree of modules and parameters, as JSON values."""
         young = {name: linear.young_sizes() for name, linear in self._linears() if linear.young is not None}
         return {"layers": self._shape.layers_as_json(), "young": young}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The state dict without a tied head's second name."""
+        state = self.state_dict()
+        if self.config.tied:
+            del state["lm_head.weight"]
+        return state
+
+    def load_own_state(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
+        """Load what `own_state` gave; `assign` as in `load_state_dict`."""
+        tied = {"lm_head.weight": state["wte.weight"]} if self.config.tied else {}
+        self.load_state_dict({**state, **tied}, assign=assign)
+        if self.config.tied:
+            self.lm_head.weight = self.wte.weight
 
     @classmethod
     def with_layout(cls, config: TransformerConfig, layout: dict[str, Any]) -> "TransformerHost":
