@@ -161,9 +161,13 @@ def test_an_error_in_the_thread_surfaces(make):
 def test_the_fleet_rests_when_it_is_far_ahead_and_goes_on(make):
     dispatcher = make(threaded(ToyRun, 3), ahead=5 * DECISIONS)
     dispatcher.collect(DECISIONS)
-    wait_until(lambda: all(seat.number is None for seat in dispatcher._seats))
+    # Between two episodes a seat is empty for a moment, so empty seats alone do not tell that the fleet rests.
+    def resting() -> bool:
+        return dispatcher._queued() >= 5 * DECISIONS and all(seat.number is None for seat in dispatcher._seats)
+
+    wait_until(resting)
     queued = dispatcher._queued()
-    assert 5 * DECISIONS <= queued < (5 + 3) * DECISIONS
+    assert queued < (5 + 3) * DECISIONS
     assert queued % DECISIONS == 0
     assert sum(map(len, dispatcher.collect(20 * DECISIONS))) == 20 * DECISIONS
 
