@@ -161,6 +161,7 @@ def test_an_error_in_the_thread_surfaces(make):
 def test_the_fleet_rests_when_it_is_far_ahead_and_goes_on(make):
     dispatcher = make(threaded(ToyRun, 3), ahead=5 * DECISIONS)
     dispatcher.collect(DECISIONS)
+
     # Between two episodes a seat is empty for a moment, so empty seats alone do not tell that the fleet rests.
     def resting() -> bool:
         return dispatcher._queued() >= 5 * DECISIONS and all(seat.number is None for seat in dispatcher._seats)
