@@ -177,6 +177,7 @@ class Instance(Frozen):
     budget: float = Field(1.0, gt=0, description="factor on the spec's budget")
     n_layer: int | None = Field(None, ge=1, description="layers to start with; none means the spec's")
     data: tuple[float, float] = Field((0.0, 1.0), description="slice of the training tokens, as fractions")
+    law: int | None = Field(None, ge=0, description="loss law of a surrogate; none means the episode's seed")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

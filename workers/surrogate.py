@@ -77,7 +77,7 @@ class SurrogateRun(Episode):
     """The Run contract over a loss law. Same spec, ledger, candidates, telemetry and reward as GrowthRun."""
 
     def _start(self) -> None:
-        self.law = Law.drawn(self.seed)
+        self.law = Law.drawn(self.seed if self.instance.law is None else self.instance.law)
         host = self.spec.host.model_copy(update={"n_layer": self.instance.n_layer or self.spec.host.n_layer})
         self.shape = start_shape(self.spec.model_copy(update={"host": host}), VOCABULARY)
         self._seeds: list[tuple[Planted, float]] = []  # with the effective tokens that growing to its size gave up

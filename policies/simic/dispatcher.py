@@ -40,9 +40,9 @@ from esper.platform.console import say
 from esper.platform.contracts import GraftAction, Instance, Transition
 from esper.platform.errors import UserError
 from esper.platform.seeding import derive, stream
+from esper.platform.spaces import observation
 from esper.platform.telemetry import Telemetry, TelemetrySpace
 from esper.policies.simic.fleet import Answer, Fleet, process_lost, sentence
-from esper.policies.simic.module import observation
 from esper.policies.simic.net import GardenerNet
 from esper.policies.simic.policy import batch, draw
 

@@ -28,11 +28,12 @@ from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS, TIMERS
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.seeding import derive
+from esper.platform.spaces import action_space, observation_space
 from esper.platform.spec import RunSpec
 from esper.platform.storage import whole_folder
 from esper.platform.telemetry import TelemetrySpace
 from esper.policies.simic.fleet import Fleet
-from esper.policies.simic.module import SimicModule, action_space, observation_space
+from esper.policies.simic.module import SimicModule
 from esper.policies.simic.net import GardenerNet
 from esper.policies.simic.policy import FOLDER, SimicPolicy
 from esper.policies.simic.runner import SIMIC, SimicEnvRunner, Source

@@ -1,36 +1,13 @@
-"""SimicModule: GardenerNet as RLlib's RLModule, and the spaces it lives in."""
+"""SimicModule: GardenerNet as RLlib's RLModule."""
 
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
-from esper.platform.telemetry import Telemetry, TelemetrySpace
 from esper.policies.simic.net import GardenerNet
-
-
-def observation_space(space: TelemetrySpace) -> gym.spaces.Dict:
-    """The telemetry's arrays as float32 boxes; the mask too, as 0 and 1."""
-    return gym.spaces.Dict(
-        {
-            name: gym.spaces.Box(0.0 if name == "mask" else -np.inf, 1.0 if name == "mask" else np.inf, shape)
-            for name, shape in space.shapes.items()
-        }
-    )
-
-
-def action_space(space: TelemetrySpace) -> gym.spaces.Discrete:
-    """A row of the candidates."""
-    return gym.spaces.Discrete(space.candidates)
-
-
-def observation(telemetry: Telemetry) -> dict[str, np.ndarray]:
-    """A telemetry as an element of `observation_space`."""
-    return {name: np.asarray(array, np.float32) for name, array in telemetry.arrays().items()}
 
 
 class SimicModule(TorchRLModule, ValueFunctionAPI):

@@ -1,0 +1,26 @@
+"""Telemetry as Gymnasium spaces: what an RL library takes for observations and actions."""
+
+import gymnasium as gym
+import numpy as np
+
+from esper.platform.telemetry import Telemetry, TelemetrySpace
+
+
+def observation_space(space: TelemetrySpace) -> gym.spaces.Dict:
+    """The telemetry's arrays as float32 boxes; the mask too, as 0 and 1."""
+    return gym.spaces.Dict(
+        {
+            name: gym.spaces.Box(0.0 if name == "mask" else -np.inf, 1.0 if name == "mask" else np.inf, shape)
+            for name, shape in space.shapes.items()
+        }
+    )
+
+
+def action_space(space: TelemetrySpace) -> gym.spaces.Discrete:
+    """A row of the candidates."""
+    return gym.spaces.Discrete(space.candidates)
+
+
+def observation(telemetry: Telemetry) -> dict[str, np.ndarray]:
+    """A telemetry as an element of `observation_space`."""
+    return {name: np.asarray(array, np.float32) for name, array in telemetry.arrays().items()}

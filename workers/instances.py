@@ -1,0 +1,30 @@
+"""Instance sets: what varies between episodes, drawn once and for all, some to learn on and others to be tested on.
+
+The conventions are DACBench's (Eimer et al. 2021, 2105.08541): an instance set maps ids to instances, and no instance
+of the test set is in the training set.
+"""
+
+from typing import Literal
+
+from esper.platform.contracts import Instance
+from esper.platform.seeding import stream
+from esper.platform.spec import RunSpec
+
+SetName = Literal["train", "test"]
+SIZES: dict[SetName, int] = {"train": 128, "test": 64}
+BUDGETS = (0.25, 4.0)  # factors on the spec's budget, drawn evenly in the logarithm
+LAWS = 1_000_000  # laws of the test set start here
+
+
+def instance_set(name: SetName, spec: RunSpec) -> dict[int, Instance]:
+    """Id → instance. Budget, starting layers and (for a surrogate) the law vary."""
+    instances = {}
+    for i in range(SIZES[name]):
+        random = stream(0, f"instances {name}", i)
+        low, high = BUDGETS
+        instances[i] = Instance(
+            budget=round(float(low * (high / low) ** random.random()), 3),
+            n_layer=int(random.integers(1, max(2, spec.growth.max_layers // 2 + 1))),
+            law=i + (LAWS if name == "test" else 0),
+        )
+    return instances
