@@ -1,13 +1,12 @@
 """`make bench`: speed as paired ratios, measured alternately in one process.
 
     python benchmarks/run.py            # every benchmark
-    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, waiting
+    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, busy, dispatch, start, driver
 
 A number depends on the machine and on what else it does; a ratio of two things timed in turn hardly does.
 """
 
 import copy
-import os
 import platform as host_platform
 import statistics
 import sys
@@ -22,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fleet import bench_busy, bench_dispatch, bench_driver_memory, bench_start
 from plain_gpt import PlainConfig, PlainTrainer
 
 from esper.platform.checkpoint import Checkpoints
@@ -183,28 +183,15 @@ def _data(spec: RunSpec, source: Path, folder: Path) -> TokenData:
     return TokenData.open(out)
 
 
-def bench_waiting() -> None:
-    """How much of the time the workers of a fleet wait for an action, while the learner updates in between."""
-    print("share of the time in which a GrowthWorker waits for an action (demo preset, 2 iterations of PPO)")
-    from esper.pipelines.gardener import train_gardener
-    from esper.pipelines.job import Job
-    from esper.platform import cluster
-
-    spec = load_spec("demo", ["ppo.iterations=2"])
-    with tempfile.TemporaryDirectory() as folder, cluster.session():
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        job = Job(spec, ensure("python-docs", "char", max_bytes=spec.data.max_bytes), Path(folder) / "ppo")
-        history = train_gardener(job, job.out, seed=0)["history"]
-    last = history[-1]
-    print(f"  {last['waiting']:.2%} of a worker's time; the learner's update took {last['learn_seconds']:.2f} s")
-
-
 BENCHMARKS = {
     "step": bench_step,
     "growth": bench_growth,
     "overhead": bench_overhead,
     "memory": bench_memory,
-    "waiting": bench_waiting,
+    "busy": bench_busy,
+    "dispatch": bench_dispatch,
+    "start": bench_start,
+    "driver": bench_driver_memory,
 }
 
 

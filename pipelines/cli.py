@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": "turn text into a tokenizer and token shards",
     "train": "train one GPT under one policy",
     "ppo": "train a gardener with PPO over a fleet of workers",
+    "policy": "look at a trained gardener, hold it against other arms, distill it to a schedule",
     "sweep": "compare arms at an equal budget with Ray Tune",
     "export": "write a trained GPT as files for transformers, or for Esper itself",
     "demo": "the whole story in minutes on a laptop",

@@ -5,10 +5,12 @@
     python pipelines/ppo.py --preset tinystories-char        # a laptop for hours
     ray job submit -- python pipelines/ppo.py                # on a cluster
     esper ppo --surrogate --set ppo.iterations=30            # learn on a loss law, in a minute
-    esper ppo --resume runs/ppo-20260101-120000              # go on from its last checkpoint
+    esper ppo --resume runs/ppo-20260101-120000              # go on where it was stopped or killed
 
-Leaves `summary.json`, `spec.json` and `checkpoints/` in the output folder. A checkpoint holds RLlib's own and
-`policy/`, which `esper train ppo --policy` plays without Ray.
+Leaves `summary.json`, `spec.json`, `history.jsonl`, `training.png` and `checkpoints/` in the output folder. A
+checkpoint holds RLlib's own and `policy/`, which `esper train ppo --policy` plays without Ray. `episodes/` and `saves/`
+hold the episodes under way, so that a resumed training goes on with them. Ctrl-C and SIGTERM stop it where it can be
+resumed.
 """
 
 import sys
@@ -20,75 +22,85 @@ from pydantic import Field
 from esper.pipelines.arguments import CommonArguments, main_guard
 from esper.pipelines.gardener import ResumePoint, gpus_needed, train_gardener
 from esper.pipelines.job import Job, describe, open_job, output_folder, resolve_spec
+from esper.pipelines.stopping import Stopped, StopSignals
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.spec import saved_spec
-from esper.policies.simic.policy import SimicPolicy, checkpoints
+from esper.platform.spec import load_spec
+
+OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
 
 
 class PPOArguments(CommonArguments):
     """Train a gardener with PPO over a fleet of workers."""
 
     surrogate: Annotated[
-        bool, Field(description="Train on a loss law instead of on text: seconds, and no proof of anything on text.")
+        bool, Field(description="Train on loss laws instead of on text: a minute, and no proof of anything on text.")
     ] = False
     resume: Annotated[
-        Path | None, Field(title="DIR", description="Go on from the last checkpoint of this output folder.")
+        Path | None,
+        Field(title="DIR", description="Go on with the training in this folder; takes --set ppo.… and fleet.… only."),
     ] = None
 
 
 def run(arguments: PPOArguments) -> None:
     """Settle, connect, train, report."""
-    seed, surrogate, start = arguments.seed, arguments.surrogate, None
     if arguments.resume is not None:
-        start = resume_point(arguments.resume)
-        seed, surrogate = start.seed, start.surrogate
-        if arguments.preset is None:
-            arguments = arguments.model_copy(update={"preset": str(arguments.resume / "spec.json")})
-    spec = resolve_spec(arguments, fleet=not surrogate)
-    if start is not None and start.iterations >= spec.ppo.iterations:
-        raise UserError(
-            f"--resume {arguments.resume} has its {start.iterations} iterations: ask for more, such as "
-            f"--set ppo.iterations={2 * start.iterations}."
-        )
-    job = Job(spec, Path(), output_folder(arguments, "ppo")) if surrogate else open_job(arguments, spec, "ppo")
-    if surrogate:
+        return resume(arguments, arguments.resume)
+    spec = resolve_spec(arguments, fleet=not arguments.surrogate)
+    if arguments.surrogate:
+        job = Job(spec, Path(), output_folder(arguments, "ppo"))
         say(f"preset  {spec.preset}: {describe(spec)}")
         say(f"out     {job.out}")
-    if arguments.resume is not None and not surrogate:
-        refuse_other_data(job, arguments.resume)
-    with cluster.session(gpus=None if surrogate else gpus_needed(spec)):
-        job.begin()
-        summary = train_gardener(job, job.out, seed=seed, surrogate=surrogate, start=start)
-    say(f"results: {job.out / 'summary.json'}")
-    say(f"compare: {summary['where']}")
+    else:
+        job = open_job(arguments, spec, "ppo")
+    return train(job, seed=arguments.seed, surrogate=arguments.surrogate)
 
 
-def resume_point(folder: Path) -> ResumePoint:
-    """Where a `ppo` run's newest checkpoint stands, as its card tells.
+def resume(arguments: PPOArguments, out: Path) -> None:
+    """Go on with the training in `out`.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: other arguments are given, there is nothing to go on with, or nothing left to do.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise UserError(f"--resume {folder} holds no checkpoint: name the output folder of an `esper ppo` run.")
-    return ResumePoint(found[-1], **SimicPolicy.load(found[-1]).card["extra"])
-
-
-def refuse_other_data(job: Job, resumed: Path) -> None:
-    """Go on only with the tokenizer that the checkpoint was trained with.
-
-    Raises:
-        UserError: the shards are of another tokenizer.
-    """
-    before, now = saved_spec(resumed / "spec.json").data.tokenizer, job.spec.data.tokenizer
-    if before != now:
+    others = [f"--{name}" for name in sorted(arguments.model_fields_set - {"resume", "set"})]
+    if others:
+        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
+    for override in arguments.set:
+        if override.split(".")[0] not in OTHERS:
+            raise UserError(
+                f"--set {override} would make another training of the one in {out}: with --resume only keys of "
+                f"{' and '.join(OTHERS)} may change, such as ppo.iterations."
+            )
+    start = ResumePoint.newest(out)
+    point = start[1]
+    spec = load_spec(str(out / "spec.json"), arguments.set)
+    if point.iterations >= spec.ppo.iterations:
         raise UserError(
-            f"the checkpoint in {resumed} was trained on tokenizer {before!r}, but the shards in {job.data} are "
-            f"{now!r}: leave out data.tokenizer, or start anew without --resume."
+            f"--resume {out} has its {point.iterations} iterations: ask for more, such as "
+            f"--set ppo.iterations={2 * point.iterations}."
         )
+    job = Job(spec, point.data or Path(), out.absolute())
+    if not point.surrogate and job.open_data().manifest.fingerprint() != point.fingerprint:
+        raise UserError(
+            f"the training in {out} was begun on other text or another tokenizer than {job.data} holds now: "
+            "prepare that as it was."
+        )
+    say(f"resume  {out}: {point.iterations} iterations, {point.episodes:.0f} episodes, {point.decisions:.0f} decisions")
+    return train(job, seed=point.seed, surrogate=point.surrogate, start=start)
+
+
+def train(job: Job, *, seed: int, surrogate: bool, start: tuple[Path, ResumePoint] | None = None) -> None:
+    """Connect, train, and say where everything is."""
+    with StopSignals() as signals, cluster.session(gpus=None if surrogate else gpus_needed(job.spec)):
+        job.begin()  # a resumed training's spec too: it may have been given more iterations
+        try:
+            summary = train_gardener(job, job.out, seed=seed, surrogate=surrogate, start=start, check=signals.check)
+        except Stopped as stopped:
+            how = f"stopped, with nothing lost; go on with: esper ppo --resume {job.out}"
+            raise Stopped(stopped.number, str(stopped) or how) from None
+    say(f"results: {job.out / 'summary.json'}; curves: {job.out / 'training.png'}")
+    say(f"compare: {summary['where']}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,14 +36,13 @@ def connect(cpus: int | None = None, gpus: int | None = None, *, worker_logs: bo
         UserError: `RAY_ADDRESS` leads to no cluster, or the cluster has fewer GPUs than asked for.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    attached = address not in ("", "local")
-    if not attached:
+    if not attached():
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
     import ray
 
     if not ray.is_initialized():
-        if attached:
+        if attached():
             _attach(address, worker_logs)
         else:
             ray.init(
@@ -55,7 +54,7 @@ def connect(cpus: int | None = None, gpus: int | None = None, *, worker_logs: bo
                 log_to_driver=worker_logs,
             )
         found = int(ray.cluster_resources().get("GPU", 0))
-        where = f"attached to {ray.get_runtime_context().gcs_address}" if attached else "local cluster"
+        where = f"attached to {ray.get_runtime_context().gcs_address}" if attached() else "local cluster"
         say(f"Ray: {where}, {_count(cores(), 'core')}" + (f", {_count(found, 'GPU')}" if found else ""))
     found = int(ray.cluster_resources().get("GPU", 0))
     if gpus is not None and gpus > found:
@@ -99,14 +98,24 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def attached() -> bool:
+    """Whether pipelines run on a cluster that `RAY_ADDRESS` names, which may grow; not on one that they start here."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
+
+
+def room(each_cpus: float, each_gpus: float) -> int:
+    """How many processes of this many cores and GPUs the connected cluster holds at once, none included."""
+    shares = [int(have / need) for have, need in ((cores(), each_cpus), (gpus(), each_gpus)) if need]
+    return min(shares, default=cores())
+
+
 def fit(each_cpus: float, each_gpus: float) -> int:
-    """How many processes of this many cores and GPUs the connected cluster holds at once.
+    """`room`, which must be at least one.
 
     Raises:
         UserError: not one; Ray would wait for ever.
     """
-    shares = [int(have / need) for have, need in ((cores(), each_cpus), (gpus(), each_gpus)) if need]
-    count = min(shares, default=cores())
+    count = room(each_cpus, each_gpus)
     if count < 1:
         raise UserError(
             f"a process of {each_cpus:g} core(s) and {each_gpus:g} GPU(s) does not fit a cluster of "

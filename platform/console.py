@@ -2,11 +2,30 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_listener: Callable[[str], None] | None = None
 
 
 def say(message: str) -> None:
     """Print one line of progress or notice."""
-    print(message, file=sys.stderr, flush=True)
+    listener = _listener
+    if listener is None:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        listener(message)
+
+
+@contextmanager
+def said_to(listener: Callable[[str], None]) -> Iterator[None]:
+    """While the block lasts, what any thread says goes to `listener`: a live display prints it above itself."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 def duration(seconds: float) -> str:

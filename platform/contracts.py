@@ -4,7 +4,7 @@ Workers train and report; policies decide; both know only these types. See `plat
 observation's fields.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -200,6 +200,78 @@ class Run(Protocol):
 
     def summary(self) -> dict[str, Any]:
         """What the run has reached and used, as plain JSON values."""
+        ...
+
+    def expected_seconds(self) -> float:
+        """Seconds that the next decision should take at the size now, by the run's clock."""
+        ...
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """The last observation."""
+        ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that `load` needs to go on to the same numbers: JSON values, and tensors by name."""
+        ...
+
+    def load(self, values: dict[str, Any], tensors: Mapping[str, Any]) -> None:
+        """Become the run whose `state` this is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker is asked for: what the last of `actions` leads to, in an episode that any worker can take up.
+
+    It names the whole way there, so that it can be sent again, to any worker, and gets the same answer.
+
+    Attributes:
+        episode: its number.
+        seed: its seed.
+        instance: as for `Run.reset`.
+        actions: rows chosen so far, in order, the last not answered yet; none of them asks for the first observation.
+    """
+
+    episode: int
+    seed: int
+    instance: Instance | None
+    actions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A worker's answer to an Order.
+
+    Attributes:
+        episode: of the order.
+        answer: the first observation, or what the last action led to.
+        expected: seconds that the next decision should take, by the run's clock.
+        redone: decisions that were trained again to get there, after another worker's end.
+        waited: seconds that the worker waited for the order.
+        worked: seconds from the order to this answer.
+        unsaved: why the worker's last save is not on the disk, as a sentence; None when it is, or is being written.
+    """
+
+    episode: int
+    answer: Telemetry | Transition
+    expected: float
+    redone: int = 0
+    waited: float = 0.0
+    worked: float = 0.0
+    unsaved: str | None = None
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """The observation in the answer."""
+        return self.answer.telemetry if isinstance(self.answer, Transition) else self.answer
+
+
+class Worker(Protocol):
+    """What carries out orders: in a Ray actor, or in the dispatcher's own process."""
+
+    def advance(self, order: Order) -> Reply:
+        """Carry out an order. Equal orders get equal answers, whatever this worker did before."""
         ...
 
 

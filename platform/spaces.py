@@ -7,10 +7,11 @@ from esper.platform.telemetry import Telemetry, TelemetrySpace
 
 
 def observation_space(space: TelemetrySpace) -> gym.spaces.Dict:
-    """The telemetry's arrays as float32 boxes; the mask too, as 0 and 1."""
+    """The telemetry's arrays as float32 boxes, all finite; the mask too, as 0 and 1."""
+    most = np.finfo(np.float32).max
     return gym.spaces.Dict(
         {
-            name: gym.spaces.Box(0.0 if name == "mask" else -np.inf, 1.0 if name == "mask" else np.inf, shape)
+            name: gym.spaces.Box(0.0 if name == "mask" else -most, 1.0 if name == "mask" else most, shape)
             for name, shape in space.shapes.items()
         }
     )

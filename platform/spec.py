@@ -133,6 +133,13 @@ class FleetSpec(Frozen):
     workers: int | None = Field(None, ge=1, description="GrowthWorkers; none means one a core (or a GPU share)")
     cpus: float = Field(1.0, ge=0, description="cores of a worker")
     gpus: float = Field(0.0, ge=0, description="GPUs of a worker; fractions share one")
+    storage: str | None = Field(
+        None, description="where workers save their runs: a path or pyarrow URI that all nodes see; none: beside --out"
+    )
+    deadline: float = Field(
+        20.0, gt=1, description="a decision may take this many times what it should; then its worker is replaced"
+    )
+    grace: float = Field(300.0, gt=0, description="seconds that an order may take beside that: to start, to restore")
 
 
 class PPOSpec(Frozen):
@@ -147,6 +154,8 @@ class PPOSpec(Frozen):
     clip: float = Field(0.2, gt=0, lt=1)
     entropy: float = Field(0.01, ge=0)
     hidden: int = Field(64, ge=4, description="width of the policy network")
+    learners: int = Field(0, ge=0, description="learner processes; 0 learns in the driver")
+    learner_gpus: float = Field(0.0, ge=0, description="GPUs of a learner")
 
 
 class RunSpec(Frozen):

@@ -83,7 +83,7 @@ class Tracker:
             resume: `run_id` of a run to go on with instead; where the store has none such, a new one begins.
         """
         tracker = cls(tracking_uri())
-        began = _milliseconds()
+        began = milliseconds()
         labels = {key: str(value)[:TAG_LENGTH] for key, value in (tags or {}).items()}
         if parent:
             labels["mlflow.parentRunId"] = parent
@@ -103,9 +103,17 @@ class Tracker:
         tracker._thread.start()
         return tracker
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record `metrics` at `step`: one request, one time stamp (this call's) for all keys."""
-        now, values = _milliseconds(), {key: float(value) for key, value in metrics.items()}
+    def log(self, metrics: Mapping[str, float], step: int, at: int | None = None) -> None:
+        """Record `metrics` at `step`: one request, one time stamp for all keys.
+
+        Args:
+            metrics: values by key.
+            step: that they belong to.
+            at: time stamp in milliseconds, this call's if none is given. A point that is sent again with its own is the
+                same point, so a resumed training may send all it knows.
+        """
+        now = milliseconds() if at is None else at
+        values = {key: float(value) for key, value in metrics.items()}
 
         def job(client: "MlflowClient", run_id: str) -> None:
             from mlflow.entities import Metric
@@ -139,7 +147,7 @@ class Tracker:
         """
         if self._thread is None:
             return
-        ended = _milliseconds()
+        ended = milliseconds()
         self._put(lambda client, run_id: client.set_terminated(run_id, status, ended))
         self._jobs.put(None)
         self._ready.wait(READY_SECONDS)
@@ -340,6 +348,6 @@ def _shown(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def _milliseconds() -> int:
+def milliseconds() -> int:
     """Now, as MLflow counts."""
     return int(time.time() * 1000)

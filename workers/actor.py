@@ -1,40 +1,29 @@
-"""GrowthWorker: the Ray actor around a run. One actor is one logical worker; Simic's dispatcher calls it."""
+"""GrowthWorker: the Ray actor around an EpisodeWorker; Simic's dispatcher sends it orders."""
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import ray
 
-from esper.platform.contracts import GraftAction, Instance, Run, Transition
-from esper.platform.telemetry import Telemetry
+from esper.platform.contracts import Order, Reply, Run
+from esper.platform.saves import Saves
+from esper.workers.worker import EpisodeWorker
 
 
-@ray.remote(max_restarts=-1)
+@ray.remote(max_restarts=0)  # the fleet starts another: a restart by Ray would hold calls until there is room for it
 class GrowthWorker:
-    """Runs episodes. After a restart it holds no episode: the dispatcher resets it.
+    """Carries out orders in a process of its own.
 
     Args:
-        make_run: makes the run, in the actor's own process.
+        make_run: makes the run, in the actor's process.
+        storage: path or URI of the saves; none saves nothing.
     """
 
-    def __init__(self, make_run: Callable[[], Run]) -> None:
-        self._run = make_run()
-        self._answered = time.perf_counter()
+    def __init__(self, make_run: Callable[[], Run], storage: str | None = None) -> None:
+        self._worker = EpisodeWorker(make_run, None if storage is None else Saves(storage))
 
-    def reset(self, instance: Instance | None, seed: int) -> Telemetry:
-        """Start an episode."""
-        telemetry = self._run.reset(instance, seed)
-        self._answered = time.perf_counter()
-        return telemetry
+    def up(self) -> None:
+        """Answers once the process is there and its run is made."""
 
-    def step(self, action: GraftAction) -> Transition:
-        """Apply an action and train to the next decision.
-
-        The transition's info tells how long the worker `waited` for the action and how long it `worked`, in seconds.
-        """
-        begun = time.perf_counter()
-        waited = begun - self._answered
-        transition = self._run.step(action)
-        self._answered = time.perf_counter()
-        return replace(transition, info={**transition.info, "waited": waited, "worked": self._answered - begun})
+    def advance(self, order: Order) -> Reply:
+        """`EpisodeWorker.advance`."""
+        return self._worker.advance(order)

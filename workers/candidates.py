@@ -27,6 +27,16 @@ class Option:
     after: HostShape | None
 
 
+class Options(tuple[Option, ...]):
+    """Every candidate at a shape. Equal only to itself: what is kept by it is then found in no time."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @dataclass(frozen=True)
 class Planted:
     """A seed on a host, as far as its blueprint has to know it (`kasmina.registry.PlantedSeed`)."""
@@ -37,10 +47,8 @@ class Planted:
     part: str
 
 
-@lru_cache(maxsize=1024)
-def options(
-    shape: HostShape, blueprints: tuple[Blueprint, ...], newest: tuple[Planted, ...] = ()
-) -> tuple[Option, ...]:
+@lru_cache(maxsize=4096)
+def options(shape: HostShape, blueprints: tuple[Blueprint, ...], newest: tuple[Planted, ...] = ()) -> Options:
     """WAIT, then for each site from input to output each blueprint in use that it accepts, and its newest seed's end.
 
     Args:
@@ -61,13 +69,12 @@ def options(
             blueprint = by_name[seed.blueprint]
             after = blueprint.pruned(shape, seed)
             found.append(Option(Candidate("prune", site.id, seed.blueprint), i, blueprint.adds, after))
-    return tuple(found)
+    return Options(found)
 
 
-def within_caps(spec: RunSpec, shape: HostShape) -> bool:
-    """Whether the spec lets a run have this shape."""
-    cap = spec.growth.max_parameters
-    return shape.depth() <= spec.growth.max_layers and (cap is None or shape.parameters_count() <= cap)
+def within_caps(shape: HostShape, max_layers: int, max_parameters: int | None) -> bool:
+    """Whether `GrowthSpec`'s caps let a run have this shape."""
+    return shape.depth() <= max_layers and (max_parameters is None or shape.parameters_count() <= max_parameters)
 
 
 def telemetry_space(spec: RunSpec) -> TelemetrySpace:

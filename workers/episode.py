@@ -16,9 +16,9 @@ from esper.platform.errors import UserError
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
-from esper.workers.candidates import Option, Planted, options, telemetry_space
+from esper.workers.candidates import Options, Planted, options, telemetry_space
 from esper.workers.kasmina.registry import make_blueprints
-from esper.workers.observe import Measured, Moment, batch_tokens, observe
+from esper.workers.observe import Measured, Moment, Priced, Pricing, batch_tokens, lay_out, observe
 
 RECORDS = ("curve", "grafts", "prunes", "rollbacks", "annealed", "failure")
 
@@ -42,6 +42,7 @@ class Episode(ABC):
         self.spec = spec
         self.space = telemetry_space(spec)
         self.blueprints = make_blueprints(spec.growth.blueprints)
+        self._pricing = Pricing.of(spec, self.space)
         self.ledger = Ledger()
         self._clear()
 
@@ -56,6 +57,7 @@ class Episode(ABC):
         self._cooling: dict[tuple[str, str], int] = {}  # (site, blueprint) → boundaries passed when it may come again
         self._slice: tuple[float, float] | None = None  # loss and parameter-seconds at the start of a slice under way
         self._sequence = 0
+        self._last: Priced | None = None
 
     # -- What trains ---------------------------------------------------------------------------------------------
 
@@ -228,7 +230,14 @@ class Episode(ABC):
         """Fraction of the budget spent."""
         return self.clock.fraction(self.reading())
 
-    def options(self) -> tuple[Option, ...]:
+    def expected_seconds(self) -> float:
+        """Seconds that the next decision should take at the size now, by the clock's formula; 0 once ended."""
+        clock, tokens, split = self.spec.clock, batch_tokens(self.spec), self._split()
+        left = max(0.0, self.clock.boundary - self.reading()) if not self.ended else 0.0
+        steps = left / clock.axis_per_step(self.spec.budget.axis, self._shape(), tokens, split=split)
+        return steps * clock.step_seconds(self._shape(), tokens, split=split)
+
+    def options(self) -> Options:
         """Every candidate at the shape now."""
         return options(self._shape(), tuple(self.blueprints.values()), self._newest())
 
@@ -293,16 +302,16 @@ class Episode(ABC):
 
     def _point(self) -> dict[str, float]:
         """Budget fraction, ledger axes, size and loss now."""
-        ledger = self.ledger.as_dict()
+        axes = ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")
         return {
             "budget_fraction": self.fraction(),
-            **{k: ledger[k] for k in ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")},
-            "parameters": self._shape().parameters_count(),
+            **{axis: getattr(self.ledger, axis) for axis in axes},
+            "parameters": self._priced().layout.parameters,
             "val_loss": self.loss,
         }
 
     def _look(self) -> Telemetry:
-        shape, fraction = self._shape(), self.fraction()
+        fraction = self.fraction()
         outcomes = {"kept": 1.0, "rolled back": -1.0}
         moment = Moment(
             sequence=self._sequence,
@@ -312,17 +321,29 @@ class Episode(ABC):
             decaying=fraction >= self.spec.optimizer.decay_from,
             tokens=self.ledger.tokens,
             vocab_size=self._vocab_size(),
-            start=self._start_shape,
-            shape=shape,
-            split=self._split(),
-            losses=[(point["budget_fraction"], point["val_loss"]) for point in self.curve],
+            losses=self._seen(),
             grafts=self._grafted,
             outcome=outcomes.get(self.grafts[-1]["outcome"]) if self.grafts else None,
             cooling={key for key, until in self._cooling.items() if self.clock.passed < until},
-            budget=self.clock.amount,
             reference=self.reference,
         )
-        return observe(self.spec, self.space, moment, self.options(), self._measure())
+        return observe(self.spec, moment, self._priced(), self._measure())
+
+    def _priced(self) -> Priced:
+        """The candidates now, laid out and priced: as last time, unless they have changed."""
+        found, split = self.options(), self._split()
+        layout = None if self._last is None else self._last.layout
+        if layout is None or layout.found is not found or layout.split != split:
+            layout = lay_out(self._pricing, found, split, self._start_shape)
+            self._last = Priced.of(
+                layout, self.clock.amount, self.clock.decisions, self.spec.growth.min_optimizer_steps
+            )
+        assert self._last is not None
+        return self._last
+
+    def _seen(self) -> list[tuple[float, float]]:
+        """(Budget fraction, validation loss) at the decisions so far, as a gardener sees them."""
+        return [(point["budget_fraction"], point["val_loss"]) for point in self.curve]
 
     def _reference(self) -> float:
         """Parameter-seconds that cost `reward.rent` nats."""
@@ -342,6 +363,13 @@ class Episode(ABC):
         split = self._split()
         steps = amount / clock.axis_per_step(self.spec.budget.axis, shape, tokens, split=split)
         return steps * clock.step_seconds(shape, tokens, split=split) * shape.parameters_count()
+
+
+def as_json(value: Any) -> Any:
+    """A copy with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def perplexity(loss: float) -> float:

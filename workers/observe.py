@@ -1,20 +1,29 @@
 """From a run's records to Telemetry: the one place where its fields are computed."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, Self
 
 import numpy as np
 
+from esper.platform.clock import ClockSpec
 from esper.platform.contracts import HostShape
+from esper.platform.ledger import Axis
 from esper.platform.spec import RunSpec
-from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, Telemetry, TelemetrySpace
-from esper.workers.candidates import Option, within_caps
+from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, Candidate, Telemetry, TelemetrySpace
+from esper.workers.candidates import Options, within_caps
 from esper.workers.tolaria.rate import rate
 
 SEGMENTS = ("heads", "width")  # kinds of growth that are segments of the host's own matrices
 SLOW = 4  # decisions that the slow slope looks back
+
+_SITE = {name: i for i, name in enumerate(SITE)}
+_CANDIDATE = {name: i for i, name in enumerate(CANDIDATE)}
+_STEPS = _CANDIDATE["steps_per_decision"]
+_FIRST_OF_SITE = len(CANDIDATE) - len(SITE)
 
 
 @dataclass(frozen=True)
@@ -58,31 +67,154 @@ class Moment:
     decaying: bool
     tokens: int
     vocab_size: int
-    start: HostShape
-    shape: HostShape
-    split: bool  # whether some seed's segments are separate tensors
     losses: Sequence[tuple[float, float]]
     grafts: Sequence[tuple[int, str]]
     outcome: float | None
     cooling: Collection[tuple[str, str]]
-    budget: float  # in the spec's axis
     reference: float  # parameter-seconds that cost the rent
 
 
-def observe(
-    spec: RunSpec, space: TelemetrySpace, moment: Moment, found: Sequence[Option], measured: Measured
-) -> Telemetry:
-    """The observation at a decision: every number finite, rows padded to `space`."""
-    sites, ids = _sites(space, moment, measured)
-    candidates, mask = _candidates(spec, space, moment, found, sites)
+@dataclass(frozen=True)
+class Pricing:
+    """What of a spec candidates are priced and allowed by. Hashable, so that a process's runs share what is laid out.
+
+    Attributes:
+        space: whose sizes the tables are padded to.
+        clock: of the spec.
+        axis: of its budget.
+        tokens: of an optimizer step.
+        max_layers: that a run may have.
+        max_parameters: that a run may have.
+    """
+
+    space: TelemetrySpace
+    clock: ClockSpec
+    axis: Axis
+    tokens: int
+    max_layers: int
+    max_parameters: int | None
+
+    @classmethod
+    def of(cls, spec: RunSpec, space: TelemetrySpace) -> Self:
+        """That of a spec."""
+        growth = spec.growth
+        return cls(space, spec.clock, spec.budget.axis, batch_tokens(spec), growth.max_layers, growth.max_parameters)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of the observations only a change of shape changes, which is most of the work.
+
+    Attributes:
+        found: the candidates it is of.
+        split: whether some seed's segments are separate tensors.
+        parameters: of the shape; `non_embedding` of them without embeddings and output head.
+        relative: ln(parameters / those at the start), and parameters over the most the spec allows.
+        step_seconds: of an optimizer step.
+        site_ids: of the sites.
+        sites: their table, but for what training changes, float32 (S, F).
+        candidates: the candidates' table, but for their sites' rows and what the budget decides, float32 (A, Fc).
+        axis_per_step: what a step of each present candidate uses on the budget's axis; None where there is no shape.
+        allowed: whether the caps allow each present candidate.
+        site_of: index of each present candidate's site, WAIT left out, int64 (A' − 1,).
+        actions: what each present candidate stands for.
+    """
+
+    found: Options
+    split: bool
+    parameters: int
+    non_embedding: int
+    relative: tuple[float, float]
+    step_seconds: float
+    site_ids: tuple[str, ...]
+    sites: np.ndarray
+    candidates: np.ndarray
+    axis_per_step: tuple[float | None, ...]
+    allowed: tuple[bool, ...]
+    site_of: np.ndarray
+    actions: tuple[Candidate, ...]
+
+
+@lru_cache(maxsize=4096)
+def lay_out(pricing: Pricing, found: Options, split: bool, start: HostShape) -> Layout:
+    """The layout of a shape's candidates (the first, WAIT, leads to the shape itself).
+
+    Args:
+        pricing: of the run's spec.
+        found: every candidate.
+        split: whether some seed's segments are separate tensors.
+        start: the shape that the run started with.
+    """
+    shape = found[0].after
+    assert shape is not None
+    parameters = shape.parameters_count()
+    cap = pricing.max_parameters or start.deepened(pricing.max_layers).parameters_count()
+    seconds = pricing.clock.step_seconds(shape, pricing.tokens, split=split)
+    ids, sites = _site_rows(pricing.space, shape, parameters)
+    return Layout(
+        found=found,
+        split=split,
+        parameters=parameters,
+        non_embedding=shape.parameters_count(non_embedding=True),
+        relative=(math.log(parameters / start.parameters_count()), parameters / cap),
+        step_seconds=seconds,
+        site_ids=ids,
+        sites=sites,
+        **_candidate_rows(pricing, found, split, parameters, seconds),
+        site_of=np.array([option.site for option in found[1:]], dtype=np.int64),
+        actions=tuple(option.candidate for option in found),
+    )
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A layout under a budget.
+
+    Attributes:
+        layout: the layout.
+        whole_steps: optimizer steps that the whole budget holds at this size.
+        whole_cost: their parameter-seconds.
+        candidates: the layout's, complete but for the sites' rows, float32 (A, Fc).
+        fits: which candidates are legal while the rate does not decay, cooling left out, bool (A,).
+    """
+
+    layout: Layout
+    whole_steps: float
+    whole_cost: float
+    candidates: np.ndarray
+    fits: np.ndarray
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self  # never changed: a run's forks share it
+
+    @classmethod
+    def of(cls, layout: Layout, budget: float, decisions: int, min_steps: int) -> Self:
+        """The layout under a budget (in the spec's axis) of so many decisions, each to hold at least `min_steps`."""
+        assert layout.axis_per_step[0] is not None
+        whole_steps = budget / layout.axis_per_step[0]
+        candidates, fits = layout.candidates.copy(), np.zeros(len(layout.candidates), dtype=bool)
+        steps = [None if each is None else budget / decisions / each for each in layout.axis_per_step]
+        candidates[: len(steps), _STEPS] = [0.0 if each is None else math.log10(1 + each) for each in steps]
+        fits[: len(steps)] = [
+            each is not None and (action.operation == "prune" or (each >= min_steps and allowed))
+            for each, action, allowed in zip(steps, layout.actions, layout.allowed, strict=True)
+        ]
+        return cls(layout, whole_steps, whole_steps * layout.step_seconds * layout.parameters, candidates, fits)
+
+
+def observe(spec: RunSpec, moment: Moment, priced: Priced, measured: Measured) -> Telemetry:
+    """The observation at a decision: every number finite, rows padded to the space of the layout."""
+    layout = priced.layout
+    sites, candidates = _sites(moment, layout, measured), priced.candidates.copy()
+    candidates[1 : len(layout.actions), _FIRST_OF_SITE:] = sites[layout.site_of]
     return Telemetry(
         sequence=moment.sequence,
-        globals=_globals(spec, moment, measured),
+        globals=_globals(spec, moment, priced, measured),
         sites=sites,
         candidates=candidates,
-        mask=mask,
-        site_ids=ids,
-        actions=tuple(option.candidate for option in found),
+        mask=_mask(moment, priced),
+        site_ids=layout.site_ids,
+        actions=layout.actions,
     )
 
 
@@ -91,13 +223,8 @@ def batch_tokens(spec: RunSpec) -> int:
     return spec.data.batch_size * spec.host.block_size
 
 
-def _globals(spec: RunSpec, moment: Moment, measured: Measured) -> np.ndarray:
-    shape, tokens = moment.shape, batch_tokens(spec)
-    parameters = shape.parameters_count()
-    cap = spec.growth.max_parameters or moment.start.deepened(spec.growth.max_layers).parameters_count()
-    loss = moment.losses[-1][1]
-    whole_steps = moment.budget / spec.clock.axis_per_step(spec.budget.axis, shape, tokens, split=moment.split)
-    whole_cost = whole_steps * spec.clock.step_seconds(shape, tokens, split=moment.split) * parameters
+def _globals(spec: RunSpec, moment: Moment, priced: Priced, measured: Measured) -> np.ndarray:
+    layout, loss = priced.layout, moment.losses[-1][1]
     decay_from = spec.optimizer.decay_from
     last = moment.grafts[-1][0] if moment.grafts else None
     values = {
@@ -106,8 +233,7 @@ def _globals(spec: RunSpec, moment: Moment, measured: Measured) -> np.ndarray:
         "growth_left": max(0.0, decay_from - moment.budget_used),
         "moments_left": math.log10(1 + max(0, math.ceil(decay_from * moment.decisions - 1e-9) - moment.decision)),
         "decaying": float(moment.decaying),
-        "rate": rate(spec.optimizer, moment.budget_used, shape.parameters_count(non_embedding=True))
-        / spec.optimizer.rate_max,
+        "rate": rate(spec.optimizer, moment.budget_used, layout.non_embedding) / spec.optimizer.rate_max,
         "loss": loss / math.log(moment.vocab_size),
         "train_gap": 0.0 if measured.train_loss is None else (loss - measured.train_loss) / loss,
         "train_gap_measured": float(measured.train_loss is not None),
@@ -116,11 +242,11 @@ def _globals(spec: RunSpec, moment: Moment, measured: Measured) -> np.ndarray:
         "slopes_measured": float(len(moment.losses) > 1),
         "since_graft": 1.0 if last is None else (moment.decision - last) / moment.decisions,
         "grafts": math.log1p(len(moment.grafts)),
-        "size_vs_start": math.log(parameters / moment.start.parameters_count()),
-        "size_vs_cap": parameters / cap,
-        "tokens_per_parameter": math.log10(1 + moment.tokens / shape.parameters_count(non_embedding=True)),
-        "steps_left": math.log10(1 + whole_steps * (1 - moment.budget_used)),
-        "rent_rate": spec.reward.rent * whole_cost / moment.reference,
+        "size_vs_start": layout.relative[0],
+        "size_vs_cap": layout.relative[1],
+        "tokens_per_parameter": math.log10(1 + moment.tokens / layout.non_embedding),
+        "steps_left": math.log10(1 + priced.whole_steps * (1 - moment.budget_used)),
+        "rent_rate": spec.reward.rent * priced.whole_cost / moment.reference,
         "gradient_noise": measured.gradient_noise or 0.0,
         "gradient_noise_measured": float(measured.gradient_noise is not None),
         "last_graft_outcome": moment.outcome or 0.0,
@@ -134,69 +260,85 @@ def _slope(losses: Sequence[tuple[float, float]], decisions: int) -> float:
     (u0, before), (u1, after) = losses[max(0, len(losses) - 1 - decisions)], losses[-1]
     if u1 <= u0:
         return 0.0
-    return float(np.clip(math.log(before / after) / (u1 - u0), -10, 10))
+    return min(10.0, max(-10.0, math.log(before / after) / (u1 - u0)))
 
 
-def _sites(space: TelemetrySpace, moment: Moment, measured: Measured) -> tuple[np.ndarray, tuple[str, ...]]:
+def _site_rows(space: TelemetrySpace, shape: HostShape, total: int) -> tuple[tuple[str, ...], np.ndarray]:
     table = np.zeros((space.sites, len(SITE)), dtype=np.float32)
-    specs = moment.shape.injection_specs()
-    total = moment.shape.parameters_count()
+    specs = shape.injection_specs()
     for i, site in enumerate(specs):
-        here = [decision for decision, site_id in moment.grafts if site_id == site.id]
-        gradient, update = measured.norms.get(site.id, (None, None))
-        contribution = measured.contributions.get(site.id)
-        probation, established = measured.stages.get(site.id, (False, False))
         values = {
             "present": 1.0,
             "depth": site.depth,
             f"is_{site.kind}": 1.0,
             "relative_size": site.parameters / total,
             "units": math.log1p(site.units),
-            "gradient_norm": _log_norm(gradient),
-            "update_norm": _log_norm(update),
-            "norms_measured": float(gradient is not None),
-            "on_probation": float(probation),
-            "established": float(established),
-            "grafts": math.log1p(len(here)),
-            "since_graft": (moment.decision - here[-1]) / moment.decisions if here else 1.0,
-            "cooling": float(any(cooled == site.id for cooled, _ in moment.cooling)),
-            "contribution": contribution or 0.0,
-            "contribution_measured": float(contribution is not None),
+            "since_graft": 1.0,
         }
-        table[i] = [values.get(name, 0.0) for name in SITE]
-    return table, tuple(site.id for site in specs)
+        for name, value in values.items():
+            table[i, _SITE[name]] = value
+    return tuple(site.id for site in specs), table
 
 
-def _log_norm(relative: float | None) -> float:
-    return 0.0 if relative is None else math.log(min(1e20, max(1e-20, relative))) / 10
+def _sites(moment: Moment, layout: Layout, measured: Measured) -> np.ndarray:
+    table = layout.sites.copy()
+    ids = layout.site_ids
+    if measured.norms:
+        norms = [measured.norms.get(site) for site in ids]
+        for name, of in (("gradient_norm", 0), ("update_norm", 1)):
+            table[: len(ids), _SITE[name]] = [0.0 if norm is None else _log_norm(norm[of]) for norm in norms]
+        table[: len(ids), _SITE["norms_measured"]] = [norm is not None for norm in norms]
+    values: dict[tuple[str, str], float] = {}
+    for site, (probation, established) in measured.stages.items():
+        values[site, "on_probation"], values[site, "established"] = probation, established
+    for site, contribution in measured.contributions.items():
+        values[site, "contribution"], values[site, "contribution_measured"] = contribution, 1.0
+    for site, count in Counter(site for _, site in moment.grafts).items():
+        values[site, "grafts"] = math.log1p(count)
+    for decision, site in moment.grafts:  # the last one counts
+        values[site, "since_graft"] = (moment.decision - decision) / moment.decisions
+    for site, _ in moment.cooling:
+        values[site, "cooling"] = 1.0
+    for (site, name), value in values.items():
+        if site in ids:
+            table[ids.index(site), _SITE[name]] = value
+    return table
 
 
-def _candidates(
-    spec: RunSpec, space: TelemetrySpace, moment: Moment, found: Sequence[Option], sites: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    table = np.zeros((space.candidates, len(CANDIDATE)), dtype=np.float32)
-    mask = np.zeros(space.candidates, dtype=bool)
-    tokens, slice_ = batch_tokens(spec), moment.budget / moment.decisions
-    parameters = moment.shape.parameters_count()
-    seconds = spec.clock.step_seconds(moment.shape, tokens, split=moment.split)
-    first_of_site = len(CANDIDATE) - len(SITE)
+def _log_norm(relative: float) -> float:
+    return math.log(min(1e20, max(1e-20, relative))) / 10
+
+
+def _candidate_rows(pricing: Pricing, found: Options, split: bool, parameters: int, seconds: float) -> dict[str, Any]:
+    table = np.zeros((pricing.space.candidates, len(CANDIDATE)), dtype=np.float32)
+    clock, axis, tokens = pricing.clock, pricing.axis, pricing.tokens
+    per_step: list[float | None] = []
+    allowed = []
     for i, option in enumerate(found):
-        values = {"present": 1.0, f"is_{option.candidate.operation}": 1.0, f"adds_{option.adds}": 1.0}
-        if option.after is not None:
-            split = moment.split or option.adds in SEGMENTS
-            after_seconds = spec.clock.step_seconds(option.after, tokens, split=split)
-            steps = slice_ / spec.clock.axis_per_step(spec.budget.axis, option.after, tokens, split=split)
-            values |= {
-                "parameters": math.log(option.after.parameters_count() / parameters),
-                "seconds": math.log(after_seconds / seconds),
-                "steps_per_decision": math.log10(1 + steps),
-                "steps_measured": 1.0,
-            }
-            enough = steps >= spec.growth.min_optimizer_steps
-            cooled = (option.candidate.site, option.candidate.blueprint) in moment.cooling
-            fits = option.candidate.operation == "prune" or (enough and not cooled and within_caps(spec, option.after))
-            mask[i] = i == 0 or (not moment.decaying and fits)
-        table[i, :first_of_site] = [values.get(name, 0.0) for name in CANDIDATE[:first_of_site]]
-        if option.site >= 0:
-            table[i, first_of_site:] = sites[option.site]
-    return table, mask
+        values = {"present": 1.0, f"is_{option.candidate.operation}": 1.0}
+        if option.adds:
+            values[f"adds_{option.adds}"] = 1.0
+        after = option.after
+        if after is None:
+            per_step.append(None)
+            allowed.append(False)
+        else:
+            after_split, size = split or option.adds in SEGMENTS, after.parameters_count()
+            per_step.append(clock.axis_per_step(axis, after, tokens, split=after_split))
+            allowed.append(within_caps(after, pricing.max_layers, pricing.max_parameters))
+            values["parameters"] = math.log(size / parameters)
+            values["seconds"] = math.log(clock.step_seconds(after, tokens, split=after_split) / seconds)
+            values["steps_measured"] = 1.0
+        for name, value in values.items():
+            table[i, _CANDIDATE[name]] = value
+    return {"candidates": table, "axis_per_step": tuple(per_step), "allowed": tuple(allowed)}
+
+
+def _mask(moment: Moment, priced: Priced) -> np.ndarray:
+    mask = np.zeros_like(priced.fits) if moment.decaying else priced.fits.copy()
+    mask[0] = True
+    if moment.cooling:
+        for i, action in enumerate(priced.layout.actions):
+            if action.operation == "graft" and (action.site, action.blueprint) in moment.cooling:
+                mask[i] = False
+    return mask

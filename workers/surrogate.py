@@ -1,92 +1,127 @@
-"""SurrogateRun: an episode that computes its loss by a law instead of training; microseconds a decision.
+"""SurrogateRun: an episode that computes its loss by a law instead of training; a fraction of a millisecond a decision.
 
-    L(N, D) = E + A·N^(−α) + B·D^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2)
+The law is in `workers/law.py`. A graft leaves the loss where it is, and from there on it falls as the new size's does;
+a prune raises it by what the size was worth. On budgets of parameter-seconds, seconds and FLOPs a slice is trained to
+its very end, with parts of a step (the ledger's steps and tokens are the rounded sums), so that the state at a decision
+is its number, the shape and the loss, and the best that can be done is known (`workers/clairvoyant.py`).
 
-N effective parameters, D effective tokens. A graft leaves the loss where it is: D becomes the tokens that the new
-size would have needed for the loss now, so a grown run goes on from there, steeper; a prune gives back what D lost.
-Heads, neurons and layers count towards N with weights that the seed draws, as it draws the law's constants; the ledger
-charges by the spec's clock.
-It stands in for GrowthRun wherever learning to decide is what is tried, and shows nothing about real growth: the
-constants are of the order of character-level TinyStories with C = 32, but chosen so that growing too little, too much
-or in the wrong place all cost a tenth of a nat or more (heads count for little, depth for much).
+What a gardener sees is noisy; rewards and records are exact. Losses (and slopes with them) are off by some millinats.
+Once something has been trained, a site's gradient norm tells, up to a factor of noise, how many nats a graft there
+takes off what training cannot remove: a law's heads, neurons and layers count for much or for little, and this is where
+it shows.
+
+It stands in for GrowthRun wherever learning to decide is what is tried, and shows nothing about real growth.
 """
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from typing import Any
 
-from esper.platform.contracts import HostShape
+import numpy as np
+
+from esper.platform.contracts import GraftAction, HostShape, Instance
+from esper.platform.ledger import Ledger
 from esper.platform.seeding import stream
-from esper.workers.candidates import Planted
-from esper.workers.episode import Episode
-from esper.workers.observe import Measured, batch_tokens
-from esper.workers.tolaria.hosts import start_shape
+from esper.workers.candidates import Options, Planted
+from esper.workers.episode import Episode, as_json
+from esper.workers.law import CONTINUOUS, VOCABULARY, Law, Size, start_of, whole_steps
+from esper.workers.observe import SLOW, Measured, batch_tokens
 from esper.workers.tolaria.model.shape import TransformerShape
 
-VOCABULARY = 96
-
-
-@dataclass(frozen=True)
-class Law:
-    """The constants of one episode.
-
-    Attributes:
-        floor: E, nats.
-        size: A.
-        size_exponent: α.
-        data: B.
-        data_exponent: β.
-        heads: how much an attention parameter counts against an MLP's.
-        depth: exponent of (layers / layers at the start) with which depth multiplies the size.
-    """
-
-    floor: float
-    size: float
-    size_exponent: float
-    data: float
-    data_exponent: float
-    heads: float
-    depth: float
-
-    @classmethod
-    def drawn(cls, seed: int) -> "Law":
-        """The law of a seed."""
-        random = stream(seed, "law")
-        return cls(
-            floor=0.3,
-            size=70 * random.uniform(0.97, 1.03),
-            size_exponent=0.4,
-            data=150e3 * random.uniform(0.9, 1.1),
-            data_exponent=0.8,
-            heads=random.uniform(0.0, 0.1),
-            depth=random.uniform(1.1, 1.4),
-        )
-
-    def size_loss(self, shape: TransformerShape, start_layers: int) -> float:
-        """E + A·N^(−α): what no amount of tokens removes at this shape."""
-        attention = sum(4 * shape.n_embd * layer.heads * shape.head_dim for layer in shape.layers)
-        other = shape.parameters_count() - attention
-        effective = (self.heads * attention + other) * (shape.depth() / start_layers) ** self.depth
-        return self.floor + self.size * effective**-self.size_exponent
-
-    def tokens_for(self, loss: float, size_loss: float) -> float:
-        """D at which a shape with this size loss has this loss."""
-        return (self.data / (loss - size_loss)) ** (1 / self.data_exponent)
+LOSS_NOISE = 0.003  # nats, of a validation loss as seen
+NORM_NOISE = 0.2  # of the logarithm of a gradient norm as seen
+BATCH_NOISE = 0.02  # nats, of a batch's loss; twins share it
+TWIN_NOISE = 0.0003  # nats, of a batch's loss; each twin's own
+UPDATE = 0.01  # norm of an update over the gradient's
 
 
 class SurrogateRun(Episode):
     """The Run contract over a loss law. Same spec, ledger, candidates, telemetry and reward as GrowthRun."""
 
     def _start(self) -> None:
-        self.law = Law.drawn(self.seed if self.instance.law is None else self.instance.law)
-        host = self.spec.host.model_copy(update={"n_layer": self.instance.n_layer or self.spec.host.n_layer})
-        self.shape = start_shape(self.spec.model_copy(update={"host": host}), VOCABULARY)
-        self._seeds: list[tuple[Planted, float]] = []  # with the effective tokens that growing to its size gave up
-        self._begin_shape(math.log(VOCABULARY))
+        self.law = Law.drawn(self.seed if self.instance.law is None else self.instance.law, self.spec)
+        self.shape = start_of(self.spec, self.instance.n_layer or self.spec.host.n_layer)
+        self._seeds: list[Planted] = []
+        self._loss = math.log(VOCABULARY)
+        self._steps = 0.0  # that the ledger's are the rounded sum of
+        self._tokens_per_step = batch_tokens(self.spec)
+        random, points = stream(self.seed, "noise"), self.spec.budget.decisions + 1
+        self._loss_noise = LOSS_NOISE * random.standard_normal(points)
+        self._norm_noise = NORM_NOISE * random.standard_normal((points, self.space.sites))
+        self._resized()
 
-    def _begin_shape(self, loss: float) -> None:
-        first = self.spec.host.n_layer
-        self._size_loss = self.law.size_loss(self.shape, first)
-        self._effective_tokens = self.law.tokens_for(loss, self._size_loss)
+    def _resized(self) -> None:
+        """Note what a size costs and is worth."""
+        clock, shape, tokens = self.spec.clock, self.shape, self._tokens_per_step
+        self._size_loss = self.law.size_loss(Size.of(shape))
+        self._per_step = clock.axis_per_step(self.spec.budget.axis, shape, tokens)
+        self._step_seconds = clock.step_seconds(shape, tokens)
+        self._parameters = shape.parameters_count(), shape.parameters_count(non_embedding=True)
+        self._flops = shape.flops_per_token()
+        self._found = super().options()
+        uses: dict[str, float] = {}
+        for site, size in _grown(self._found):
+            uses[site] = max(uses.get(site, 0.0), self._size_loss - self.law.size_loss(size))
+        self._uses = tuple(uses.items())  # site and the nats that a graft there takes off what tokens cannot remove
+
+    # -- Copies --------------------------------------------------------------------------------------------------
+
+    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
+        """What each action leads to from here on the same batches, tried on copies.
+
+        Returns:
+            Training losses, float64 (len(actions), optimizer_steps), and each twin's ledger after.
+        """
+        random = stream(self.seed, "twins", self.ledger.steps)
+        shared = BATCH_NOISE * random.standard_normal(optimizer_steps)
+        tokens = self._tokens_per_step * np.arange(optimizer_steps)  # a batch's loss is that before its step
+        losses, ledgers = [], []
+        for action in actions:
+            twin = copy.copy(self)
+            twin.ledger, twin._seeds = replace(self.ledger), list(self._seeds)
+            twin._change(twin._accept(action))
+            own = TWIN_NOISE * random.standard_normal(optimizer_steps)
+            losses.append(twin.law.trained(twin._loss, twin._size_loss, tokens) + shared + own)
+            twin._step(float(optimizer_steps))
+            ledgers.append(twin.ledger)
+        return np.array(losses), ledgers
+
+    # -- Saving --------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that `load` needs to go on to the same numbers, as GrowthRun's: JSON values, and no tensors."""
+        own = {
+            "layers": self.shape.layers_as_json(),
+            "seeds": [asdict(seed) for seed in self._seeds],
+            "loss": self._loss,
+            "steps": self._steps,
+        }
+        return as_json({"books": self.books(), "surrogate": own}), {}
+
+    def load(self, values: dict[str, Any], tensors: Mapping[str, Any] | None = None) -> None:
+        """Become the run whose `state` this is. This run must be of the same spec."""
+        books, own = values["books"], values["surrogate"]
+        self._begin(Instance.model_validate(books["instance"]), books["seed"])
+        self._load_books(copy.deepcopy(books))
+        self.shape = replace(self.shape, layers=TransformerShape.layers_from_json(own["layers"]))
+        self._seeds = [Planted(**seed) for seed in own["seeds"]]
+        self._loss, self._steps = own["loss"], own["steps"]
+        self._resized()
+        self.telemetry = self._look()
+
+    # -- Episode -------------------------------------------------------------------------------------------------
+
+    def fraction(self) -> float:
+        """Fraction of the budget spent; at a decision exactly its boundary, free of the ledger's rounding."""
+        fraction, passed = super().fraction(), self.clock.passed / self.clock.decisions
+        return passed if math.isclose(fraction, passed, rel_tol=1e-9) else fraction
+
+    def options(self) -> Options:
+        """Every candidate at the shape now."""
+        return self._found
 
     def _shape(self) -> HostShape:
         return self.shape
@@ -97,52 +132,86 @@ class SurrogateRun(Episode):
     def _vocab_size(self) -> int:
         return VOCABULARY
 
+    def _newest(self) -> tuple[Planted, ...]:
+        return tuple({planted.site: planted for planted in self._seeds}.values())
+
     def _graft(self, site: str, blueprint: str) -> None:
-        loss, tokens, kind = self._evaluate(), self._effective_tokens, self.blueprints[blueprint]
+        kind = self.blueprints[blueprint]
         grown = kind.resized(self.shape, site)
         assert isinstance(grown, TransformerShape)
         part = "" if kind.units else grown.part_after(self.shape)
         self.shape = grown
-        self._begin_shape(loss)
-        self._seeds.append((Planted(site, blueprint, kind.units, part), tokens - self._effective_tokens))
-        self._charge(self.spec.clock.graft_seconds, steps=0)
+        self._seeds.append(Planted(site, blueprint, kind.units, part))
+        self._resized()
+        self._charge(self.spec.clock.graft_seconds)
 
     def _prune(self, seed: Planted) -> None:
-        shape = self.blueprints[seed.blueprint].pruned(self.shape, seed)
+        shape, before = self.blueprints[seed.blueprint].pruned(self.shape, seed), self._size_loss
         assert isinstance(shape, TransformerShape)
         self.shape = shape
-        self._size_loss = self.law.size_loss(shape, self.spec.host.n_layer)
-        index = max(i for i, (planted, _) in enumerate(self._seeds) if planted == seed)
-        self._effective_tokens += self._seeds.pop(index)[1]
+        self._seeds.pop(max(i for i, planted in enumerate(self._seeds) if planted == seed))
         sites = {site.id for site in shape.injection_specs()}
-        self._seeds = [(planted, given) for planted, given in self._seeds if planted.site in sites]
-        self._charge(self.spec.clock.graft_seconds, steps=0)
-
-    def _newest(self) -> tuple[Planted, ...]:
-        return tuple({planted.site: planted for planted, _ in self._seeds}.values())
+        self._seeds = [planted for planted in self._seeds if planted.site in sites]
+        self._resized()
+        self._loss = self.law.shrunk(self._loss, before, self._size_loss)
+        self._charge(self.spec.clock.graft_seconds)
 
     def _train(self, boundary: float) -> float:
-        tokens, clock = batch_tokens(self.spec), self.spec.clock
-        per_step = clock.axis_per_step(self.spec.budget.axis, self.shape, tokens)
-        steps = max(1, math.ceil((boundary - self.reading()) / per_step - 1e-9))
-        self._charge(steps * clock.step_seconds(self.shape, tokens), steps=steps)
-        self._effective_tokens += steps * tokens
-        return self._evaluate()
+        """To the boundary exactly where the axis is continuous: to the next one if a graft's cost ran past it."""
+        reading = self.reading()
+        if self.spec.budget.axis in CONTINUOUS:
+            slice_ = self.clock.slice
+            end = min(max(boundary, math.ceil(reading / slice_ - 1e-9) * slice_), self.clock.amount)
+            steps = max(0.0, end - reading) / self._per_step
+        else:
+            steps = float(whole_steps(boundary - reading, self._per_step))
+        self._step(steps)
+        return self._loss
 
-    def _charge(self, seconds: float, steps: int) -> None:
-        tokens = steps * batch_tokens(self.spec)
+    def _step(self, steps: float) -> None:
+        """Train so many optimizer steps."""
+        self._loss = self.law.trained(self._loss, self._size_loss, steps * self._tokens_per_step)
+        self._charge(steps * self._step_seconds, steps)
+
+    def _charge(self, seconds: float, steps: float = 0.0) -> None:
+        self._steps += steps
         self.ledger.charge(
             seconds=seconds,
             wall_seconds=seconds,
-            parameters=self.shape.parameters_count(),
-            parameters_non_embedding=self.shape.parameters_count(non_embedding=True),
-            steps=steps,
-            tokens=tokens,
-            flops=tokens * self.shape.flops_per_token(),
+            parameters=self._parameters[0],
+            parameters_non_embedding=self._parameters[1],
+            steps=round(self._steps) - self.ledger.steps,
+            tokens=round(self._steps * self._tokens_per_step) - self.ledger.tokens,
+            flops=steps * self._tokens_per_step * self._flops,
         )
 
     def _evaluate(self) -> float:
-        return self._size_loss + self.law.data * self._effective_tokens**-self.law.data_exponent
+        return self._loss
+
+    # -- What is seen --------------------------------------------------------------------------------------------
+
+    def _seen(self) -> list[tuple[float, float]]:
+        first = max(0, len(self.curve) - 1 - SLOW)  # no slope looks further back
+        noise = self._loss_noise[first : len(self.curve)]
+        return [
+            (point["budget_fraction"], point["val_loss"] + float(error))
+            for point, error in zip(self.curve[first:], noise, strict=True)
+        ]
 
     def _measure(self) -> Measured:
-        return Measured()
+        if not self._sequence:
+            return Measured()
+        noise = self._norm_noise[self._sequence]
+        seen = [(site, use * math.exp(error)) for (site, use), error in zip(self._uses, noise, strict=False)]
+        return Measured(norms={site: (norm, UPDATE * norm) for site, norm in seen if norm > 0})
+
+
+@lru_cache(maxsize=4096)
+def _grown(found: Options) -> tuple[tuple[str, Size], ...]:
+    """Site and the size after each graft there is."""
+    grafts = [option for option in found if option.candidate.operation == "graft"]
+    return tuple(
+        (option.candidate.site or "", Size.of(option.after))
+        for option in grafts
+        if isinstance(option.after, TransformerShape)
+    )

@@ -1,77 +1,59 @@
 """The dispatcher: serves a fleet from a thread of its own, so that no worker waits for another or for the learner.
 
-    workers ──telemetry──► ready ──► one batched inference ──► actions ──► workers
-                             │ episode ended
-                             ▼
-                           queue ──► SimicEnvRunner.sample() ──► PPO's learner ──► new weights, between two batches
+    workers ──replies──► ready ──► one batched inference ──► orders ──► workers
+                           │ episode ended
+                           ▼
+                         queue ──► SimicEnvRunner.sample() ──► PPO's learner ──► new weights, between two batches
 
 Rules, each tested:
-1. Whatever is ready is answered in one batch; nothing waits for what is not.
+1. Whatever is ready is answered in one batch; nothing waits for what is not, and nothing is polled.
 2. Whole episodes only, every one that was started, queued in the order in which they end.
-3. A step keeps what *chose* its action: logits, log-probability, value and the weights' number, kept with the request
-   until the reply comes, for new weights may have been swapped in by then. PPO's ratio is then right at any lag.
+3. A step keeps what *chose* its action: logits, log-probability, value and the weights' number (`flight.py`). PPO's
+   ratio is then right at any lag.
 4. Episode i has the seed `derive(seed, "episode", i)`; the noise of its decision k comes from the stream (seed,
-   "policy", i, k), so that no action depends on which telemetries shared a batch.
-5. A worker that fails loses its episode, and goes on with another, after a pause if its process is gone. A telemetry
-   that must not be used is refused and its episode dropped. Both are counted. `GIVE_UP` times as many losses as
-   workers, without one finished episode between them, end the training with the last one's own words.
-6. The fleet runs at most `ahead` decisions ahead of the learner: while the queue holds as many, a worker whose episode
+   "policy", i, k), and a row's logits do not depend on its batch: no action depends on who shared it.
+5. An episode belongs to no worker. When one dies, hangs past its deadline or leaves with its node, the episode's order
+   goes, as it was, to the next free worker, which takes the episode up where it was saved (`workers/worker.py`).
+6. What must not be learned from (not finite, of another version or shape, an answer to another order) is refused and
+   counted, and the order sent again to another worker. An order that `TRIES` workers failed at, or that took
+   `DEATHS` processes with it, gives its episode up: it is counted and listed in `dropped`.
+7. When nothing but loss happens, the training ends with the last one's own words; and at once where they are a user's
+   to mend.
+8. The fleet runs at most `ahead` decisions ahead of the learner: while the queue holds as many, a worker whose episode
    has ended rests before its next; never within an episode.
+9. With a journal, all of this outlives this process (`journal.py`).
 
 With a lockstep fleet (LocalFleet) there is no thread: `collect()` itself turns the loop until it has what it was asked
 for. No weights arrive meanwhile and the order of answers is fixed, so equal seeds give equal trainings.
 """
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from ray.exceptions import RayTaskError
-from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from esper.platform.console import say
-from esper.platform.contracts import GraftAction, Instance, Transition
+from esper.platform.contracts import Instance, Reply, Transition
 from esper.platform.errors import UserError
 from esper.platform.seeding import derive, stream
 from esper.platform.spaces import observation
 from esper.platform.telemetry import Telemetry, TelemetrySpace
-from esper.policies.simic.fleet import Answer, Fleet, process_lost, sentence
+from esper.policies.simic.desk import Deadlines, Desk
+from esper.policies.simic.fleet import Fleet, Joined, process_lost, sentence
+from esper.policies.simic.flight import Choice, Flight
+from esper.policies.simic.inference import infer
+from esper.policies.simic.journal import Journal
 from esper.policies.simic.net import GardenerNet
-from esper.policies.simic.policy import batch, draw
+from esper.policies.simic.policy import draw
+from esper.policies.simic.view import WorkerView
 
-GIVE_UP = 6  # with the pauses below, a fleet whose processes all die at once has half a minute to come back
-PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds before the next try once a process is gone; doubles with each in a row
-TURN = 0.2  # seconds after which the loop looks at pauses, the queue and `stop` though no answer has come
-
-
-@dataclass
-class _Seat:
-    """A logical worker and what it is doing.
-
-    Attributes:
-        number: of its episode; none while it rests.
-        episode: so far; none until the reset is answered.
-        index: the row asked for by the call in flight.
-        chosen: extra model outputs of that choice.
-        since: when the call in flight was sent.
-        failures: in a row.
-        rest_until: no reset before this moment.
-    """
-
-    number: int | None = None
-    episode: SingleAgentEpisode | None = None
-    index: int = 0
-    chosen: dict[str, Any] = field(default_factory=dict)
-    since: float = 0.0
-    failures: int = 0
-    rest_until: float = 0.0
+TRIES = 3  # workers that may fail at one order, each from a fresh run: it is the order's fault then
+DEATHS = 10  # processes that may die over one order
+GIVE_UP = 6  # times as many losses as workers, with nothing between them; pauses give a fleet half a minute
 
 
 class Dispatcher:
@@ -85,6 +67,14 @@ class Dispatcher:
         ahead: decisions that may wait in the queue before workers rest.
         first_episode: number of the first episode, above 0 in a resumed training.
         instances: episode number → instance.
+        deadlines: how long orders may take.
+        journal: keeps the episodes; what it holds is gone on with.
+
+    Attributes:
+        counts: since the start: `failures` (orders lost with their process, or because the run raised), `late` (past
+            their deadline), `refused` (replies), `dropped` (episodes), `redone` (decisions trained again), `unsaved`
+            (replies of workers whose last save failed).
+        dropped: numbers of the episodes that were given up.
     """
 
     def __init__(
@@ -97,29 +87,42 @@ class Dispatcher:
         ahead: int,
         first_episode: int = 0,
         instances: Callable[[int], Instance | None] | None = None,
+        deadlines: Deadlines | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self._fleet, self._net, self._space = fleet, net.eval(), space
+        self._fleet, self._net, self._space = fleet, net.double().eval(), space
         self._seed, self._ahead, self._wanted = seed, ahead, 0
         self._instances = instances or (lambda number: None)
-        self._seats = [_Seat() for _ in range(fleet.size)]
-        self._losses = 0  # in a row
         self._weights_seq_no = 0
+        self._losses = 0  # of orders, since the last good reply
+        self._drops = 0  # of episodes, since the last that ended
+        self._unsaved: str | None = None  # said last
+        self._journal = journal
         # Shared with the learner's thread, under `_changed`.
         self._changed = threading.Condition()
+        self._desk = Desk(deadlines or Deadlines())
+        self._adrift: deque[Flight] = deque()  # episodes without a worker
         self._queue: deque[SingleAgentEpisode] = deque()
         self._new_weights: tuple[Mapping[str, torch.Tensor], int] | None = None
         self._error: BaseException | None = None
         self._stopped = False
-        self._busy = 0.0  # worker-seconds with a call in flight, since the last `counters()`
-        self._looked = time.monotonic()
         self.next_episode = first_episode
-        self.counts: Counter[str] = Counter(failures=0, refused=0)
+        self.counts: Counter[str] = Counter(
+            dict.fromkeys(("failures", "late", "refused", "dropped", "redone", "unsaved"), 0)
+        )
+        self.dropped: list[int] = []
         self._thread: threading.Thread | None = None
+        if journal is not None:
+            self._take_up(journal)
 
     # -- The learner's side --------------------------------------------------------------------------------------
 
-    def collect(self, decisions: int) -> list[SingleAgentEpisode]:
+    def collect(self, decisions: int, check: Callable[[], None] | None = None) -> list[SingleAgentEpisode]:
         """Wait for whole episodes of at least `decisions` decisions and take them, the first ended first.
+
+        Args:
+            decisions: at least.
+            check: called a few times a second meanwhile; what it raises passes through, and nothing is taken.
 
         Raises:
             UserError: the workers do nothing but fail, or one says what a user can mend.
@@ -129,18 +132,23 @@ class Dispatcher:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
             self._thread.start()
         self._wanted = decisions
+        self._fleet.wake()
         while self._fleet.lockstep and self._queued() < decisions:
+            if check is not None:
+                check()
             self._turn()
         with self._changed:
             while self._queued() < decisions and self._error is None:
-                self._changed.wait()
+                if check is not None:
+                    check()
+                self._changed.wait(0.25 if check is not None else None)
             if self._error is not None:
                 raise self._error
             taken: list[SingleAgentEpisode] = []
             while sum(map(len, taken)) < decisions:
                 taken.append(self._queue.popleft())
             self._wanted = 0
-            self._changed.notify_all()
+        self._fleet.wake()
         return taken
 
     def set_weights(self, weights: Mapping[str, torch.Tensor], weights_seq_no: int) -> None:
@@ -149,22 +157,28 @@ class Dispatcher:
             self._new_weights = (weights, weights_seq_no)
 
     def busy_fraction(self) -> float | None:
-        """Mean fraction of the time since the last call in which a worker had a call in flight; none in lockstep."""
+        """Mean fraction of the time since the last call in which a worker had an order; none in lockstep."""
         if self._fleet.lockstep:
             return None
         with self._changed:
-            now = time.monotonic()
-            flying = [seat for seat in self._seats if seat.number is not None]
-            busy = self._busy + sum(now - max(seat.since, self._looked) for seat in flying)
-            fraction = busy / max(1e-9, (now - self._looked) * len(self._seats))
-            self._busy, self._looked = 0.0, now
-        return min(1.0, fraction)
+            return self._desk.busy_fraction()
+
+    def in_flight(self) -> list[int]:
+        """Numbers of the episodes that have begun and not ended, and of those that have ended and were not taken."""
+        with self._changed:
+            flying = [flight.number for flight in (*self._desk.flights(), *self._adrift)]
+            return sorted([*flying, *(int(episode.id_) for episode in self._queue)])
+
+    def workers(self) -> list[WorkerView]:
+        """A line a worker, for the live view; from any thread."""
+        with self._changed:
+            return self._desk.views(self._fleet.starting())
 
     def stop(self) -> None:
-        """End the thread and the workers."""
+        """End the thread and the workers; a journal keeps the episodes under way."""
         with self._changed:
             self._stopped = True
-            self._changed.notify_all()
+        self._fleet.wake()
         if self._thread is not None:
             self._thread.join()
         self._fleet.close()
@@ -181,111 +195,174 @@ class Dispatcher:
                 self._changed.notify_all()
 
     def _turn(self) -> None:
-        """Start what may start, take what is ready, answer it in one batch."""
-        flying = self._start_episodes()
-        if not flying:  # all rest: for the learner to take episodes, or after failures
-            with self._changed:
-                if not self._stopped:
-                    self._changed.wait(TURN)
-            return
+        """Give out orders, take what is ready, answer it in one batch."""
+        self._give_out()
+        with self._changed:
+            timeout = self._desk.next_deadline()
         waiting: list[tuple[int, Telemetry]] = []
-        for worker, answer in self._fleet.ready(TURN):
-            telemetry = self._receive(worker, answer)
-            if telemetry is not None:
-                waiting.append((worker, telemetry))
+        for worker, event in self._fleet.ready(timeout):
+            if isinstance(event, Joined):
+                with self._changed:
+                    self._desk.join(worker)
+            elif isinstance(event, Reply):
+                telemetry = self._receive(worker, event)
+                if telemetry is not None:
+                    waiting.append((worker, telemetry))
+            else:
+                self._fail(worker, event)
+        with self._changed:
+            late = self._desk.late()
+        for worker, seconds in late:
+            self._miss(worker, TimeoutError(f"no answer in {seconds:,.0f} s"), "late")
         if waiting:
             self._swap_weights()
             self._decide(waiting)
 
-    def _start_episodes(self) -> int:
-        """Reset the workers that may start; how many have a call in flight then."""
-        now = time.monotonic()
-        for worker, seat in enumerate(self._seats):
-            if seat.number is None and now >= seat.rest_until and self._queued() < max(self._ahead, self._wanted):
-                number, self.next_episode = self.next_episode, self.next_episode + 1
-                seat.number, seat.episode = number, None
-                self._send(worker, "reset", self._instances(number), derive(self._seed, "episode", number))
-        return sum(seat.number is not None for seat in self._seats)
+    def _give_out(self) -> None:
+        """Give every free worker an episode: one that lost its worker, else a new one."""
+        for worker in self._desk.free():
+            with self._changed:
+                if self._adrift:
+                    flight = self._adrift.popleft()
+                elif self._queued() < max(self._ahead, self._wanted):
+                    flight = self._new_flight(self.next_episode)
+                    self.next_episode += 1
+                else:
+                    return
+            self._send(worker, flight)
 
-    def _receive(self, worker: int, answer: Answer) -> Telemetry | None:
-        """Book an answer; the telemetry, if it wants an action."""
-        seat = self._seats[worker]
-        self._book_time(seat)
-        if isinstance(answer, Exception):
-            self._lose(worker, answer, "failures")
+    def _new_flight(self, number: int) -> Flight:
+        flight = Flight(number, derive(self._seed, "episode", number), self._instances(number))
+        if self._journal is not None:
+            self._journal.begin(flight)
+        return flight
+
+    def _send(self, worker: int, flight: Flight) -> None:
+        with self._changed:
+            self._desk.assign(worker, flight)
+        self._fleet.submit(worker, flight.order)
+
+    def _receive(self, worker: int, reply: Reply) -> Telemetry | None:
+        """Book a reply; the telemetry, if it wants an action."""
+        flight = self._desk.flight(worker)
+        if flight is None:
             return None
-        telemetry = answer.telemetry if isinstance(answer, Transition) else answer
-        problem = telemetry.problems(self._space)
-        if problem is None and isinstance(answer, Transition) and not np.isfinite(answer.reward):
-            problem = f"reward {answer.reward} is not finite"
+        problem = self._problem(flight, reply)
         if problem is not None:
-            self._lose(worker, ValueError(f"telemetry refused: {problem}"), "refused")
+            self._miss(worker, ValueError(f"its reply was refused: {problem}"), "refused")
             return None
-        if not isinstance(answer, Transition):
-            seat.episode = SingleAgentEpisode(id_=str(seat.number))
-            seat.episode.add_env_reset(observation(telemetry))
+        self._losses = 0
+        self.counts["redone"] += reply.redone
+        self._tell_unsaved(reply.unsaved)
+        answer, telemetry = reply.answer, reply.telemetry
+        with self._changed:
+            self._desk.answered(worker, reply)
+            flight.expected = reply.expected
+            if isinstance(answer, Transition):
+                flight.reached = reached(answer)
+                info = step_info(reply, answer)
+                seen = observation(telemetry)
+                flight.go_on(seen, float(answer.reward), info, answer.terminated, answer.truncated)
+            else:
+                flight.begin(observation(telemetry))
+        assert flight.episode is not None
+        if not flight.episode.is_done:
             return telemetry
-        assert seat.episode is not None
-        ended = answer.terminated or answer.truncated
-        seat.episode.add_env_step(
-            observation(telemetry),
-            seat.index,
-            answer.reward,
-            step_info(answer),
-            terminated=answer.terminated,
-            truncated=answer.truncated,
-            extra_model_outputs=seat.chosen,
-        )
-        if not ended:
-            return telemetry
-        self._finish(seat)
+        if self._journal is not None:
+            self._journal.note(flight)
+        with self._changed:
+            self._desk.release(worker)
+            self._queue.append(flight.episode.to_numpy())
+            self._drops = 0
+            self._changed.notify_all()
         return None
 
-    def _finish(self, seat: _Seat) -> None:
-        assert seat.episode is not None
-        with self._changed:
-            self._queue.append(seat.episode.to_numpy())
-            self._changed.notify_all()
-        seat.number, seat.episode = None, None
-        seat.failures = self._losses = 0
+    def _problem(self, flight: Flight, reply: Reply) -> str | None:
+        """Why a reply must not be used, or None."""
+        answer, telemetry = reply.answer, reply.telemetry
+        if reply.episode != flight.number or telemetry.sequence != len(flight.actions):
+            return (
+                f"it is of episode {reply.episode}, observation {telemetry.sequence}, "
+                f"but {len(flight.actions)} of {flight.number} was asked for"
+            )
+        if isinstance(answer, Transition) != bool(flight.actions):
+            return "it is no observation" if isinstance(answer, Transition) else "it has no outcome"
+        if isinstance(answer, Transition) and not np.isfinite(answer.reward):
+            return f"reward {answer.reward} is not finite"
+        return telemetry.problems(self._space)
 
-    def _lose(self, worker: int, error: Exception, count: str) -> None:
-        """Drop a worker's episode; give up if nothing else happens."""
-        seat = self._seats[worker]
-        self.counts[count] += 1
-        self._losses += 1
+    # -- Losses --------------------------------------------------------------------------------------------------
+
+    def _fail(self, worker: int, error: Exception) -> None:
+        """An order, or a worker's start, ended in an exception."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, UserError):
+            self.counts["failures"] += 1
             raise cause
-        if self._losses >= GIVE_UP * len(self._seats):
-            raise UserError(
-                f"{self._losses} episodes in a row were lost and none was finished; the last one by "
-                f"{sentence(error).rstrip('.')}: mend that, and try one run with `esper train`."
-            )
-        say(f"worker {worker} lost episode {seat.number}: {sentence(error)}")
-        pause = min(LONGEST_PAUSE, PAUSE * 2**seat.failures) if process_lost(error) else 0.0
-        seat.number, seat.episode = None, None
-        seat.failures += 1
-        seat.rest_until = time.monotonic() + pause
-        self._fleet.replace(worker, error)
+        self._miss(worker, error, "failures")
+
+    def _miss(self, worker: int, error: Exception, count: str) -> None:
+        """A worker did not do its order: it is replaced, the order is another's; give up if nothing else happens."""
+        self.counts[count] += 1
+        self._losses += 1
+        lost = process_lost(error)
+        with self._changed:
+            flight = self._desk.leave(worker)
+        self._fleet.replace(worker)
+        enough = GIVE_UP * max(self._desk.size(), self._fleet.starting())
+        if self._losses >= enough:
+            raise self._given_up(f"{self._losses} orders in a row were lost", error)
+        if flight is None:
+            say(f"worker {worker} is gone: {sentence(error)}")
+            return
+        kind = "deaths" if lost or count == "late" else "tries"
+        flight.missed[kind] = flight.missed.get(kind, 0) + 1
+        where = f"episode {flight.number}, decision {len(flight.actions)}"
+        if flight.missed[kind] < (DEATHS if kind == "deaths" else TRIES):
+            say(f"worker {worker} lost {where} ({sentence(error)}): another takes it up")
+            with self._changed:
+                self._adrift.append(flight)
+            return
+        say(f"{where} was lost {flight.missed[kind]} times ({sentence(error)}): the episode is given up")
+        self.counts["dropped"] += 1
+        self.dropped.append(flight.number)
+        self._drops += 1
+        if self._journal is not None:
+            self._journal.remove([flight.number])
+        if self._drops >= enough:
+            raise self._given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
+
+    @staticmethod
+    def _given_up(what: str, error: Exception) -> UserError:
+        return UserError(
+            f"{what}; the last one by {sentence(error).rstrip('.')}: mend that, and try one run with `esper train`."
+        )
+
+    def _tell_unsaved(self, unsaved: str | None) -> None:
+        """Say once that saves fail, and again when it is for another reason."""
+        if unsaved is not None:
+            self.counts["unsaved"] += 1
+            if self._unsaved is None:
+                say(unsaved)
+        self._unsaved = unsaved or self._unsaved
+
+    # -- Choosing ------------------------------------------------------------------------------------------------
 
     def _decide(self, waiting: list[tuple[int, Telemetry]]) -> None:
-        """One inference for all, then the replies."""
-        with torch.no_grad():
-            logits, values = self._net(batch([telemetry for _, telemetry in waiting]))  # (B, A), (B,)
-        log_p = logits.log_softmax(dim=-1).numpy()
+        """One inference for all, then the orders."""
+        logits, log_p, values = infer(self._net, [telemetry for _, telemetry in waiting])  # (B, A), (B, A), (B,)
         for row, (worker, telemetry) in enumerate(waiting):
-            seat = self._seats[worker]
-            assert seat.number is not None
-            uniform = stream(self._seed, "policy", seat.number, telemetry.sequence).random()
-            seat.index = draw(logits[row].numpy(), telemetry.mask, uniform)
-            seat.chosen = {
-                Columns.ACTION_DIST_INPUTS: logits[row].numpy(),
-                Columns.ACTION_LOGP: log_p[row, seat.index],
-                Columns.VF_PREDS: values[row].numpy(),
-                WEIGHTS_SEQ_NO: self._weights_seq_no,
-            }
-            self._send(worker, "step", GraftAction(seat.index, telemetry.sequence))
+            flight = self._desk.flight(worker)
+            assert flight is not None
+            uniform = stream(self._seed, "policy", flight.number, telemetry.sequence).random()
+            index = draw(logits[row], telemetry.mask, uniform)
+            chosen = Choice(index, logits[row], float(log_p[row, index]), float(values[row]), self._weights_seq_no)
+            with self._changed:
+                flight.choose(chosen)
+                flight.doing = str(telemetry.actions[index])
+            if self._journal is not None:
+                self._journal.note(flight)
+            self._send(worker, flight)
 
     def _swap_weights(self) -> None:
         with self._changed:
@@ -296,15 +373,13 @@ class Dispatcher:
 
     # -- Helpers -------------------------------------------------------------------------------------------------
 
-    def _send(self, worker: int, method: Any, *args: Any) -> None:
-        self._seats[worker].since = time.monotonic()
-        self._fleet.submit(worker, method, *args)
-
-    def _book_time(self, seat: _Seat) -> None:
-        with self._changed:
-            now = time.monotonic()
-            self._busy += now - max(seat.since, self._looked)
-            seat.since = now
+    def _take_up(self, journal: Journal) -> None:
+        """Go on with what a journal holds."""
+        found = journal.read()
+        self._queue.extend(found.ended)
+        self.next_episode = max(self.next_episode, found.next_episode)
+        self._adrift.extend(found.flights)
+        self._adrift.extend(self._new_flight(number) for number in found.blank)
 
     def _queued(self) -> int:
         """Decisions in the queue."""
@@ -312,9 +387,15 @@ class Dispatcher:
             return sum(map(len, self._queue))
 
 
-def step_info(answer: Transition) -> dict[str, float]:
-    """What the runner's metrics need of a transition's info: seconds of the worker, and the final loss."""
-    info = {key: answer.info[key] for key in ("worked", "waited") if key in answer.info}
+def reached(answer: Transition) -> dict[str, float]:
+    """What the live view shows of where a run stands."""
+    point = answer.info.get("point", {})
+    return {key: point[key] for key in ("budget_fraction", "val_loss", "parameters") if key in point}
+
+
+def step_info(reply: Reply, answer: Transition) -> dict[str, float]:
+    """What the runner's metrics need beside a transition: seconds of the worker, and the final loss."""
+    info: dict[str, float] = {"worked": reply.worked, "waited": reply.waited}
     if "summary" in answer.info:
         info["val_loss"] = answer.info["summary"].get("val_loss")
     return info

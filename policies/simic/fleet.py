@@ -1,46 +1,64 @@
-"""The fleet: N logical workers that an answer can be asked of, in other processes or in this one.
+"""The fleet: workers that come and go, and that carry out orders; in Ray actors, or in this process.
 
-A logical worker outlives what serves it: when its actor is gone for good, another takes its number.
+A worker is one process for as long as it lives; what it leaves undone is the dispatcher's to give to another. So a
+fleet knows nothing of episodes: it tells who has come, who answered what, and who is gone.
 """
 
 import re
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from esper.platform.contracts import Run, Transition
-from esper.platform.telemetry import Telemetry
+from esper.platform.contracts import Order, Reply, Worker
 
-Method = Literal["reset", "step"]
-Answer = Telemetry | Transition | Exception
+LOOK = 5.0  # seconds between two looks at how many workers there should be
+PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds before the next start once a worker could not start; doubles in a row
+
+
+class Joined:
+    """The event of a worker that is there."""
+
+
+Event = Joined | Reply | Exception
 
 
 class Fleet(Protocol):
-    """What the dispatcher asks of workers.
+    """What the dispatcher asks of workers. Each has a number that no other ever gets.
 
     Attributes:
-        size: logical workers, numbered from 0.
-        lockstep: whether calls run in the caller's thread. Then the dispatcher is pumped by the learner's thread,
-            between updates, and a training is a function of its seed.
+        lockstep: whether orders are carried out in the caller's thread. Then the dispatcher is pumped by the learner's
+            thread, between updates, and a training is a function of its seed.
     """
 
-    size: int
     lockstep: bool
 
-    def submit(self, worker: int, method: Method, *args: Any) -> None:
-        """Call `method` of a worker that has no call in flight. Never raises for the worker's sake."""
+    def submit(self, worker: int, order: Order) -> None:
+        """Send an order to a worker that has none. Never raises for the worker's sake."""
         ...
 
-    def ready(self, timeout: float) -> list[tuple[int, Answer]]:
-        """Every answer there is, waiting up to `timeout` seconds for the first; an error is an answer."""
+    def ready(self, timeout: float) -> list[tuple[int, Event]]:
+        """Every event there is, waiting up to `timeout` seconds for the first.
+
+        An exception says what became of an order; where it says that the process is gone, so is the worker.
+        """
         ...
 
-    def replace(self, worker: int, error: Exception) -> None:
-        """Make a worker that failed with `error` fit for a reset."""
+    def replace(self, worker: int) -> None:
+        """End a worker, whatever it does; another joins in its place. An unknown number does nothing."""
+        ...
+
+    def starting(self) -> int:
+        """Workers that have been started and have not joined yet."""
+        ...
+
+    def wake(self) -> None:
+        """Make `ready`, in another thread, return now."""
         ...
 
     def close(self) -> None:
@@ -49,88 +67,158 @@ class Fleet(Protocol):
 
 
 class RayFleet:
-    """Ray actors with the methods `reset(instance, seed) -> Telemetry` and `step(action) -> Transition`.
+    """Ray actors with the methods `up()`, which returns once it is there, and `advance(order) -> Reply`.
+
+    Nothing is polled: Ray's own thread puts each answer into a queue. Workers join as the cluster has room for them and
+    leave with their nodes; every few seconds the fleet looks how many there should be.
 
     Args:
-        make_worker: makes the actor of a number, with `max_restarts=-1`, so that Ray restarts one whose process dies.
-        n: workers.
+        make_worker: starts an actor, with `max_restarts=0`.
+        wanted: how many workers there should be now; asked again while it runs.
     """
 
     lockstep = False
 
-    def __init__(self, make_worker: Callable[[int], ActorHandle], n: int) -> None:
-        self.size = n
-        self._make_worker = make_worker
-        self._actors = [make_worker(i) for i in range(n)]
-        self._calls: dict[ray.ObjectRef, int] = {}
+    def __init__(self, make_worker: Callable[[], ActorHandle], wanted: Callable[[], int]) -> None:
+        self._make_worker, self._wanted = make_worker, wanted
+        self._events: SimpleQueue[tuple[int, Future[Any] | None]] = SimpleQueue()
+        self._actors: dict[int, ActorHandle] = {}
+        self._starting: set[int] = set()
+        self._started = 0
+        self._failed_starts = 0  # in a row
+        self._look_at = 0.0
+        self._look()
 
-    def submit(self, worker: int, method: Method, *args: Any) -> None:
-        """Send the call."""
-        self._calls[getattr(self._actors[worker], method).remote(*args)] = worker
+    def submit(self, worker: int, order: Order) -> None:
+        """Send the order."""
+        self._call(worker, self._actors[worker].advance.remote(order))
 
-    def ready(self, timeout: float) -> list[tuple[int, Answer]]:
-        """Block for one answer, then take all that have come."""
-        if not self._calls:
-            time.sleep(timeout)
-            return []
-        calls = list(self._calls)
-        done, _ = ray.wait(calls, num_returns=1, timeout=timeout)
-        if done:
-            done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        return [(self._calls.pop(call), _answer(call)) for call in done]
+    def ready(self, timeout: float) -> list[tuple[int, Event]]:
+        """Block for one event, then take all that have come."""
+        if time.monotonic() >= self._look_at:
+            self._look()
+        events: list[tuple[int, Event]] = []
+        try:
+            arrived = [self._events.get(timeout=max(0.0, min(timeout, self._look_at - time.monotonic())))]
+            while not self._events.empty():
+                arrived.append(self._events.get_nowait())
+        except Empty:
+            return events
+        for worker, future in arrived:
+            if future is not None and worker in self._actors:  # of one that was replaced: too late
+                events.append((worker, self._event(worker, future)))
+        return events
 
-    def replace(self, worker: int, error: Exception) -> None:
-        """Another actor if this one is gone for good; else Ray restarts it, or its run merely raised."""
-        if isinstance(error, ActorDiedError | ActorUnschedulableError):
-            self._actors[worker] = self._make_worker(worker)
+    def replace(self, worker: int) -> None:
+        """Kill the actor, and start another if it is wanted."""
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor)
+            self._look()
+
+    def starting(self) -> int:
+        """Actors whose process is not there yet."""
+        return len(self._starting)
+
+    def wake(self) -> None:
+        """Put nothing into the queue."""
+        self._events.put((-1, None))
 
     def close(self) -> None:
-        """Kill the actors: what they were doing is of no use to anyone now."""
-        self._calls.clear()
-        for actor in self._actors:
+        """Kill the actors."""
+        actors, self._actors = self._actors, {}
+        for actor in actors.values():
             ray.kill(actor)
+
+    def _look(self) -> None:
+        """Start actors that are wanted; end those that wait in vain for a node that is gone."""
+        self._look_at = time.monotonic() + LOOK
+        wanted = self._wanted()
+        for worker in sorted(self._starting, reverse=True)[: max(0, len(self._actors) - wanted)]:
+            self._starting.discard(worker)
+            ray.kill(self._actors.pop(worker))
+        while len(self._actors) < wanted:
+            worker, self._started = self._started, self._started + 1
+            self._actors[worker] = self._make_worker()
+            self._starting.add(worker)
+            self._call(worker, self._actors[worker].up.remote())
+
+    def _call(self, worker: int, reference: ray.ObjectRef) -> None:
+        reference.future().add_done_callback(lambda future: self._events.put((worker, future)))
+
+    def _event(self, worker: int, future: "Future[Any]") -> Event:
+        error = future.exception()
+        starting = worker in self._starting
+        self._starting.discard(worker)
+        if isinstance(error, Exception):
+            if process_lost(error):
+                ray.kill(self._actors.pop(worker))  # it may be unreachable, not dead
+                if starting:  # a fleet that cannot start must not start hundreds
+                    pause = min(LONGEST_PAUSE, PAUSE * 2**self._failed_starts)
+                    self._failed_starts += 1
+                    self._look_at = time.monotonic() + pause
+                else:
+                    self._look()
+            return error
+        self._failed_starts = 0
+        return Joined() if starting else future.result()
 
 
 class LocalFleet:
-    """Runs in this process: a call is done when `submit` returns. For SurrogateRun, microseconds a decision.
+    """Workers in this process: an order is carried out when `submit` returns. For surrogates.
 
     Args:
-        make_run: makes a run.
+        make_worker: makes a worker.
         n: workers.
     """
 
     lockstep = True
 
-    def __init__(self, make_run: Callable[[], Run], n: int) -> None:
-        self.size = n
-        self._make_run = make_run
-        self._runs = [make_run() for _ in range(n)]
-        self._answers: list[tuple[int, Answer]] = []
+    def __init__(self, make_worker: Callable[[], Worker], n: int) -> None:
+        self._make_worker = make_worker
+        self._workers: dict[int, Worker] = {}
+        self._events: list[tuple[int, Event]] = []
+        self._started = 0
+        for _ in range(n):
+            self._start()
 
-    def submit(self, worker: int, method: Method, *args: Any) -> None:
-        """Do the call and keep its answer."""
+    def submit(self, worker: int, order: Order) -> None:
+        """Carry the order out and keep its answer."""
         try:
-            answer = getattr(self._runs[worker], method)(*args)
+            event = self._workers[worker].advance(order)
         except Exception as error:
-            answer = error
-        self._answers.append((worker, answer))
+            event = error
+        self._events.append((worker, event))
 
-    def ready(self, timeout: float) -> list[tuple[int, Answer]]:
-        """The answers, in the order of the calls."""
-        answers, self._answers = self._answers, []
-        return answers
+    def ready(self, timeout: float) -> list[tuple[int, Event]]:
+        """The events, in the order of the calls."""
+        events, self._events = self._events, []
+        return events
 
-    def replace(self, worker: int, error: Exception) -> None:
-        """Another run."""
-        self._runs[worker] = self._make_run()
+    def replace(self, worker: int) -> None:
+        """Another worker."""
+        if self._workers.pop(worker, None) is not None:
+            self._start()
+
+    def starting(self) -> int:
+        """None: they are there at once."""
+        return 0
+
+    def wake(self) -> None:
+        """Nobody waits."""
 
     def close(self) -> None:
-        """Drop the runs."""
-        self._runs.clear()
+        """Drop the workers."""
+        self._workers.clear()
+
+    def _start(self) -> None:
+        worker, self._started = self._started, self._started + 1
+        self._workers[worker] = self._make_worker()
+        self._events.append((worker, Joined()))
 
 
 def process_lost(error: Exception) -> bool:
-    """Whether a worker's process is gone (and its successor needs seconds to start), or its run merely raised."""
+    """Whether a worker's process is gone, or its run merely raised."""
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
@@ -142,10 +230,3 @@ def sentence(error: Exception) -> str:
         text = re.sub(r"\x1b\[\d+m", "", str(error))
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
     return f"{type(error).__name__}: {error}"
-
-
-def _answer(call: ray.ObjectRef) -> Answer:
-    try:
-        return ray.get(call)
-    except Exception as error:
-        return error

@@ -32,6 +32,7 @@ from esper.platform.spaces import action_space, observation_space
 from esper.platform.spec import RunSpec
 from esper.platform.storage import whole_folder
 from esper.platform.telemetry import TelemetrySpace
+from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.fleet import Fleet
 from esper.policies.simic.module import SimicModule
 from esper.policies.simic.net import GardenerNet
@@ -41,7 +42,6 @@ from esper.policies.simic.runner import SIMIC, SimicEnvRunner, Source
 ALGORITHM = "algorithm"  # RLlib's checkpoint, beside `policy/`
 
 _LEARNER_METRICS = {  # ours → RLlib's, of the last minibatch of the last epoch
-    "kl": "mean_kl_loss",
     "kl_coefficient": "curr_kl_coeff",
     "policy_loss": "policy_loss",
     "value_loss": "vf_loss",
@@ -55,35 +55,41 @@ def build_algorithm(
     *,
     seed: int,
     instances: Callable[[int], Instance | None] | None = None,
+    journal: Path | None = None,
+    check: Callable[[], None] | None = None,
 ) -> PPO:
-    """PPO over the fleet, which is made at the first `train()`. Ray must be initialised; end it with `stop()`.
+    """PPO over the fleet, whose workers start while PPO is built. Ray must be initialised; end it with `stop()`.
 
     This process computes with one torch thread from here on: the network is tiny, the cores are the workers', and on
     busy cores two threads wait for each other (measured: an update 8 times slower). It also fixes the rounding.
 
     Args:
-        spec: its `ppo` is used, and nothing else.
+        spec: its `ppo` is used, and the deadlines of its `fleet`.
         space: what telemetry looks like.
         make_fleet: makes the workers.
         seed: of the network, episodes, action noise and minibatches.
         instances: episode number → instance; none means the spec's own.
+        journal: folder in which the episodes are kept until a checkpoint has learned from them.
+        check: called a few times a second while the learner waits for episodes; what it raises passes through.
     """
-    ppo = spec.ppo
-    source = Source(space, make_fleet, seed, instances)
+    ppo, learners = spec.ppo, max(1, spec.ppo.learners)
+    fleet = make_fleet()
+    deadlines = Deadlines(spec.fleet.deadline, spec.fleet.grace)
+    source = Source(space, fleet, seed, instances, deadlines, journal, check)
     config = (
         PPOConfig()
         .environment(
             observation_space=observation_space(space), action_space=action_space(space), env_config={"source": source}
         )
         .env_runners(env_runner_cls=SimicEnvRunner, num_env_runners=0, batch_mode="complete_episodes")
-        .learners(num_learners=0, num_gpus_per_learner=0)
+        .learners(num_learners=ppo.learners, num_gpus_per_learner=ppo.learner_gpus)
         .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
         .training(
             gamma=1.0,
             lambda_=ppo.gae_lambda,
             lr=ppo.learning_rate,
-            train_batch_size_per_learner=ppo.decisions,
-            minibatch_size=min(ppo.minibatch, ppo.decisions),
+            train_batch_size_per_learner=ppo.decisions // learners,
+            minibatch_size=min(ppo.minibatch, ppo.decisions) // learners,
             num_epochs=ppo.epochs,
             clip_param=ppo.clip,
             entropy_coeff=ppo.entropy,
@@ -92,12 +98,17 @@ def build_algorithm(
             grad_clip=0.5,
             grad_clip_by="norm",
         )
+        .callbacks(on_train_result=_add_update_metrics)
         .debugging(log_level="ERROR", seed=derive(seed, "rllib") % 2**31)
     )
     for noisy in ("ray.rllib", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    algorithm = cast(PPO, config.build_algo())
+    try:
+        algorithm = cast(PPO, config.build_algo())
+    except BaseException:
+        fleet.close()
+        raise
     _drop_log_folder(algorithm)
     return algorithm
 
@@ -108,9 +119,12 @@ def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
     - `return_mean` (nats), `val_loss` (mean final loss), `episodes`, `decisions`, `episode_length`.
     - `explained_variance` (strict: see `SimicEnvRunner`) and `entropy` (nats), of the policy as it chose.
     - `wait`, `graft`, `prune` and, by what a graft adds, `heads`, `width`, `expert`, `layer`: shares of the decisions.
-    - `kl`, `kl_coefficient`, `policy_loss`, `value_loss`: of the last minibatch.
-    - `lag_mean`, `lag_max`: updates between choosing and learning. `busy`: fraction of the time in which a worker has a
-      call in flight. `failures`, `refused`: lost episodes since the start.
+    - `kl`, `clip_fraction`: what the update did to the policy, over the whole batch (`SimicEnvRunner.update_metrics`).
+    - `kl_coefficient`, `policy_loss`, `value_loss`: of the last minibatch.
+    - `lag_mean`, `lag_max`: updates between choosing and learning. `busy`: fraction of the time in which a worker has
+      an order; `waiting`: fraction of a worker's own time in which it has none. `episode_seconds` and
+      `episode_seconds_max`: that a worker spent on an episode.
+    - `failures`, `late`, `refused`, `dropped`, `redone`, `unsaved`: counts since the start (`Dispatcher.counts`).
     - `sample_seconds`: the learner waits for episodes. `learn_seconds`: it updates (both smoothed by RLlib).
     """
     runner = result[ENV_RUNNER_RESULTS]
@@ -148,6 +162,7 @@ def save_algorithm(algorithm: PPO, folder: Path, extra: dict[str, Any] | None = 
     with whole_folder(folder) as partial:
         algorithm.save_to_path(str((partial / ALGORITHM).absolute()))
         current_policy(algorithm).save(partial / FOLDER, extra)
+    runner(algorithm).checkpointed()
 
 
 def restore_algorithm(
@@ -158,10 +173,12 @@ def restore_algorithm(
     *,
     seed: int,
     instances: Callable[[int], Instance | None] | None = None,
+    journal: Path | None = None,
+    check: Callable[[], None] | None = None,
 ) -> PPO:
     """`build_algorithm`, going on where `save_algorithm` left off: weights, optimizer, counters, next episode.
 
-    Episodes that were under way are lost. RLlib's checkpoints hold pickles: restore only what you trust.
+    Episodes under way go on from the journal. RLlib's checkpoints hold pickles: restore only what you trust.
 
     Raises:
         UserError: `folder` holds no checkpoint, or one that does not fit the spec.
@@ -169,7 +186,7 @@ def restore_algorithm(
     path = (folder / ALGORITHM).absolute()
     if not path.is_dir():
         raise UserError(f"checkpoint {folder} holds no {ALGORITHM}/ folder: name one that `esper ppo` left.")
-    algorithm = build_algorithm(spec, space, make_fleet, seed=seed, instances=instances)
+    algorithm = build_algorithm(spec, space, make_fleet, seed=seed, instances=instances, journal=journal, check=check)
     try:
         algorithm.restore_from_path(str(path))
     except Exception as error:
@@ -179,6 +196,16 @@ def restore_algorithm(
             f"checkpoint {folder} cannot be restored ({reason}): use the spec that it was made with."
         ) from error
     return algorithm
+
+
+def runner(algorithm: PPO) -> SimicEnvRunner:
+    """The algorithm's only runner: it has the fleet."""
+    return cast(SimicEnvRunner, algorithm.env_runner)
+
+
+def _add_update_metrics(*, algorithm: Any, result: dict[str, Any], **_: Any) -> None:
+    """RLlib's callback at the end of an iteration: the runner has the new weights by then, and still the old batch."""
+    result[ENV_RUNNER_RESULTS][SIMIC] |= runner(algorithm).update_metrics()
 
 
 def _drop_log_folder(algorithm: PPO) -> None:

@@ -33,6 +33,20 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
+def policy_folder(path: Path) -> Path:
+    """The policy's own folder, whether that, its checkpoint's or a `ppo` run's is named; a run's newest is taken.
+
+    Raises:
+        UserError: there is none.
+    """
+    newest = [checkpoint / FOLDER for checkpoint in checkpoints(path)[::-1]]
+    folder = next((f for f in (path, path / FOLDER, *newest) if (f / CARD).is_file()), None)
+    if folder is None:
+        what = "holds no trained policy" if path.exists() else "does not exist"
+        raise UserError(f"policy {path} {what}: name a folder that `esper ppo` left.")
+    return folder
+
+
 def batch(telemetries: list[Telemetry]) -> dict[str, torch.Tensor]:
     """Arrays of several telemetries as the network's inputs, float32 with the batch first."""
     rows = [telemetry.arrays() for telemetry in telemetries]
@@ -121,11 +135,7 @@ class SimicPolicy:
         Raises:
             UserError: there is none, it is damaged, or it was made for another telemetry or network.
         """
-        newest = [checkpoint / FOLDER for checkpoint in checkpoints(path)[::-1]]
-        folder = next((f for f in (path, path / FOLDER, *newest) if (f / CARD).is_file()), None)
-        if folder is None:
-            what = "holds no trained policy" if path.exists() else "does not exist"
-            raise UserError(f"policy {path} {what}: name a folder that `esper ppo` left.")
+        folder = policy_folder(path)
         card = _read_card(folder)
         state = _read_weights(folder, card)
         net = GardenerNet(card["hidden"])
@@ -141,6 +151,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         made_for, kind = card["telemetry_version"], card["format"]
         whole = isinstance(card["hidden"], int) and card["hidden"] > 0 and isinstance(card["sha256"], str)
+        whole = whole and isinstance(card["extra"], dict)
         whole = whole and Path(card["weights"]).name == card["weights"]  # never a path out of the folder
     except (OSError, ValueError, KeyError, TypeError):
         whole, made_for, kind = False, None, None

@@ -7,6 +7,7 @@ every update; here the dispatcher serves them all the time, and `sample()` takes
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import (
-    EPISODE_DURATION_SEC_MEAN,
     EPISODE_LEN_MEAN,
     EPISODE_RETURN_MAX,
     EPISODE_RETURN_MEAN,
@@ -31,12 +31,16 @@ from ray.rllib.utils.metrics import (
 from esper.platform.contracts import Instance
 from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS, TelemetrySpace
 from esper.policies.simic.baseline import Baseline
+from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet
+from esper.policies.simic.journal import Journal
 from esper.policies.simic.net import GardenerNet, entropy
+from esper.policies.simic.view import WorkerView
 
 NEXT_EPISODE = "next_episode"
 BASELINE = "baseline"
+LEARNED = "learned"  # episodes whose files in the journal may go
 SIMIC = "simic"  # our metrics' group in the result's `env_runners`
 AHEAD = 2  # iterations of decisions that may wait for the learner
 
@@ -45,14 +49,26 @@ AHEAD = 2  # iterations of decisions that may wait for the learner
 class Source:
     """Where episodes come from. It belongs to this process: copies are itself, and a pickled one is empty.
 
-    RLlib deep-copies its config and pickles it into the object store and into checkpoints; what makes a fleet may hold
-    handles and locks, and a checkpoint has no use for it (`restore_algorithm` is given it anew).
+    RLlib deep-copies its config and pickles it into the object store and into checkpoints; a fleet holds handles and
+    locks, and a checkpoint has no use for it (`restore_algorithm` is given it anew).
+
+    Attributes:
+        space: what telemetry looks like.
+        fleet: the workers.
+        seed: of episodes and action noise.
+        instances: episode number → instance.
+        deadlines: how long orders may take.
+        journal: folder that keeps the episodes.
+        check: called while the learner waits for episodes; what it raises ends the waiting.
     """
 
     space: TelemetrySpace
-    make_fleet: Callable[[], Fleet] | None = None
+    fleet: Fleet | None = None
     seed: int = 0
     instances: Callable[[int], Instance | None] | None = None
+    deadlines: Deadlines | None = None
+    journal: Path | None = None
+    check: Callable[[], None] | None = None
 
     def __deepcopy__(self, memo: Any) -> "Source":
         return self
@@ -72,7 +88,10 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         self._weights_seq_no = 0
         self._next_episode = 0
         self._dispatcher: Dispatcher | None = None
+        self._journal = Journal(self._source.journal) if self._source.journal is not None else None
         self._baseline = Baseline()
+        self._sampled: list[SingleAgentEpisode] = []  # last
+        self._learned: list[int] = []  # numbers of episodes that no checkpoint of ours has learned from yet
 
     # -- EnvRunner -----------------------------------------------------------------------------------------------
 
@@ -81,7 +100,9 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
 
         Their rewards are the shaped ones (`baseline.py`); what is logged is true.
         """
-        episodes = self._started().collect(self.config.total_train_batch_size)
+        episodes = self._started().collect(self.config.total_train_batch_size, self._source.check)
+        self._sampled = episodes
+        self._learned += [int(episode.id_) for episode in episodes]
         self._log(episodes)
         self._baseline.update(np.concatenate([_states(e)[:-1] for e in episodes]), _to_come(episodes))
         for episode in episodes:
@@ -100,13 +121,53 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
 
     def assert_healthy(self) -> None:
         """It has a way to episodes."""
-        assert self._source.make_fleet is not None
+        assert self._source.fleet is not None
 
     def stop(self) -> None:
-        """End the fleet."""
+        """End the fleet; a journal keeps the episodes under way."""
         if self._dispatcher is not None:
             self._dispatcher.stop()
-            self._dispatcher = None
+        elif self._source.fleet is not None:
+            self._source.fleet.close()
+
+    # -- What the pipeline asks ----------------------------------------------------------------------------------
+
+    def update_metrics(self) -> dict[str, float]:
+        """What the last update did to the policy, over all decisions it learned from, of which A is the mean of
+
+        - `clip_fraction`: p_new/p_old of the action is outside 1 ± clip;
+        - `kl`: Σ p_old ln(p_old/p_new), nats.
+        """
+        before = torch.from_numpy(_stacked(self._sampled, Columns.ACTION_DIST_INPUTS)).log_softmax(dim=-1)
+        net = GardenerNet(self._hidden)
+        net.load_state_dict(self._net_weights())
+        seen = [episode.get_observations(slice(0, len(episode))) for episode in self._sampled]
+        rows = {name: torch.from_numpy(np.concatenate([each[name] for each in seen])) for name in seen[0]}
+        with torch.no_grad():
+            after = net.logits(rows).log_softmax(dim=-1)
+        chosen = torch.from_numpy(np.concatenate([episode.get_actions() for episode in self._sampled])).unsqueeze(-1)
+        ratio = (after - before).gather(-1, chosen).exp()
+        kl = (before.exp() * (before - after)).sum(dim=-1)
+        clip = float(self.config.clip_param)
+        return {"clip_fraction": float(((ratio - 1).abs() > clip).float().mean()), "kl": float(kl.mean())}
+
+    def checkpointed(self) -> None:
+        """A checkpoint with this runner's state is whole: episodes that it has learned from need no keeping."""
+        if self._journal is not None:
+            self._journal.remove(self._learned)
+        self._learned = []
+
+    def workers(self) -> list[WorkerView]:
+        """A line a worker; from any thread."""
+        return self._dispatcher.workers() if self._dispatcher is not None else []
+
+    def in_flight(self) -> list[int]:
+        """Numbers of the episodes that have begun and were not learned from."""
+        return self._dispatcher.in_flight() if self._dispatcher is not None else []
+
+    def dropped(self) -> list[int]:
+        """Numbers of the episodes that were given up."""
+        return list(self._dispatcher.dropped) if self._dispatcher is not None else []
 
     # -- Checkpointable ------------------------------------------------------------------------------------------
 
@@ -125,13 +186,14 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Number of the weights and of the next episode; episodes under way are not kept, a resume starts new ones."""
+        """Numbers of the weights, of the next episode, and of those learned from; episodes lie in the journal."""
         if self._dispatcher is not None:
             self._next_episode = self._dispatcher.next_episode
         state: dict[str, Any] = {
             WEIGHTS_SEQ_NO: self._weights_seq_no,
             NEXT_EPISODE: self._next_episode,
             BASELINE: self._baseline.state(),
+            LEARNED: list(self._learned),
         }
         if self._check_component(COMPONENT_RL_MODULE, components, not_components):
             state[COMPONENT_RL_MODULE] = self._weights
@@ -144,6 +206,8 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         if NEXT_EPISODE in state:
             self._next_episode = state[NEXT_EPISODE]
             self._baseline.load(state[BASELINE])
+            if self._journal is not None:
+                self._journal.remove(state.get(LEARNED, []))
         if COMPONENT_RL_MODULE not in state:
             return
         number = state.get(WEIGHTS_SEQ_NO, 0)
@@ -162,15 +226,17 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
     def _started(self) -> Dispatcher:
         """The dispatcher, made at the first sample: a resumed training has its weights and numbers by then."""
         if self._dispatcher is None:
-            assert self._source.make_fleet is not None, "a Source from a checkpoint makes no fleet"
+            assert self._source.fleet is not None, "a Source from a checkpoint has no fleet"
             self._dispatcher = Dispatcher(
-                self._source.make_fleet(),
+                self._source.fleet,
                 GardenerNet(self._hidden),
                 self._source.space,
                 seed=self._source.seed,
                 ahead=AHEAD * self.config.total_train_batch_size,
                 first_episode=self._next_episode,
                 instances=self._source.instances,
+                deadlines=self._source.deadlines,
+                journal=self._journal,
             )
             self._dispatcher.set_weights(self._net_weights(), self._weights_seq_no)
         return self._dispatcher
@@ -189,7 +255,6 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             EPISODE_RETURN_MIN: np.min(returns),
             EPISODE_RETURN_MAX: np.max(returns),
             EPISODE_LEN_MEAN: decisions / len(episodes),
-            EPISODE_DURATION_SEC_MEAN: np.mean([episode.get_duration_s() for episode in episodes]),
         }
         for key, value in values.items():
             self.metrics.log_value(key, float(value), window=1)
@@ -212,10 +277,11 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         busy = self._dispatcher.busy_fraction()
         if busy is not None:
             own["busy"] = busy
-        seconds = [info for episode in episodes for info in episode.get_infos() if "waited" in info]
-        if seconds:
-            waited = sum(info["waited"] for info in seconds)
-            own["waiting"] = waited / (waited + sum(info["worked"] for info in seconds))
+        infos = [info for episode in episodes for info in episode.get_infos() if "waited" in info]
+        waited, worked = (sum(info[key] for info in infos) for key in ("waited", "worked"))
+        own["waiting"] = waited / max(1e-9, waited + worked)
+        spent = [sum(info.get("worked", 0.0) for info in episode.get_infos()) for episode in episodes]
+        own |= {"episode_seconds": np.mean(spent), "episode_seconds_max": np.max(spent)}
         losses = [episode.get_infos(-1).get("val_loss") for episode in episodes]
         known = [loss for loss in losses if loss is not None]
         if known:

@@ -22,6 +22,7 @@ class ToyRun:
         fail_at: the decision at which it raises.
         break_at: the decision at which its telemetry holds a NaN.
         error: what it raises.
+        expected: how long it says that a decision should take.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class ToyRun:
         fail_at: int | None = None,
         break_at: int | None = None,
         error: Exception | None = None,
+        expected: float | None = None,
     ) -> None:
+        self._expected = expected or seconds or 1e-3
         self._seconds, self._fail_at, self._break_at = seconds, fail_at, break_at
         self._error = error or RuntimeError("the toy broke")
 
@@ -54,6 +57,16 @@ class ToyRun:
     def summary(self) -> dict[str, object]:
         return {}
 
+    def expected_seconds(self) -> float:
+        return self._expected
+
+    def state(self):
+        return {"seed": self.seed, "k": self.k}, {}
+
+    def load(self, values, tensors) -> None:
+        self.seed, self.k = values["seed"], values["k"]
+        self._observe()
+
     def _observe(self) -> Telemetry:
         sign = int(np.random.default_rng([self.seed, self.k]).choice([-1, 1]))  # no seeding.py: it imports torch
         self.paying = 1 if sign > 0 else 2
@@ -71,4 +84,5 @@ class ToyRun:
         self.mask = np.array([True, True, True, False, False])
         actions = (WAIT, Candidate("graft", "a", "heads"), Candidate("graft", "b", "width"))
         arrays.pop("mask")
-        return Telemetry(self.k, **arrays, mask=self.mask, site_ids=("a", "b"), actions=actions)
+        self.telemetry = Telemetry(self.k, **arrays, mask=self.mask, site_ids=("a", "b"), actions=actions)
+        return self.telemetry

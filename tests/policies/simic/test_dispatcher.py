@@ -1,7 +1,11 @@
 """The dispatcher's rules (its docstring has them), on toy runs in this process and in Ray actors."""
 
+import os
+import re
+import signal
 import threading
 import time
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -15,10 +19,13 @@ from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.seeding import derive
 from esper.policies.simic import dispatcher as module
+from esper.policies.simic import fleet as fleets
+from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import LocalFleet, RayFleet
 from esper.policies.simic.net import GardenerNet
 from esper.workers.actor import GrowthWorker
+from esper.workers.worker import EpisodeWorker
 
 
 def make_net(seed: int = 0) -> GardenerNet:
@@ -43,15 +50,23 @@ def make():
         each.stop()
 
 
+def local(make_run):
+    """What makes a worker in this process."""
+    return lambda: EpisodeWorker(make_run)
+
+
 def threaded(make_run, n: int) -> LocalFleet:
     """A fleet in this process that is served from the dispatcher's thread all the same."""
-    fleet = LocalFleet(make_run, n)
+    fleet = LocalFleet(local(make_run), n)
     fleet.lockstep = False
     return fleet
 
 
-def actors(runs) -> RayFleet:
-    return RayFleet(lambda i: GrowthWorker.options(num_cpus=0.1).remote(runs[i]), len(runs))
+def actors(runs, storage: str | None = None) -> RayFleet:
+    """An actor for each of `runs`; those that take the place of one have the last."""
+    waiting = list(runs)
+    run = lambda: waiting.pop(0) if len(waiting) > 1 else waiting[0]  # noqa: E731
+    return RayFleet(lambda: GrowthWorker.options(num_cpus=0.1).remote(run(), storage), lambda: len(runs))
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
@@ -62,7 +77,7 @@ def wait_until(condition, seconds: float = 20.0) -> None:
 
 
 def test_whole_episodes_with_what_chose_each_action(make):
-    episodes = make(LocalFleet(ToyRun, 3)).collect(100)
+    episodes = make(LocalFleet(local(ToyRun), 3)).collect(100)
     assert sum(map(len, episodes)) >= 100
     for episode in episodes:
         assert len(episode) == DECISIONS
@@ -89,13 +104,13 @@ def test_episodes_have_their_seeds_and_instances(make):
             return super().reset(instance, seed)
 
     chosen = [Instance(n_layer=1 + i) for i in range(99)]
-    make(LocalFleet(Recorded, 2), seed=7, first_episode=5, instances=lambda i: chosen[i]).collect(4 * DECISIONS)
+    make(LocalFleet(local(Recorded), 2), seed=7, first_episode=5, instances=lambda i: chosen[i]).collect(4 * DECISIONS)
     assert seeds[:4] == [derive(7, "episode", i) for i in (5, 6, 7, 8)]
     assert instances[:4] == chosen[5:9]
 
 
 def test_choices_do_not_depend_on_the_fleet(make):
-    one, four = (make(LocalFleet(ToyRun, n), seed=3).collect(8 * DECISIONS) for n in (1, 4))
+    one, four = (make(LocalFleet(local(ToyRun), n), seed=3).collect(8 * DECISIONS) for n in (1, 4))
     other = {episode.id_: episode for episode in four}
     for episode in one:
         np.testing.assert_array_equal(episode.get_actions(), other[episode.id_].get_actions())
@@ -103,7 +118,7 @@ def test_choices_do_not_depend_on_the_fleet(make):
 
 
 def test_new_weights_come_between_batches_and_leave_their_number(make):
-    dispatcher = make(LocalFleet(ToyRun, 3))
+    dispatcher = make(LocalFleet(local(ToyRun), 3))
     first = dispatcher.collect(3 * DECISIONS)
     for _ in range(DECISIONS // 2):  # into the next episodes
         dispatcher._turn()
@@ -123,29 +138,83 @@ def test_new_weights_come_between_batches_and_leave_their_number(make):
         )
 
 
-def test_unusable_telemetry_is_refused_and_counted(make):
-    numbers = count()
-    dispatcher = make(LocalFleet(lambda: ToyRun(break_at=3 if next(numbers) == 0 else None), 2))
-    episodes = dispatcher.collect(4 * DECISIONS)
-    assert all(len(episode) == DECISIONS for episode in episodes)
-    assert dispatcher.counts["refused"] >= 1
-    assert dispatcher.counts["failures"] == 0
+class Poisoned(EpisodeWorker):
+    """Spoils the answers to some orders: those of episode 1 at decision 3, `times` times."""
+
+    left = 0
+
+    def advance(self, order):
+        reply = super().advance(order)
+        if (order.episode, len(order.actions)) == (1, 3) and Poisoned.left:
+            Poisoned.left -= 1
+            return spoilt(reply, Poisoned.how)
+        return reply
 
 
-def test_a_run_that_raises_loses_its_episode_only(make):
+def spoilt(reply, how):
+    transition, telemetry = reply.answer, reply.telemetry
+    arrays = {"globals": telemetry.globals.copy(), "sites": telemetry.sites, "mask": telemetry.mask.copy()}
+    if how == "not finite":
+        arrays["globals"][0] = np.nan
+    elif how == "shape":
+        arrays["sites"] = telemetry.sites[:-1]
+    elif how == "wait is not legal":
+        arrays["mask"][0] = False
+    changed = replace(telemetry, **arrays, version=2 if how == "version" else telemetry.version)
+    if how == "older request":
+        changed = replace(telemetry, sequence=2)
+    if how == "no outcome":
+        return replace(reply, answer=changed)
+    if how == "another episode":
+        return replace(reply, episode=0)
+    return replace(reply, answer=replace(transition, telemetry=changed, reward=np.nan if how == "reward" else 1.0))
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["not finite", "shape", "version", "reward", "older request", "another episode", "no outcome", "wait is not legal"],
+)
+def test_poison_is_refused_counted_and_never_learned_from(make, how, capfd):
+    def returns(fleet):
+        dispatcher = make(fleet)
+        episodes = dispatcher.collect(4 * DECISIONS)
+        return dispatcher, {int(episode.id_): episode.get_rewards().tolist() for episode in episodes}
+
+    _, expected = returns(LocalFleet(local(ToyRun), 2))
+    Poisoned.left, Poisoned.how = 2, how
+    dispatcher, found = returns(LocalFleet(lambda: Poisoned(ToyRun), 2))
+    assert Poisoned.left == 0
+    assert found == expected  # another worker did it again, to the same end
+    assert dispatcher.counts["refused"] == 2
+    assert dispatcher.counts["failures"] == dispatcher.counts["dropped"] == 0
+    assert "refused" in capfd.readouterr().err
+
+
+def test_an_episode_that_stays_poisoned_is_dropped_and_listed(make):
+    Poisoned.left, Poisoned.how = 3, "not finite"
+    dispatcher = make(LocalFleet(lambda: Poisoned(ToyRun), 2))
+    found = [int(episode.id_) for episode in dispatcher.collect(6 * DECISIONS)]
+    assert sorted(found) == [0, *range(2, 7)]
+    assert dispatcher.dropped == [1]
+    assert dispatcher.counts["refused"] == 3
+
+
+def test_a_run_that_raises_is_done_again_by_another(make):
     numbers = count()
-    dispatcher = make(LocalFleet(lambda: ToyRun(fail_at=2 if next(numbers) == 0 else None), 2))
-    assert len(dispatcher.collect(4 * DECISIONS)) >= 4
-    assert dispatcher.counts["failures"] == 1  # the run that took its place is whole
+    make_run = lambda: ToyRun(fail_at=2 if next(numbers) == 0 else None)  # noqa: E731
+    dispatcher = make(LocalFleet(local(make_run), 2))
+    assert sorted(int(episode.id_) for episode in dispatcher.collect(4 * DECISIONS)) == [0, 1, 2, 3]
+    assert dispatcher.counts["failures"] == 1
+    assert dispatcher.counts["redone"] == 2  # what the run without a save had done before
 
 
 def test_gives_up_when_nothing_but_failure_happens(make):
     with pytest.raises(UserError, match=r"12 episodes in a row were lost.*RuntimeError: the toy broke"):
-        make(LocalFleet(lambda: ToyRun(fail_at=2), 2)).collect(8)
+        make(LocalFleet(local(lambda: ToyRun(fail_at=2)), 2)).collect(8)
 
 
 def test_what_a_user_can_mend_ends_it_at_once(make):
-    dispatcher = make(LocalFleet(lambda: ToyRun(fail_at=0, error=UserError("no such data: prepare it.")), 2))
+    dispatcher = make(LocalFleet(local(lambda: ToyRun(fail_at=0, error=UserError("no such data: prepare it."))), 2))
     with pytest.raises(UserError, match=r"^no such data: prepare it\.$"):
         dispatcher.collect(8)
     assert dispatcher.counts["failures"] == 1
@@ -164,7 +233,7 @@ def test_the_fleet_rests_when_it_is_far_ahead_and_goes_on(make):
 
     # Between two episodes a seat is empty for a moment, so empty seats alone do not tell that the fleet rests.
     def resting() -> bool:
-        return dispatcher._queued() >= 5 * DECISIONS and all(seat.number is None for seat in dispatcher._seats)
+        return dispatcher._queued() >= 5 * DECISIONS and all(w.state == "resting" for w in dispatcher.workers())
 
     wait_until(resting)
     queued = dispatcher._queued()
@@ -186,24 +255,65 @@ def test_a_slow_worker_holds_nobody(make, local_ray):
     started = time.monotonic()
     assert len(dispatcher.collect(6 * DECISIONS)) == 6
     assert time.monotonic() - started < 60
+    assert dispatcher.counts["late"] == 0  # it has time yet
     stopping = time.monotonic()
     dispatcher.stop()
     assert time.monotonic() - stopping < 10
+
+
+def test_a_worker_a_hundred_times_too_slow_is_replaced(make, local_ray, capfd):
+    runs = [lambda: ToyRun(seconds=6.0, expected=0.06), lambda: ToyRun(seconds=0.06)]
+    dispatcher = make(actors(runs), deadlines=Deadlines(factor=10, grace=1.0))
+    numbers = [int(episode.id_) for episode in dispatcher.collect(6 * DECISIONS)]
+    wait_until(lambda: dispatcher.counts["late"] > 0)
+    numbers += [int(episode.id_) for episode in dispatcher.collect(dispatcher._queued() + 2 * DECISIONS)]
+    assert {0, 1} <= set(numbers)  # its episode too
+    assert dispatcher.counts["failures"] == dispatcher.counts["dropped"] == 0
+    said = capfd.readouterr().err
+    assert re.search(r"worker 0 lost episode [01], decision 1 \(TimeoutError: no answer in \d+ s\)", said)
+
+
+def test_a_hung_worker_is_replaced(make, local_ray):
+    fleet = actors([lambda: ToyRun(seconds=0.05)] * 2)
+    dispatcher = make(fleet, deadlines=Deadlines(factor=10, grace=1.5))
+    dispatcher.collect(2 * DECISIONS)
+    hung = next(iter(fleet._actors))
+    # A call beside its orders: an actor does one thing at a time, and this one stops its own process.
+    fleet._actors[hung].__ray_call__.remote(lambda self: os.kill(os.getpid(), signal.SIGSTOP))
+    wait_until(lambda: dispatcher.counts["late"] > 0)
+    numbers = [int(episode.id_) for episode in dispatcher.collect(dispatcher._queued() + 4 * DECISIONS)]
+    assert numbers == sorted(set(numbers)) or len(numbers) == len(set(numbers))
+    assert set(range(2, max(numbers))) - set(numbers) <= {*dispatcher.in_flight(), 2}
+    assert hung not in fleet._actors
+
+
+def test_workers_join_and_leave(make, local_ray):
+    wanted = [1]
+    fleet = RayFleet(lambda: GrowthWorker.options(num_cpus=0.1).remote(lambda: ToyRun(seconds=0.02)), lambda: wanted[0])
+    dispatcher = make(fleet)
+    dispatcher.collect(DECISIONS)
+    assert len(dispatcher.workers()) == 1
+    wanted[0] = 2
+    wait_until(lambda: [w.state for w in dispatcher.workers()] == ["training"] * 2)
+    wanted[0] = 1
+    local_ray.kill(fleet._actors[0])  # its node is gone, say
+    dispatcher.collect(dispatcher._queued() + 2 * DECISIONS)
+    assert [w.worker for w in dispatcher.workers()] == [1]
 
 
 def test_a_worker_whose_process_dies_comes_back(make, local_ray):  # gone for good: see test_learner.py
     fleet = actors([lambda: ToyRun(seconds=0.02)])
     dispatcher = make(fleet)
     assert len(dispatcher.collect(DECISIONS)) == 1
-    local_ray.kill(fleet._actors[0], no_restart=False)
+    local_ray.kill(fleet._actors[0])
     wait_until(lambda: dispatcher.counts["failures"] > 0)
-    dispatcher.collect(max(DECISIONS, dispatcher._queued()))  # what had ended before
-    episodes = dispatcher.collect(2 * DECISIONS)
-    assert all(len(episode) == DECISIONS and episode.is_terminated for episode in episodes)
+    numbers = [int(episode.id_) for episode in dispatcher.collect(dispatcher._queued() + 2 * DECISIONS)]
+    assert numbers == list(range(1, 1 + len(numbers)))  # the one it was at is not missing
+    assert list(fleet._actors) != [0]
 
 
 def test_workers_that_cannot_start_are_reported_in_their_own_words(make, local_ray, monkeypatch):
-    monkeypatch.setattr(module, "PAUSE", 0.0)
+    monkeypatch.setattr(fleets, "PAUSE", 0.0)
     monkeypatch.setattr(module, "GIVE_UP", 2)
 
     def broken():

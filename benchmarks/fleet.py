@@ -1,0 +1,330 @@
+"""Benchmarks of the fleet: busy workers, decisions through one learner, start-up, memory.
+
+A thousand real actors do not fit a small machine: where more than eight workers are named, they are logical ones, many
+to an async actor, which sleep instead of training and answer with recorded telemetry of real size. Everything on the
+driver's side, and every call through Ray, is what a training has.
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from esper.platform.contracts import GraftAction, Instance, Order, Reply, Transition
+from esper.platform.spec import RunSpec, load_spec
+from esper.policies.simic.dispatcher import Dispatcher
+from esper.policies.simic.fleet import LocalFleet, RayFleet
+from esper.policies.simic.journal import Journal
+from esper.policies.simic.learner import build_algorithm, iteration_metrics
+from esper.policies.simic.net import GardenerNet
+from esper.workers.actor import GrowthWorker
+from esper.workers.candidates import telemetry_space
+from esper.workers.surrogate import SurrogateRun
+from esper.workers.worker import EpisodeWorker
+
+SPEC = load_spec("tinystories-char", ["ppo.decisions=96", "ppo.minibatch=48", "ppo.epochs=4"])
+SECONDS = [0.2 * (1 + i) for i in range(8)]  # of a decision, by worker: 1 to 8
+BUSY_FOR = 60.0
+
+
+class SleepingRun(SurrogateRun):
+    """A surrogate whose decisions take time, as a GPU's would, and no core."""
+
+    def __init__(self, spec: RunSpec, seconds: float) -> None:
+        super().__init__(spec)
+        self.seconds = seconds
+
+    def step(self, action: GraftAction) -> Transition:
+        """Sleep, and then the law."""
+        time.sleep(self.seconds)
+        return super().step(action)
+
+    def expected_seconds(self) -> float:
+        """As it will be."""
+        return self.seconds
+
+
+def bench_busy() -> None:
+    """Mean busy fraction of 8 workers, decisions of 1:8, the learner updating meanwhile; and of stock RLlib's."""
+    print(f"busy fraction of 8 workers, decisions of {SECONDS[0]:.1f} to {SECONDS[-1]:.1f} s (goal: 0.95 or more)")
+    with local_ray():
+        ours, updates = _busy_ours()
+        print(f"  ours   {np.mean(ours):.3f} (by worker {min(ours):.3f} to {max(ours):.3f}), {updates} updates")
+        stock, updates = _busy_stock()
+        print(f"  stock  {np.mean(stock):.3f} (by worker {min(stock):.3f} to {max(stock):.3f}), {updates} updates")
+        print(
+            f"  ratio  {np.mean(ours) / np.mean(stock):.2f}x; mean/max of the decision times is "
+            f"{np.mean(SECONDS) / max(SECONDS):.3f}"
+        )
+
+
+def _busy_ours() -> tuple[list[float], int]:
+    """Each worker's own time at work over all of its time, after the first iteration."""
+    seconds = iter(SECONDS)
+
+    def make_worker() -> Any:
+        return GrowthWorker.options(num_cpus=0.1).remote(partial(SleepingRun, SPEC, next(seconds)))
+
+    algorithm = build_algorithm(SPEC, telemetry_space(SPEC), lambda: RayFleet(make_worker, lambda: 8), seed=0)
+    dispatcher: Dispatcher | None = None
+    worked: dict[int, float] = {}
+    waited: dict[int, float] = {}
+    try:
+        iteration_metrics(algorithm.train())
+        dispatcher = algorithm.env_runner._dispatcher  # type: ignore[union-attr]
+        assert dispatcher is not None
+        inner = dispatcher._receive
+
+        def receive(worker: int, reply: Reply) -> Any:
+            worked[worker] = worked.get(worker, 0.0) + reply.worked
+            waited[worker] = waited.get(worker, 0.0) + reply.waited
+            return inner(worker, reply)
+
+        dispatcher._receive = receive
+        end, updates = time.monotonic() + BUSY_FOR, 0
+        while time.monotonic() < end:
+            algorithm.train()
+            updates += 1
+    finally:
+        algorithm.stop()
+    return [worked[w] / (worked[w] + waited[w]) for w in worked], updates
+
+
+def _busy_stock() -> tuple[list[float], int]:
+    """The same for stock SingleAgentEnvRunners, which train the same module on the same runs."""
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+    from esper.policies.simic.module import SimicModule
+
+    ppo = SPEC.ppo
+    with tempfile.TemporaryDirectory() as folder:
+        config = (
+            PPOConfig()
+            .environment(env=_SleepingEnv, env_config={"folder": folder})
+            .env_runners(num_env_runners=8, num_cpus_per_env_runner=0.1, sample_timeout_s=600)
+            .learners(num_learners=0, num_gpus_per_learner=0)
+            .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
+            .training(train_batch_size_per_learner=ppo.decisions, minibatch_size=ppo.minibatch, num_epochs=ppo.epochs)
+            .debugging(log_level="ERROR")
+        )
+        algorithm = config.build_algo()
+        try:
+            algorithm.train()
+            before = _read(folder)
+            begun, updates = time.time(), 0
+            while time.time() < begun + BUSY_FOR:
+                algorithm.train()
+                updates += 1
+            after, spent = _read(folder), time.time() - begun
+        finally:
+            algorithm.stop()
+    return [(after[w] - before[w]) / spent for w in after], updates
+
+
+def _read(folder: str) -> dict[str, float]:
+    return {path.name: json.loads(path.read_text()) for path in Path(folder).glob("worker-*")}
+
+
+def _make_sleeping_env() -> Any:
+    import gymnasium as gym
+
+    from esper.platform.spaces import action_space, observation, observation_space
+
+    class SleepingEnv(gym.Env):
+        """The run as stock RLlib takes it: illegal actions are waits."""
+
+        def __init__(self, config: Any) -> None:
+            space = telemetry_space(SPEC)
+            self.observation_space, self.action_space = observation_space(space), action_space(space)
+            self._index = max(0, config.worker_index - 1)
+            self._run = SleepingRun(SPEC, SECONDS[self._index % 8])
+            self._file, self._slept, self._episode = Path(config["folder"]) / f"worker-{self._index}", 0.0, 0
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self._episode += 1
+            return observation(self._run.reset(None, 1000 * self._index + self._episode)), {}
+
+        def step(self, action: int) -> Any:
+            begun = time.monotonic()
+            telemetry = self._run.telemetry
+            index = int(action) if telemetry.mask[int(action)] else 0
+            transition = self._run.step(GraftAction(index, telemetry.sequence))
+            self._slept += time.monotonic() - begun
+            self._file.write_text(json.dumps(self._slept))
+            return observation(transition.telemetry), transition.reward, transition.terminated, False, {}
+
+    return SleepingEnv
+
+
+_SleepingEnv = _make_sleeping_env()
+
+
+@ray.remote(num_cpus=0.01, max_restarts=0)
+class Many:
+    """Many logical workers in one process: each sleeps and answers from a recorded episode."""
+
+    def __init__(self, recorded: list[Any], seconds: float) -> None:
+        self._recorded, self._seconds = recorded, seconds
+        self._chance = np.random.default_rng(os.getpid())
+
+    async def up(self) -> None:
+        """Answers once it is there."""
+
+    async def advance(self, order: Order) -> Reply:
+        """The recorded answer, after a while."""
+        await asyncio.sleep(self._seconds * self._chance.uniform(0.5, 1.5))
+        return Reply(order.episode, self._recorded[len(order.actions)], expected=self._seconds, worked=self._seconds)
+
+
+class LogicalFleet(RayFleet):
+    """Logical workers, `each` to an actor; notes when a reply came and when its order went out."""
+
+    def __init__(self, count: int, each: int, seconds: float) -> None:
+        actors = [Many.options(max_concurrency=2 * each).remote(_recorded(), seconds) for _ in range(-(-count // each))]
+        ray.get([actor.up.remote() for actor in actors])
+        self._shared = actors
+        self.arrived: dict[int, float] = {}
+        self.latencies: list[float] = []
+        handles = iter([actors[i % len(actors)] for i in range(count)])
+        super().__init__(lambda: next(handles), lambda: count)
+
+    def submit(self, worker: int, order: Order) -> None:
+        """Send, and note how long the reply before it waited."""
+        super().submit(worker, order)
+        if worker in self.arrived:
+            self.latencies.append(time.perf_counter() - self.arrived[worker])
+
+    def close(self) -> None:
+        """End the actors."""
+        self._actors.clear()
+        for actor in self._shared:
+            ray.kill(actor)
+
+    def _call(self, worker: int, reference: ray.ObjectRef) -> None:
+        def came(future: Any) -> None:
+            self.arrived[worker] = time.perf_counter()
+            self._events.put((worker, future))
+
+        reference.future().add_done_callback(came)
+
+
+def _recorded() -> list[Any]:
+    """The answers of an episode that grafts now and then, each legal action of which may be chosen as well."""
+    run = SurrogateRun(SPEC)
+    answers: list[Any] = [run.reset(Instance(), 0)]
+    while not run.ended:
+        k = run.telemetry.sequence
+        answers.append(run.step(GraftAction(int(run.telemetry.legal()[-1]) if k % 7 == 3 else 0, k)))
+    return answers
+
+
+def bench_dispatch() -> None:
+    """Decisions a second through one dispatcher, latency, and cost of a decision by the number of workers."""
+    print("dispatcher, one core, with its journal (goals: 500 decisions/s and p99 < 100 ms at 1,000 logical workers)")
+    with local_ray():
+        for count, seconds in ((1, 0.02), (10, 0.1), (100, 0.4), (1000, 1.8), (1000, 0.5)):
+            _dispatch(count, seconds)
+
+
+def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fleet = LogicalFleet(count, 250, seconds)
+        journal = Journal(Path(folder) / "episodes")
+        dispatcher = Dispatcher(
+            fleet, GardenerNet(SPEC.ppo.hidden), telemetry_space(SPEC), seed=0, ahead=10**9, journal=journal
+        )
+        try:
+            taken = dispatcher.collect(SPEC.budget.decisions * min(count, 50))
+            fleet.latencies.clear()
+            begun, cpu = time.perf_counter(), time.process_time()
+            while time.perf_counter() - begun < measure_for:
+                taken = dispatcher.collect(SPEC.budget.decisions)
+                journal.remove([int(episode.id_) for episode in taken])
+            spent, cpu = time.perf_counter() - begun, time.process_time() - cpu
+            latencies = sorted(fleet.latencies)
+        finally:
+            dispatcher.stop()
+    n = len(latencies)
+    print(
+        f"  {count:>5} workers, {count / seconds:>5.0f}/s offered: {n / spent:>5.0f} decisions/s, latency median "
+        f"{1e3 * statistics.median(latencies):.1f} ms, p99 {1e3 * latencies[int(0.99 * n)]:.1f} ms, "
+        f"{1e3 * cpu / n:.2f} ms of the driver's cores a decision"
+    )
+
+
+def bench_start() -> None:
+    """From `ray.init` to the first action: PPO is built while 8 workers start."""
+    print("learner build to the first action of the first of 8 workers (goal: 5 s or less)")
+    with local_ray():
+        begun = time.perf_counter()
+        first: list[float] = []
+
+        class Noting(RayFleet):
+            """Notes the first order that carries an action."""
+
+            def submit(self, worker: int, order: Order) -> None:
+                if order.actions and not first:
+                    first.append(time.perf_counter() - begun)
+                super().submit(worker, order)
+
+        def make_worker() -> Any:
+            return GrowthWorker.options(num_cpus=0.1).remote(partial(SurrogateRun, SPEC))
+
+        algorithm = build_algorithm(SPEC, telemetry_space(SPEC), lambda: Noting(make_worker, lambda: 8), seed=0)
+        built = time.perf_counter() - begun
+        try:
+            algorithm.train()
+        finally:
+            algorithm.stop()
+    print(f"  first action after {first[0]:.1f} s; PPO was built after {built:.1f} s")
+
+
+def bench_driver_memory() -> None:
+    """Resident memory of the driver over 10,000 decisions of PPO, journal and checkpoints' bookkeeping included."""
+    print("driver's memory over 10,000 decisions of PPO on surrogates (goal: flat)")
+    spec = load_spec("tinystories-char", ["ppo.decisions=512", "ppo.epochs=2"])
+    with local_ray(), tempfile.TemporaryDirectory() as folder:
+
+        def make_fleet() -> LocalFleet:
+            return LocalFleet(lambda: EpisodeWorker(partial(SurrogateRun, spec)), 16)
+
+        algorithm = build_algorithm(spec, telemetry_space(spec), make_fleet, seed=0, journal=Path(folder))
+        decisions, sizes = 0.0, []
+        try:
+            while decisions < 12_000:
+                decisions += iteration_metrics(algorithm.train())["decisions"]
+                algorithm.env_runner.checkpointed()  # type: ignore[union-attr]
+                sizes.append((decisions, _resident()))
+        finally:
+            algorithm.stop()
+    settled = next(size for done, size in sizes if done >= 2_000)
+    print("  MiB by decisions: " + ", ".join(f"{done:,.0f}: {size:.0f}" for done, size in sizes[::4]))
+    print(f"  from 2,000 to {sizes[-1][0]:,.0f} decisions: {sizes[-1][1] - settled:+.0f} MiB")
+
+
+def _resident() -> float:
+    """MiB of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class local_ray:
+    """A Ray of our own for a block; the modules beside this one go by value to its workers."""
+
+    def __enter__(self) -> None:
+        import sys
+
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+    def __exit__(self, *_: object) -> None:
+        ray.shutdown()

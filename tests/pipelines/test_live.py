@@ -1,0 +1,284 @@
+"""The live view in real pseudo-terminals, read back through a small terminal emulator; plain lines elsewhere.
+
+Alone: `pytest tests/pipelines/test_live.py`. POSIX only, like Ray's clusters.
+"""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from esper.pipelines.live import TrainingView, plain_line
+from esper.pipelines.live_panel import Progress, bar, count, panel, sparkline
+from esper.platform.console import said_to, say
+from esper.policies.simic.view import STATES, WorkerView
+
+SCENE = Path(__file__).parent / "live_scene.py"
+METRICS = {
+    "return_mean": 2.5,
+    "episodes": 11.0,
+    "decisions": 264.0,
+    "wait": 0.8,
+    "entropy": 0.5,
+    "explained_variance": 0.25,
+}
+MESSAGES = [f"message {i}: [bold]{'x' * 15 * i}[/bold]" for i in range(12)]
+
+
+class Terminal:
+    """What a person sees of a process: its lines, those scrolled away too, and the cursor. Long lines wrap."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.columns, self.rows = columns, rows
+        self.lines: list[list[str]] = [[]]
+        self.wrapped: set[int] = set()  # lines that go on in the next
+        self.row = self.column = 0
+        self.cursor = True
+
+    def feed(self, text: str) -> None:
+        for match in re.finditer(r"\x1b\[(\??)(\d*)(?:;\d+)*([A-Za-z])|([^\x1b])", text):
+            private, number, command, character = match.groups()
+            if character is not None:
+                self._put(character)
+            elif private:
+                assert number == "25", "no mode but the cursor's is touched"
+                self.cursor = command == "h"
+            elif command == "A":
+                self.row = max(0, len(self.lines) - self.rows, self.row - int(number or 1))
+            elif command == "K":
+                assert number == "2"
+                self.lines[self.row] = []
+                self.wrapped.discard(self.row)
+            else:
+                assert command == "m", match.group()
+
+    def text(self) -> list[str]:
+        """The lines that are not empty, whole."""
+        whole, part = [], ""
+        for number, line in enumerate(self.lines):
+            part += "".join(line)
+            if number not in self.wrapped:
+                whole.append(part.rstrip())
+                part = ""
+        return [line for line in whole if line]
+
+    def _put(self, character: str) -> None:
+        if character == "\r":
+            self.column = 0
+            return
+        if character != "\n" and self.column == self.columns:
+            self.wrapped.add(self.row)
+            self.column = 0
+            self._down()
+        if character == "\n":
+            self._down()
+            return
+        line = self.lines[self.row]
+        line.extend(" " * (self.column + 1 - len(line)))
+        line[self.column] = character
+        self.column += 1
+
+    def _down(self) -> None:
+        self.row += 1
+        if self.row == len(self.lines):
+            self.lines.append([])
+
+
+def play(
+    tmp_path: Path,
+    mode: str = "",
+    columns: int = 80,
+    at_start: Callable[[int, subprocess.Popen, str], object] = lambda *_: None,
+    **env: str,
+) -> tuple[Terminal, subprocess.Popen]:
+    """Run the scene in a terminal to its end; `at_start` gets it once an iteration has ended, and what it wrote."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    before = termios.tcgetattr(slave)
+    plain = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+    environment = plain | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"} | env
+    command = [sys.executable, str(SCENE), mode, str(tmp_path)]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+    )
+    terminal, raw, begun, closed = Terminal(columns, 24), b"", False, False
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        if closed:
+            time.sleep(0.05)
+        elif select.select([master], [], [], 0.05)[0]:
+            raw += os.read(master, 65536)
+        elif not begun and (tmp_path / "started").exists() and b"iteration 1/" in raw:  # between two pictures
+            begun = True
+            closed = at_start(master, process, raw.decode()) == "closed"
+            if closed:
+                os.close(slave)
+                os.close(master)
+    assert process.poll() is not None, "the scene did not end"
+    if not closed:
+        while select.select([master], [], [], 0.05)[0]:
+            raw += os.read(master, 65536)
+        assert termios.tcgetattr(slave) == before
+        os.close(slave)
+        os.close(master)
+    terminal.feed(raw.decode())
+    return terminal, process
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_in_a_terminal_everything_said_stands_above_one_view(tmp_path, columns):
+    terminal, process = play(tmp_path, columns=columns)
+    assert process.returncode == 0
+    assert terminal.cursor
+    lines = terminal.text()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert [line for line in lines if line.startswith("message")] == MESSAGES  # each once, whole, in order
+    for what in ("said", "stray", "result"):
+        assert [line for line in lines if line.startswith(what)] == [f"{what} {i}" for i in range(1, 5)]
+    [head] = [number for number, line in enumerate(lines) if line.startswith("iteration")]  # no leftover of older ones
+    assert lines[head].startswith("iteration 4/4")
+    assert {"message", "said", "stray", "result", "before"} >= {line.split()[0] for line in lines[:head]}
+    assert re.match(r"return +\+2.400 ▁▃▅█", lines[head + 1].replace("▆", "▅"))
+    assert not any("training" in line for line in lines)  # the workers are gone from the last picture
+
+
+def test_while_it_trains_its_workers_are_shown(tmp_path):
+    early = Terminal(100, 24)
+    play(tmp_path, "long", columns=100, at_start=lambda _, process, text: (early.feed(text), process.kill()))
+    lines = early.text()
+    head = max(number for number, line in enumerate(lines) if line.startswith("iteration 1/4"))
+    assert lines[head + 1].startswith("return")
+    assert (
+        sum(
+            bool(re.match(r" +\d+  training +\d+%  [█░]{10}   2.2500   12.3k         0.4  \[red\]", line))
+            for line in lines
+        )
+        > 5
+    )
+    assert lines[-1].endswith("more; of all 100: 100 training")
+
+
+def test_a_killed_training_leaves_the_cursor(tmp_path):
+    terminal, process = play(tmp_path, "long", at_start=lambda _, process, text: process.kill())
+    assert process.returncode == -9
+    assert terminal.cursor
+
+
+def test_of_a_thousand_workers_those_that_fit_are_shown_and_all_are_counted():
+    workers = [WorkerView(i, STATES[i % 4], i, 3, i / 1000, 2.25, 12345, "graft ffn", 0.4) for i in range(1000)]
+    lines = [line.plain for line in panel(Progress(1, 20, 0.05, 72, 1380, 12.3), [METRICS], workers, 100, 24)]
+    assert len(lines) == 23
+    assert lines[0] == "iteration 1/20 ░░░░░░░░░░ 1m12s, 23m00s left, 12.3 decisions/s"
+    table = lines[next(number for number, line in enumerate(lines) if line.startswith("worker")) :]
+    assert table[1].split() == ["0", "starting", "0%", "░" * 10, "2.2500", "12.3k", "0.4", "graft", "ffn"]
+    hidden = 1000 - (len(table) - 2)
+    assert table[-1] == f"and {hidden} more; of all 1,000: 250 starting, 250 training, 250 resting, 250 lost"
+
+
+def test_ctrl_c_leaves_the_terminal_sane(tmp_path):
+    terminal, process = play(tmp_path, "long", at_start=lambda master, *_: os.write(master, b"\x03"))
+    assert process.returncode == -2  # as by SIGINT
+    assert terminal.cursor
+    lines = terminal.text()
+    assert lines[-1] == "KeyboardInterrupt"
+    assert sum(line.startswith("iteration") for line in lines) == 1
+    assert not (tmp_path / "trained").exists()
+
+
+def test_workers_that_cannot_be_seen_cost_no_training(tmp_path):
+    terminal, process = play(tmp_path, "raises")
+    assert process.returncode == 0
+    assert terminal.text()[-1] == "after"
+
+
+def test_a_terminal_that_is_gone_costs_no_training(tmp_path):
+    _, process = play(tmp_path, "gone", at_start=lambda *_: "closed")
+    assert process.returncode == 0
+    assert (tmp_path / "trained").exists()
+
+
+def test_in_a_dumb_terminal_plain_lines(tmp_path):
+    terminal, process = play(tmp_path, columns=200, TERM="dumb")
+    assert process.returncode == 0
+    lines = [re.sub(", [^,]* left$", "", line) for line in terminal.text()]
+    assert lines[0] == "before"
+    told = [line for line in lines if "iteration" in line]
+    assert told[1] == (
+        "  iteration 2/4: return +2.200, 11 episodes, wait 80%, entropy 0.80, explained variance +0.20, "
+        "workers busy 95%"
+    )
+    assert len(told) == 4
+
+
+def test_in_a_pipe_plain_lines_and_results_apart(tmp_path):
+    command = [sys.executable, str(SCENE), "", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    assert done.stdout.split("\n") == [*(f"result {i}" for i in range(1, 5)), ""]
+    assert "\x1b" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("message")] == MESSAGES
+    assert sum(line.startswith("  iteration") and line.endswith(" left") for line in lines) == 4
+
+
+def test_any_size_is_drawn_within_itself():
+    workers = [WorkerView(-1, "starting"), *(WorkerView(i, "lost", action="a" * 99) for i in range(30))]
+    history = [{**METRICS, "kl": float("inf")}, {**METRICS, "kl": float("nan")}]
+    for width in range(1, 140, 3):
+        for height in (1, 2, 5, 9, 24, 60):
+            view = TrainingView(20, 0, lambda: workers)
+            view._look()
+            for number, metrics in enumerate(history, 1):
+                with said_to(lambda message: None):
+                    view.iteration(number, metrics)
+            file = io.StringIO()
+            Console(file=file, width=width, height=height).print(view.drawing())
+            lines = file.getvalue().splitlines()
+            assert len(lines) <= max(1, height - 1)
+            assert all(len(line) < max(2, width) for line in lines)
+            assert "Error" not in file.getvalue()
+
+
+def test_what_is_drawn_without_blocks_is_ascii():
+    workers = [WorkerView(0, "training", budget_used=0.5)]
+    lines = panel(Progress(1, 20, 0.5, 1, 1, 1), [METRICS] * 9, workers, 120, 24, ascii_only=True)
+    assert all(line.plain.isascii() for line in lines)
+
+
+def test_numbers_as_they_are_shown():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], None, None) == "▁▂▃▄▅▆▇█"
+    assert sparkline([-9, 0.5, float("nan"), 9], 0, 1) == "▁▅!█"
+    assert sparkline([3, 3], None, None) == "▁▁"
+    assert [count(n) for n in (999, 1000, 12_345, 9_996, 123_456_789, 10**12)] == [
+        "999",
+        "1.00k",
+        "12.3k",
+        "10.0k",
+        "123M",
+        "1000G",
+    ]
+    assert [bar(x) for x in (-1, 0.31, 2)] == ["░" * 10, "███" + "░" * 7, "█" * 10]
+
+
+def test_what_is_said_goes_back_to_where_it_went(capsys):
+    heard = []
+    with said_to(heard.append):
+        say("one")
+        with said_to(lambda message: heard.append(message.upper())):
+            say("two")
+        say("three")
+    say(plain_line(1, 2, METRICS))
+    assert heard == ["one", "TWO", "three"]
+    assert capsys.readouterr().err.startswith("iteration 1/2: return +2.500, 11 episodes")

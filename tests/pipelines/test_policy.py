@@ -1,0 +1,250 @@
+"""`esper policy`: what a checkpoint is, how it does beside the other arms, and its median schedule. Without Ray.
+
+Alone: `pytest tests/pipelines/test_policy.py`.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from esper.pipelines import policy as pipeline
+from esper.pipelines.comparison import Comparison, Interval
+from esper.pipelines.evaluation import Played
+from esper.pipelines.play import play
+from esper.platform.spec import load_spec
+from esper.policies.arms import ArmInputs, make_policy
+from esper.policies.schedule import SchedulePolicy
+from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.policy import CARD, SimicPolicy
+from esper.workers.run import GrowthRun
+
+EXTRA = {"iterations": 2, "episodes": 30.0, "decisions": 1240.0, "seed": 7, "surrogate": True}
+SCALE = 3.0  # of its scores: at the start all are about 0, and WAIT has 0.7
+FEW = ["--set", "budget.decisions=8", "--episodes", "6"]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The folder of a `ppo` run whose newest policy grafts here and there."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(2)
+    run = tmp_path / "ppo"
+    for iteration in (1, 2):
+        net = GardenerNet(16)
+        with torch.no_grad():
+            net.score[-1].weight.normal_(0, SCALE)
+        SimicPolicy(net).save(run / "checkpoints" / f"{iteration:06d}" / "policy", {**EXTRA, "iterations": iteration})
+    (run / "spec.json").write_text(load_spec("tinystories-char").model_dump_json())
+    return run
+
+
+def evaluation_of(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+# -- info -----------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_it_is(trained, capsys):
+    assert pipeline.main(["info", str(trained)]) == 0
+    told = dict(
+        line.split(maxsplit=1)
+        for line in capsys.readouterr().out.replace("hidden width", "width").replace("trained on", "on").splitlines()
+    )
+    folder = trained / "checkpoints" / "000002" / "policy"
+    assert told == {
+        "format": "simic-1, telemetry version 1",
+        "width": "16",
+        "parameters": f"{sum(p.numel() for p in GardenerNet(16).parameters()):,}",
+        "on": "loss laws (surrogate)",
+        "preset": "tinystories-char",
+        "iterations": "2",
+        "episodes": "30",
+        "decisions": "1,240",
+        "seed": "7",
+        "weights": f"sha256 {json.loads((folder / CARD).read_text())['sha256']}",
+        "folder": str(folder),
+    }
+
+
+def test_a_checkpoint_loads_in_a_plain_process_whichever_folder_is_named(trained):
+    """No Ray, no training config: the policy's folder may even lie somewhere else."""
+    newest = trained / "checkpoints" / "000002"
+    elsewhere = trained.parent / "elsewhere"
+    (newest / "policy").rename(elsewhere)
+    (newest / "policy").symlink_to(elsewhere)
+    code = (
+        "import sys; from esper.pipelines.policy import main\n"
+        "assert not any(main(['info', path]) for path in sys.argv[1:])\n"
+        "assert 'ray' not in sys.modules and 'mlflow' not in sys.modules"
+    )
+    paths = [str(path) for path in (trained, newest, newest / "policy", elsewhere)]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *paths], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.count("iterations   2") == 4
+
+
+# -- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert pipeline.main(["evaluate", str(trained), *FEW, "--out", str(out)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[2:]] == [
+        "static",
+        "random",
+        "tamiyo",
+        "lag",
+        "schedule",
+        "openloop",
+        "ppo",
+        "bound",
+    ]
+    result = evaluation_of(out)
+    rows = {row["arm"]: row for row in result["rows"]}
+    losses = {
+        arm: np.array([i["arms"][arm]["val_loss"] for i in result["instances"].values()])
+        for arm in result["instances"]["0"]["arms"]
+    }
+    bounds = np.array([instance["bound"] for instance in result["instances"].values()])
+    assert len(bounds) == 6
+    for arm, reached in losses.items():
+        assert (reached >= bounds - 1e-9).all()
+        assert rows[arm]["loss"] == pytest.approx(reached.mean())
+        assert rows[arm]["to_bound"] == pytest.approx((reached - bounds).mean())
+        gap = (losses["schedule"] - bounds).mean()
+        assert rows[arm]["closed"] == pytest.approx((losses["schedule"] - reached).mean() / gap)
+    assert rows["schedule"]["difference"] is None
+    low, high = stats.ttest_rel(losses["ppo"], losses["schedule"]).confidence_interval(0.95)
+    told = rows["ppo"]["difference"]
+    assert (told["mean"] - told["half_width_95"], told["mean"] + told["half_width_95"]) == pytest.approx((low, high))
+    assert rows["static"]["grafts"] == 0 < rows["ppo"]["grafts"]
+
+    again = tmp_path / "again"
+    assert pipeline.main(["evaluate", str(trained), *FEW, "--arms", "random,schedule", "--out", str(again)]) == 0
+    repeated = evaluation_of(again)
+    for id, instance in result["instances"].items():
+        assert all(instance["arms"][arm] == repeated["instances"][id]["arms"][arm] for arm in ("random", "ppo"))
+
+
+def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys):
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    plan.write_text('[{"at": 0.25, "blueprint": "ffn"}]')
+    command = ["evaluate", str(trained), *tiny, "--episodes", "2", "--schedule", str(plan), "--out", str(out)]
+    assert pipeline.main([*command, "--arms", "static,schedule"]) == 0
+    result = evaluation_of(out)
+    assert result["on"] == "text"
+    assert [row["arm"] for row in result["rows"]] == ["static", "schedule", "ppo"]
+    assert all(row["to_bound"] is None for row in result["rows"])
+    assert [len(i["arms"]["schedule"]["grafts"]) for i in result["instances"].values()] == [1, 1]
+    assert "bound" not in capsys.readouterr().out
+
+
+# -- distill --------------------------------------------------------------------------------------------------------
+
+
+def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens, tmp_path, capfd):
+    plan = tmp_path / "plan.json"
+    assert pipeline.main(["distill", str(trained), "--episodes", "12", "--out", str(plan)]) == 0
+    told = capfd.readouterr()
+    entries = SchedulePolicy.load(plan).entries
+    assert entries
+    assert len(told.out.splitlines()) == len(entries)
+    assert "not looking at the run costs" in told.err
+    run = GrowthRun(tiny_spec, tokens)
+    run.reset(seed=0)
+    grafts = play(run, make_policy("schedule", ArmInputs(schedule=plan)), arm="schedule")["grafts"]
+    assert {graft["blueprint"] for graft in grafts} == {entry.blueprint for entry in entries}
+
+    assert pipeline.main(["distill", str(trained), "--out", str(plan)]) == 2
+    assert "is there already" in capfd.readouterr().err
+
+
+# -- Numbers --------------------------------------------------------------------------------------------------------
+
+
+def played(arm, *losses):
+    return Played(arm, {i: {"val_loss": loss, "grafts": [], "diverged": False} for i, loss in enumerate(losses)})
+
+
+def test_the_interval_is_the_paired_t_tests():
+    random = np.random.default_rng(0)
+    a, b = random.normal(2, 1, 9), random.normal(1, 1, 9)
+    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
+    interval = Interval.of(a - b)
+    assert interval.half is not None
+    assert (interval.mean - interval.half, interval.mean + interval.half) == pytest.approx((low, high))
+    assert str(Interval.of(np.array([0.5]))) == "+0.5000"
+
+
+def test_the_gap_closed_is_between_the_reference_and_the_bound():
+    bounds = np.array([1.0, 2.0])
+    arms = [played("schedule", 2.0, 4.0), played("ppo", 1.5, 3.25)]
+    rows = Comparison(arms, "schedule", bounds).rows()
+    assert [row.closed for row in rows] == pytest.approx([0, 1.25 / 3, 1])
+    assert [row.to_bound for row in rows] == pytest.approx([1.5, 0.875, None])
+    assert [row.closed for row in Comparison(arms, "schedule", np.array([2.0, 4.0])).rows()] == [None] * 3  # no gap
+    assert "against" not in Comparison(arms).table()
+
+
+# -- Bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("inform {run}", "unknown action 'inform': it must be one of distill, evaluate, info. Did you mean 'info'?"),
+        ("info", "arguments are required: CHECKPOINT"),
+        ("info nowhere", "policy nowhere does not exist"),
+        ("info .", "policy . holds no trained policy"),
+        ("evaluate nowhere", "policy nowhere does not exist"),
+        ("distill nowhere --out plan.json", "policy nowhere does not exist"),
+        ("evaluate {run} --instances tset", "unknown --instances 'tset': it must be one of test, train"),
+        ("evaluate {run} --arms static,tamio", "unknown arm 'tamio'"),
+        ("evaluate {run} --arms ,", "--arms names no arm"),
+        ("evaluate {run} --episodes 65", "the test set has 64 instances"),
+        ("evaluate {run} --preset tinystory", "unknown preset 'tinystory'"),
+        ('evaluate {run} --set growth.blueprints={{"blok":{{}}}}', "unknown blueprint 'blok'"),
+        ("evaluate {run} --schedule nowhere.json", "nowhere.json cannot be read"),
+        ("evaluate {run} --data text.txt --arms bound", "arm 'bound' is worked out on loss laws only"),
+        ("evaluate {run} --data text.txt --arms schedule", "give --schedule FILE"),
+        ("distill {run}", "--out is missing"),
+        ("distill {run} --out text.txt", "is there already"),
+        ("distill {run} --out text.txt/plan.json", "text.txt is a file"),
+        ("distill {run} --out plan.json --episodes 129", "the train set has 128 instances"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(trained, tmp_path, capsys, command, says):
+    (tmp_path / "text.txt").write_text("text")
+    assert pipeline.main(command.format(run=trained).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"ppo", "text.txt"}
+
+
+def test_a_damaged_checkpoint_is_told_by_every_action(trained, capsys):
+    card = trained / "checkpoints" / "000002" / "policy" / CARD
+    card.write_text(card.read_text().replace('"telemetry_version": 1', '"telemetry_version": 0'))
+    for action in ("info", "evaluate", "distill"):
+        assert pipeline.main([action, str(trained), *(["--out", "plan.json"] if action == "distill" else [])]) == 2
+        assert "was trained on telemetry version 0" in capsys.readouterr().err
+    card.write_text("{")
+    assert pipeline.main(["info", str(trained)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_the_help_lists_the_actions(capsys):
+    assert pipeline.main([]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]} == set(pipeline.ACTIONS)
+    for action in pipeline.ACTIONS:
+        assert pipeline.main([action, "--help"]) == 0
+        assert f"usage: esper policy {action}" in capsys.readouterr().out

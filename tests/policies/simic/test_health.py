@@ -1,0 +1,151 @@
+"""Warnings of degenerate training: each condition on made-up metrics, and on PPO that is really driven into it.
+
+Alone: `pytest tests/policies/simic/test_health.py`; needs the package's local Ray.
+"""
+
+import pytest
+from simic_toy import SPACE, ToyRun
+
+from esper.platform.spec import PPOSpec, RunSpec
+from esper.policies.simic.fleet import LocalFleet
+from esper.policies.simic.health import CONDITIONS, Health, warnings
+from esper.policies.simic.learner import build_algorithm, iteration_metrics
+from esper.workers.worker import EpisodeWorker
+
+TOY = {"decisions": 128, "minibatch": 64, "epochs": 6, "learning_rate": 2e-3, "hidden": 64, "entropy": 0.01}
+
+
+def healthy(n: int = 24) -> list[dict[str, float]]:
+    """Metrics of a training that goes well, of `n` iterations."""
+    return [
+        {
+            "return_mean": 2.5 + i / 50 + 0.03 * (-1) ** i,
+            "episodes": 11.0,
+            "episode_length": 24.0,
+            "explained_variance": -0.5 + i / 20,
+            "entropy": 1 - i / 40,
+            "wait": 0.8,
+            "graft": 0.2,
+            "layer": 0.2,
+            "kl": 0.01,
+            "clip_fraction": 0.1,
+            "lag_mean": 1.0,
+            "busy": 0.95,
+            "failures": i // 10,
+            "sample_seconds": 5.0,
+            "learn_seconds": 1.0,
+        }
+        for i in range(n)
+    ]
+
+
+def changed(after: int = 10, **metrics: list[float]) -> list[dict[str, float]]:
+    """The same, with other values from an iteration on."""
+    history = healthy()
+    for name, values in metrics.items():
+        for i, value in enumerate(values):
+            history[after + i][name] = value
+    return history
+
+
+def same(value: float, n: int = 14) -> list[float]:
+    return [value] * n
+
+
+@pytest.mark.parametrize(
+    ("history", "sentence"),
+    [
+        (changed(value_loss=[float("nan")]), "value_loss not finite"),
+        (changed(kl=[float("inf")]), "kl not finite"),
+        (changed(wait=same(1.0)), "always chooses the same (wait, 100.0%"),
+        (changed(entropy=same(0.01), after=5), "as good as deterministic (entropy 0.010)"),
+        (changed(kl=[0.2, 0.01, 0.3]), "too far (KL 0.2,"),
+        (changed(kl=[2.0]), "too far (KL 2,"),
+        (changed(kl=same(1e-5)), "hardly change the policy (KL 1e-05"),
+        (changed(clip_fraction=[0.7, 0.1, 0.6, 0.9]), "60% of the decisions are clipped"),
+        (changed(lag_mean=[1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]), "later and later"),
+        (changed(busy=same(0.3)), "busy only 30% of the time: look at failures"),
+        (changed(busy=same(0.3), learn_seconds=same(9.0)), "the learner takes 9.0 s an update"),
+        (changed(dropped=[0.0] * 14), None),
+        (changed(failures=[3.0, 5.0, 7.0, 9.0, 11.0]), "losing work (failures +"),
+    ],
+)
+def test_each_condition_is_told_in_one_sentence(history, sentence):
+    told = warnings(history, iterations=100)
+    if sentence is None:
+        assert told == []
+        return
+    [warning] = told
+    assert sentence in warning
+    assert warning.endswith(".")
+    assert "try" in warning or "start again" in warning or "use fewer" in warning
+
+
+def test_a_value_that_sees_nothing_is_told_of_only_while_nothing_is_learned():
+    blind = [{**metrics, "explained_variance": -0.02} for metrics in healthy()]
+    assert warnings(blind) == []  # the return rises: there was nothing to explain
+    flat = [{**metrics, "return_mean": 2.5 + 0.03 * (-1) ** i} for i, metrics in enumerate(blind)]
+    [warning] = warnings(flat)
+    assert "explained variance is near 0 (median -0.02" in warning
+
+
+def test_nothing_is_told_of_a_healthy_training():
+    assert warnings(healthy(40), iterations=40) == []
+
+
+def test_one_graft_in_a_long_episode_is_no_collapse():
+    once = [{**metrics, "wait": 63 / 64, "layer": 1 / 64, "episode_length": 64.0} for metrics in healthy()]
+    assert warnings(once) == []
+    never = [{**metrics, "wait": 255 / 256, "layer": 1 / 256, "episode_length": 64.0} for metrics in healthy()]
+    assert len(warnings(never)) == 1
+
+
+def test_late_in_training_a_settled_policy_is_as_it_should_be():
+    settled = changed(after=14, entropy=same(0.01, 10))
+    assert warnings(settled, iterations=24) == []
+    assert len(warnings(settled, iterations=100)) == 1
+
+
+def test_a_condition_is_told_once_until_it_has_been_away():
+    bad, good = {**healthy()[0], "kl": 5.0}, healthy()[0]
+    health = Health()
+    told = [len(health.look(metrics)) for metrics in [bad] * 3 + [good] * 4 + [bad] + [good] * 5 + [bad]]
+    assert told == [1, 0, 0, *[0] * 4, 0, *[0] * 5, 1]
+
+
+def test_metrics_that_are_not_there_are_no_illness():
+    assert warnings([{"return_mean": 1.0}] * 30) == []
+    assert all(condition.__doc__ for condition in CONDITIONS)
+
+
+@pytest.fixture
+def train(local_ray):
+    """Really train on the toy, and give the warnings with their iterations."""
+
+    def trained(iterations: int, seed: int = 0, **ppo: float) -> list[str]:
+        spec = RunSpec(ppo=PPOSpec.model_validate({**TOY, **ppo}))
+        algorithm = build_algorithm(spec, SPACE, lambda: LocalFleet(lambda: EpisodeWorker(ToyRun), 4), seed=seed)
+        try:
+            return warnings([iteration_metrics(algorithm.train()) for _ in range(iterations)], iterations)
+        finally:
+            algorithm.stop()
+
+    return trained
+
+
+def test_ppo_at_an_absurd_rate_is_told_of(train):
+    told = train(6, learning_rate=1.0)
+    assert any("not finite" in warning or "too far" in warning for warning in told)
+    assert any("always chooses the same" in warning for warning in told)
+
+
+def test_ppo_at_no_rate_is_told_of(train):
+    told = train(20, learning_rate=1e-12, decisions=64, epochs=1)
+    assert [warning.split(" (")[0] for warning in told] == [
+        "updates hardly change the policy",
+        "explained variance is near 0",
+    ]
+
+
+def test_ppo_that_learns_is_not_warned_of(train):
+    assert train(12, seed=2) == []

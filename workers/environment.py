@@ -1,0 +1,169 @@
+"""GrowthEnv: an episode as a Gymnasium environment, so that any RL library can train a gardener.
+
+    import gymnasium as gym
+
+    env = gym.make("esper.workers.environment:Esper/GrowthSurrogate-v0", spec="tinystories-char")    # a loss law
+    env = gym.make("esper.workers.environment:Esper/Growth-v0", spec="demo", data="SHARDS")          # GPTs on text
+
+Gymnasium 1.0 did away with plugins that register themselves, so the id names the module that registers it; once the
+module is imported, `Esper/…` alone will do.
+
+- Observation, action: telemetry's arrays and a row of its candidates (`platform/spaces.py`). Reward: the run's own.
+- The end of the budget is `terminated`; nothing is ever truncated here.
+- Instances are DACBench's (Eimer et al. 2021, 2105.08541): `instance_set` maps ids to instances; `reset` goes through
+  it in the order of the ids, round and round, or takes what `options={"instance_id": …}` names; `info` says which.
+- `reset(seed=s)` restarts the round at a place that the seed draws (so that copies with other seeds are elsewhere in
+  the set) and gives the episode the seed s; later episodes draw theirs. Equal seeds and actions give equal numbers to
+  the bit, on text too, where the clock is `reference` and the device the CPU.
+- `action_masks()` is what sb3-contrib's maskable algorithms ask for; the mask is in the observation too. A row that is
+  not legal is taken as WAIT, with `illegal` in the info: agents that know no masks, and Gymnasium's own checker, draw
+  any row, and an episode that may cost GPU minutes should not die of it. The run itself refuses such an action.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from esper.platform.contracts import GraftAction, Instance
+from esper.platform.errors import UserError, unknown
+from esper.platform.spaces import action_space, observation, observation_space
+from esper.platform.spec import RunSpec, load_spec
+from esper.workers.episode import Episode
+from esper.workers.instances import SIZES, instance_set
+from esper.workers.run import GrowthRun
+from esper.workers.surrogate import SurrogateRun
+from esper.workers.tolaria.data import TokenData
+
+Instances = Mapping[int, Instance] | str
+"""Id → instance, or the name of a set that `workers/instances.py` makes."""
+
+SEEDS = 2**32  # episodes draw their seeds below this
+
+
+class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
+    """An environment over a run.
+
+    Info: `instance_id` and `val_loss` (nats per token) always; after a step `action` (what was done, as text) and
+    `illegal` (whether it stands for a row that was not legal); after the last one the run's `summary`.
+
+    Args:
+        run: which the environment plays, and nobody else.
+        instances: what its episodes vary in.
+
+    Attributes:
+        run: as given.
+        instance_set: id → instance; may be changed, for the resets to come.
+        inst_id: id of the instance under way; None before the first reset.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and form)
+
+    def __init__(self, run: Episode, instances: Instances = "train") -> None:
+        self.run = run
+        self.instance_set = dict(named_instances(instances, run.spec) if isinstance(instances, str) else instances)
+        if not self.instance_set:
+            raise UserError("the instance set is empty: give at least one instance.")
+        self.inst_id: int | None = None
+        self.observation_space = observation_space(run.space)
+        self.action_space = action_space(run.space)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start the next episode, or that of the instance which `options` names.
+
+        Raises:
+            UserError: no such instance.
+        """
+        super().reset(seed=seed)
+        ids = sorted(self.instance_set)
+        following = next((i for i in ids if self.inst_id is not None and i > self.inst_id), ids[0])
+        if seed is not None:
+            following = ids[int(self.np_random.integers(len(ids)))]
+        wanted = (options or {}).get("instance_id", following)
+        if wanted not in self.instance_set:
+            raise UserError(f"unknown instance_id {wanted!r}: the set has {len(ids)}, from {ids[0]} to {ids[-1]}.")
+        drawn = int(self.np_random.integers(SEEDS))
+        self.run.reset(self.instance_set[wanted], drawn if seed is None else seed)
+        self.inst_id = wanted
+        return observation(self.run.telemetry), self._info()
+
+    def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Take a row of the candidates, and train to the next decision.
+
+        Raises:
+            UserError: the action is outside the action space, or the episode has ended.
+        """
+        if not self.action_space.contains(action):
+            raise UserError(f"action {action!r} is not in {self.action_space}: choose a row of the candidates.")
+        before = self.run.telemetry
+        legal = bool(before.mask[action])
+        row = int(action) if legal else 0
+        transition = self.run.step(GraftAction(row, before.sequence))
+        info = self._info() | {"action": str(before.actions[row]), "illegal": not legal}
+        if transition.terminated:
+            info["summary"] = transition.info["summary"]
+        seen = observation(transition.telemetry)
+        return seen, float(transition.reward), bool(transition.terminated), bool(transition.truncated), info
+
+    def action_masks(self) -> np.ndarray:
+        """Which rows are legal now, bool (A,): sb3-contrib's name for it."""
+        return self.run.telemetry.mask.copy()
+
+    def _info(self) -> dict[str, Any]:
+        return {"instance_id": self.inst_id, "val_loss": float(self.run.loss)}
+
+
+def growth_env(
+    spec: RunSpec | str = "demo", data: Path | str | None = None, instances: Instances = "train"
+) -> GrowthEnv:
+    """`Esper/Growth-v0`: GPTs that train on text.
+
+    Args:
+        spec: a spec, or a preset's name or file.
+        data: folder of prepared shards (`esper prepare`).
+        instances: a set, or the name of one.
+
+    Raises:
+        UserError: one of them is not good.
+    """
+    if data is None:
+        raise UserError("Esper/Growth-v0 trains on text: give data=FOLDER, prepared shards that `esper prepare` left.")
+    return GrowthEnv(GrowthRun(_resolved(spec), TokenData.open(Path(data))), instances)
+
+
+def growth_surrogate_env(spec: RunSpec | str = "tinystories-char", instances: Instances = "train") -> GrowthEnv:
+    """`Esper/GrowthSurrogate-v0`: a loss law in place of training, a fraction of a millisecond a decision.
+
+    Args:
+        spec: a spec, or a preset's name or file.
+        instances: a set, or the name of one.
+
+    Raises:
+        UserError: one of them is not good.
+    """
+    return GrowthEnv(SurrogateRun(_resolved(spec)), instances)
+
+
+def named_instances(name: str, spec: RunSpec) -> dict[int, Instance]:
+    """The instance set of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for known in SIZES:
+        if name == known:
+            return instance_set(known, spec)
+    raise unknown("instance set", name, SIZES)
+
+
+def _resolved(spec: RunSpec | str) -> RunSpec:
+    return load_spec(spec) if isinstance(spec, str) else spec
+
+
+for _id, _maker in {"Esper/Growth-v0": growth_env, "Esper/GrowthSurrogate-v0": growth_surrogate_env}.items():
+    if _id not in gym.registry:
+        gym.register(_id, entry_point=f"{__name__}:{_maker.__name__}")

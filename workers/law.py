@@ -1,0 +1,134 @@
+"""Law: the formula by which a surrogate's loss falls, and what of it is drawn.
+
+    L(N, D) = E + A·(N/N₀)^(−α) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2)
+
+N effective parameters, D effective tokens. N₀ is N at one layer of the born shape, and D₀ the tokens that it would see
+in the spec's whole budget, so that A and B are nats and a law is as hard at every preset. The state is the loss: D is
+the tokens that the size now would have needed for it, so that L is continuous through a graft.
+
+At equal sizes everything here rises with the loss: `trained` and `shrunk` are monotone in it. On that the clairvoyant
+bound rests (`workers/clairvoyant.py`).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+from esper.platform.seeding import stream
+from esper.platform.spec import RunSpec
+from esper.workers.observe import batch_tokens
+from esper.workers.tolaria.hosts import start_shape
+from esper.workers.tolaria.model.shape import TransformerShape
+
+VOCABULARY = 96
+CONTINUOUS = ("parameter_seconds", "seconds", "flops")  # axes on which a surrogate trains parts of a step
+
+Array = Any
+"""A float, or a float64 array: the formulas take either."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the law knows of a shape: totals, so that it does not matter which layer holds what.
+
+    Attributes:
+        attention: parameters of attention's matrices.
+        other: all others, embeddings left out.
+        layers: layers.
+    """
+
+    attention: Array
+    other: Array
+    layers: Array
+
+    @classmethod
+    def of(cls, shape: TransformerShape) -> Self:
+        """That of a shape."""
+        attention = sum(4 * shape.n_embd * layer.heads * shape.head_dim for layer in shape.layers)
+        return cls(attention, shape.parameters_count(non_embedding=True) - attention, shape.depth())
+
+
+@dataclass(frozen=True)
+class Law:
+    """The constants of an episode.
+
+    Attributes:
+        floor: E, nats.
+        size: A, nats.
+        size_exponent: α.
+        data: B, nats.
+        data_exponent: β.
+        heads: how much an attention parameter counts.
+        width: how much any other counts.
+        layer: how much a layer counts beside its parameters.
+        reference: N₀.
+        tokens: D₀.
+    """
+
+    floor: float
+    size: float
+    size_exponent: float
+    data: float
+    data_exponent: float
+    heads: float
+    width: float
+    layer: float
+    reference: float
+    tokens: float
+
+    @classmethod
+    def drawn(cls, seed: int, spec: RunSpec) -> Self:
+        """The law of a seed. Heads, width and depth count for much or for little, each by its own draw."""
+        random = stream(seed, "law")
+
+        def log_uniform(low: float, high: float) -> float:
+            return float(math.exp(random.uniform(math.log(low), math.log(high))))
+
+        heads, width, layer = log_uniform(0.03, 6), log_uniform(0.03, 6), log_uniform(0.02, 1)
+        one = start_of(spec, 1)
+        size = Size.of(one)
+        layer *= size.attention + size.other
+        return cls(
+            floor=0.3,
+            size=float(random.uniform(1.2, 1.8)),
+            size_exponent=float(random.uniform(0.4, 0.7)),
+            data=log_uniform(0.02, 0.4),
+            data_exponent=float(random.uniform(0.6, 0.9)),
+            heads=heads,
+            width=width,
+            layer=layer,
+            reference=heads * size.attention + width * size.other + layer,
+            tokens=budget_tokens(spec, one),
+        )
+
+    def size_loss(self, size: Size) -> Array:
+        """E + A·(N/N₀)^(−α), nats: what no amount of tokens removes at this size; every growth lowers it."""
+        effective = self.heads * size.attention + self.width * size.other + self.layer * size.layers
+        return self.floor + self.size * (effective / self.reference) ** -self.size_exponent
+
+    def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
+        """The loss after that many more tokens at a size. `loss` > `size_loss`."""
+        have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
+        return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
+
+    @staticmethod
+    def shrunk(loss: Array, size_loss: Array, size_loss_after: Array) -> Array:
+        """The loss after a prune: what tokens have not removed stays, and the smaller size's own loss comes."""
+        return loss + (size_loss_after - size_loss)
+
+
+def start_of(spec: RunSpec, n_layer: int) -> TransformerShape:
+    """The shape that a surrogate starts with."""
+    host = spec.host.model_copy(update={"n_layer": n_layer})
+    return start_shape(spec.model_copy(update={"host": host}), VOCABULARY)
+
+
+def whole_steps(left: float, per_step: float) -> int:
+    """Optimizer steps, at least one, until `left` is used up."""
+    return max(1, math.ceil(left / per_step - 1e-9))
+
+
+def budget_tokens(spec: RunSpec, shape: TransformerShape) -> float:
+    """Tokens that the spec's whole budget holds at a shape."""
+    tokens = batch_tokens(spec)
+    return tokens * spec.budget.amount / spec.clock.axis_per_step(spec.budget.axis, shape, tokens)
