@@ -25,7 +25,7 @@ from esper.platform.model import Frozen
 from esper.platform.saves import Saves
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
-from esper.platform.tracking import Tracker, milliseconds
+from esper.platform.tracking import Tracker, milliseconds, new_key
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.policies.simic.health import Health
 from esper.policies.simic.learner import build_algorithm, iteration_metrics, restore_algorithm, runner, save_algorithm
@@ -54,7 +54,7 @@ class ResumePoint(Frozen):
     preset: str | None = None
     data: Path | None = None
     fingerprint: str | None = None  # of the data
-    mlflow: str | None = None
+    key: str  # of its MLflow run
 
     @classmethod
     def newest(cls, folder: Path) -> "tuple[Path, ResumePoint]":
@@ -96,6 +96,7 @@ def train_gardener(
     begin, done = 0, {"episodes": 0.0, "decisions": 0.0}
     if point is not None:
         begin, done = point.iterations, {"episodes": point.episodes, "decisions": point.decisions}
+    key = point.key if point is not None else new_key()
     history = _history(out, begin)
     fingerprint = None if surrogate else job.open_data().manifest.fingerprint()
     make = partial(
@@ -114,13 +115,15 @@ def train_gardener(
         tags={"kind": "ppo", "arm": "ppo", "seed": seed, "preset": spec.preset},
         params=spec.model_dump(mode="json"),
         parent=parent,
-        resume=point.mlflow if point is not None else None,
+        key=key,
     ) as tracker:
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
         for line in history:  # MLflow may not have had them all
             tracker.log(_logged(line), int(line["iteration"]), at=int(line["time"]))
         algorithm = make()
-        health = Health()
+        health = Health(spec.ppo.iterations)
+        for line in history:
+            health.look(_logged(line))  # said already
 
         def save(iteration: int) -> Path:
             checkpoint = out / CHECKPOINTS / f"{iteration:06d}"
@@ -132,7 +135,7 @@ def train_gardener(
                 preset=spec.preset,
                 data=None if surrogate else job.data,
                 fingerprint=fingerprint,
-                mlflow=tracker.run_id_now or (point.mlflow if point is not None else None),
+                key=key,
             )
             save_algorithm(algorithm, checkpoint, now.model_dump(mode="json"))
             _thin_out(out, checkpoint)

@@ -92,7 +92,8 @@ def resume(arguments: PPOArguments, out: Path) -> None:
 
 def train(job: Job, *, seed: int, surrogate: bool, start: tuple[Path, ResumePoint] | None = None) -> None:
     """Connect, train, and say where everything is."""
-    with StopSignals() as signals, cluster.session(gpus=None if surrogate else gpus_needed(job.spec)):
+    # In this order: `ray.init` puts in a handler of its own, in C, that aborts.
+    with cluster.session(gpus=None if surrogate else gpus_needed(job.spec)), StopSignals() as signals:
         job.begin()  # a resumed training's spec too: it may have been given more iterations
         try:
             summary = train_gardener(job, job.out, seed=seed, surrogate=surrogate, start=start, check=signals.check)

@@ -30,7 +30,7 @@ from esper.platform.model import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.telemetry import Telemetry
-from esper.platform.tracking import Tracker
+from esper.platform.tracking import Tracker, new_key
 from esper.policies.arms import ALIASES, ARMS, ArmInputs, arm_name, make_policy
 from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
@@ -64,6 +64,7 @@ class Plan(Frozen):
     policy: Path | None
     schedule: Path | None
     match: Path | None
+    key: str  # of its MLflow run
 
     def make_policy(self, spec: RunSpec) -> GrowthPolicy:
         """The arm's gardener."""
@@ -79,7 +80,7 @@ def run(arguments: TrainArguments) -> int:
     spec = resolve_spec(arguments)
     files = [path and path.absolute() for path in (arguments.policy, arguments.schedule, arguments.match)]
     plan = Plan.checked(
-        dict(zip(Plan.model_fields, (arm, arguments.seed, arguments.task, Path(), *files), strict=True)),
+        dict(zip(Plan.model_fields, (arm, arguments.seed, arguments.task, Path(), *files, new_key()), strict=True)),
         "the arguments",
     )
     policy = plan.make_policy(spec)
@@ -112,10 +113,10 @@ def resume(arguments: TrainArguments, out: Path) -> int:
     growth = GrowthRun(spec, TokenData.open(plan.data))
     growth.load(values, tensors)
     say(f"resume  {out}, {plan.arm}, at optimizer step {growth.ledger.steps:,} ({growth.fraction():.0%} of the budget)")
-    return train(growth, policy, plan, out, mlflow=kept["mlflow"])
+    return train(growth, policy, plan, out)
 
 
-def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlflow: str | None = None) -> int:
+def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path) -> int:
     """Play the run from where it stands to its end, saving at every decision, and report."""
     spec, arm = growth.spec, plan.arm
     progress = RunProgress(growth.fraction())
@@ -124,7 +125,7 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlf
     with (
         StopSignals() as signals,
         Checkpoints(out / CHECKPOINTS) as checkpoints,
-        Tracker.start(f"esper-{plan.task}", out.name, tags=tags, params=params, resume=mlflow) as tracker,
+        Tracker.start(f"esper-{plan.task}", out.name, tags=tags, params=params, key=plan.key) as tracker,
     ):
 
         def save() -> None:
@@ -132,7 +133,6 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlf
             values["train"] = {
                 "plan": plan.model_dump(mode="json"),
                 "policy": policy.state() if isinstance(policy, Stateful) else None,
-                "mlflow": tracker.run_id_now or mlflow,
             }
             checkpoints.save(growth.ledger.steps, values, tensors)
 
@@ -150,7 +150,6 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path, *, mlf
         try:
             summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
         except Stopped as stopped:
-            tracker.run_id  # noqa: B018  waits for the connection, so that the resumed run goes on in this MLflow run
             save()
             checkpoints.close()
             where = f"saved at optimizer step {growth.ledger.steps:,}; go on with: esper train --resume {out}"

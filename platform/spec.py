@@ -152,7 +152,7 @@ class PPOSpec(Frozen):
     learning_rate: float = Field(1e-3, gt=0)
     gae_lambda: float = Field(0.95, ge=0, le=1)
     clip: float = Field(0.2, gt=0, lt=1)
-    entropy: float = Field(0.01, ge=0)
+    entropy: float = Field(0.005, ge=0)
     hidden: int = Field(64, ge=4, description="width of the policy network")
     learners: int = Field(0, ge=0, description="learner processes; 0 learns in the driver")
     learner_gpus: float = Field(0.0, ge=0, description="GPUs of a learner")

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from queue import SimpleQueue
@@ -45,6 +46,8 @@ RETRY_SECONDS = 60  # a server that restarts in mid-run has this long
 CLOSE_SECONDS = 30
 VALUE_LENGTH, TAG_LENGTH, KEY_LENGTH, PARAMS_A_BATCH = 6000, 8000, 250, 100  # MLflow's own limits
 
+KEY = "esper.key"  # a tag
+
 _already_said: set[str] = set()  # stores whose absence was reported: once a process, not once a trial
 
 
@@ -70,7 +73,7 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         parent: str | None = None,
-        resume: str | None = None,
+        key: str | None = None,
     ) -> "Tracker":
         """Begin a run; returns at once, while the connection is made in the background.
 
@@ -80,7 +83,8 @@ class Tracker:
             tags: What the UI filters by (arm, seed, preset, git commit).
             params: The configuration; nested mappings become dotted keys (`host.n_layer`).
             parent: `run_id` of the run this one is a child of.
-            resume: `run_id` of a run to go on with instead; where the store has none such, a new one begins.
+            key: what tells this run from all others (`new_key`). Where the store has a run with it already, that one is
+                gone on with: a run that is resumed, even after a death before MLflow had answered, stays one run.
         """
         tracker = cls(tracking_uri())
         began = milliseconds()
@@ -91,7 +95,7 @@ class Tracker:
 
         def work() -> None:
             try:
-                tracker._connect(experiment, run_name, labels, flat, began, resume)
+                tracker._connect(experiment, run_name, labels, flat, began, key)
             except Exception as error:
                 tracker._give_up(error)
             finally:
@@ -189,11 +193,6 @@ class Tracker:
         if not self._off and self._thread is not None:
             self._jobs.put(job)
 
-    @property
-    def run_id_now(self) -> str | None:
-        """`run_id` without waiting: None too while the connection is still being made."""
-        return self._run_id
-
     def _connect(
         self,
         experiment: str,
@@ -201,15 +200,19 @@ class Tracker:
         tags: dict[str, str],
         params: dict[str, str],
         began: int,
-        resume: str | None,
+        key: str | None,
     ) -> None:
         """Import MLflow, find the store, make experiment and run."""
         _probe(self._uri)
         client = _client(self._uri)
         self._experiment_id = _experiment(client, experiment, self._uri)
-        if resume is not None and _reopened(client, resume):
-            self._client, self._run_id = client, resume
-            return
+        if key is not None:
+            before = _found(client, self._experiment_id, key)
+            if before is not None:
+                client.update_run(before, status="RUNNING")
+                self._client, self._run_id = client, before
+                return
+            tags = tags | {KEY: key}
         run = client.create_run(self._experiment_id, start_time=began, tags=tags, run_name=name)
         from mlflow.entities import Param
 
@@ -246,6 +249,11 @@ class Tracker:
             )
 
 
+def new_key() -> str:
+    """A key that no other run has."""
+    return uuid.uuid4().hex
+
+
 def tracking_uri() -> str:
     """Where runs are kept: `MLFLOW_TRACKING_URI`, else an SQLite file in the working directory; files absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
@@ -279,12 +287,20 @@ def _probe(uri: str) -> None:
 
 
 def _client(uri: str) -> "MlflowClient":
-    """A client whose store exists: the first to come makes an SQLite file's tables, the others wait for it."""
+    """A client whose store exists: the first to come makes an SQLite file's tables, the others wait for it.
+
+    They are made beside the file's place and renamed: MLflow cannot use a store that was killed while it made them.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     with _alone(uri):
+        file = _sqlite_file(uri)
+        if file is not None and not file.exists():
+            partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
+            MlflowClient(f"sqlite:///{partial}")
+            partial.rename(file)
         return MlflowClient(uri)
 
 
@@ -318,17 +334,10 @@ def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
     return found.experiment_id
 
 
-def _reopened(client: "MlflowClient", run_id: str) -> bool:
-    """Whether there is such a run; if so, it is running again."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.update_run(run_id, status="RUNNING")
-    except MlflowException as error:
-        if not _is_final(error):
-            raise
-        return False
-    return True
+def _found(client: "MlflowClient", experiment: str, key: str) -> str | None:
+    """The run with a key."""
+    runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+    return runs[0].info.run_id if runs else None
 
 
 def _sqlite_file(uri: str) -> Path | None:

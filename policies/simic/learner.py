@@ -116,7 +116,8 @@ def build_algorithm(
 def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
     """What `algorithm.train()` returned, flat.
 
-    - `return_mean` (nats), `val_loss` (mean final loss), `episodes`, `decisions`, `episode_length`.
+    - `return_mean`, `return_min`, `return_max` (nats), `val_loss` (mean final loss), `episodes`, `decisions`,
+      `episode_length`.
     - `explained_variance` (strict: see `SimicEnvRunner`) and `entropy` (nats), of the policy as it chose.
     - `wait`, `graft`, `prune` and, by what a graft adds, `heads`, `width`, `expert`, `layer`: shares of the decisions.
     - `kl`, `clip_fraction`: what the update did to the policy, over the whole batch (`SimicEnvRunner.update_metrics`).
@@ -130,7 +131,7 @@ def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
     runner = result[ENV_RUNNER_RESULTS]
     learner = result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
     metrics = {
-        "return_mean": runner["episode_return_mean"],
+        **{f"return_{what}": runner[f"episode_return_{what}"] for what in ("mean", "min", "max")},
         "episode_length": runner["episode_len_mean"],
         **runner[SIMIC],
         **{name: learner[theirs] for name, theirs in _LEARNER_METRICS.items() if theirs in learner},

@@ -90,7 +90,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         self._dispatcher: Dispatcher | None = None
         self._journal = Journal(self._source.journal) if self._source.journal is not None else None
         self._baseline = Baseline()
-        self._sampled: list[SingleAgentEpisode] = []  # last
+        self._sampled: list[tuple[SingleAgentEpisode, int]] = []  # last, with their lengths
         self._learned: list[int] = []  # numbers of episodes that no checkpoint of ours has learned from yet
 
     # -- EnvRunner -----------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         Their rewards are the shaped ones (`baseline.py`); what is logged is true.
         """
         episodes = self._started().collect(self.config.total_train_batch_size, self._source.check)
-        self._sampled = episodes
+        self._sampled = [(episode, len(episode)) for episode in episodes]  # PPO's connector appends a row to each
         self._learned += [int(episode.id_) for episode in episodes]
         self._log(episodes)
         self._baseline.update(np.concatenate([_states(e)[:-1] for e in episodes]), _to_come(episodes))
@@ -138,14 +138,16 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         - `clip_fraction`: p_new/p_old of the action is outside 1 ± clip;
         - `kl`: Σ p_old ln(p_old/p_new), nats.
         """
-        before = torch.from_numpy(_stacked(self._sampled, Columns.ACTION_DIST_INPUTS)).log_softmax(dim=-1)
+        logits = [e.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)[:n] for e, n in self._sampled]
+        before = torch.from_numpy(np.concatenate(logits)).log_softmax(dim=-1)
         net = GardenerNet(self._hidden)
         net.load_state_dict(self._net_weights())
-        seen = [episode.get_observations(slice(0, len(episode))) for episode in self._sampled]
+        seen = [episode.get_observations(slice(0, n)) for episode, n in self._sampled]
         rows = {name: torch.from_numpy(np.concatenate([each[name] for each in seen])) for name in seen[0]}
         with torch.no_grad():
             after = net.logits(rows).log_softmax(dim=-1)
-        chosen = torch.from_numpy(np.concatenate([episode.get_actions() for episode in self._sampled])).unsqueeze(-1)
+        taken = np.concatenate([episode.get_actions()[:n] for episode, n in self._sampled])
+        chosen = torch.from_numpy(taken).unsqueeze(-1)
         ratio = (after - before).gather(-1, chosen).exp()
         kl = (before.exp() * (before - after)).sum(dim=-1)
         clip = float(self.config.clip_param)
