@@ -53,6 +53,7 @@ def connect(cpus: int | None = None, gpus: int | None = None, *, worker_logs: bo
                 logging_level=logging.ERROR,
                 log_to_driver=worker_logs,
             )
+        _quiet_deaths()
         found = int(ray.cluster_resources().get("GPU", 0))
         where = f"attached to {ray.get_runtime_context().gcs_address}" if attached() else "local cluster"
         say(f"Ray: {where}, {_count(cores(), 'core')}" + (f", {_count(found, 'GPU')}" if found else ""))
@@ -122,6 +123,22 @@ def fit(each_cpus: float, each_gpus: float) -> int:
             f"{_count(cores(), 'core')} and {_count(gpus(), 'GPU')}: set fleet.cpus or fleet.gpus lower."
         )
     return count
+
+
+def _quiet_deaths() -> None:
+    """Leave out Ray's long notice of a worker's death, on standard output: who waited for that worker tells of it."""
+    from ray._private import worker
+
+    inner = worker.print_to_stdstream
+    if getattr(inner, "quiet", False):
+        return
+
+    def but_deaths(data: dict, *args: object, **keywords: object) -> None:
+        if not any("A worker died or was killed" in line for line in data.get("lines", ())):
+            inner(data, *args, **keywords)
+
+    but_deaths.quiet = True  # pyright: ignore[reportFunctionMemberAccess]
+    worker.print_to_stdstream = but_deaths
 
 
 def _attach(address: str, worker_logs: bool) -> None:

@@ -228,5 +228,6 @@ def sentence(error: Exception) -> str:
         error = error.cause
     if isinstance(error, RayError):
         text = re.sub(r"\x1b\[\d+m", "", str(error))
-        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
+        last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
+        return last.split(" Worker exit type:")[0]  # what follows guesses at causes, at length
     return f"{type(error).__name__}: {error}"

@@ -94,7 +94,7 @@ def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, spec, sha
     killer.start()
     try:
         found = chaos_driver.returns(one.collect(decisions // 3))
-        nodes.remove_node(nodes.list_all_nodes[2])
+        nodes.remove_node(next(iter(nodes.worker_nodes)))
         nodes.add_node(num_cpus=1)
         found |= chaos_driver.returns(one.collect(decisions - 8 * len(found)))
     finally:
@@ -123,7 +123,7 @@ def test_200_decisions_while_workers_a_node_and_the_driver_are_killed(nodes, spe
     killer.start()
     try:
         wait_for(lambda: ended(tmp_path) >= 5)
-        nodes.remove_node(nodes.list_all_nodes[2])
+        nodes.remove_node(next(iter(nodes.worker_nodes)))
         nodes.add_node(num_cpus=1)
         wait_for(lambda: ended(tmp_path) >= 10)
         driver.send_signal(signal.SIGKILL)
