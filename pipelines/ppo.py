@@ -4,7 +4,7 @@
                                                              # GPU that is `demo`: minutes, and no good policy
     python pipelines/ppo.py --preset tinystories-char        # a laptop for hours
     ray job submit -- python pipelines/ppo.py                # on a cluster
-    esper ppo --surrogate --set ppo.iterations=30            # learn on a loss law, in a minute
+    esper ppo --surrogate                                    # learn on loss laws, in minutes
     esper ppo --resume runs/ppo-20260101-120000              # go on where it was stopped or killed
 
 Leaves `summary.json`, `spec.json`, `history.jsonl`, `training.png` and `checkpoints/` in the output folder. A
@@ -28,6 +28,8 @@ from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 
+ON_LAWS = ("ppo.iterations=80", "ppo.decisions=1024", "ppo.minibatch=256")
+"""What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
 
 
@@ -35,7 +37,7 @@ class PPOArguments(CommonArguments):
     """Train a gardener with PPO over a fleet of workers."""
 
     surrogate: Annotated[
-        bool, Field(description="Train on loss laws instead of on text: a minute, and no proof of anything on text.")
+        bool, Field(description="Train on loss laws instead of on text: minutes, and no proof of anything on text.")
     ] = False
     resume: Annotated[
         Path | None,
@@ -47,6 +49,8 @@ def run(arguments: PPOArguments) -> None:
     """Settle, connect, train, report."""
     if arguments.resume is not None:
         return resume(arguments, arguments.resume)
+    if arguments.surrogate:
+        arguments = arguments.model_copy(update={"set": [*ON_LAWS, *arguments.set]})
     spec = resolve_spec(arguments, fleet=not arguments.surrogate)
     if arguments.surrogate:
         job = Job(spec, Path(), output_folder(arguments, "ppo"))

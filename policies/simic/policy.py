@@ -25,7 +25,7 @@ from esper.policies.simic.net import GardenerNet
 CARD = "policy.json"
 CHECKPOINTS = "checkpoints"  # inside a `ppo` run's folder, each named by its iteration
 FOLDER = "policy"  # inside a run's or a checkpoint's folder
-FORMAT = "simic-1"  # of the files and the network
+FORMAT = "simic-2"  # of the files and the network
 
 
 def checkpoints(run: Path) -> list[Path]:

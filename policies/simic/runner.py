@@ -30,7 +30,7 @@ from ray.rllib.utils.metrics import (
 
 from esper.platform.contracts import Instance
 from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS, TelemetrySpace
-from esper.policies.simic.baseline import Baseline
+from esper.policies.simic.baseline import Baseline, Place, places
 from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet
@@ -104,9 +104,11 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         self._sampled = [(episode, len(episode)) for episode in episodes]  # PPO's connector appends a row to each
         self._learned += [int(episode.id_) for episode in episodes]
         self._log(episodes)
-        self._baseline.update(np.concatenate([_states(e)[:-1] for e in episodes]), _to_come(episodes))
+        states = np.concatenate([_states(e)[:-1] for e in episodes])
+        self._baseline.update(states, _to_come(episodes), self._places(episodes))
         for episode in episodes:
-            shaped = self._baseline.shaped(episode.get_rewards(), _states(episode), episode.is_terminated)
+            instance = self._instance(episode)
+            shaped = self._baseline.shaped(episode.get_rewards(), _states(episode), episode.is_terminated, instance)
             episode.rewards.data = shaped  # `set_rewards` would check each against a space, with a warning each
         return episodes
 
@@ -225,6 +227,15 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
 
     # -- Helpers -------------------------------------------------------------------------------------------------
 
+    def _instance(self, episode: SingleAgentEpisode) -> str | None:
+        """What names an episode's instance to the baseline; None where all play the spec's own."""
+        instance = self._source.instances(int(episode.id_)) if self._source.instances is not None else None
+        return None if instance is None else instance.model_dump_json()
+
+    def _places(self, episodes: list[SingleAgentEpisode]) -> list[Place]:
+        """Of all their decisions, in order."""
+        return [place for episode in episodes for place in places(self._instance(episode), len(episode))]
+
     def _started(self) -> Dispatcher:
         """The dispatcher, made at the first sample: a resumed training has its weights and numbers by then."""
         if self._dispatcher is None:
@@ -297,7 +308,8 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         left when the mean of each decision is known. Most of the plain variance is the fall of the loss itself.
         """
         to_come = _to_come(episodes)
-        said = self._baseline.potential(np.concatenate([_states(e)[:-1] for e in episodes]))
+        states = np.concatenate([_states(e)[:-1] for e in episodes])
+        said = self._baseline.potential(states, self._places(episodes))
         said += self._baseline.scale * _stacked(episodes, Columns.VF_PREDS)
         decision = np.concatenate([np.arange(len(episode)) for episode in episodes])
         means = np.bincount(decision, to_come) / np.bincount(decision)

@@ -58,7 +58,7 @@ def test_info_says_what_it_is(trained, capsys):
     )
     folder = trained / "checkpoints" / "000002" / "policy"
     assert told == {
-        "format": "simic-1, telemetry version 1",
+        "format": "simic-2, telemetry version 1",
         "width": "16",
         "parameters": f"{sum(p.numel() for p in GardenerNet(16).parameters()):,}",
         "on": "loss laws (surrogate)",

@@ -1,5 +1,6 @@
 """Stock PPO over the dispatcher: it learns, repeats by its seed, survives a killed worker, and resumes."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 import torch
 import tree
 from ray.rllib.algorithms.ppo import PPO
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.evaluation.postprocessing import Postprocessing
 from simic_toy import SPACE, ToyRun
 from test_dispatcher import local
 
@@ -18,9 +22,11 @@ from esper.policies.simic.learner import (
     current_policy,
     iteration_metrics,
     restore_algorithm,
+    runner,
     save_algorithm,
 )
 from esper.policies.simic.policy import SimicPolicy
+from esper.policies.simic.runner import AHEAD, SimicEnvRunner
 from esper.workers.actor import GrowthWorker
 
 SPEC = RunSpec(ppo=PPOSpec(decisions=128, minibatch=64, epochs=6, learning_rate=2e-3, hidden=64, entropy=0.01))
@@ -126,3 +132,69 @@ def test_training_survives_a_killed_worker(local_ray):
     assert 0 < later[-1]["busy"] <= 1
     assert all(0 <= m["lag_mean"] <= m["lag_max"] <= 4 for m in later)
     assert torch.isfinite(torch.tensor([m["return_mean"] for m in later])).all()
+
+
+def test_two_workers_at_one_to_eight_every_episode_is_learned_from_once(local_ray, monkeypatch):
+    learned: list[int] = []
+    sample = SimicEnvRunner.sample
+
+    def noting(self, **kwargs):
+        episodes = sample(self, **kwargs)
+        learned.extend(int(episode.id_) for episode in episodes)
+        return episodes
+
+    monkeypatch.setattr(SimicEnvRunner, "sample", noting)
+    seconds = iter((0.01, 0.08))
+    make_worker = lambda: GrowthWorker.options(num_cpus=0.1).remote(partial(ToyRun, next(seconds)))  # noqa: E731
+    algorithm = build_algorithm(SPEC, SPACE, lambda: RayFleet(make_worker, lambda: 2), seed=0)
+    try:
+        metrics = [iteration_metrics(algorithm.train()) for _ in range(6)]
+        flying = runner(algorithm).in_flight()
+    finally:
+        algorithm.stop()
+    assert len(learned) == len(set(learned)) == sum(each["episodes"] for each in metrics)
+    assert sorted({*learned, *flying}) == list(range(len(learned) + len(flying)))  # none is missing
+    # An iteration is at least 128 decisions, or 64 of the slow worker's: eight episodes of its own. So what it learns
+    # from is no older than the queue is long (`AHEAD`), and one more.
+    assert all(0 <= each["lag_mean"] <= each["lag_max"] <= AHEAD + 2 for each in metrics)
+    assert max(each["lag_max"] for each in metrics) >= 1  # chosen before the update that came in between
+
+
+def test_a_learner_in_a_process_of_its_own_learns_the_same_task(local_ray):
+    spec = SPEC.model_copy(update={"ppo": SPEC.ppo.model_copy(update={"learners": 1})})
+    algorithm = build_algorithm(spec, SPACE, lambda: LocalFleet(local(ToyRun), 4), seed=2)
+    try:
+        curve = train(algorithm, 6)
+        policy = current_policy(algorithm)
+    finally:
+        algorithm.stop()
+    assert curve[-1]["return_mean"] > curve[0]["return_mean"] + 1
+    assert curve[-1]["lag_max"] == 0
+    assert all(torch.isfinite(value).all() for value in policy.net.state_dict().values())
+
+
+def test_advantages_by_hand(make):
+    """What the learner is given, against arithmetic: GAE (Schulman et al. 2015, 1506.02438, eq. 16) with γ = 1."""
+    algorithm = make(n=2)
+    episodes = runner(algorithm).sample()
+    learner = algorithm.learner_group._learner
+    expected = []
+    for episode in episodes:
+        rewards, observations = episode.get_rewards(), episode.get_observations()
+        assert len(rewards) == 8
+        with torch.no_grad():
+            inputs = {name: torch.from_numpy(array) for name, array in observations.items()}
+            values = learner.module[DEFAULT_MODULE_ID].compute_values({Columns.OBS: inputs}).numpy().astype(np.float64)
+        values[-1] = 0.0  # terminated
+        for k in range(8):
+            deltas = [rewards[j] + values[j + 1] - values[j] for j in range(k, 8)]
+            expected.append(sum(SPEC.ppo.gae_lambda**j * delta for j, delta in enumerate(deltas)))
+    batch = learner._learner_connector(
+        rl_module=learner.module, batch={}, episodes=episodes, shared_data={}, metrics=learner.metrics
+    )[DEFAULT_MODULE_ID]
+    kept = batch[Columns.LOSS_MASK].numpy().astype(bool)  # the connector adds a row to each episode, and masks it
+    advantages = batch[Postprocessing.ADVANTAGES].numpy()
+    found, wanted = advantages[kept], np.array(expected)
+    scale, shift = np.polyfit(wanted, found, 1)  # RLlib standardises, over its own rows too
+    np.testing.assert_allclose(found, scale * wanted + shift, atol=1e-4)
+    assert scale == pytest.approx(1 / np.std(wanted), rel=0.1)
