@@ -7,8 +7,8 @@
 # the clone or image. The folder must outlive the driver's node. What follows it goes to `pipelines/ppo.py` at the
 # start; a training that goes on takes all from its folder.
 #
-# Tried: as a Ray job on two `ray start` nodes with token authentication, and through the very command line that
-# KubeRay 1.7.0 gives its submitter; tests/test_infra.py runs it. Never tried: inside Kubernetes.
+# Tried: as a Ray job on two nodes with token authentication, killed with its head and given again; tests/test_infra.py
+# runs it. Never tried: inside Kubernetes.
 set -eu
 
 if [ $# -eq 0 ]; then

@@ -71,8 +71,8 @@ class LagPolicy:
         """
         if probe is None:
             raise UserError(
-                "lag tries grafts on copies of the run, and was given no probe to try them through: play it where there "
-                "is a run to copy, as under `esper train lag`."
+                "lag tries grafts on copies of the run, and was given no probe to try them through: play it where "
+                "there is a run to copy, as under `esper train lag`."
             )
         limit = self.limits
 

@@ -11,9 +11,11 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -38,12 +40,14 @@ CODE = ["esper", "platform", "workers", "policies", "pipelines"]
 
 
 def test_each_file_says_at_its_top_what_was_tried_and_what_never_was():
-    files = [path for path in INFRA.iterdir() if path.is_file() and path.suffix != ".dockerignore"]
+    files = [path for path in INFRA.iterdir() if path.suffix != ".dockerignore"]
     assert {path.name for path in files} >= {"README.md", "Dockerfile", "rayjob.yaml", "ppo.sh", *CLUSTERS}
     for path in files:
-        top = path.read_text(encoding="utf-8")[:2500]
-        assert "Tried: " in top, path.name
-        assert "Never tried: " in top, path.name
+        text = path.read_text(encoding="utf-8")
+        head = text if path.suffix == ".md" else text[: re.search(r"^[^#\n]", text, re.MULTILINE).start()]  # pyright: ignore[reportOptionalMemberAccess]
+        said = re.sub(r"\n# ?", " ", head)
+        assert "Tried: " in said, path.name
+        assert "Never tried: " in said, path.name
 
 
 def cluster(name: str) -> dict[str, Any]:
@@ -326,3 +330,80 @@ def test_ppo_sh_without_a_folder_says_how_it_is_called():
     done = chosen(None)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no folder named")
+
+
+def ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    found = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return found
+
+
+@pytest.mark.slow
+def test_two_nodes_with_a_token_run_the_entry_point_of_the_rayjob(tmp_path: Path, text_file: Path):
+    """The image's command and a worker's, on ports of their own; PPO on text, a worker a node; given twice."""
+    gcs, dashboard, client, *rest = ports(3 + 2 * 3)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "of-this-test-alone-" + "0" * 45,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="esper-"),  # short: sockets' paths are limited
+        "ESPER_CACHE": str(tmp_path / "cache"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    image = dict(instructions())
+    head = [word for word in json.loads(image["CMD"]) if not word.startswith(("--port", "--dashboard-host"))]
+    head += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    worker = ["ray", "start", f"--address=127.0.0.1:{gcs}", "--block"]
+    names = ["--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port"]
+    agents = [rest[:3], rest[3:]]
+    nodes = [
+        [
+            *command,
+            "--num-cpus=1",
+            "--node-ip-address=127.0.0.1",
+            *(f"{n}={p}" for n, p in zip(names, own, strict=True)),
+        ]
+        for command, own in zip((head, worker), agents, strict=True)
+    ]
+    check = json.loads(image["HEALTHCHECK"].partition("CMD ")[2])
+
+    def call(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    started = []
+    try:
+        for command, (agent, *_) in zip(nodes, agents, strict=True):
+            with (tmp_path / f"node{len(started)}.log").open("w", encoding="utf-8") as log:
+                started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            deadline = time.monotonic() + 90
+            while call(*check[:2], check[2].replace("52365", str(agent))).returncode:
+                assert time.monotonic() < deadline, (tmp_path / f"node{len(started) - 1}.log").read_text()
+                time.sleep(1)
+        submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
+        small = [
+            "budget.amount=600",
+            "data.eval_tokens=512",
+            "ppo.decisions=16",
+            "ppo.minibatch=16",
+            "ppo.iterations=1",
+        ]
+        entry = ["sh", "infra/ppo.sh", str(tmp_path / "run"), "--data", str(text_file)]
+        entry += [word for key in (*small, "fleet.workers=2") for word in ("--set", key)]
+        first = call(*submit, *entry)
+        assert first.returncode == 0, first.stdout + first.stderr
+        assert "2 workers" in first.stdout
+        assert (tmp_path / "run" / "summary.json").exists()
+        assert "is complete" in call(*submit, *entry).stdout
+        environment["RAY_AUTH_TOKEN"] = "another" + "0" * 57
+        assert call(*submit, "true").returncode != 0
+    finally:
+        for node in reversed(started):
+            node.terminate()
+        for node in started:
+            node.wait(60)
+        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)

@@ -89,7 +89,7 @@ def test_whole_episodes_with_what_chose_each_action(make):
         assert logits.shape == (DECISIONS, SPACE.candidates)
         assert (observations["mask"][np.arange(DECISIONS), actions] == 1).all()
         log_p = torch.from_numpy(logits).log_softmax(-1).numpy()[np.arange(DECISIONS), actions]
-        np.testing.assert_array_equal(log_p, episode.get_extra_model_outputs(Columns.ACTION_LOGP))
+        np.testing.assert_allclose(log_p, episode.get_extra_model_outputs(Columns.ACTION_LOGP), rtol=1e-6)
         recomputed = make_net().logits({name: torch.from_numpy(a) for name, a in observations.items()})
         np.testing.assert_allclose(logits, recomputed.detach().numpy(), rtol=1e-5, atol=1e-5)
 
