@@ -10,8 +10,10 @@ cut off.
 """
 
 import base64
+import errno
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +64,7 @@ class Journal:
         instance = None if flight.instance is None else flight.instance.model_dump(mode="json")
         head = {"version": VERSION, "episode": flight.number, "seed": flight.seed, "instance": instance}
         self._broken.discard(flight.number)
-        self._write(flight.number, head, "w")
+        self._write(flight.number, head, new=True)
 
     def note(self, flight: Flight) -> None:
         """Note a flight's last observation, with the reward that came with it, and the choice made on it."""
@@ -94,7 +96,7 @@ class Journal:
     def remove(self, numbers: list[int]) -> None:
         """Forget episodes: learned from for good, or given up."""
         for number in numbers:
-            self._path(number).unlink(missing_ok=True)
+            Path(self._name(number)).unlink(missing_ok=True)
             self._broken.discard(number)
 
     def read(self) -> Found:
@@ -127,19 +129,22 @@ class Journal:
         whole = [episode for _, episode in sorted(ended, key=lambda pair: pair[0])]
         return Found(flights, whole, blank, newest + 1)
 
-    def _write(self, number: int, line: dict[str, Any], mode: str = "a") -> None:
+    def _write(self, number: int, line: dict[str, Any], *, new: bool = False) -> None:
         """A line that cannot be written ends its file; the episode goes on, and would be taken up from there."""
         if number in self._broken:
             return
-        path = self._path(number)
-        size = 0
+        data, place = _encoded(line), self._name(number)
         try:
-            if mode == "w":
+            if new:
                 self._folder.mkdir(parents=True, exist_ok=True)
-            else:
-                size = path.stat().st_size
-            with path.open(mode, encoding="ascii") as file:
-                file.write(json.dumps(_finite(line), allow_nan=False, separators=(",", ":")) + "\n")
+            file = os.open(place, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if new else os.O_APPEND), 0o644)
+            try:
+                size = os.fstat(file).st_size
+                if os.write(file, data) < len(data):  # the disk is full: no half of a line before the next
+                    os.ftruncate(file, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(file)
         except OSError as error:
             if not self._broken:
                 say(
@@ -147,14 +152,9 @@ class Journal:
                     "room, for what is not written there would be trained again after a death of this process."
                 )
             self._broken.add(number)
-            try:
-                with path.open("r+b") as file:
-                    file.truncate(size)
-            except OSError:
-                pass
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:09d}.jsonl"
+    def _name(self, number: int) -> str:
+        return f"{self._folder}/{number:09d}.jsonl"
 
 
 def _flight(lines: list[dict[str, Any]]) -> Flight:
@@ -207,10 +207,16 @@ def _unpacked(packed: dict[str, Any]) -> np.ndarray:
     return data.reshape(packed["shape"]).copy()
 
 
+def _encoded(line: dict[str, Any]) -> bytes:
+    """JSON has no infinity; an info may, and then says nothing."""
+    try:
+        text = json.dumps(line, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(_finite(line), allow_nan=False, separators=(",", ":"))
+    return text.encode("ascii") + b"\n"
+
+
 def _finite(value: Any) -> Any:
-    """JSON has no infinity; an info may."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return value
+    return {key: _finite(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -289,10 +289,9 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         }
         busy = self._dispatcher.busy_fraction()
         if busy is not None:
-            own["busy"] = busy
-        infos = [info for episode in episodes for info in episode.get_infos() if "waited" in info]
-        waited, worked = (sum(info[key] for info in infos) for key in ("waited", "worked"))
-        own["waiting"] = waited / max(1e-9, waited + worked)
+            infos = [info for episode in episodes for info in episode.get_infos() if "waited" in info]
+            waited, worked = (sum(info[key] for info in infos) for key in ("waited", "worked"))
+            own |= {"busy": busy, "waiting": waited / max(1e-9, waited + worked)}
         spent = [sum(info.get("worked", 0.0) for info in episode.get_infos()) for episode in episodes]
         own |= {"episode_seconds": np.mean(spent), "episode_seconds_max": np.max(spent)}
         losses = [episode.get_infos(-1).get("val_loss") for episode in episodes]
