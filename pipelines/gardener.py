@@ -120,6 +120,7 @@ def train_gardener(
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
         for line in history:  # MLflow may not have had them all
             tracker.log(_logged(line), int(line["iteration"]), at=int(line["time"]))
+        (out / "summary.json").unlink(missing_ok=True)  # of the end that a resumed training had before
         algorithm = make()
         health = Health(spec.ppo.iterations)
         for line in history:
@@ -204,13 +205,13 @@ def make_run(spec: RunSpec, data: Path) -> Run:
 
 
 def gpus_needed(spec: RunSpec) -> int | None:
-    """GPUs that a cluster must have for one worker or trial; None where none is needed."""
-    return math.ceil(spec.fleet.gpus) or None
+    """GPUs that a cluster must have for one worker or trial; None where none is needed, or the cluster grows."""
+    return None if _grows(spec) else math.ceil(spec.fleet.gpus) or None
 
 
 def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
     fleet = spec.fleet
-    room = cluster.fit(fleet.cpus, fleet.gpus)
+    room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus)
     count = room if fleet.workers is None else fleet.workers
     if count > room and not cluster.attached():
         raise UserError(
@@ -225,7 +226,12 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
         options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus)
         return options.remote(partial(make_run, spec, data), storage)
 
-    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus))
+    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus), cluster.cores)
+
+
+def _grows(spec: RunSpec) -> bool:
+    """Whether the cluster may have no node for workers yet: a number of them that is asked for makes it grow."""
+    return cluster.attached() and spec.fleet.workers is not None
 
 
 def _history(out: Path, begin: int) -> list[dict[str, float]]:

@@ -75,12 +75,20 @@ class RayFleet:
     Args:
         make_worker: starts an actor, with `max_restarts=0`.
         wanted: how many workers there should be now; asked again while it runs.
+        at_once: how many start at the same time, once the first is there; none means all. More than the cluster has
+            cores would all wait for each other's imports.
     """
 
     lockstep = False
 
-    def __init__(self, make_worker: Callable[[], ActorHandle], wanted: Callable[[], int]) -> None:
-        self._make_worker, self._wanted = make_worker, wanted
+    def __init__(
+        self,
+        make_worker: Callable[[], ActorHandle],
+        wanted: Callable[[], int],
+        at_once: Callable[[], int] | None = None,
+    ) -> None:
+        self._make_worker, self._wanted, self._at_once = make_worker, wanted, at_once
+        self._joined = False  # whether any worker ever did
         self._events: SimpleQueue[tuple[int, Future[Any] | None]] = SimpleQueue()
         self._actors: dict[int, ActorHandle] = {}
         self._starting: set[int] = set()
@@ -137,7 +145,8 @@ class RayFleet:
         for worker in sorted(self._starting, reverse=True)[: max(0, len(self._actors) - wanted)]:
             self._starting.discard(worker)
             ray.kill(self._actors.pop(worker))
-        while len(self._actors) < wanted:
+        at_once = wanted if self._at_once is None else max(1, self._at_once()) if self._joined else 1
+        while len(self._actors) < wanted and len(self._starting) < at_once:
             worker, self._started = self._started, self._started + 1
             self._actors[worker] = self._make_worker()
             self._starting.add(worker)
@@ -161,7 +170,11 @@ class RayFleet:
                     self._look()
             return error
         self._failed_starts = 0
-        return Joined() if starting else future.result()
+        if not starting:
+            return future.result()
+        self._joined = True
+        self._look()
+        return Joined()
 
 
 class LocalFleet:
