@@ -24,7 +24,7 @@ from esper.platform.errors import UserError
 from esper.platform.model import Frozen
 from esper.platform.saves import Saves
 from esper.platform.spec import RunSpec
-from esper.platform.storage import write_json
+from esper.platform.storage import write_json, write_text
 from esper.platform.tracking import Tracker, milliseconds, new_key
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.policies.simic.health import Health
@@ -97,13 +97,14 @@ def train_gardener(
     if point is not None:
         begin, done = point.iterations, {"episodes": point.episodes, "decisions": point.decisions}
     key = point.key if point is not None else new_key()
+    storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, key)
     history = _history(out, begin)
     fingerprint = None if surrogate else job.open_data().manifest.fingerprint()
     make = partial(
         build_algorithm if start is None else partial(restore_algorithm, start[0]),
         spec,
         space,
-        fleet_maker(job, out, surrogate=surrogate),
+        fleet_maker(job, storage, surrogate=surrogate),
         seed=seed,
         instances=surrogate_instances(spec) if surrogate else None,
         journal=out / EPISODES,
@@ -120,8 +121,8 @@ def train_gardener(
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
         for line in history:  # MLflow may not have had them all
             tracker.log(_logged(line), int(line["iteration"]), at=int(line["time"]))
-        (out / "summary.json").unlink(missing_ok=True)  # of the end that a resumed training had before
         algorithm = make()
+        ours = runner(algorithm)
         health = Health(spec.ppo.iterations)
         for line in history:
             health.look(_logged(line))  # said already
@@ -134,23 +135,32 @@ def train_gardener(
                 seed=seed,
                 surrogate=surrogate,
                 preset=spec.preset,
-                data=None if surrogate else job.data,
+                data=None if surrogate else job.data.absolute(),
                 fingerprint=fingerprint,
                 key=key,
             )
-            save_algorithm(algorithm, checkpoint, now.model_dump(mode="json"))
+            try:
+                save_algorithm(algorithm, checkpoint, now.model_dump(mode="json"))
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint {checkpoint} cannot be written ({error.strerror or error}): make room, and go on with "
+                    f"`esper ppo --resume {out}`."
+                ) from error
             _thin_out(out, checkpoint)
             return checkpoint
 
         try:
+            if start is not None:  # it may have been given more iterations
+                job.begin()
+                (out / "summary.json").unlink(missing_ok=True)
             checkpoint = save(0) if start is None else start[0]
-            with TrainingView(spec.ppo.iterations, begin, runner(algorithm).workers) as view:
+            with TrainingView(spec.ppo.iterations, begin, ours.workers) as view:
                 for iteration in range(begin + 1, spec.ppo.iterations + 1):
                     metrics = iteration_metrics(algorithm.train())
                     history.append({"iteration": iteration, "time": milliseconds(), **metrics})
                     done = {key: done[key] + metrics[key] for key in done}
                     with (out / HISTORY).open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(history[-1]) + "\n")
+                        file.write(json.dumps(_finite(history[-1])) + "\n")
                     checkpoint = save(iteration)
                     tracker.log(metrics, iteration, at=int(history[-1]["time"]))
                     view.iteration(iteration, metrics)
@@ -162,15 +172,16 @@ def train_gardener(
                 "surrogate": surrogate,
                 "iterations": spec.ppo.iterations,
                 **done,
-                "episode_return_mean": history[-1]["return_mean"],
+                "episode_return_mean": _finite(history[-1])["return_mean"],
                 "checkpoint": str(checkpoint),
-                "in_flight": runner(algorithm).in_flight(),
-                "dropped": runner(algorithm).dropped(),
                 "mlflow": tracker.run_id,
-                "history": history,
+                "history": [_finite(line) for line in history],
             }
         finally:
             algorithm.stop()
+        summary |= {"in_flight": ours.in_flight(), "dropped": ours.dropped()}
+        if not surrogate:
+            Saves(storage).keep_only(summary["in_flight"])
         write_json(out / "summary.json", summary)
         training_picture(history, out / "training.png")
         tracker.artifact(out / "summary.json")
@@ -184,11 +195,18 @@ def train_gardener(
     return {**summary, "where": tracker.where}
 
 
-def fleet_maker(job: Job, out: Path, *, surrogate: bool) -> Callable[[], Fleet]:
+def below(place: str, folder: str) -> str:
+    """A training's own folder below a place that several may share."""
+    if "://" not in place:
+        return str(Path(place).expanduser().absolute() / folder)
+    head, mark, query = place.partition("?")
+    return f"{head.rstrip('/')}/{folder}{mark}{query}"
+
+
+def fleet_maker(job: Job, storage: str, *, surrogate: bool) -> Callable[[], Fleet]:
     """Makes the workers: Ray actors that train, or surrogate runs in this process."""
     if surrogate:
         return partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, job.spec)), SURROGATES)
-    storage = job.spec.fleet.storage or str(out / SAVES)
     Saves(storage)  # a place that cannot be is told of here, not by each worker
     return partial(_ray_fleet, job.spec, job.data, storage)
 
@@ -205,13 +223,16 @@ def make_run(spec: RunSpec, data: Path) -> Run:
 
 
 def gpus_needed(spec: RunSpec) -> int | None:
-    """GPUs that a cluster must have for one worker or trial; None where none is needed, or the cluster grows."""
-    return None if _grows(spec) else math.ceil(spec.fleet.gpus) or None
+    """GPUs that a cluster must have, for one worker or trial and for learners; None for none, or where it grows."""
+    needed = math.ceil(spec.fleet.gpus + spec.ppo.learners * spec.ppo.learner_gpus)
+    return None if _grows(spec) else needed or None
 
 
 def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
     fleet = spec.fleet
-    room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus)
+    ppo = spec.ppo
+    taken = (0 if ppo.learner_gpus else ppo.learners, ppo.learners * ppo.learner_gpus)  # as RLlib asks for them
+    room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus, taken)
     count = room if fleet.workers is None else fleet.workers
     if count > room and not cluster.attached():
         raise UserError(
@@ -226,7 +247,7 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
         options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus)
         return options.remote(partial(make_run, spec, data), storage)
 
-    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus), cluster.cores)
+    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus, taken), cluster.cores)
 
 
 def _grows(spec: RunSpec) -> bool:
@@ -241,17 +262,24 @@ def _history(out: Path, begin: int) -> list[dict[str, float]]:
         return []
     lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in lines if json.loads(line)["iteration"] <= begin]
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
     return [json.loads(line) for line in kept]
 
 
 def _logged(line: dict[str, float]) -> dict[str, float]:
     """What MLflow gets of a line of the history."""
-    return {key: value for key, value in line.items() if key not in ("iteration", "time")}
+    return {key: value for key, value in line.items() if key not in ("iteration", "time") and value is not None}
+
+
+def _finite(line: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in line.items()}
 
 
 def _thin_out(out: Path, newest: Path) -> None:
-    """Remove checkpoints before `newest` that are not to be kept."""
+    """Remove checkpoints before `newest` that are not to be kept, and what a killed process left of one."""
+    for path in (out / CHECKPOINTS).glob(".*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in checkpoints(out):
         number = int(path.name)
         if number < int(newest.name) and (number == 0 or number % KEPT):

@@ -27,6 +27,7 @@ from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
+from esper.platform.storage import alone
 
 ON_LAWS = ("ppo.iterations=80", "ppo.decisions=1024", "ppo.minibatch=256")
 """What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
@@ -71,10 +72,10 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     if others:
         raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
     for override in arguments.set:
-        if override.split(".")[0] not in OTHERS:
+        if override.split(".")[0] not in OTHERS or override.startswith("ppo.hidden"):
             raise UserError(
                 f"--set {override} would make another training of the one in {out}: with --resume only keys of "
-                f"{' and '.join(OTHERS)} may change, such as ppo.iterations."
+                f"{' and '.join(OTHERS)} may change, such as ppo.iterations, and ppo.hidden, the network's own, not."
             )
     start = ResumePoint.newest(out)
     point = start[1]
@@ -96,9 +97,11 @@ def resume(arguments: PPOArguments, out: Path) -> None:
 
 def train(job: Job, *, seed: int, surrogate: bool, start: tuple[Path, ResumePoint] | None = None) -> None:
     """Connect, train, and say where everything is."""
-    # In this order: `ray.init` puts in a handler of its own, in C, that aborts.
-    with cluster.session(gpus=None if surrogate else gpus_needed(job.spec)), StopSignals() as signals:
-        job.begin()  # a resumed training's spec too: it may have been given more iterations
+    # The signals last: `ray.init` puts in a handler of its own, in C, that aborts.
+    gpus = None if surrogate else gpus_needed(job.spec)
+    with alone(job.out), cluster.session(gpus=gpus), StopSignals() as signals:
+        if start is None:
+            job.begin()
         try:
             summary = train_gardener(job, job.out, seed=seed, surrogate=surrogate, start=start, check=signals.check)
         except Stopped as stopped:

@@ -233,7 +233,8 @@ class Checkpoints:
             write(folder, state, tensors)
         for older, path in _numbered(self._folder).items():
             if older < number:  # renamed before it is taken apart: what has a final name is whole
-                path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial"))
+                with contextlib.suppress(FileNotFoundError):  # another process took it away
+                    path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial"))
         self._remove_partial()
 
     def _remove_partial(self) -> None:

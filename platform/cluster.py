@@ -104,19 +104,26 @@ def attached() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
-def room(each_cpus: float, each_gpus: float) -> int:
-    """How many processes of this many cores and GPUs the connected cluster holds at once, none included."""
-    shares = [int(have / need) for have, need in ((cores(), each_cpus), (gpus(), each_gpus)) if need]
+def room(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
+    """How many processes of this many cores and GPUs the connected cluster holds at once, which may be none.
+
+    Args:
+        each_cpus: cores of one.
+        each_gpus: GPUs of one.
+        taken: cores and GPUs that others are going to need.
+    """
+    there = ((cores(), taken[0], each_cpus), (gpus(), taken[1], each_gpus))
+    shares = [int(max(0.0, have - others) / need) for have, others, need in there if need]
     return min(shares, default=cores())
 
 
-def fit(each_cpus: float, each_gpus: float) -> int:
+def fit(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
     """`room`, which must be at least one.
 
     Raises:
         UserError: not one; Ray would wait for ever.
     """
-    count = room(each_cpus, each_gpus)
+    count = room(each_cpus, each_gpus, taken)
     if count < 1:
         raise UserError(
             f"a process of {each_cpus:g} core(s) and {each_gpus:g} GPU(s) does not fit a cluster of "

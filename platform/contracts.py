@@ -231,12 +231,14 @@ class Order:
         seed: its seed.
         instance: as for `Run.reset`.
         actions: rows chosen so far, in order, the last not answered yet; none of them asks for the first observation.
+        fresh: use no save: something was wrong with what it led to.
     """
 
     episode: int
     seed: int
     instance: Instance | None
     actions: tuple[int, ...] = ()
+    fresh: bool = False
 
 
 @dataclass(frozen=True)

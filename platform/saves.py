@@ -74,6 +74,19 @@ class Saves:
             with contextlib.suppress(OSError):
                 system.delete_dir(f"{root}/{_name(episode)}")
 
+    def keep_only(self, episodes: list[int]) -> None:
+        """Remove the saves of all other episodes: dropped ones, and those whose worker died after their end."""
+        kept = {_name(episode) for episode in episodes}
+        if self._folder is not None:
+            names = [path.name for path in self._folder.glob("episode-*")]
+        else:
+            assert self._remote is not None
+            found = self._remote[0].get_file_info(fs.FileSelector(self._remote[1], allow_not_found=True))
+            names = [info.base_name for info in found if info.base_name.startswith("episode-")]
+        for name in names:
+            if name not in kept:
+                self.drop(int(name.rpartition("-")[2]))
+
     def flush(self) -> None:
         """Wait until what was handed over is there, or has failed."""
         if self._open is not None:
@@ -107,6 +120,7 @@ class RemoteCheckpoints(Checkpoints):
 
     def __init__(self, system: fs.FileSystem, path: str) -> None:
         super().__init__(Path(path))
+        self._newest = -1  # what is there does not count: whoever begins anew has dropped it
         self._system, self._path = system, path
 
     def latest(self) -> tuple[int, Any, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: everything is written beside its place, flushed, and renamed."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -63,6 +64,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise OSError(f"could not move {partial} to {path}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which ends with the process however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process works in {folder}: wait for its end, or stop it first.") from None
+        yield
 
 
 def sync(path: Path) -> None:

@@ -86,7 +86,10 @@ class EpisodeWorker:
 
     def _restored(self, order: Order) -> tuple[int, Telemetry | Transition | None]:
         """Take up the order's episode from a save: (actions done there, the answer given there); (0, None) without."""
-        if self._saves is None or not order.actions:
+        if self._saves is None:
+            return 0, None
+        if not order.actions or order.fresh:
+            self._saves.drop(order.episode)  # an earlier way through an episode of this number, or a spoilt one
             return 0, None
         found = self._saves.load(order.episode)
         if found is None:

@@ -51,7 +51,7 @@ from esper.policies.simic.net import GardenerNet
 from esper.policies.simic.policy import draw
 from esper.policies.simic.view import WorkerView
 
-TRIES = 3  # workers that may fail at one order, each from a fresh run: it is the order's fault then
+TRIES = 3  # workers that may fail at one order, the later ones from the episode's start: it is the order's fault
 DEATHS = 10  # processes that may die over one order
 GIVE_UP = 6  # times as many losses as workers, with nothing between them; pauses give a fleet half a minute
 
@@ -71,9 +71,9 @@ class Dispatcher:
         journal: keeps the episodes; what it holds is gone on with.
 
     Attributes:
-        counts: since the start: `failures` (orders lost with their process, or because the run raised), `late` (past
-            their deadline), `refused` (replies), `dropped` (episodes), `redone` (decisions trained again), `unsaved`
-            (replies of workers whose last save failed).
+        counts: since the start: `failures` (orders lost with their process, or because the run raised, and workers that
+            could not start), `late` (orders past their deadline), `refused` (replies), `dropped` (episodes), `redone`
+            (decisions trained again), `unsaved` (replies of workers whose last save failed).
         dropped: numbers of the episodes that were given up.
     """
 
@@ -96,7 +96,7 @@ class Dispatcher:
         self._weights_seq_no = 0
         self._losses = 0  # of orders, since the last good reply
         self._drops = 0  # of episodes, since the last that ended
-        self._unsaved: str | None = None  # said last
+        self._unsaved = False  # said
         self._journal = journal
         # Shared with the learner's thread, under `_changed`.
         self._changed = threading.Condition()
@@ -122,12 +122,14 @@ class Dispatcher:
 
         Args:
             decisions: at least.
-            check: called a few times a second meanwhile; what it raises passes through, and nothing is taken.
+            check: called at once and a few times a second meanwhile; what it raises passes through, nothing is taken.
 
         Raises:
             UserError: the workers do nothing but fail, or one says what a user can mend.
             Exception: whatever ended the dispatcher's thread.
         """
+        if check is not None:
+            check()
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
             self._thread.start()
@@ -222,14 +224,11 @@ class Dispatcher:
         """Give every free worker an episode: one that lost its worker, else a new one."""
         for worker in self._desk.free():
             with self._changed:
-                if self._adrift:
-                    flight = self._adrift.popleft()
-                elif self._queued() < max(self._ahead, self._wanted):
-                    flight = self._new_flight(self.next_episode)
-                    self.next_episode += 1
-                else:
+                if not self._adrift and self._queued() >= max(self._ahead, self._wanted):
                     return
-            self._send(worker, flight)
+                flight = self._adrift.popleft() if self._adrift else None
+                number, self.next_episode = self.next_episode, self.next_episode + (flight is None)
+            self._send(worker, flight or self._new_flight(number))
 
     def _new_flight(self, number: int) -> Flight:
         flight = Flight(number, derive(self._seed, "episode", number), self._instances(number))
@@ -247,7 +246,10 @@ class Dispatcher:
         flight = self._desk.flight(worker)
         if flight is None:
             return None
-        problem = self._problem(flight, reply)
+        try:
+            problem = self._problem(flight, reply)
+        except (TypeError, ValueError, AttributeError) as error:
+            problem = f"it cannot be read ({sentence(error)})"
         if problem is not None:
             self._miss(worker, ValueError(f"its reply was refused: {problem}"), "refused")
             return None
@@ -289,6 +291,8 @@ class Dispatcher:
             return "it is no observation" if isinstance(answer, Transition) else "it has no outcome"
         if isinstance(answer, Transition) and not np.isfinite(answer.reward):
             return f"reward {answer.reward} is not finite"
+        if not (np.isfinite(reply.expected) and reply.expected >= 0):
+            return f"expected {reply.expected} is no duration"
         return telemetry.problems(self._space)
 
     # -- Losses --------------------------------------------------------------------------------------------------
@@ -309,7 +313,7 @@ class Dispatcher:
         with self._changed:
             flight = self._desk.leave(worker)
         self._fleet.replace(worker)
-        enough = GIVE_UP * max(self._desk.size(), self._fleet.starting())
+        enough = max(GIVE_UP * max(self._desk.size(), self._fleet.starting()), DEATHS + 1)
         if self._losses >= enough:
             raise self._given_up(f"{self._losses} orders in a row were lost", error)
         if flight is None:
@@ -339,12 +343,12 @@ class Dispatcher:
         )
 
     def _tell_unsaved(self, unsaved: str | None) -> None:
-        """Say once that saves fail, and again when it is for another reason."""
+        """Say once, for all workers, that saves fail."""
         if unsaved is not None:
             self.counts["unsaved"] += 1
-            if self._unsaved is None:
+            if not self._unsaved:
                 say(unsaved)
-        self._unsaved = unsaved or self._unsaved
+            self._unsaved = True
 
     # -- Choosing ------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from esper.platform.contracts import Order, Reply, Worker
 
 LOOK = 5.0  # seconds between two looks at how many workers there should be
+PATIENCE = 300.0  # seconds that a worker has to start; doubles each time that one did not
 PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds before the next start once a worker could not start; doubles in a row
 
 
@@ -91,7 +92,8 @@ class RayFleet:
         self._joined = False  # whether any worker ever did
         self._events: SimpleQueue[tuple[int, Future[Any] | None]] = SimpleQueue()
         self._actors: dict[int, ActorHandle] = {}
-        self._starting: set[int] = set()
+        self._starting: dict[int, float] = {}  # worker → since when
+        self._patience = PATIENCE
         self._started = 0
         self._failed_starts = 0  # in a row
         self._look_at = 0.0
@@ -141,15 +143,18 @@ class RayFleet:
     def _look(self) -> None:
         """Start actors that are wanted; end those that wait in vain for a node that is gone."""
         self._look_at = time.monotonic() + LOOK
-        wanted = self._wanted()
-        for worker in sorted(self._starting, reverse=True)[: max(0, len(self._actors) - wanted)]:
-            self._starting.discard(worker)
+        wanted, now = self._wanted(), time.monotonic()
+        stuck = [worker for worker, since in self._starting.items() if now - since > self._patience]
+        for worker in stuck or sorted(self._starting, reverse=True)[: max(0, len(self._actors) - wanted)]:
+            del self._starting[worker]
             ray.kill(self._actors.pop(worker))
+        if stuck:  # hung, or still without a node: another asks for one anew
+            self._patience *= 2
         at_once = wanted if self._at_once is None else max(1, self._at_once()) if self._joined else 1
         while len(self._actors) < wanted and len(self._starting) < at_once:
             worker, self._started = self._started, self._started + 1
             self._actors[worker] = self._make_worker()
-            self._starting.add(worker)
+            self._starting[worker] = now
             self._call(worker, self._actors[worker].up.remote())
 
     def _call(self, worker: int, reference: ray.ObjectRef) -> None:
@@ -158,7 +163,7 @@ class RayFleet:
     def _event(self, worker: int, future: "Future[Any]") -> Event:
         error = future.exception()
         starting = worker in self._starting
-        self._starting.discard(worker)
+        self._starting.pop(worker, None)
         if isinstance(error, Exception):
             if process_lost(error):
                 ray.kill(self._actors.pop(worker))  # it may be unreachable, not dead
@@ -172,7 +177,7 @@ class RayFleet:
         self._failed_starts = 0
         if not starting:
             return future.result()
-        self._joined = True
+        self._joined, self._patience = True, PATIENCE
         self._look()
         return Joined()
 

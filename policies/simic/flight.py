@@ -70,7 +70,7 @@ class Flight:
     @property
     def order(self) -> Order:
         """What a worker has to do next."""
-        return Order(self.number, self.seed, self.instance, tuple(self.actions))
+        return Order(self.number, self.seed, self.instance, tuple(self.actions), fresh="tries" in self.missed)
 
     def begin(self, observation: dict[str, np.ndarray]) -> None:
         """Take in the first observation."""

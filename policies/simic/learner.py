@@ -4,7 +4,7 @@ Settings that are not in PPOSpec, and why (PPO: Schulman et al. 2017, 1707.06347
 
 - γ = 1: rewards are loss drops, whose sum is what counts; less than 1 turns them into greed, and grafts pay late.
 - The value is the part of the return that telemetry's globals do not give linearly, in units of its own spread
-  (`baseline.py`); without that PPO learned nothing on the surrogate in 60 iterations.
+  (`baseline.py`); without that PPO learned next to nothing on the loss laws.
 - `vf_clip_param` = ∞: RLlib clamps the value's *squared error* at it, with no gradient beyond, so that a value which is
   far off would never be learned.
 - Advantages are standardised over the whole batch by RLlib's GAE connector, so the policy's loss has no unit.

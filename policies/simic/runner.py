@@ -41,6 +41,7 @@ from esper.policies.simic.view import WorkerView
 NEXT_EPISODE = "next_episode"
 BASELINE = "baseline"
 LEARNED = "learned"  # episodes whose files in the journal may go
+COUNTS, DROPPED = "counts", "dropped"  # the dispatcher's
 SIMIC = "simic"  # our metrics' group in the result's `env_runners`
 AHEAD = 2  # iterations of decisions that may wait for the learner
 
@@ -91,6 +92,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         self._journal = Journal(self._source.journal) if self._source.journal is not None else None
         self._baseline = Baseline()
         self._sampled: list[tuple[SingleAgentEpisode, int]] = []  # last, with their lengths
+        self._before: tuple[dict[str, int], list[int]] = ({}, [])  # counts and dropped episodes of earlier processes
         self._learned: list[int] = []  # numbers of episodes that no checkpoint of ours has learned from yet
 
     # -- EnvRunner -----------------------------------------------------------------------------------------------
@@ -170,8 +172,13 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         return self._dispatcher.in_flight() if self._dispatcher is not None else []
 
     def dropped(self) -> list[int]:
-        """Numbers of the episodes that were given up."""
-        return list(self._dispatcher.dropped) if self._dispatcher is not None else []
+        """Numbers of the episodes that were given up, in earlier processes too."""
+        return [*self._before[1], *(self._dispatcher.dropped if self._dispatcher is not None else ())]
+
+    def counts(self) -> dict[str, int]:
+        """`Dispatcher.counts`, with those of earlier processes."""
+        now = self._dispatcher.counts if self._dispatcher is not None else {}
+        return {name: self._before[0].get(name, 0) + now.get(name, 0) for name in {**self._before[0], **now}}
 
     # -- Checkpointable ------------------------------------------------------------------------------------------
 
@@ -198,6 +205,8 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             NEXT_EPISODE: self._next_episode,
             BASELINE: self._baseline.state(),
             LEARNED: list(self._learned),
+            COUNTS: self.counts(),
+            DROPPED: self.dropped(),
         }
         if self._check_component(COMPONENT_RL_MODULE, components, not_components):
             state[COMPONENT_RL_MODULE] = self._weights
@@ -211,7 +220,8 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             self._next_episode = state[NEXT_EPISODE]
             self._baseline.load(state[BASELINE])
             if self._journal is not None:
-                self._journal.remove(state.get(LEARNED, []))
+                self._journal.remove(state[LEARNED])
+            self._before = (state[COUNTS], state[DROPPED])
         if COMPONENT_RL_MODULE not in state:
             return
         number = state.get(WEIGHTS_SEQ_NO, 0)
@@ -276,7 +286,8 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
 
     def _own(self, episodes: list[SingleAgentEpisode]) -> dict[str, float]:
         assert self._dispatcher is not None
-        lag = self._weights_seq_no - _stacked(episodes, WEIGHTS_SEQ_NO)
+        # Not below 0: a resumed training may learn from what was chosen by weights after its checkpoint's.
+        lag = np.maximum(0, self._weights_seq_no - _stacked(episodes, WEIGHTS_SEQ_NO))
         own = {
             "episodes": len(episodes),
             "decisions": sum(map(len, episodes)),
@@ -285,7 +296,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             "lag_mean": lag.mean(),
             "lag_max": lag.max(),
             **action_shares(episodes),
-            **self._dispatcher.counts,
+            **self.counts(),
         }
         busy = self._dispatcher.busy_fraction()
         if busy is not None:

@@ -15,7 +15,7 @@ class WorkerView:
         worker: its number, from 0; -1 of one that has none yet.
         state: its process or its episode starts, a call is in flight, it rests between episodes, its process is gone.
         episode: number of the one under way.
-        decision: how many of it have been answered.
+        decision: how many actions of it have been chosen.
         budget_used: fraction of the episode's budget, from 0 to 1.
         loss: validation loss at the last decision, in nats per token.
         parameters: of its network now.

@@ -2,6 +2,8 @@
 
 import pytest
 
+from esper.platform import cluster
+
 
 @pytest.fixture
 def tiny(tmp_path, tiny_spec, shards, monkeypatch):
@@ -19,3 +21,10 @@ def client(tiny, tmp_path):
     from mlflow import MlflowClient
 
     return lambda: MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def one_ray():
+    """One local Ray for all of a module's commands, which take the one that is there."""
+    with cluster.session():
+        yield

@@ -11,10 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from esper.pipelines import gardener, ppo, train
 from esper.pipelines.job import Job
-from esper.platform import cluster
+from esper.platform.storage import alone
 from esper.policies.simic import runner as runners
+
+pytestmark = pytest.mark.usefixtures("one_ray")
 
 SMALL = ["--set", "ppo.decisions=16", "--set", "ppo.minibatch=8", "--set", "ppo.epochs=2"]
 
@@ -63,11 +67,14 @@ def test_what_a_resumed_training_does_not_take(tiny, tmp_path, capfd):
         (["--resume", str(out), "--seed", "1"], "leave out --seed"),
         (["--resume", str(out), "--set", "host.n_embd=8"], "only keys of ppo and fleet may change"),
         (["--resume", str(tmp_path)], "holds no checkpoint"),
-        (["--resume", str(out), "--set", "ppo.iterations=5", "--set", "ppo.hidden=8"], "cannot be restored"),
+        (["--resume", str(out), "--set", "ppo.iterations=5", "--set", "ppo.hidden=8"], "ppo.hidden, the network's own"),
     ):
         capfd.readouterr()
         assert ppo.main(arguments) == 2
         assert sentence in capfd.readouterr().err
+    with alone(out):
+        assert ppo.main(["--resume", str(out), "--set", "ppo.iterations=5"]) == 2
+    assert "another process works in" in capfd.readouterr().err
     card = json.loads((newest / "policy" / "policy.json").read_text())
     (newest / "policy" / "policy.json").write_text(json.dumps({**card, "extra": {"mine": 1}}))
     assert ppo.main(["--resume", str(out), "--set", "ppo.iterations=5"]) == 2
@@ -103,10 +110,9 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, ti
             "budget": tiny_spec.budget.model_copy(update={"amount": 200}),
         }
     )
-    with cluster.session():
-        job = Job(spec, shards, tmp_path / "out")
-        job.begin()
-        summary = gardener.train_gardener(job, job.out, seed=0)
+    job = Job(spec, shards, tmp_path / "out")
+    job.begin()
+    summary = gardener.train_gardener(job, job.out, seed=0)
     last = summary["history"][-1]
     assert summary["iterations"] == len(summary["history"]) == 2
     assert last["failures"] == 1

@@ -38,6 +38,14 @@ def test_the_newest_comes_back_in_another_process_s_hands(place, tmp_path):
     assert folders == {"episode-000000007": ["number-000000002"], "episode-000000008": ["number-000000005"]}
 
 
+def test_only_those_that_are_to_be_kept_stay(place):
+    saves = Saves(place)
+    for episode in (1, 2, 12):
+        save(saves, episode, 0)
+    saves.keep_only([2])
+    assert [episode for episode in (1, 2, 12) if Saves(place).load(episode) is not None] == [2]
+
+
 def test_nothing_there_is_nothing(place):
     assert Saves(place).load(1) is None
     Saves(place).drop(1)

@@ -110,6 +110,25 @@ def test_a_save_of_another_way_through_the_episode_is_not_taken(make, tmp_path):
     assert reply.redone == 2
 
 
+@pytest.mark.parametrize("actions", [(), (0, 0)])
+def test_what_lies_there_of_another_training_or_spoilt_is_not_used(make, tmp_path, actions):
+    """An order that starts an episode, or is not to use a save, finds one of a higher number in its place."""
+    saves = Saves(str(tmp_path))
+    worker = make(saves)
+    for order, _ in orders(make())[:6]:
+        worker.advance(order)
+    saves.flush()
+    anew = Order(3, 78, None, actions, fresh=True)
+    second = make(Saves(str(tmp_path)))
+    reply = second.advance(anew)
+    equal(reply, make().advance(anew))
+    assert reply.unsaved is None
+    second._saves.flush()
+    found = Saves(str(tmp_path)).load(3)
+    assert found is not None
+    assert found[0]["order"]["seed"] == 78
+
+
 def test_an_episode_that_is_over_leaves_no_save(make, tmp_path):
     saves = Saves(str(tmp_path))
     worker = make(saves)

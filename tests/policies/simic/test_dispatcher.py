@@ -165,6 +165,10 @@ def spoilt(reply, how):
         changed = replace(telemetry, sequence=2)
     if how == "no outcome":
         return replace(reply, answer=changed)
+    if how == "no duration":
+        return replace(reply, expected=np.inf)
+    if how == "unreadable":
+        return replace(reply, answer=replace(transition, reward=None))
     if how == "another episode":
         return replace(reply, episode=0)
     return replace(reply, answer=replace(transition, telemetry=changed, reward=np.nan if how == "reward" else 1.0))
@@ -172,7 +176,10 @@ def spoilt(reply, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["not finite", "shape", "version", "reward", "older request", "another episode", "no outcome", "wait is not legal"],
+    [
+        *("not finite", "shape", "version", "reward", "older request", "another episode", "no outcome"),
+        *("wait is not legal", "no duration", "unreadable"),
+    ],
 )
 def test_poison_is_refused_counted_and_never_learned_from(make, how, capfd):
     def returns(fleet):
@@ -315,6 +322,7 @@ def test_a_worker_whose_process_dies_comes_back(make, local_ray):  # gone for go
 def test_workers_that_cannot_start_are_reported_in_their_own_words(make, local_ray, monkeypatch):
     monkeypatch.setattr(fleets, "PAUSE", 0.0)
     monkeypatch.setattr(module, "GIVE_UP", 2)
+    monkeypatch.setattr(module, "DEATHS", 1)
 
     def broken():
         raise FileNotFoundError("no corpus here")
