@@ -40,7 +40,7 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-PROBE_SECONDS = 10  # a server that does not answer its health page by then is not there
+PROBE_SECONDS = 5  # a server that does not answer its health page by then is not there
 READY_SECONDS = 60  # the longest that anyone waits for the connection: MLflow's import and a first migration
 RETRY_SECONDS = 60  # a server that restarts in mid-run has this long
 CLOSE_SECONDS = 30
