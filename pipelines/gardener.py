@@ -207,7 +207,7 @@ def fleet_maker(job: Job, storage: str, *, surrogate: bool) -> Callable[[], Flee
     """Makes the workers: Ray actors that train, or surrogate runs in this process."""
     if surrogate:
         return partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, job.spec)), SURROGATES)
-    Saves(storage)  # a place that cannot be is told of here, not by each worker
+    Saves(job.spec.fleet.storage or storage)  # a place that cannot be is told of here, not by each worker
     return partial(_ray_fleet, job.spec, job.data, storage)
 
 

@@ -86,11 +86,11 @@ def decided(folder: Path) -> int:
 
 
 def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, spec, shards, tokens, tmp_path):
-    decisions = 56
+    decisions = 32
     expected = undisturbed(spec, tokens, decisions)
     assert len(set(expected.values())) == len(expected)
     one = chaos_driver.dispatcher(spec, chaos_driver.ray_fleet(spec, shards, tmp_path), tmp_path)
-    killer = Killer(tmp_path, every=15)
+    killer = Killer(tmp_path, every=10)
     killer.start()
     try:
         found = chaos_driver.returns(one.collect(decisions // 3))

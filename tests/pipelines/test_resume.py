@@ -47,7 +47,12 @@ def begun(command, out):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    # Ctrl-C takes the same way as SIGTERM.
+    [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL],
+    ids=lambda number: number.name,
+)
 def test_stopped_or_killed_it_ends_the_same(tiny, plan, client, tmp_path, capfd, number):
     flags = ["schedule", "--schedule", str(plan), *tiny, *LONG]
     out = tmp_path / "stopped"

@@ -148,7 +148,7 @@ def test_two_workers_at_one_to_eight_every_episode_is_learned_from_once(local_ra
     make_worker = lambda: GrowthWorker.options(num_cpus=0.1).remote(partial(ToyRun, next(seconds)))  # noqa: E731
     algorithm = build_algorithm(SPEC, SPACE, lambda: RayFleet(make_worker, lambda: 2), seed=0)
     try:
-        metrics = [iteration_metrics(algorithm.train()) for _ in range(6)]
+        metrics = [iteration_metrics(algorithm.train()) for _ in range(4)]
         flying = runner(algorithm).in_flight()
     finally:
         algorithm.stop()
