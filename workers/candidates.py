@@ -47,7 +47,7 @@ class Planted:
     part: str
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def options(shape: HostShape, blueprints: tuple[Blueprint, ...], newest: tuple[Planted, ...] = ()) -> Options:
     """WAIT, then for each site from input to output each blueprint in use that it accepts, and its newest seed's end.
 

@@ -135,7 +135,7 @@ class Layout:
     actions: tuple[Candidate, ...]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def lay_out(pricing: Pricing, found: Options, split: bool, start: HostShape) -> Layout:
     """The layout of a shape's candidates (the first, WAIT, leads to the shape itself).
 

@@ -206,7 +206,7 @@ class SurrogateRun(Episode):
         return Measured(norms={site: (norm, UPDATE * norm) for site, norm in seen if norm > 0})
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _grown(found: Options) -> tuple[tuple[str, Size], ...]:
     """Site and the size after each graft there is."""
     grafts = [option for option in found if option.candidate.operation == "graft"]

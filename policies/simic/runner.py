@@ -29,6 +29,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from esper.platform.contracts import Instance
+from esper.platform.memory import give_back
 from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS, TelemetrySpace
 from esper.policies.simic.baseline import Baseline, Place, places
 from esper.policies.simic.desk import Deadlines
@@ -102,6 +103,8 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
 
         Their rewards are the shaped ones (`baseline.py`); what is logged is true.
         """
+        self._sampled = []
+        give_back()
         episodes = self._started().collect(self.config.total_train_batch_size, self._source.check)
         self._sampled = [(episode, len(episode)) for episode in episodes]  # PPO's connector appends a row to each
         self._learned += [int(episode.id_) for episode in episodes]
