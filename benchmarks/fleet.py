@@ -28,6 +28,7 @@ from esper.policies.simic.learner import build_algorithm, iteration_metrics
 from esper.policies.simic.net import GardenerNet
 from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
+from esper.workers.environment import GrowthEnv
 from esper.workers.surrogate import SurrogateRun
 from esper.workers.worker import EpisodeWorker
 
@@ -110,7 +111,7 @@ def _busy_stock() -> tuple[list[float], int]:
     with tempfile.TemporaryDirectory() as folder:
         config = (
             PPOConfig()
-            .environment(env=_SleepingEnv, env_config={"folder": folder})
+            .environment(env=SleepingEnv, env_config={"folder": folder})
             .env_runners(num_env_runners=8, num_cpus_per_env_runner=0.1, sample_timeout_s=600)
             .learners(num_learners=0, num_gpus_per_learner=0)
             .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
@@ -135,38 +136,21 @@ def _read(folder: str) -> dict[str, float]:
     return {path.name: json.loads(path.read_text()) for path in Path(folder).glob("worker-*")}
 
 
-def _make_sleeping_env() -> Any:
-    import gymnasium as gym
+class SleepingEnv(GrowthEnv):
+    """A sleeping run as stock RLlib takes it: the runner's number chooses how long a decision takes."""
 
-    from esper.platform.spaces import action_space, observation, observation_space
+    def __init__(self, config: Any) -> None:
+        self._index = max(0, config.worker_index - 1)
+        super().__init__(SleepingRun(SPEC, SECONDS[self._index % len(SECONDS)]), {self._index: Instance()})
+        self._file, self._slept = Path(config["folder"]) / f"worker-{self._index}", 0.0
 
-    class SleepingEnv(gym.Env):
-        """The run as stock RLlib takes it: illegal actions are waits."""
-
-        def __init__(self, config: Any) -> None:
-            space = telemetry_space(SPEC)
-            self.observation_space, self.action_space = observation_space(space), action_space(space)
-            self._index = max(0, config.worker_index - 1)
-            self._run = SleepingRun(SPEC, SECONDS[self._index % 8])
-            self._file, self._slept, self._episode = Path(config["folder"]) / f"worker-{self._index}", 0.0, 0
-
-        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-            self._episode += 1
-            return observation(self._run.reset(None, 1000 * self._index + self._episode)), {}
-
-        def step(self, action: int) -> Any:
-            begun = time.monotonic()
-            telemetry = self._run.telemetry
-            index = int(action) if telemetry.mask[int(action)] else 0
-            transition = self._run.step(GraftAction(index, telemetry.sequence))
-            self._slept += time.monotonic() - begun
-            self._file.write_text(json.dumps(self._slept))
-            return observation(transition.telemetry), transition.reward, transition.terminated, False, {}
-
-    return SleepingEnv
-
-
-_SleepingEnv = _make_sleeping_env()
+    def step(self, action: Any) -> Any:
+        """The step, and the time that was spent in steps so far."""
+        begun = time.monotonic()
+        outcome = super().step(action)
+        self._slept += time.monotonic() - begun
+        self._file.write_text(json.dumps(self._slept))
+        return outcome
 
 
 @ray.remote(num_cpus=0.01, max_restarts=0)

@@ -4,18 +4,19 @@ A checkpoint follows every iteration, and the journal every decision, so a train
 from its last decision (`esper ppo --resume`).
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
+from ray.rllib.algorithms.ppo import PPO
 
 from esper.pipelines.job import Job
 from esper.pipelines.live import TrainingView
+from esper.pipelines.training_log import TrainingLog, as_json
 from esper.pipelines.training_picture import training_picture
 from esper.platform import cluster
 from esper.platform.console import say
@@ -24,8 +25,8 @@ from esper.platform.errors import UserError
 from esper.platform.model import Frozen
 from esper.platform.saves import Saves
 from esper.platform.spec import RunSpec
-from esper.platform.storage import write_json, write_text
-from esper.platform.tracking import Tracker, milliseconds, new_key
+from esper.platform.storage import write_json
+from esper.platform.tracking import Tracker, new_key
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.policies.simic.health import Health
 from esper.policies.simic.learner import build_algorithm, iteration_metrics, restore_algorithm, runner, save_algorithm
@@ -40,15 +41,15 @@ from esper.workers.worker import EpisodeWorker
 
 SURROGATES = 16  # surrogate runs side by side in the driver
 KEPT = 5  # every so many iterations a checkpoint stays; of the others only the newest
-EPISODES, SAVES, HISTORY = "episodes", "saves", "history.jsonl"  # in the output folder
+EPISODES, SAVES = "episodes", "saves"  # in the output folder
 
 
 class ResumePoint(Frozen):
-    """A checkpoint to go on from, and what its training had done by then: the card's `extra`."""
+    """Where a training stands, and what it goes on with: kept as `extra` in the card of each checkpoint's policy."""
 
-    iterations: int = Field(ge=0)
-    episodes: float
-    decisions: float
+    iterations: int = Field(0, ge=0)
+    episodes: float = 0.0
+    decisions: float = 0.0
     seed: int
     surrogate: bool
     preset: str | None = None
@@ -57,7 +58,16 @@ class ResumePoint(Frozen):
     key: str  # of its MLflow run
 
     @classmethod
-    def newest(cls, folder: Path) -> "tuple[Path, ResumePoint]":
+    def first(cls, job: Job, seed: int, *, surrogate: bool) -> Self:
+        """That of a training which is about to begin."""
+        point = cls(seed=seed, surrogate=surrogate, preset=job.spec.preset, key=new_key())
+        if surrogate:
+            return point
+        of_data = {"data": job.data.absolute(), "fingerprint": job.open_data().manifest.fingerprint()}
+        return point.model_copy(update=of_data)
+
+    @classmethod
+    def newest(cls, folder: Path) -> tuple[Path, Self]:
         """The newest checkpoint in a `ppo` run's folder.
 
         Raises:
@@ -67,6 +77,11 @@ class ResumePoint(Frozen):
         if not found:
             raise UserError(f"--resume {folder} holds no checkpoint: name the output folder of an `esper ppo` run.")
         return found[-1], cls.checked(SimicPolicy.load(found[-1]).card["extra"], f"the card of {found[-1]}")
+
+    def after(self, metrics: dict[str, float]) -> Self:
+        """One iteration later."""
+        done = {name: getattr(self, name) + metrics[name] for name in ("episodes", "decisions")}
+        return self.model_copy(update={"iterations": self.iterations + 1, **done})
 
 
 def train_gardener(
@@ -91,19 +106,14 @@ def train_gardener(
         check: called a few times a second while episodes are waited for; what it raises ends the training, from where
             it can be resumed.
     """
-    spec, space = job.spec, telemetry_space(job.spec)
-    point = start[1] if start is not None else None
-    begin, done = 0, {"episodes": 0.0, "decisions": 0.0}
-    if point is not None:
-        begin, done = point.iterations, {"episodes": point.episodes, "decisions": point.decisions}
-    key = point.key if point is not None else new_key()
-    storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, key)
-    history = _history(out, begin)
-    fingerprint = None if surrogate else job.open_data().manifest.fingerprint()
+    spec = job.spec
+    point = ResumePoint.first(job, seed, surrogate=surrogate) if start is None else start[1]
+    storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, point.key)
+    log = TrainingLog(out, point.iterations)
     make = partial(
         build_algorithm if start is None else partial(restore_algorithm, start[0]),
         spec,
-        space,
+        telemetry_space(spec),
         fleet_maker(job, storage, surrogate=surrogate),
         seed=seed,
         instances=surrogate_instances(spec) if surrogate else None,
@@ -116,74 +126,40 @@ def train_gardener(
         tags={"kind": "ppo", "arm": "ppo", "seed": seed, "preset": spec.preset},
         params=spec.model_dump(mode="json"),
         parent=parent,
-        key=key,
+        key=point.key,
     ) as tracker:
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
-        for line in history:  # MLflow may not have had them all
-            tracker.log(_logged(line), int(line["iteration"]), at=int(line["time"]))
+        log.send(tracker)  # MLflow may not have had them all
         algorithm = make()
         ours = runner(algorithm)
-        health = Health(spec.ppo.iterations)
-        for line in history:
-            health.look(_logged(line))  # said already
-
-        def save(iteration: int) -> Path:
-            checkpoint = out / CHECKPOINTS / f"{iteration:06d}"
-            now = ResumePoint(
-                iterations=iteration,
-                **done,
-                seed=seed,
-                surrogate=surrogate,
-                preset=spec.preset,
-                data=None if surrogate else job.data.absolute(),
-                fingerprint=fingerprint,
-                key=key,
-            )
-            try:
-                save_algorithm(algorithm, checkpoint, now.model_dump(mode="json"))
-            except OSError as error:
-                raise UserError(
-                    f"checkpoint {checkpoint} cannot be written ({error.strerror or error}): make room, and go on with "
-                    f"`esper ppo --resume {out}`."
-                ) from error
-            _thin_out(out, checkpoint)
-            return checkpoint
-
         try:
-            if start is not None:  # it may have been given more iterations
+            if start is None:
+                _save(algorithm, out, point)
+            else:  # it may have been given more iterations
                 job.begin()
                 (out / "summary.json").unlink(missing_ok=True)
-            checkpoint = save(0) if start is None else start[0]
-            with TrainingView(spec.ppo.iterations, begin, ours.workers) as view:
-                for iteration in range(begin + 1, spec.ppo.iterations + 1):
-                    metrics = iteration_metrics(algorithm.train())
-                    history.append({"iteration": iteration, "time": milliseconds(), **metrics})
-                    done = {key: done[key] + metrics[key] for key in done}
-                    with (out / HISTORY).open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(_finite(history[-1])) + "\n")
-                    checkpoint = save(iteration)
-                    tracker.log(metrics, iteration, at=int(history[-1]["time"]))
-                    view.iteration(iteration, metrics)
-                    for warning in health.look(metrics):
-                        say(f"warning: {warning}")
-            summary = {
-                "preset": spec.preset,
-                "seed": seed,
-                "surrogate": surrogate,
-                "iterations": spec.ppo.iterations,
-                **done,
-                "episode_return_mean": _finite(history[-1])["return_mean"],
-                "checkpoint": str(checkpoint),
-                "mlflow": tracker.run_id,
-                "history": [_finite(line) for line in history],
-            }
+            point = _iterate(algorithm, spec.ppo.iterations, out, point, log, tracker)
         finally:
             algorithm.stop()
-        summary |= {"in_flight": ours.in_flight(), "dropped": ours.dropped()}
+        checkpoint = _checkpoint(out, point)
+        summary = {
+            "preset": spec.preset,
+            "seed": seed,
+            "surrogate": surrogate,
+            "iterations": point.iterations,
+            "episodes": point.episodes,
+            "decisions": point.decisions,
+            "episode_return_mean": as_json(log.lines[-1])["return_mean"],
+            "checkpoint": str(checkpoint),
+            "in_flight": ours.in_flight(),
+            "dropped": ours.dropped(),
+            "mlflow": tracker.run_id,
+            "history": [as_json(line) for line in log.lines],
+        }
         if not surrogate:
             Saves(storage).keep_only(summary["in_flight"])
         write_json(out / "summary.json", summary)
-        training_picture(history, out / "training.png")
+        training_picture(log.lines, out / "training.png")
         tracker.artifact(out / "summary.json")
         tracker.artifact(out / "training.png")
         tracker.artifact(checkpoint / "policy", "policy")
@@ -193,6 +169,52 @@ def train_gardener(
         say(f"dropped {len(summary['dropped'])} episodes: {', '.join(map(str, summary['dropped']))}")
     say(f"policy  {checkpoint}; use it with: esper train ppo --policy {checkpoint}")
     return {**summary, "where": tracker.where}
+
+
+def _iterate(
+    algorithm: PPO, iterations: int, out: Path, point: ResumePoint, log: TrainingLog, tracker: Tracker
+) -> ResumePoint:
+    """Train from where `point` stands to the last iteration, a checkpoint after each; returns where it stands then."""
+    health = Health(iterations)
+    for metrics in log.metrics():
+        health.look(metrics)  # said already
+    with TrainingView(iterations, point.iterations, runner(algorithm).workers) as view:
+        while point.iterations < iterations:
+            metrics = iteration_metrics(algorithm.train())
+            point = point.after(metrics)
+            at = log.add(point.iterations, metrics)
+            _save(algorithm, out, point)
+            tracker.log(metrics, point.iterations, at=at)
+            view.iteration(point.iterations, metrics)
+            for warning in health.look(metrics):
+                say(f"warning: {warning}")
+    return point
+
+
+def _checkpoint(out: Path, point: ResumePoint) -> Path:
+    return out / CHECKPOINTS / f"{point.iterations:06d}"
+
+
+def _save(algorithm: PPO, out: Path, point: ResumePoint) -> None:
+    """Write the checkpoint of where the training stands, and remove those before it that are not to be kept.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    checkpoint = _checkpoint(out, point)
+    try:
+        save_algorithm(algorithm, checkpoint, point.model_dump(mode="json"))
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {checkpoint} cannot be written ({error.strerror or error}): make room, and go on with "
+            f"`esper ppo --resume {out}`."
+        ) from error
+    for path in (out / CHECKPOINTS).glob(".*.partial"):  # of a process that was killed
+        shutil.rmtree(path, ignore_errors=True)
+    for path in checkpoints(out):
+        number = int(path.name)
+        if number < point.iterations and (number == 0 or number % KEPT):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def below(place: str, folder: str) -> str:
@@ -229,8 +251,7 @@ def gpus_needed(spec: RunSpec) -> int | None:
 
 
 def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
-    fleet = spec.fleet
-    ppo = spec.ppo
+    fleet, ppo = spec.fleet, spec.ppo
     taken = (0 if ppo.learner_gpus else ppo.learners, ppo.learners * ppo.learner_gpus)  # as RLlib asks for them
     room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus, taken)
     count = room if fleet.workers is None else fleet.workers
@@ -253,34 +274,3 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
 def _grows(spec: RunSpec) -> bool:
     """Whether the cluster may have no node for workers yet: a number of them that is asked for makes it grow."""
     return cluster.attached() and spec.fleet.workers is not None
-
-
-def _history(out: Path, begin: int) -> list[dict[str, float]]:
-    """The metrics of the first `begin` iterations, as an earlier process left them; later ones are taken out."""
-    path = out / HISTORY
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["iteration"] <= begin]
-    write_text(path, "".join(kept))
-    return [json.loads(line) for line in kept]
-
-
-def _logged(line: dict[str, float]) -> dict[str, float]:
-    """What MLflow gets of a line of the history."""
-    return {key: value for key, value in line.items() if key not in ("iteration", "time") and value is not None}
-
-
-def _finite(line: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {key: value if math.isfinite(value) else None for key, value in line.items()}
-
-
-def _thin_out(out: Path, newest: Path) -> None:
-    """Remove checkpoints before `newest` that are not to be kept, and what a killed process left of one."""
-    for path in (out / CHECKPOINTS).glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in checkpoints(out):
-        number = int(path.name)
-        if number < int(newest.name) and (number == 0 or number % KEPT):
-            shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,6 +19,8 @@ from esper.workers.tolaria.device import pick_device
 
 TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}
 """Task → device → preset."""
+LAWS = "tinystories-char"
+"""The preset of what runs on loss laws, where none is named."""
 FLEET_ON_CPU = "demo"
 """The preset of pipelines that train GPTs by the hundred, where there is no GPU: minutes instead of hours."""
 
@@ -77,12 +80,24 @@ def open_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
     return job
 
 
-def resolve_spec(arguments: CommonArguments, *, fleet: bool = False) -> RunSpec:
+def law_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
+    """`open_job` of what runs on loss laws: there is no data.
+
+    Raises:
+        UserError: the output folder is not good.
+    """
+    job = Job(spec, Path(), output_folder(arguments, what))
+    say(f"preset  {spec.preset}: {describe(spec)}")
+    say(f"out     {job.out}")
+    return job
+
+
+def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "laws"] = "here") -> RunSpec:
     """The preset (by task and device where none is named) with overrides; blueprints and device are checked too.
 
     Args:
         arguments: the command line.
-        fleet: whether the pipeline trains GPTs by the hundred, and elsewhere than in this process.
+        on: what GPTs are trained on: this process's device; a fleet's, by the hundred; or loss laws, which need none.
 
     Raises:
         UserError: an unknown task, preset, key or blueprint, a value that is not allowed, a GPU that is not there.
@@ -90,15 +105,15 @@ def resolve_spec(arguments: CommonArguments, *, fleet: bool = False) -> RunSpec:
     if arguments.task not in TASKS:
         raise unknown("task", arguments.task, TASKS)
     gpu = torch.cuda.is_available()
-    chosen = FLEET_ON_CPU if fleet and not gpu else TASKS[arguments.task]["cuda" if gpu else "cpu"]
-    preset = arguments.preset or chosen
+    by_device = FLEET_ON_CPU if on == "fleet" and not gpu else TASKS[arguments.task]["cuda" if gpu else "cpu"]
+    preset = arguments.preset or (LAWS if on == "laws" else by_device)
     overrides = list(arguments.set)
     if arguments.data is not None:
         named = str(arguments.data) in [source.name for source in SOURCES]
         overrides.append(f"data.source={arguments.data if named else arguments.data.absolute()}")
     spec = load_spec(preset, overrides)
     telemetry_space(spec)  # resolves the blueprints
-    if not fleet:
+    if on == "here":
         pick_device(spec)
     return spec
 

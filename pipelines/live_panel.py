@@ -16,7 +16,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-=*#"
 COURSE = 16  # iterations that a sparkline shows
 BAR = 10
-STATE_STYLES = {"starting": "yellow", "training": "", "resting": "dim", "lost": "bold red"}
+STATE_STYLES = {"starting": "yellow", "training": "", "resting": "dim"}
 
 
 @dataclass(frozen=True)

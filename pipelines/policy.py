@@ -10,7 +10,6 @@ A checkpoint is the folder of a `ppo` run (its newest is taken), one in its `che
 `evaluate` leaves `evaluation.json`, with a number per instance and arm, and `spec.json` in its output folder.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,12 +27,12 @@ from esper.pipelines.arguments import Arguments, CommonArguments, main_guard
 from esper.pipelines.comparison import Comparison, Interval
 from esper.pipelines.contest import ARMS, TRAINED, Contest, median_entries, parse_arms
 from esper.pipelines.evaluation import Stage
-from esper.pipelines.job import Job, describe, open_job, output_folder, resolve_spec
+from esper.pipelines.job import describe, law_job, open_job, resolve_spec
 from esper.platform.console import say
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec
-from esper.platform.storage import read_json, write_json
+from esper.platform.storage import check_new_file, read_json, write_json
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.policy import CHECKPOINTS, FOLDER, SimicPolicy, policy_folder
@@ -41,7 +40,6 @@ from esper.workers.instances import SetName, instance_set
 from esper.workers.run import GrowthRun
 from esper.workers.surrogate import SurrogateRun
 
-ON_LAWS = "tinystories-char"  # the preset where neither the user nor the checkpoint names one
 HELP = "`esper policy ACTION --help` lists an action's arguments."
 ON_TEXT = 4  # instances that are played where the user does not say how many
 
@@ -149,7 +147,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
     arms = parse_arms(arguments.arms, on_text=on_text, schedules=schedules)
     episodes = ON_TEXT if on_text and arguments.episodes is None else arguments.episodes
     chosen = instances(spec, arguments.instances, episodes)
-    job = open_job(arguments, spec, "evaluate") if on_text else law_job(arguments, spec)
+    job = open_job(arguments, spec, "evaluate") if on_text else law_job(arguments, spec, "evaluate")
     make_run = partial(GrowthRun, spec, job.open_data()) if on_text else partial(SurrogateRun, spec)
     stage = Stage(spec, chosen, make_run, arguments.seed)
     training = None if on_text else replace(stage, instances=instance_set("train", spec))
@@ -188,7 +186,7 @@ def record(arguments: EvaluateArguments, folder: Path, contest: Contest, compari
 
 def distill(arguments: DistillArguments) -> None:
     """Play the policy, take its median schedule, play that, report."""
-    check_new(arguments.out)
+    check_new_file(arguments.out)
     out = arguments.out.absolute()
     folder = policy_folder(arguments.checkpoint)
     policy = SimicPolicy.load(folder)
@@ -225,33 +223,11 @@ def spec_for(arguments: CommonArguments, folder: Path, *, on_text: bool) -> RunS
         UserError: no such preset, or a value that is not allowed.
     """
     own = spec_beside(folder)
-    if arguments.preset is None and (own is not None or not on_text):
-        arguments = arguments.model_copy(update={"preset": str(own or ON_LAWS)})
-    spec = resolve_spec(arguments, fleet=not on_text)
+    if arguments.preset is None and own is not None:
+        arguments = arguments.model_copy(update={"preset": str(own)})
+    spec = resolve_spec(arguments, on="here" if on_text else "laws")
     torch.set_num_threads(spec.threads)
     return spec
-
-
-def check_new(out: Path) -> None:
-    """Refuse a file that is there already, or that cannot be made.
-
-    Raises:
-        UserError: so it is.
-    """
-    if out.exists():
-        raise UserError(f"--out {out} is there already: name a new file.")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        what = "read-only" if parent.is_dir() else "a file"
-        raise UserError(f"--out {out} cannot be made ({parent} is {what}): name a file where you may write.")
-
-
-def law_job(arguments: CommonArguments, spec: RunSpec) -> Job:
-    """The job of an evaluation that needs no data."""
-    job = Job(spec, Path(), output_folder(arguments, "evaluate"))
-    say(f"preset  {spec.preset}: {describe(spec)}")
-    say(f"out     {job.out}")
-    return job
 
 
 def instances(spec: RunSpec, name: SetName, first: int | None) -> dict[int, Instance]:

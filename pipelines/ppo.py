@@ -21,7 +21,7 @@ from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, main_guard
 from esper.pipelines.gardener import ResumePoint, gpus_needed, train_gardener
-from esper.pipelines.job import Job, describe, open_job, output_folder, resolve_spec
+from esper.pipelines.job import Job, law_job, open_job, resolve_spec
 from esper.pipelines.stopping import Stopped, StopSignals
 from esper.platform import cluster
 from esper.platform.console import say
@@ -52,13 +52,8 @@ def run(arguments: PPOArguments) -> None:
         return resume(arguments, arguments.resume)
     if arguments.surrogate:
         arguments = arguments.model_copy(update={"set": [*ON_LAWS, *arguments.set]})
-    spec = resolve_spec(arguments, fleet=not arguments.surrogate)
-    if arguments.surrogate:
-        job = Job(spec, Path(), output_folder(arguments, "ppo"))
-        say(f"preset  {spec.preset}: {describe(spec)}")
-        say(f"out     {job.out}")
-    else:
-        job = open_job(arguments, spec, "ppo")
+    spec = resolve_spec(arguments, on="laws" if arguments.surrogate else "fleet")
+    job = law_job(arguments, spec, "ppo") if arguments.surrogate else open_job(arguments, spec, "ppo")
     return train(job, seed=arguments.seed, surrogate=arguments.surrogate)
 
 

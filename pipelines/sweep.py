@@ -48,7 +48,7 @@ class SweepArguments(CommonArguments):
 
 def run(arguments: SweepArguments) -> int:
     """Settle, run the trials, report; 1 if a trial failed."""
-    spec = resolve_spec(arguments, fleet="ppo" in arguments.arms and arguments.policy is None)
+    spec = resolve_spec(arguments, on="fleet" if "ppo" in arguments.arms and arguments.policy is None else "here")
     arms, inputs = parse_arms(arguments, spec)
     job = open_job(arguments, spec, "sweep")
     with cluster.session(gpus=gpus_needed(spec)):

@@ -67,16 +67,28 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which ends with the process however that ends.
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file, which is let go with the process however that ends.
 
     Raises:
-        UserError: another process holds it.
+        BlockingIOError: another process holds it, and this one is not to wait.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:  # closing it lets go of it
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only process that works in a folder.
+
+    Raises:
+        UserError: another one does.
+    """
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(folder / ".lock", wait=False))
         except BlockingIOError:
             raise UserError(f"another process works in {folder}: wait for its end, or stop it first.") from None
         yield
@@ -101,8 +113,25 @@ def check_unused(out: Path) -> None:
         raise UserError(f"--out {out} is a file: name a new or empty folder.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} already holds another run: name a new or empty folder, or delete it first.")
+    if obstacle := _obstacle(out):
+        raise UserError(f"--out {out} cannot be made ({obstacle}): name a folder you may write to.")
+
+
+def check_new_file(out: Path) -> None:
+    """Refuse an output file that is there already, or that cannot be made.
+
+    Raises:
+        UserError: so it is.
+    """
+    if out.exists():
+        raise UserError(f"--out {out} is there already: name a new file.")
+    if obstacle := _obstacle(out):
+        raise UserError(f"--out {out} cannot be made ({obstacle}): name a file where you may write.")
+
+
+def _obstacle(out: Path) -> str | None:
+    """What keeps a file or folder from being made, or None."""
     parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not parent.is_dir():
-        raise UserError(f"--out {out} cannot be made ({parent} is a file): name a folder.")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be made ({parent} is read-only): name a folder you may write to.")
+        return f"{parent} is a file"
+    return None if os.access(parent, os.W_OK) else f"{parent} is read-only"

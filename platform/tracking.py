@@ -8,8 +8,6 @@ The store is `MLFLOW_TRACKING_URI`, or else `mlflow.db` in the working directory
 it. Where the working directory does not last (`ray job submit --working-dir`), set `MLFLOW_TRACKING_URI`.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -18,13 +16,14 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from esper.platform.console import say
+from esper.platform.storage import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -295,26 +294,15 @@ def _client(uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    with _alone(uri):
-        file = _sqlite_file(uri)
-        if file is not None and not file.exists():
+    file = _sqlite_file(uri)
+    if file is None:  # other stores look after themselves
+        return MlflowClient(uri)
+    with locked(file.with_name(f"{file.name}.lock")):
+        if not file.exists():
             partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
             MlflowClient(f"sqlite:///{partial}")
             partial.rename(file)
         return MlflowClient(uri)
-
-
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Hold an SQLite store's lock file; other stores look after themselves."""
-    file = _sqlite_file(uri)
-    if file is None:
-        yield
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f"{file.name}.lock").open("w") as lock:  # closing it lets go of it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _experiment(client: "MlflowClient", name: str, uri: str) -> str:

@@ -1,5 +1,8 @@
 """Fixtures that many tests need: a small text as prepared shards, and a spec that trains in seconds."""
 
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,19 @@ def tinystories() -> Path:
     if not TINYSTORIES.is_dir():
         pytest.skip(f"needs the TinyStories slice in {TINYSTORIES}")
     return TINYSTORIES
+
+
+@pytest.fixture
+def files_of_at_most() -> Callable[[int], AbstractContextManager[None]]:
+    """A disk that is full for this process, while a block lasts: the limit that the system puts on a file's size."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

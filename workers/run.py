@@ -21,7 +21,7 @@ from esper.platform.errors import UserError
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.workers.candidates import Planted
-from esper.workers.episode import Episode
+from esper.workers.episode import Episode, as_json
 from esper.workers.kasmina.governor import CHECK_EVERY, Governor
 from esper.workers.observe import Measured, batch_tokens
 from esper.workers.tolaria.data import TokenData
@@ -131,7 +131,7 @@ class GrowthRun(Episode):
         if now is not self._good:
             values["good"] = self._good[0]
             tensors |= {f"good/{name}": tensor for name, tensor in self._good[1].items()}
-        return _as_json(
+        return as_json(
             {
                 "data": self._data.manifest.fingerprint(),
                 "books": self.books(),
@@ -392,10 +392,3 @@ class GrowthRun(Episode):
         self._strikes += 1
         if self._strikes >= STRIKES:
             self.failure = f"{fault}, {STRIKES} times in a row"
-
-
-def _as_json(value: Any) -> Any:
-    """With lists for tuples."""
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -16,12 +16,11 @@ KNOWN = 64  # latest replies that tell how much longer than expected a decision 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """How long an order may take: grace + factor · ratio · expected · 2^(times it was late already).
+    """How long an order may take: (grace + factor · ratio · expected) · 2^(times it was lost with a process already).
 
     `expected` is what the run's clock predicts, for all of an order's decisions where a new worker may have to do them
     again; `ratio`, at least 1, the median of worked over expected seconds in this fleet: clocks are fitted to another
-    machine, and cores are shared. Until something is known of them, an order has the grace alone; before its first
-    observation it has that anyway.
+    machine, and cores are shared. Before an episode's first observation nothing is expected, and the grace is all.
 
     Attributes:
         factor: times the usual.

@@ -31,16 +31,14 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from ray.exceptions import RayTaskError
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from esper.platform.console import say
-from esper.platform.contracts import Instance, Reply, Transition
+from esper.platform.contracts import Instance, Reply
 from esper.platform.errors import UserError
 from esper.platform.seeding import derive, stream
-from esper.platform.spaces import observation
 from esper.platform.telemetry import Telemetry, TelemetrySpace
 from esper.policies.simic.desk import Deadlines, Desk
 from esper.policies.simic.fleet import Fleet, Joined, process_lost, sentence
@@ -246,30 +244,19 @@ class Dispatcher:
         flight = self._desk.flight(worker)
         if flight is None:
             return None
-        try:
-            problem = self._problem(flight, reply)
-        except (TypeError, ValueError, AttributeError) as error:
-            problem = f"it cannot be read ({sentence(error)})"
+        problem = flight.problem(reply, self._space)
         if problem is not None:
             self._miss(worker, ValueError(f"its reply was refused: {problem}"), "refused")
             return None
         self._losses = 0
         self.counts["redone"] += reply.redone
         self._tell_unsaved(reply.unsaved)
-        answer, telemetry = reply.answer, reply.telemetry
         with self._changed:
             self._desk.answered(worker, reply)
-            flight.expected = reply.expected
-            if isinstance(answer, Transition):
-                flight.reached = reached(answer)
-                info = step_info(reply, answer)
-                seen = observation(telemetry)
-                flight.go_on(seen, float(answer.reward), info, answer.terminated, answer.truncated)
-            else:
-                flight.begin(observation(telemetry))
+            flight.take(reply)
         assert flight.episode is not None
         if not flight.episode.is_done:
-            return telemetry
+            return reply.telemetry
         if self._journal is not None:
             self._journal.note(flight)
         with self._changed:
@@ -278,22 +265,6 @@ class Dispatcher:
             self._drops = 0
             self._changed.notify_all()
         return None
-
-    def _problem(self, flight: Flight, reply: Reply) -> str | None:
-        """Why a reply must not be used, or None."""
-        answer, telemetry = reply.answer, reply.telemetry
-        if reply.episode != flight.number or telemetry.sequence != len(flight.actions):
-            return (
-                f"it is of episode {reply.episode}, observation {telemetry.sequence}, "
-                f"but {len(flight.actions)} of {flight.number} was asked for"
-            )
-        if isinstance(answer, Transition) != bool(flight.actions):
-            return "it is no observation" if isinstance(answer, Transition) else "it has no outcome"
-        if isinstance(answer, Transition) and not np.isfinite(answer.reward):
-            return f"reward {answer.reward} is not finite"
-        if not (np.isfinite(reply.expected) and reply.expected >= 0):
-            return f"expected {reply.expected} is no duration"
-        return telemetry.problems(self._space)
 
     # -- Losses --------------------------------------------------------------------------------------------------
 
@@ -389,17 +360,3 @@ class Dispatcher:
         """Decisions in the queue."""
         with self._changed:  # re-entrant
             return sum(map(len, self._queue))
-
-
-def reached(answer: Transition) -> dict[str, float]:
-    """What the live view shows of where a run stands."""
-    point = answer.info.get("point", {})
-    return {key: point[key] for key in ("budget_fraction", "val_loss", "parameters") if key in point}
-
-
-def step_info(reply: Reply, answer: Transition) -> dict[str, float]:
-    """What the runner's metrics need beside a transition: seconds of the worker, and the final loss."""
-    info: dict[str, float] = {"worked": reply.worked, "waited": reply.waited}
-    if "summary" in answer.info:
-        info["val_loss"] = answer.info["summary"].get("val_loss")
-    return info

@@ -8,7 +8,11 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from esper.platform.contracts import Instance, Order
+from esper.platform.contracts import Instance, Order, Reply, Transition
+from esper.platform.spaces import observation
+from esper.platform.telemetry import TelemetrySpace
+
+REACHED = ("budget_fraction", "val_loss", "parameters")  # of a run's point: what the live view shows
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,42 @@ class Flight:
     def order(self) -> Order:
         """What a worker has to do next."""
         return Order(self.number, self.seed, self.instance, tuple(self.actions), fresh="tries" in self.missed)
+
+    def problem(self, reply: Reply, space: TelemetrySpace) -> str | None:
+        """Why a reply to the order under way must not be used (another's, of wrong form, not finite), or None."""
+        try:
+            return self._problem(reply, space)
+        except (TypeError, ValueError, AttributeError) as error:
+            return f"it cannot be read ({type(error).__name__}: {error})"
+
+    def _problem(self, reply: Reply, space: TelemetrySpace) -> str | None:
+        answer, telemetry = reply.answer, reply.telemetry
+        if reply.episode != self.number or telemetry.sequence != len(self.actions):
+            return (
+                f"it is of episode {reply.episode}, observation {telemetry.sequence}, "
+                f"but {len(self.actions)} of {self.number} was asked for"
+            )
+        if isinstance(answer, Transition) != bool(self.actions):
+            return "it is no observation" if isinstance(answer, Transition) else "it has no outcome"
+        if isinstance(answer, Transition) and not np.isfinite(answer.reward):
+            return f"reward {answer.reward} is not finite"
+        if not (np.isfinite(reply.expected) and reply.expected >= 0):
+            return f"expected {reply.expected} is no duration"
+        return telemetry.problems(space)
+
+    def take(self, reply: Reply) -> None:
+        """Take in a reply without a problem."""
+        answer, self.expected = reply.answer, reply.expected
+        if not isinstance(answer, Transition):
+            self.begin(observation(answer))
+            return
+        point, summary = answer.info.get("point", {}), answer.info.get("summary")
+        self.reached = {key: point[key] for key in REACHED if key in point}
+        info = {"worked": reply.worked, "waited": reply.waited}  # for the runner's metrics, as the final loss
+        if summary is not None:
+            info["val_loss"] = summary.get("val_loss")
+        seen = observation(answer.telemetry)
+        self.go_on(seen, float(answer.reward), info, answer.terminated, answer.truncated)
 
     def begin(self, observation: dict[str, np.ndarray]) -> None:
         """Take in the first observation."""

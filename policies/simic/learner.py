@@ -128,12 +128,12 @@ def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
     - `failures`, `late`, `refused`, `dropped`, `redone`, `unsaved`: counts since the start (`Dispatcher.counts`).
     - `sample_seconds`: the learner waits for episodes. `learn_seconds`: it updates (both smoothed by RLlib).
     """
-    runner = result[ENV_RUNNER_RESULTS]
+    sampled = result[ENV_RUNNER_RESULTS]
     learner = result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
     metrics = {
-        **{f"return_{what}": runner[f"episode_return_{what}"] for what in ("mean", "min", "max")},
-        "episode_length": runner["episode_len_mean"],
-        **runner[SIMIC],
+        **{f"return_{what}": sampled[f"episode_return_{what}"] for what in ("mean", "min", "max")},
+        "episode_length": sampled["episode_len_mean"],
+        **sampled[SIMIC],
         **{name: learner[theirs] for name, theirs in _LEARNER_METRICS.items() if theirs in learner},
         "sample_seconds": result[TIMERS]["env_runner_sampling_timer"],
         "learn_seconds": result[TIMERS]["learner_update_timer"],

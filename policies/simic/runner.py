@@ -31,7 +31,7 @@ from ray.rllib.utils.metrics import (
 from esper.platform.contracts import Instance
 from esper.platform.memory import give_back
 from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS, TelemetrySpace
-from esper.policies.simic.baseline import Baseline, Place, places
+from esper.policies.simic.baseline import Baseline, places
 from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet
@@ -108,11 +108,12 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         episodes = self._started().collect(self.config.total_train_batch_size, self._source.check)
         self._sampled = [(episode, len(episode)) for episode in episodes]  # PPO's connector appends a row to each
         self._learned += [int(episode.id_) for episode in episodes]
-        self._log(episodes)
-        states = np.concatenate([_states(e)[:-1] for e in episodes])
-        self._baseline.update(states, _to_come(episodes), self._places(episodes))
-        for episode in episodes:
-            instance = self._instance(episode)
+        instances = [self._instance(episode) for episode in episodes]
+        states = np.concatenate([_states(episode)[:-1] for episode in episodes])
+        spots = [spot for e, instance in zip(episodes, instances, strict=True) for spot in places(instance, len(e))]
+        self._log(episodes, self._baseline.potential(states, spots))
+        self._baseline.update(states, _to_come(episodes), spots)
+        for episode, instance in zip(episodes, instances, strict=True):
             shaped = self._baseline.shaped(episode.get_rewards(), _states(episode), episode.is_terminated, instance)
             episode.rewards.data = shaped  # `set_rewards` would check each against a space, with a warning each
         return episodes
@@ -245,10 +246,6 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         instance = self._source.instances(int(episode.id_)) if self._source.instances is not None else None
         return None if instance is None else instance.model_dump_json()
 
-    def _places(self, episodes: list[SingleAgentEpisode]) -> list[Place]:
-        """Of all their decisions, in order."""
-        return [place for episode in episodes for place in places(self._instance(episode), len(episode))]
-
     def _started(self) -> Dispatcher:
         """The dispatcher, made at the first sample: a resumed training has its weights and numbers by then."""
         if self._dispatcher is None:
@@ -271,8 +268,13 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         """The module's weights as the network's, copied: the learner goes on changing its own."""
         return {name.removeprefix("net."): torch.tensor(np.array(value)) for name, value in self._weights.items()}
 
-    def _log(self, episodes: list[SingleAgentEpisode]) -> None:
-        """Each value is that of one sample (window 1), so that a point of a curve belongs to one iteration."""
+    def _log(self, episodes: list[SingleAgentEpisode], potential: np.ndarray) -> None:
+        """Each value is that of one sample (window 1), so that a point of a curve belongs to one iteration.
+
+        Args:
+            episodes: the sample.
+            potential: Φ at each decision, as it was before the sample was seen.
+        """
         decisions = sum(map(len, episodes))
         SingleAgentEnvRunner._increase_sampled_metrics(self, decisions, len(episodes))  # type: ignore[arg-type]
         returns = [episode.get_return() for episode in episodes]
@@ -284,17 +286,17 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         }
         for key, value in values.items():
             self.metrics.log_value(key, float(value), window=1)
-        for key, value in self._own(episodes).items():
+        for key, value in self._own(episodes, potential).items():
             self.metrics.log_value((SIMIC, key), float(value), window=1)
 
-    def _own(self, episodes: list[SingleAgentEpisode]) -> dict[str, float]:
+    def _own(self, episodes: list[SingleAgentEpisode], potential: np.ndarray) -> dict[str, float]:
         assert self._dispatcher is not None
         # Not below 0: a resumed training may learn from what was chosen by weights after its checkpoint's.
         lag = np.maximum(0, self._weights_seq_no - _stacked(episodes, WEIGHTS_SEQ_NO))
         own = {
             "episodes": len(episodes),
             "decisions": sum(map(len, episodes)),
-            "explained_variance": self._explained_variance(episodes),
+            "explained_variance": self._explained_variance(episodes, potential),
             "entropy": float(entropy(torch.from_numpy(_stacked(episodes, Columns.ACTION_DIST_INPUTS))).mean()),
             "lag_mean": lag.mean(),
             "lag_max": lag.max(),
@@ -314,16 +316,14 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             own["val_loss"] = np.mean(known)
         return own
 
-    def _explained_variance(self, episodes: list[SingleAgentEpisode]) -> float:
+    def _explained_variance(self, episodes: list[SingleAgentEpisode], potential: np.ndarray) -> float:
         """1 − Var[G − V] / Var[G | k], at least −1: G the rewards still to come at decision k, V what was said of them.
 
         Stricter than RLlib's `vf_explained_var`: of all decisions, before the update on them, and against what is
         left when the mean of each decision is known. Most of the plain variance is the fall of the loss itself.
         """
         to_come = _to_come(episodes)
-        states = np.concatenate([_states(e)[:-1] for e in episodes])
-        said = self._baseline.potential(states, self._places(episodes))
-        said += self._baseline.scale * _stacked(episodes, Columns.VF_PREDS)
+        said = potential + self._baseline.scale * _stacked(episodes, Columns.VF_PREDS)
         decision = np.concatenate([np.arange(len(episode)) for episode in episodes])
         means = np.bincount(decision, to_come) / np.bincount(decision)
         variance = ((to_come - means[decision]) ** 2).mean()

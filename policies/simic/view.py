@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-State = Literal["starting", "training", "resting", "lost"]
+State = Literal["starting", "training", "resting"]
 STATES: tuple[State, ...] = get_args(State)
 
 
@@ -13,7 +13,7 @@ class WorkerView:
 
     Attributes:
         worker: its number, from 0; -1 of one that has none yet.
-        state: its process or its episode starts, a call is in flight, it rests between episodes, its process is gone.
+        state: its process starts, it has an episode, it rests between episodes.
         episode: number of the one under way.
         decision: how many actions of it have been chosen.
         budget_used: fraction of the episode's budget, from 0 to 1.

@@ -178,14 +178,14 @@ def test_a_killed_training_leaves_the_cursor(tmp_path):
 
 
 def test_of_a_thousand_workers_those_that_fit_are_shown_and_all_are_counted():
-    workers = [WorkerView(i, STATES[i % 4], i, 3, i / 1000, 2.25, 12345, "graft ffn", 0.4) for i in range(1000)]
+    workers = [WorkerView(i, STATES[i % 3], i, 3, i / 1000, 2.25, 12345, "graft ffn", 0.4) for i in range(1000)]
     lines = [line.plain for line in panel(Progress(1, 20, 0.05, 72, 1380, 12.3), [METRICS], workers, 100, 24)]
     assert len(lines) == 23
     assert lines[0] == "iteration 1/20 ░░░░░░░░░░ 1m12s, 23m00s left, 12.3 decisions/s"
     table = lines[next(number for number, line in enumerate(lines) if line.startswith("worker")) :]
     assert table[1].split() == ["0", "starting", "0%", "░" * 10, "2.2500", "12.3k", "0.4", "graft", "ffn"]
     hidden = 1000 - (len(table) - 2)
-    assert table[-1] == f"and {hidden} more; of all 1,000: 250 starting, 250 training, 250 resting, 250 lost"
+    assert table[-1] == f"and {hidden} more; of all 1,000: 334 starting, 333 training, 333 resting"
 
 
 def test_ctrl_c_leaves_the_terminal_sane(tmp_path):
@@ -234,7 +234,7 @@ def test_in_a_pipe_plain_lines_and_results_apart(tmp_path):
 
 
 def test_any_size_is_drawn_within_itself():
-    workers = [WorkerView(-1, "starting"), *(WorkerView(i, "lost", action="a" * 99) for i in range(30))]
+    workers = [WorkerView(-1, "starting"), *(WorkerView(i, "resting", action="a" * 99) for i in range(30))]
     history = [{**METRICS, "kl": float("inf")}, {**METRICS, "kl": float("nan")}]
     for width in range(1, 140, 3):
         for height in (1, 2, 5, 9, 24, 60):

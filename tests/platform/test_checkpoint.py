@@ -7,7 +7,6 @@ Real files; real processes that are killed, at random moments and at every line 
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import statistics
@@ -442,19 +441,14 @@ def test_a_failure_is_said_once_and_later_saves_are_tried_again(tmp_path: Path, 
 
 
 def test_a_full_disk_leaves_nothing_behind_and_the_last_checkpoint_whole(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files_of_at_most
 ):
-    """The disk is full for this process from 1 MB on: the limit that the system puts on a file's size."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"number": 1}, filled(1))
         checkpoints.flush()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
-        try:
+        with files_of_at_most(2**20):
             checkpoints.save(2, {"number": 2}, filled(2, size=10**6))
             checkpoints.flush()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert "File too large" in str(checkpoints.failed)
         assert len(capsys.readouterr().err.splitlines()) == 1
         assert names(tmp_path) == ["number-000000001"]

@@ -3,9 +3,6 @@
 Alone: `pytest tests/workers/test_worker.py`.
 """
 
-import resource
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 
@@ -85,25 +82,26 @@ def test_every_order_gets_the_same_answer_from_any_worker(make, tmp_path):
     assert len(last.info["summary"]["grafts"]) == 2
 
 
-def test_what_is_not_saved_is_done_again_from_the_last_save(make, tmp_path):
+def saved(make, tmp_path, n: int) -> list[tuple[Order, Reply]]:
+    """A whole episode, of which a worker that is gone has done the first `n` orders, and saved each."""
     done = orders(make())
     saves = Saves(str(tmp_path))
     worker = make(saves)
-    for order, _ in done[:4]:
+    for order, _ in done[:n]:
         worker.advance(order)
     saves.flush()
+    return done
+
+
+def test_what_is_not_saved_is_done_again_from_the_last_save(make, tmp_path):
+    done = saved(make, tmp_path, 4)
     late = make(Saves(str(tmp_path))).advance(done[6][0])
     equal(late, done[6][1])
     assert late.redone == 2  # decisions 4 and 5; the sixth was asked for
 
 
 def test_a_save_of_another_way_through_the_episode_is_not_taken(make, tmp_path):
-    done = orders(make())
-    saves = Saves(str(tmp_path))
-    worker = make(saves)
-    for order, _ in done[:5]:
-        worker.advance(order)
-    saves.flush()
+    saved(make, tmp_path, 5)
     other = Order(3, 77, INSTANCE, (0, 0, 0))  # a resumed training that chose otherwise
     reply, expected = (make(s).advance(other) for s in (Saves(str(tmp_path)), None))
     equal(reply, expected)
@@ -113,11 +111,7 @@ def test_a_save_of_another_way_through_the_episode_is_not_taken(make, tmp_path):
 @pytest.mark.parametrize("actions", [(), (0, 0)])
 def test_what_lies_there_of_another_training_or_spoilt_is_not_used(make, tmp_path, actions):
     """An order that starts an episode, or is not to use a save, finds one of a higher number in its place."""
-    saves = Saves(str(tmp_path))
-    worker = make(saves)
-    for order, _ in orders(make())[:6]:
-        worker.advance(order)
-    saves.flush()
+    saved(make, tmp_path, 6)
     anew = Order(3, 78, None, actions, fresh=True)
     second = make(Saves(str(tmp_path)))
     reply = second.advance(anew)
@@ -139,8 +133,7 @@ def test_an_episode_that_is_over_leaves_no_save(make, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["episode-000000004"]
 
 
-def test_a_full_disk_costs_nothing_but_the_save(make, tmp_path):
-    """The disk is full for this process: the limit that the system puts on a file's size."""
+def test_a_full_disk_costs_nothing_but_the_save(make, tmp_path, files_of_at_most):
     done = orders(make())
     worker = make(Saves(str(tmp_path)))
     with files_of_at_most(2**10):
@@ -154,16 +147,6 @@ def test_a_full_disk_costs_nothing_but_the_save(make, tmp_path):
     worker.advance(done[4][0])
     worker._saves.flush()
     assert worker.advance(done[5][0]).unsaved is None  # there is room again
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_action_that_was_legal_once_and_is_not_when_done_again_is_no_user_error(make):
