@@ -22,6 +22,7 @@ import pytest
 from mlflow import MlflowClient
 
 from esper.platform import tracking
+from esper.platform.storage import locked
 from esper.platform.tracking import Tracker, flatten
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def test_all_keys_of_one_call_share_step_and_time_stamp(store: str):
 
 
 def test_logging_does_not_wait_for_the_connection(store: str):
-    with tracking._alone(store):  # nobody can connect while this is held
+    with locked(Path(store.removeprefix("sqlite:///") + ".lock")):  # nobody can connect while this is held
         tracker = Tracker.start("garden", "quick")
         for step in range(100):
             tracker.log({"loss": 1.0}, step)
