@@ -7,6 +7,7 @@ driver's side, and every call through Ray, is what a training has.
 
 import asyncio
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray import cloudpickle
 
 from esper.platform.cluster import cores
 from esper.platform.contracts import GraftAction, Instance, Order, Reply, Transition
@@ -112,7 +114,11 @@ def _busy_stock() -> tuple[list[float], int]:
         config = (
             PPOConfig()
             .environment(env=SleepingEnv, env_config={"folder": folder})
-            .env_runners(num_env_runners=8, num_cpus_per_env_runner=0.1, sample_timeout_s=600)
+            .env_runners(
+                num_env_runners=8,
+                num_cpus_per_env_runner=0.1,  # pyright: ignore[reportArgumentType]  (a fraction is taken)
+                sample_timeout_s=600,
+            )
             .learners(num_learners=0, num_gpus_per_learner=0)
             .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
             .training(train_batch_size_per_learner=ppo.decisions, minibatch_size=ppo.minibatch, num_epochs=ppo.epochs)
@@ -193,7 +199,7 @@ class LogicalFleet(RayFleet):
         """End the actors."""
         self._actors.clear()
         for actor in self._shared:
-            ray.kill(actor)
+            ray.kill(actor)  # pyright: ignore[reportArgumentType]  (its types know handles only)
 
     def _call(self, worker: int, reference: ray.ObjectRef) -> None:
         def came(future: Any) -> None:
@@ -310,8 +316,8 @@ class local_ray:
     def __enter__(self) -> None:
         import sys
 
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()

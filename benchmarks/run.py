@@ -122,7 +122,7 @@ def bench_overhead() -> None:
     spec = load_spec("tinystories-char", ["budget.axis=steps", "budget.amount=3000", "budget.decisions=12"])
     run = GrowthRun(spec, TokenData.open(ensure("python-docs", "char")))
     run.reset(seed=0)
-    plan = dict(zip((1, 3, 5), GRAFTS, strict=True))
+    plan: dict[int, tuple[str, str]] = dict(zip((1, 3, 5), GRAFTS, strict=True))
     steps: list[float] = []
     saves: list[float] = []
     inner = run.trainer.step
@@ -169,7 +169,7 @@ def bench_memory() -> None:
         now = peak = before
         for event in results.events():  # allocations and releases, in their order
             if event.name() == "[memory]":
-                now += event.nbytes()
+                now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  (its stubs are behind)
                 peak = max(peak, now)
         print(f"  {blueprint:<10} {peak / now:.3f}x of {now / 1e6:.0f} MB (weights, gradients, moments)")
 

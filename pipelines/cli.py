@@ -16,6 +16,7 @@ COMMANDS = {
     "ppo": "train a gardener with PPO over a fleet of workers",
     "policy": "look at a trained gardener, hold it against other arms, distill it to a schedule",
     "sweep": "compare arms at an equal budget with Ray Tune",
+    "report": "write the report on a sweep: the verdict, figures and tables, from MLflow",
     "export": "write a trained GPT as files for transformers, or for Esper itself",
     "demo": "the whole story in minutes on a laptop",
     "calibrate": "fit the reference clock to this machine",

@@ -1,8 +1,9 @@
 """A trained gardener against the other arms on one instance set."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -106,8 +107,13 @@ class Contest:
 
 def median_entries(played: Played, stage: Stage) -> list[Entry]:
     """The median schedule of what was played on a stage."""
+    return median_grafts(played.summaries.values(), stage.spec.budget.decisions, stage.first_sites())
+
+
+def median_grafts(summaries: Iterable[dict[str, Any]], decisions: int, sites: Collection[str]) -> list[Entry]:
+    """The median schedule of runs, by their summaries (`median_schedule`)."""
     episodes = [
         [Taken(graft["budget_fraction"], graft["blueprint"], graft["site"]) for graft in summary["grafts"]]
-        for summary in played.summaries.values()
+        for summary in summaries
     ]
-    return median_schedule(episodes, stage.spec.budget.decisions, stage.first_sites())
+    return median_schedule(episodes, decisions, sites)

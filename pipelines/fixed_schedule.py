@@ -11,6 +11,7 @@ several starts.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class Simulator:
     ) -> _Group:
         known, slices = classes(spec, n_layer), [slices_of(spec, instance) for instance in instances]
         laws = [Law.drawn(seed if instance.law is None else instance.law, spec) for instance in instances]
-        law = Law(**{f.name: np.array([getattr(law, f.name) for law in laws]) for f in fields(Law)})
+        constants: dict[str, Any] = {f.name: np.array([getattr(law, f.name) for law in laws]) for f in fields(Law)}
         longest = max(len(each.amounts) for each in slices)
         filled = [np.pad(each.amounts, (0, longest - len(each.amounts))) for each in slices]
         fractions = np.array([np.pad(s.fractions, (0, longest - len(s.fractions)), constant_values=1) for s in slices])
@@ -143,7 +144,7 @@ class Simulator:
         return _Group(
             places=places,
             known=known,
-            law=law,
+            law=Law(**constants),
             size_loss=np.array([law.size_loss(known.size) for law in laws]),
             used=np.pad(np.cumsum(filled, axis=1), ((0, 0), (1, 0))),
             growing=fractions < spec.optimizer.decay_from,

@@ -23,7 +23,7 @@ from esper.platform.console import say
 from esper.platform.contracts import Instance, Run
 from esper.platform.errors import UserError
 from esper.platform.model import Frozen
-from esper.platform.saves import Saves
+from esper.platform.saves import Saves, below
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker, new_key
@@ -42,12 +42,14 @@ from esper.workers.worker import EpisodeWorker
 SURROGATES = 16  # surrogate runs side by side in the driver
 KEPT = 5  # every so many iterations a checkpoint stays; of the others only the newest
 EPISODES, SAVES = "episodes", "saves"  # in the output folder
+ON_LAWS: dict[str, int] = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256}
+"""What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
 
 
 class ResumePoint(Frozen):
     """Where a training stands, and what it goes on with: kept as `extra` in the card of each checkpoint's policy."""
 
-    iterations: int = Field(0, ge=0)
+    iterations: int = Field(default=0, ge=0)
     episodes: float = 0.0
     decisions: float = 0.0
     seed: int
@@ -215,14 +217,6 @@ def _save(algorithm: PPO, out: Path, point: ResumePoint) -> None:
         number = int(path.name)
         if number < point.iterations and (number == 0 or number % KEPT):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def below(place: str, folder: str) -> str:
-    """A training's own folder below a place that several may share."""
-    if "://" not in place:
-        return str(Path(place).expanduser().absolute() / folder)
-    head, mark, query = place.partition("?")
-    return f"{head.rstrip('/')}/{folder}{mark}{query}"
 
 
 def fleet_maker(job: Job, storage: str, *, surrogate: bool) -> Callable[[], Fleet]:

@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, main_guard
-from esper.pipelines.gardener import ResumePoint, gpus_needed, train_gardener
+from esper.pipelines.gardener import ON_LAWS, ResumePoint, gpus_needed, train_gardener
 from esper.pipelines.job import Job, law_job, open_job, resolve_spec
 from esper.pipelines.stopping import Stopped, StopSignals
 from esper.platform import cluster
@@ -29,8 +29,6 @@ from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.storage import alone
 
-ON_LAWS = ("ppo.iterations=80", "ppo.decisions=1024", "ppo.minibatch=256")
-"""What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
 
 
@@ -51,7 +49,7 @@ def run(arguments: PPOArguments) -> None:
     if arguments.resume is not None:
         return resume(arguments, arguments.resume)
     if arguments.surrogate:
-        arguments = arguments.model_copy(update={"set": [*ON_LAWS, *arguments.set]})
+        arguments = arguments.model_copy(update={"set": [*(f"{key}={value}" for key, value in ON_LAWS.items()), *arguments.set]})
     spec = resolve_spec(arguments, on="laws" if arguments.surrogate else "fleet")
     job = law_job(arguments, spec, "ppo") if arguments.surrogate else open_job(arguments, spec, "ppo")
     return train(job, seed=arguments.seed, surrogate=arguments.surrogate)

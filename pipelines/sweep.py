@@ -1,108 +1,362 @@
-"""Compare arms at an equal budget: Ray Tune over arms × seeds, MLflow for the curves.
+"""Compare arms at an equal budget: arms × sizes × seeds × a grid, under Ray Tune, with the curves in MLflow.
 
-    python pipelines/sweep.py --arms static,tamiyo --seeds 3
+    python pipelines/sweep.py --arms static,tamiyo --sizes 1,2,3 --seeds 5
+    esper sweep --arms static,onejump,gradual,tamiyo --sizes 1,2,3,4 --seeds 5 --tune-lr
     esper sweep --arms static,tamiyo,ppo --policy runs/ppo-20260101-120000
     esper sweep --arms static,ppo                   # no policy given: trains one first, on the same spec; without a
                                                     # GPU the preset is then `demo`
+    esper sweep --resume runs/sweep-20260101-120000 # go on where it was stopped or killed: what is missing, and no more
 
-Leaves `summary.json` (a list of run summaries), `loss.png` and a folder per trial; in MLflow a parent run with a child
-per trial.
+Leaves `sweep.json` (plan, what was chosen on tuning seeds, every trial's state), `summary.json` (a list of the test
+runs' summaries), a folder per trial, and the report (`esper report`); in MLflow a parent run with a child per trial.
 """
 
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, main_guard
-from esper.pipelines.gardener import gpus_needed, train_gardener
+from esper.pipelines.chart_view import share_view
+from esper.pipelines.gardener import gpus_needed
 from esper.pipelines.job import Job, open_job, resolve_spec
-from esper.pipelines.picture import draw_losses
+from esper.pipelines.report import write_report
+from esper.pipelines.stopping import Stopped, StopSignals
+from esper.pipelines.sweep_gardener import TrainedOn, trained_policy
+from esper.pipelines.sweep_log import SweepLog
+from esper.pipelines.sweep_plan import (
+    LRPATH,
+    OPENLOOP,
+    SWEEP_ARMS,
+    TUNING_SEEDS,
+    Point,
+    Trial,
+    parse_arms,
+    parse_grid,
+    parse_sizes,
+)
+from esper.pipelines.sweep_stages import Contestants, Stages
 from esper.pipelines.table import arm_table
 from esper.pipelines.trials import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.spec import RunSpec
-from esper.platform.storage import write_json
-from esper.platform.tracking import Tracker
-from esper.policies.arms import ALIASES, ARMS, ArmInputs, arm_name, make_policy
+from esper.platform.model import Frozen
+from esper.platform.saves import below
+from esper.platform.spec import RunSpec, saved_spec
+from esper.platform.storage import alone, read_json, write_json
+from esper.platform.tracking import Tracker, commit, connect, new_key
+from esper.policies.arms import ALIASES, ArmInputs, make_policy
 
-TRAINING_SEED = 1_000_000  # gardeners are trained on seeds that no arm is compared on
+PLAN, STATE = "plan.json", "sweep.json"
 
 
 class SweepArguments(CommonArguments):
     """Compare arms at an equal budget."""
 
     arms: Annotated[
-        str, Field(title="A,B,C", description=f"Arms, separated by commas, of {', '.join([*ARMS, *ALIASES])}.")
+        str,
+        Field(
+            title="A,B,C",
+            description=f"Arms, separated by commas, of {', '.join([*SWEEP_ARMS, *ALIASES])}. random, static_final and "
+            "static_lrpath follow another arm: static_final:tamiyo.",
+        ),
     ] = "static,tamiyo"
-    seeds: Annotated[int, Field(ge=1, le=1000, description="Seeds of each arm: --seed and those after it.")] = 1
+    sizes: Annotated[
+        str | None, Field(title="1,2,4", description="Layers of the static sizes; none: the preset's own only.")
+    ] = None
+    seeds: Annotated[int, Field(ge=1, le=1000, description="Test seeds of each arm: --seed and those after it.")] = 1
+    tuning_seeds: Annotated[
+        int, Field(ge=0, le=100, description="Other seeds, that sizes, schedules and rates are chosen on.")
+    ] = 2
+    grid: list[str] = Field(
+        default=[], title="KEY=A,B", description="Compare at each of these values; may be given for several keys."
+    )
+    tune_lr: Annotated[bool, Field(description="Find the learning rate of each static size, on tuning seeds.")] = False
     policy: Annotated[Path | None, Field(description="For ppo: a trained policy; without one it is trained first.")] = (
         None
     )
+    train_on: Annotated[
+        TrainedOn, Field(description="Where no --policy is given: on text, or on loss laws fitted to static runs.")
+    ] = "text"
     schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
+    resume: Annotated[
+        Path | None, Field(title="DIR", description="Go on with the sweep in this folder; takes nothing else.")
+    ] = None
+
+
+class Plan(Frozen):
+    """What a sweep is, beside its spec: `plan.json`."""
+
+    arms: str
+    sizes: tuple[int, ...]
+    seed: int
+    seeds: int
+    tuning_seeds: int
+    grid: tuple[str, ...]
+    tune_lr: bool
+    policy: Path | None
+    train_on: TrainedOn
+    schedule: Path | None
+    own: tuple[str, ...] = Field(description="keys that the user has set")
+    task: str
+    data: Path
+    key: str = Field(description="of its run in MLflow")
+
+    def contestants(self, spec: RunSpec) -> Contestants:
+        """Who takes part.
+
+        Raises:
+            UserError: an arm, size or grid is not allowed, or an arm lacks what it needs.
+        """
+        entrants = parse_arms(self.arms, self.sizes)
+        points = parse_grid(self.grid, spec)
+        tuning = [TUNING_SEEDS + self.seed + i for i in range(self.tuning_seeds)]
+        seeds = [self.seed + i for i in range(self.seeds)]
+        files = ArmInputs(policy=self.policy, schedule=self.schedule)
+        found = Contestants(entrants, self.sizes, points, seeds, tuning, self.tune_lr, files)
+        self._check(found)
+        return found
+
+    def trains(self) -> bool:
+        """Whether a gardener is trained first."""
+        return self.policy is None and "ppo" in self._arms()
+
+    def _arms(self) -> list[str]:
+        return [entrant.arm for entrant in parse_arms(self.arms, self.sizes)]
+
+    def _check(self, contestants: Contestants) -> None:
+        """Refuse an arm that lacks what it needs."""
+        for point in contestants.points:
+            inputs = ArmInputs(0, self.policy, self.schedule, blueprints=tuple(point.spec.growth.blueprints))
+            for entrant in contestants.entrants:
+                if entrant.arm == OPENLOOP and self.policy is None and not contestants.has("ppo"):
+                    raise UserError(
+                        "arm 'openloop' replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
+                        "--arms, which trains one first."
+                    )
+                if entrant.arm not in SWEEP_ARMS[-3:] and not (entrant.arm == "ppo" and self.policy is None):
+                    make_policy(entrant.arm, inputs)
+        needs = {
+            "--tune-lr": self.tune_lr,
+            "arm 'openloop'": contestants.has(OPENLOOP),
+            "--train-on laws": self.trains() and self.train_on == "laws",
+            f"arm '{LRPATH}' with several sizes": contestants.has(LRPATH) and len(self.sizes) > 1,
+        }
+        for what, needed in needs.items():
+            if needed and not self.tuning_seeds:
+                raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
+        if self.trains() and self.train_on == "laws" and len(self.sizes) < 3:
+            raise UserError(
+                f"--train-on laws fits them to static sizes, at least 3, and --sizes names {len(self.sizes)}: give "
+                "more, such as --sizes 1,2,4."
+            )
 
 
 def run(arguments: SweepArguments) -> int:
     """Settle, run the trials, report; 1 if a trial failed."""
-    spec = resolve_spec(arguments, on="fleet" if "ppo" in arguments.arms and arguments.policy is None else "here")
-    arms, inputs = parse_arms(arguments, spec)
+    if arguments.resume is not None:
+        return resume(arguments, arguments.resume)
+    plan, spec = settle(arguments)
     job = open_job(arguments, spec, "sweep")
-    with cluster.session(gpus=gpus_needed(spec)):
-        job.begin()
-        return compare(job, arms, arguments, inputs)
+    return compare(job, plan.model_copy(update={"data": job.data}))
 
 
-def parse_arms(arguments: SweepArguments, spec: RunSpec) -> tuple[list[str], ArmInputs]:
-    """The arms by name, and what they are given; what is missing is refused before anything starts.
+def settle(arguments: SweepArguments) -> tuple[Plan, RunSpec]:
+    """The plan and the spec; what is not allowed is refused before anything starts.
 
     Raises:
-        UserError: no arm, an unknown one, or one that lacks what it needs.
+        UserError: it is not.
     """
-    arms = list(dict.fromkeys(arm_name(name.strip()) for name in arguments.arms.split(",") if name.strip()))
-    if not arms:
-        raise UserError(f"--arms names no arm: give one or more of {', '.join([*ARMS, *ALIASES])}.")
-    inputs = ArmInputs(arguments.seed, arguments.policy, arguments.schedule, blueprints=tuple(spec.growth.blueprints))
-    for arm in arms:
-        if arm != "ppo" or arguments.policy is not None:
-            make_policy(arm, inputs)
-    return arms, inputs
-
-
-def compare(job: Job, arms: list[str], arguments: SweepArguments, inputs: ArmInputs) -> int:
-    """Run every arm on every seed on the connected cluster; 1 if a trial failed."""
-    experiment = f"esper-{arguments.task}"
-    parent = Tracker.start(
-        experiment,
-        job.out.name,
-        tags={"kind": "sweep", "preset": job.spec.preset},
-        params=job.spec.model_dump(mode="json"),
+    wanted = {part.partition(":")[0].strip() for part in arguments.arms.split(",")}
+    spec = resolve_spec(arguments, on="fleet" if "ppo" in wanted and arguments.policy is None else "here")
+    own = [override.partition("=")[0] for override in arguments.set]
+    plan = Plan.checked(
+        {
+            **arguments.model_dump(include={"arms", "seed", "seeds", "tuning_seeds", "tune_lr", "train_on", "task"}),
+            "sizes": parse_sizes(arguments.sizes, spec),
+            "grid": arguments.grid,
+            "policy": arguments.policy and arguments.policy.absolute(),
+            "schedule": arguments.schedule and arguments.schedule.absolute(),
+            "own": own,
+            "data": Path(),
+            "key": new_key(),
+        },
+        "the arguments",
     )
-    with parent:
-        policy = inputs.policy
-        if "ppo" in arms and policy is None:
-            say("sweep   no --policy given: training a gardener first")
-            trained = train_gardener(job, job.out / "ppo", seed=TRAINING_SEED + arguments.seed, parent=parent.run_id)
-            policy = Path(trained["checkpoint"])
-        seeds = list(range(arguments.seed, arguments.seed + arguments.seeds))
-        say(f"sweep   {len(arms) * len(seeds)} trials: {', '.join(arms)}, {len(seeds)} seed(s) each")
-        summaries, failures = run_trials(
-            job, arms, seeds, replace(inputs, policy=policy), experiment=experiment, parent=parent.run_id
+    plan.contestants(spec)
+    return plan, spec
+
+
+def resume(arguments: SweepArguments, out: Path) -> int:
+    """Go on with the sweep in `out`.
+
+    Raises:
+        UserError: other arguments are given, or there is no sweep.
+    """
+    others = [f"--{name.replace('_', '-')}" for name in sorted(arguments.model_fields_set - {"resume"})]
+    if others:
+        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
+    plan = Plan.checked(read_json(out / PLAN, f"--resume {out}", "the folder of an `esper sweep`"), str(out / PLAN))
+    spec = saved_spec(out / "spec.json")
+    job = Job(spec, plan.data, out.absolute())
+    job.open_data()
+    say(f"resume  {out}")
+    return compare(job, plan)
+
+
+def compare(job: Job, plan: Plan) -> int:
+    """Run what is missing and report; 1 if a trial failed."""
+    contestants = plan.contestants(job.spec)
+    # The signals last: `ray.init` puts in a handler of its own, in C, that aborts.
+    with alone(job.out), cluster.session(gpus=gpus_needed(job.spec)), StopSignals() as signals:
+        if not (job.out / PLAN).exists():
+            job.begin()
+            write_json(job.out / PLAN, plan.model_dump(mode="json"))
+        parent = Tracker.start(
+            f"esper-{plan.task}",
+            job.out.name,
+            tags={"kind": "sweep", "preset": job.spec.preset, "commit": commit() or "unknown"},
+            params=job.spec.model_dump(mode="json"),
+            key=plan.key,
+            journal=job.out / "points.jsonl",
+            system_metrics=True,
         )
-        write_json(job.out / "summary.json", summaries)
-        if summaries:
-            draw_losses(summaries, job.out / "loss.png")
-            parent.artifact(job.out / "loss.png")
-            say(arm_table(summaries))
-        parent.artifact(job.out / "summary.json")
-        for failure in failures:
-            say(f"failed  {failure}")
-        say(f"results: {job.out / 'summary.json'}, picture {job.out / 'loss.png'}")
-        say(f"compare: {parent.where}")
+        try:
+            with parent:
+                failures = Sweep(job, plan, contestants, parent, signals.check).run()
+        except Stopped as stopped:
+            how = f"stopped, with nothing lost; go on with: esper sweep --resume {job.out}"
+            raise Stopped(stopped.number, str(stopped) or how) from None
+        report(job, parent)
     return 1 if failures else 0
+
+
+def report(job: Job, parent: Tracker) -> None:
+    """Write the report, and say where everything is."""
+    say(f"results: {job.out / 'summary.json'}")
+    if parent.run_id is None:
+        say(f"MLflow was not to be had, and the report reads it: with a server, esper sweep --resume {job.out}")
+        return
+    try:
+        write_report(connect(parent.uri), parent.run_id, job.out / "report")
+    except UserError as error:
+        say(f"no report: {error}")
+    else:
+        say(f"report:  {job.out / 'report' / 'report.html'}")
+    say(f"compare: {share_view(parent, job.spec.budget.axis)}")
+
+
+class Sweep:
+    """A sweep on the connected cluster."""
+
+    def __init__(
+        self, job: Job, plan: Plan, contestants: Contestants, parent: Tracker, check: Callable[[], None]
+    ) -> None:
+        self._job, self._plan, self._parent, self._check = job, plan, parent, check
+        storage = str(job.out / "saves")
+        if job.spec.fleet.storage is not None:
+            storage = below(job.spec.fleet.storage, plan.key)
+        self._log = SweepLog(
+            job.out,
+            experiment=f"esper-{plan.task}",
+            parent=parent,
+            key=plan.key,
+            manifest=job.open_data().manifest,
+            storage=storage,
+            check=check,
+        )
+        self._gardener: dict[str, Any] | None = None
+        if plan.policy is not None:
+            self._gardener = {"checkpoint": str(plan.policy), "trained_on": "given"}
+        self._contestants = contestants
+        self._stages = Stages(
+            contestants,
+            self._log,
+            partial(run_trials, data=job.data, log=self._log, fleet=job.spec.fleet, storage=storage),
+            self._train if plan.trains() else None,
+            self._keep,
+        )
+
+    def run(self) -> int:
+        """Everything that is missing; how many trials failed."""
+        parent = self._parent
+        parent.artifact(self._job.out / "spec.json")
+        try:
+            self._stages.run()
+        finally:
+            sent = self._log.close()
+            self._keep()
+        tests = [trial for trial in self._stages.trials.values() if trial.purpose == "test"]
+        summaries = [summary for trial in tests if (summary := self._log.summary(trial)) is not None]
+        write_json(self._job.out / "summary.json", summaries)
+        parent.artifact(self._job.out / "summary.json")
+        if summaries:
+            say(arm_table(summaries))
+        for name, why in self._log.failures.items():
+            say(f"failed  {name}: {why}")
+        if not sent:
+            say(f"MLflow has not had everything: send the rest with: esper sweep --resume {self._job.out}")
+        return len(self._log.failures)
+
+    def _train(self, point: Point, spec: RunSpec, tuning: Any) -> Path:
+        several = len(self._contestants.points) > 1
+        out = self._job.out / (f"ppo-{point.index}" if several else "ppo")
+        found = trained_policy(
+            self._job,
+            spec,
+            out,
+            on=self._plan.train_on,
+            seed=self._plan.seed,
+            own=self._plan.own,
+            tuning=tuning,
+            parent=self._parent,
+            check=self._check,
+        )
+        self._gardener = found
+        checkpoint = Path(found["checkpoint"])
+        self._parent.register(
+            f"esper-gardener-{spec.preset}", checkpoint / "policy", {"trained_on": found["trained_on"]}
+        )
+        return checkpoint
+
+    def _keep(self) -> None:
+        """Write `sweep.json`: what the report reads."""
+        c = self._contestants
+        points = [
+            {
+                "grid": point.grid,
+                "budget": {"axis": point.spec.budget.axis, "amount": point.spec.budget.amount},
+                "spec": point.spec.model_dump(mode="json"),
+                "rates": settled.rates,
+                "curve": settled.curve and vars(settled.curve),
+                "size": settled.size,
+                "schedule": settled.schedule,
+            }
+            for point, settled in zip(c.points, self._stages.settled, strict=True)
+        ]
+        state = {
+            "arms": [entrant.label for entrant in c.entrants],
+            "sizes": list(c.sizes),
+            "seeds": list(c.seeds),
+            "tuning_seeds": list(c.tuning_seeds),
+            "rates_tuned": self._plan.tune_lr,
+            "points": points,
+            "gardener": self._gardener,
+            "command": sys.argv,
+            "trials": {trial.name: self._state_of(trial) for trial in self._stages.trials.values()},
+        }
+        write_json(self._job.out / STATE, state)
+        self._parent.artifact(self._job.out / STATE)
+
+    def _state_of(self, trial: Trial) -> dict[str, Any]:
+        error = self._log.failures.get(trial.name)
+        status = "done" if self._log.summary(trial) is not None else "failed" if error else "missing"
+        kept = {"label", "arm", "size", "seed", "purpose", "grid"}
+        return {**{key: value for key, value in trial.tags().items() if key in kept}, "status": status, "error": error}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ COLUMNS = ("arm", "seeds", "val loss", "perplexity", "parameters", "parameter-se
 
 def arm_table(summaries: list[dict[str, Any]]) -> str:
     """A row per arm: means over its seeds, the loss with its sample standard deviation where there are several."""
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for arm in dict.fromkeys(summary["arm"] for summary in summaries):
         runs = [summary for summary in summaries if summary["arm"] == arm]
 

@@ -42,7 +42,7 @@ CHECKPOINTS = "checkpoints"  # in a run's output folder
 class TrainArguments(CommonArguments):
     """Train one GPT under one arm."""
 
-    arm: CliPositionalArg[str] = Field("static", description=f"One of {', '.join([*ARMS, *ALIASES])}.")
+    arm: CliPositionalArg[str] = Field(default="static", description=f"One of {', '.join([*ARMS, *ALIASES])}.")
     policy: Annotated[Path | None, Field(description="For ppo: a policy that `esper ppo` trained.")] = None
     schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
     match: Annotated[

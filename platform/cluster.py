@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from esper.platform.console import say
 from esper.platform.errors import UserError
@@ -140,7 +141,7 @@ def _quiet_deaths() -> None:
     if getattr(inner, "quiet", False):
         return
 
-    def but_deaths(data: dict, *args: object, **keywords: object) -> None:
+    def but_deaths(data: dict, *args: Any, **keywords: Any) -> None:
         if not any("A worker died or was killed" in line for line in data.get("lines", ())):
             inner(data, *args, **keywords)
 

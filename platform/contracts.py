@@ -62,6 +62,10 @@ class HostShape(Protocol):
         """Sparsely gated parts: they cost a fixed time too."""
         ...
 
+    def layers_as_json(self) -> list[dict[str, Any]]:
+        """Each layer's own shape as JSON values, as `host.layers` takes them."""
+        ...
+
     def without(self, name: str) -> "HostShape":
         """The shape without an inserted part."""
         ...
@@ -88,7 +92,7 @@ class Swap:
     axis: int
 
 
-class HostProtocol(HostShape, Protocol):
+class HostProtocol(Protocol):
     """What Kasmina may ask of a model. Domain-neutral: a CNN's pair of convolutions is a pair of linears.
 
     A site either takes units (heads, neurons), added between a pair of linears, or parts (layers, experts), modules of
@@ -100,6 +104,10 @@ class HostProtocol(HostShape, Protocol):
         """The shape now: frozen and hashable."""
         ...
 
+    def injection_specs(self) -> tuple[InjectionSpec, ...]:
+        """The sites, from input to output."""
+        ...
+
     def parameters(self) -> Iterator[Any]:
         """Every parameter, once."""
         ...
@@ -108,7 +116,7 @@ class HostProtocol(HostShape, Protocol):
         """The pair that units are added between: (incoming, grows by rows; outgoing, grows by columns)."""
         ...
 
-    def insert(self, site_id: str, shape: HostShape) -> tuple[str, list[tuple[Any, Any]]]:
+    def insert(self, site_id: str, shape: Any) -> tuple[str, list[tuple[Any, Any]]]:
         """Put in the uninitialised part that `shape` has and the host has not: (its name, parameters and siblings)."""
         ...
 
@@ -174,10 +182,10 @@ class Transition:
 class Instance(Frozen):
     """What varies between the episodes of one spec; the default changes nothing."""
 
-    budget: float = Field(1.0, gt=0, description="factor on the spec's budget")
-    n_layer: int | None = Field(None, ge=1, description="layers to start with; none means the spec's")
-    data: tuple[float, float] = Field((0.0, 1.0), description="slice of the training tokens, as fractions")
-    law: int | None = Field(None, ge=0, description="loss law of a surrogate; none means the episode's seed")
+    budget: float = Field(default=1.0, gt=0, description="factor on the spec's budget")
+    n_layer: int | None = Field(default=None, ge=1, description="layers to start with; none means the spec's")
+    data: tuple[float, float] = Field(default=(0.0, 1.0), description="slice of the training tokens, as fractions")
+    law: int | None = Field(default=None, ge=0, description="loss law of a surrogate; none means the episode's seed")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -153,5 +153,13 @@ class RemoteCheckpoints(Checkpoints):
         return [info.base_name for info in found if info.base_name.startswith("number-")]
 
 
+def below(place: str, folder: str) -> str:
+    """A folder of one's own below a place that several may share."""
+    if "://" not in place:
+        return str(Path(place).expanduser().absolute() / folder)
+    head, mark, query = place.partition("?")
+    return f"{head.rstrip('/')}/{folder}{mark}{query}"
+
+
 def _name(episode: int) -> str:
     return f"episode-{episode:09d}"

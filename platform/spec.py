@@ -4,7 +4,7 @@ Names that need a registry (a blueprint, a host, a tokenizer) are resolved where
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,31 +17,57 @@ from esper.platform.model import Frozen
 from esper.platform.storage import read_json
 
 PRESETS = Path(__file__).parent / "presets"
+Range = tuple[float, float]
+"""Low and high; equal for a number that is not drawn."""
+
+
+class ExpertSpec(Frozen):
+    """An expert that a host is born with."""
+
+    uid: int = Field(ge=0)
+    width: int = Field(ge=1, description="neurons")
+    share: float = Field(gt=0, le=1, description="of the tokens that its gate is balanced to")
+
+
+class LayerSpec(Frozen):
+    """A layer that a host is born with."""
+
+    uid: int = Field(ge=0, description="names its sites: h<uid>.attention, …")
+    heads: int = Field(ge=1)
+    width: int = Field(ge=1, description="neurons of the MLP")
+    experts: tuple[ExpertSpec, ...] = ()
 
 
 class HostSpec(Frozen):
     """The shape a host starts with."""
 
     kind: Literal["transformer"] = "transformer"
-    n_layer: int = Field(2, ge=1, description="layers at the start")
-    n_head: int = Field(4, ge=1, description="attention heads of a layer at the start")
-    n_embd: int = Field(64, ge=1, description="embedding dimension C")
-    block_size: int = Field(64, ge=2, description="context length T, in tokens")
-    head_dim: int | None = Field(None, ge=1, description="dimension D of a head; none means n_embd / n_head")
-    mlp_width: int | None = Field(None, ge=1, description="neurons of an MLP at the start; none means 4 n_embd")
-    tied: bool = Field(True, description="the output head is the token embedding")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    n_layer: int = Field(default=2, ge=1, description="layers at the start")
+    n_head: int = Field(default=4, ge=1, description="attention heads of a layer at the start")
+    n_embd: int = Field(default=64, ge=1, description="embedding dimension C")
+    block_size: int = Field(default=64, ge=2, description="context length T, in tokens")
+    head_dim: int | None = Field(default=None, ge=1, description="dimension D of a head; none means n_embd / n_head")
+    mlp_width: int | None = Field(default=None, ge=1, description="neurons of an MLP at the start; none means 4 n_embd")
+    layers: tuple[LayerSpec, ...] | None = Field(
+        default=None,
+        description="each layer's own shape, n_layer of them, as in a summary's `shape`; none: all are alike",
+    )
+    tied: bool = Field(default=True, description="the output head is the token embedding")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     attention: Literal["sdpa", "flash"] = Field(
-        "sdpa", description="torch's own, or flash-attn's, which needs a CUDA GPU, bfloat16 and the extra flash-attn"
+        default="sdpa",
+        description="torch's own, or flash-attn's, which needs a CUDA GPU, bfloat16 and the extra flash-attn",
     )
 
     @model_validator(mode="after")
-    def _heads(self) -> Self:
+    def _check(self) -> Self:
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide: "
                 "change one of them, or set head_dim."
             )
+        if self.layers is not None and len(self.layers) != self.n_layer:
+            raise ValueError(f"n_layer is {self.n_layer}, but must be the number of layers given, {len(self.layers)}.")
         head_dim = self.head_dim or self.n_embd // self.n_head
         if self.attention == "flash" and head_dim > 256:
             raise ValueError(
@@ -50,16 +76,24 @@ class HostSpec(Frozen):
             )
         return self
 
+    def starting_with(self, n_layer: int | None) -> Self:
+        """With that many layers, all alike; as it is for None."""
+        return self if n_layer is None else self.model_copy(update={"n_layer": n_layer, "layers": None})
+
 
 class DataSpec(Frozen):
     """Text and batches."""
 
-    source: str = Field("tinystories", description="a source name, a text file, a folder of them, or prepared shards")
-    tokenizer: str = Field("char", description="char, bpe:N or gpt2")
-    batch_size: int = Field(16, ge=1, description="sequences in a batch")
-    eval_tokens: int = Field(65536, ge=64, description="tokens of the fixed held-out set")
-    valid_fraction: float = Field(0.1, gt=0, lt=1, description="documents held out where the source has no split")
-    max_bytes: int | None = Field(None, ge=1, description="cap on the training text, in bytes")
+    source: str = Field(
+        default="tinystories", description="a source name, a text file, a folder of them, or prepared shards"
+    )
+    tokenizer: str = Field(default="char", description="char, bpe:N or gpt2")
+    batch_size: int = Field(default=16, ge=1, description="sequences in a batch")
+    eval_tokens: int = Field(default=65536, ge=64, description="tokens of the fixed held-out set")
+    valid_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="documents held out where the source has no split"
+    )
+    max_bytes: int | None = Field(default=None, ge=1, description="cap on the training text, in bytes")
 
 
 class OptimizerSpec(Frozen):
@@ -69,22 +103,34 @@ class OptimizerSpec(Frozen):
     now: an exponent of 0 makes it constant, a positive one lowers it as the network grows.
     """
 
-    learning_rate: float = Field(3e-3, gt=0, description="stable rate at rate_parameters")
-    rate_exponent: float = Field(0.0, ge=0, le=2, description="how fast the stable rate falls with size")
-    rate_parameters: int = Field(100_000, ge=1, description="non-embedding parameters at which the rate is stated")
-    rate_max: float = Field(0.1, gt=0, description="the stable rate is never above this")
-    warmup: float = Field(0.02, ge=0, lt=1, description="fraction of the budget over which the rate rises")
-    decay_from: float = Field(0.8, gt=0, le=1, description="fraction of the budget at which the rate starts to fall")
-    final_rate: float = Field(0.0, ge=0, le=1, description="rate at the budget's end, relative to the stable one")
+    learning_rate: float = Field(default=3e-3, gt=0, description="stable rate at rate_parameters")
+    rate_exponent: float = Field(default=0.0, ge=0, le=2, description="how fast the stable rate falls with size")
+    rate_parameters: int = Field(
+        default=100_000, ge=1, description="non-embedding parameters at which the rate is stated"
+    )
+    rate_max: float = Field(default=0.1, gt=0, description="the stable rate is never above this")
+    rate_path: tuple[tuple[float, float], ...] = Field(
+        default=(), description="(budget fraction, stable rate) pairs, joined by lines, in place of the rate by size"
+    )
+    warmup: float = Field(default=0.02, ge=0, lt=1, description="fraction of the budget over which the rate rises")
+    decay_from: float = Field(
+        default=0.8, gt=0, le=1, description="fraction of the budget at which the rate starts to fall"
+    )
+    final_rate: float = Field(
+        default=0.0, ge=0, le=1, description="rate at the budget's end, relative to the stable one"
+    )
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; none on biases and norms")
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="on matrices; none on biases and norms")
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the whole gradient")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.warmup >= self.decay_from:
             raise ValueError(f"optimizer.warmup is {self.warmup}, but must be below decay_from = {self.decay_from}.")
+        fractions = [fraction for fraction, _ in self.rate_path]
+        if fractions != sorted(set(fractions)) or any(rate <= 0 for _, rate in self.rate_path):
+            raise ValueError("optimizer.rate_path must hold rising budget fractions, each with a rate above 0.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}, but both must be in [0, 1).")
         return self
@@ -94,74 +140,117 @@ class BudgetSpec(Frozen):
     """How much a run may use, and how often the gardener decides."""
 
     axis: Axis = "parameter_seconds"
-    amount: float = Field(1e6, gt=0, description="in the axis's own unit")
-    decisions: int = Field(24, ge=1, le=1000, description="decisions K in an episode")
+    amount: float = Field(default=1e6, gt=0, description="in the axis's own unit")
+    decisions: int = Field(default=24, ge=1, le=1000, description="decisions K in an episode")
+    interior: tuple[float, float] | None = Field(
+        default=None,
+        description="amounts from and to which the best static size was neither the smallest nor the largest",
+    )
     cooldowns: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (), description="budget fractions whose annealed loss is taken on a fork, not charged"
+        default=(), description="budget fractions whose annealed loss is taken on a fork, not charged"
     )
 
 
 class GrowthSpec(Frozen):
     """How far and how a host may grow."""
 
-    max_layers: int = Field(4, ge=1, description="layers at most")
-    max_parameters: int | None = Field(None, ge=1, description="parameters at most; none means no cap but max_layers")
-    min_optimizer_steps: int = Field(
-        10, ge=1, description="steps a decision must hold after a graft for it to be legal"
+    max_layers: int = Field(default=4, ge=1, description="layers at most")
+    max_parameters: int | None = Field(
+        default=None, ge=1, description="parameters at most; none means no cap but max_layers"
     )
-    probation_steps: int = Field(200, ge=1, description="optimizer steps over which a seed's learning rate warms up")
+    min_optimizer_steps: int = Field(
+        default=10, ge=1, description="steps a decision must hold after a graft for it to be legal"
+    )
+    probation_steps: int = Field(
+        default=200, ge=1, description="optimizer steps over which a seed's learning rate warms up"
+    )
     cooling_decisions: int = Field(
-        4, ge=0, description="decisions for which a graft that was rolled back is not allowed again"
+        default=4, ge=0, description="decisions for which a graft that was rolled back is not allowed again"
     )
     blueprints: dict[str, dict[str, Any]] = Field(
-        {"attention": {}, "ffn": {}, "block": {}}, description="blueprints in use, with their settings"
+        default={"attention": {}, "ffn": {}, "block": {}}, description="blueprints in use, with their settings"
     )
 
 
 class RewardSpec(Frozen):
     """The PPO arm's objective, −Loss − Rent."""
 
-    rent: float = Field(0.2, ge=0, description="nats that a reference run's parameter-seconds cost")
+    rent: float = Field(default=0.2, ge=0, description="nats that a reference run's parameter-seconds cost")
     reference: float | None = Field(
-        None, gt=0, description="those parameter-seconds; none means the budget, or what the starting size would use"
+        default=None,
+        gt=0,
+        description="those parameter-seconds; none means the budget, or what the starting size would use",
     )
 
 
 class FleetSpec(Frozen):
     """Where workers run."""
 
-    workers: int | None = Field(None, ge=1, description="GrowthWorkers; none means one a core (or a GPU share)")
-    cpus: float = Field(1.0, ge=0, description="cores of a worker")
-    gpus: float = Field(0.0, ge=0, description="GPUs of a worker; fractions share one")
+    workers: int | None = Field(default=None, ge=1, description="GrowthWorkers; none means one a core (or a GPU share)")
+    cpus: float = Field(default=1.0, ge=0, description="cores of a worker")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs of a worker; fractions share one")
     storage: str | None = Field(
-        None, description="where workers save their runs: a path or pyarrow URI that all nodes see; none: beside --out"
+        default=None,
+        description="where workers save their runs: a path or pyarrow URI that all nodes see; none: beside --out",
     )
     deadline: float = Field(
-        20.0, gt=1, description="a decision may take this many times what it should; then its worker is replaced"
+        default=20.0,
+        gt=1,
+        description="a decision may take this many times what it should; then its worker is replaced",
     )
-    grace: float = Field(300.0, gt=0, description="seconds that an order may take beside that: to start, to restore")
+    grace: float = Field(
+        default=300.0, gt=0, description="seconds that an order may take beside that: to start, to restore"
+    )
 
 
 class PPOSpec(Frozen):
     """Simic's PPO (Schulman et al. 2017, 1707.06347), in RLlib's terms; γ is 1 by design."""
 
-    iterations: int = Field(20, ge=1)
-    decisions: int = Field(256, ge=8, description="decisions an iteration learns from (train_batch_size)")
-    minibatch: int = Field(64, ge=8)
-    epochs: int = Field(6, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    clip: float = Field(0.2, gt=0, lt=1)
-    entropy: float = Field(0.005, ge=0)
-    hidden: int = Field(64, ge=4, description="width of the policy network")
-    learners: int = Field(0, ge=0, description="learner processes; 0 learns in the driver")
-    learner_gpus: float = Field(0.0, ge=0, description="GPUs of a learner")
+    iterations: int = Field(default=20, ge=1)
+    decisions: int = Field(default=256, ge=8, description="decisions an iteration learns from (train_batch_size)")
+    minibatch: int = Field(default=64, ge=8)
+    epochs: int = Field(default=6, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    entropy: float = Field(default=0.005, ge=0)
+    hidden: int = Field(default=64, ge=4, description="width of the policy network")
+    learners: int = Field(default=0, ge=0, description="learner processes; 0 learns in the driver")
+    learner_gpus: float = Field(default=0.0, ge=0, description="GPUs of a learner")
+
+
+class LawSpec(Frozen):
+    """From which ranges a surrogate's loss laws are drawn, each (low, high): `workers/law.py` says what they mean.
+
+    The defaults suit no text in particular; `workers/law_fit.py` fits them to static runs.
+    """
+
+    floor: Range = Field(default=(0.3, 0.3), description="E, nats; drawn evenly")
+    size: Range = Field(default=(1.2, 1.8), description="A, nats; drawn evenly")
+    size_exponent: Range = Field(default=(0.4, 0.7), description="α; drawn evenly")
+    data: Range = Field(default=(0.02, 0.4), description="B, nats; drawn evenly in the logarithm")
+    data_exponent: Range = Field(default=(0.6, 0.9), description="β; drawn evenly")
+    heads: Range = Field(default=(0.03, 6.0), description="weight of an attention parameter; evenly in the logarithm")
+    width: Range = Field(default=(0.03, 6.0), description="weight of any other parameter; evenly in the logarithm")
+    layer: Range = Field(
+        default=(0.02, 1.0), description="weight of a layer itself, in parameters of the first; evenly in the logarithm"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in type(self).model_fields:
+            low, high = getattr(self, name)
+            if low > high or low <= 0:
+                raise ValueError(
+                    f"laws.{name} is [{low:g}, {high:g}], but must be two numbers above 0, the lower one first."
+                )
+        return self
 
 
 class RunSpec(Frozen):
     """A whole run. Saved beside every result."""
 
-    preset: str = Field("custom", description="name of the preset it came from")
+    preset: str = Field(default="custom", description="name of the preset it came from")
     host: HostSpec = HostSpec()
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -171,9 +260,10 @@ class RunSpec(Frozen):
     reward: RewardSpec = RewardSpec()
     fleet: FleetSpec = FleetSpec()
     ppo: PPOSpec = PPOSpec()
+    laws: LawSpec = LawSpec()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of matrix products (autocast)")
-    threads: int = Field(1, ge=1, description="CPU threads of a run; numbers are equal only at equal threads")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of matrix products (autocast)")
+    threads: int = Field(default=1, ge=1, description="CPU threads of a run; numbers are equal only at equal threads")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -194,6 +284,17 @@ class RunSpec(Frozen):
             )
         return self
 
+    def overridden(self, values: Mapping[str, Any]) -> Self:
+        """With the values of dotted keys (`budget.amount`) put in.
+
+        Raises:
+            UserError: an unknown key, or a value that is not allowed.
+        """
+        dump = self.model_dump(mode="json")
+        for key, value in values.items():
+            _assign(dump, key.split("."), value, key)
+        return type(self).checked(dump, "the spec")
+
 
 def presets() -> tuple[str, ...]:
     """Names of the presets that ship."""
@@ -213,7 +314,7 @@ def load_spec(preset: str, overrides: Sequence[str] = ()) -> RunSpec:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"--set {override!r} is not of the form key.path=value, such as budget.decisions=12.")
-        _assign(values, key.split("."), _value(text), key)
+        _assign(values, key.split("."), value_of(text), key)
     return RunSpec.checked(values, "the spec")
 
 
@@ -239,7 +340,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """A value as it is typed: JSON where it is JSON, else text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -252,6 +354,6 @@ def _assign(values: dict[str, Any], path: Iterable[str], value: Any, key: str) -
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise UserError(f"--set {key}: {part!r} is a value, not a group of keys: name a key it has.")
+            raise UserError(f"{key}: {part!r} is a value, not a group of keys: name a key it has.")
         node = child
     node[last] = value

@@ -4,13 +4,20 @@ A `Tracker` is one MLflow run. Its thread imports MLflow (seconds), connects, an
 order; the training thread only ever appends to that queue. A server that cannot be reached costs one sentence, and the
 tracker does nothing from then on.
 
+With a journal nothing is lost: each point is first a line in a file, the thread tries for as long as the tracker is
+open, and the next tracker of the same run sends the whole file again. A point carries its own time stamp, so the SQL
+stores of MLflow have it once however often it comes.
+
 The store is `MLFLOW_TRACKING_URI`, or else `mlflow.db` in the working directory with its artifacts in `mlruns/` beside
 it. Where the working directory does not last (`ray job submit --working-dir`), set `MLFLOW_TRACKING_URI`.
 """
 
+import functools
 import json
+import logging
 import os
 import re
+import subprocess
 import threading
 import time
 import urllib.error
@@ -18,15 +25,18 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from esper.platform.console import say
 from esper.platform.storage import locked
+from esper.platform.tracking_journal import Journal, Point
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Job = Callable[["MlflowClient", str], object]  # does its one thing with the client and the run's id
@@ -38,30 +48,44 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",  # no "Creating initial MLflow database tables..."
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 PROBE_SECONDS = 5  # a server that does not answer its health page by then is not there
-READY_SECONDS = 60  # the longest that anyone waits for the connection: MLflow's import and a first migration
-RETRY_SECONDS = 60  # a server that restarts in mid-run has this long
+READY_SECONDS = 60  # the longest that anyone waits for the first try to connect: MLflow's import, a first migration
+RETRY_SECONDS = 60  # a server that restarts in mid-run has this long, where there is no journal
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10  # between two tries, doubling
 CLOSE_SECONDS = 30
+WATCH_SECONDS = 10  # between two looks at whether MLflow still watches the machine
 VALUE_LENGTH, TAG_LENGTH, KEY_LENGTH, PARAMS_A_BATCH = 6000, 8000, 250, 100  # MLflow's own limits
+METRICS_A_BATCH, DIGEST_LENGTH = 1000, 36  # likewise
+MODEL = "model"  # the artifact folder of what is registered
 
 KEY = "esper.key"  # a tag
 
 _already_said: set[str] = set()  # stores whose absence was reported: once a process, not once a trial
+_outages: dict[str, "_Outage"] = {}  # by store, of trackers with a journal
 
 
 class Tracker:
     """One MLflow run, written to from any thread without waiting. Use `Tracker.start`, best in a `with` block."""
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._ready = threading.Event()  # connected, or never going to be
+    def __init__(self, uri: str, journal: Journal | None = None) -> None:
+        self.uri = uri
+        self._journal = journal
+        self._outage = _outages.setdefault(uri, _Outage(uri))
+        self._jobs: SimpleQueue[Job | Point | None] = SimpleQueue()
+        self._ahead: list[Job | Point | None] = []  # taken from the queue, and not done yet
+        self._ready = threading.Event()  # the first try to connect is over
+        self._hurry = threading.Event()  # somebody waits for the end
+        self._stop = threading.Event()  # nobody waits for it any more
         self._off = False
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
         self._run_id: str | None = None
+        self._watch = False
+        self._monitor: SystemMetricsMonitor | None = None
         self._thread: threading.Thread | None = None
+        self._taken = False
 
     @classmethod
     def start(
@@ -71,8 +95,10 @@ class Tracker:
         *,
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
-        parent: str | None = None,
+        parent: "str | Tracker | None" = None,
         key: str | None = None,
+        journal: Path | None = None,
+        system_metrics: bool = False,
     ) -> "Tracker":
         """Begin a run; returns at once, while the connection is made in the background.
 
@@ -81,33 +107,50 @@ class Tracker:
             run_name: How the UI calls it.
             tags: What the UI filters by (arm, seed, preset, git commit).
             params: The configuration; nested mappings become dotted keys (`host.n_layer`).
-            parent: `run_id` of the run this one is a child of.
+            parent: `run_id` of the run this one is a child of, or that run's tracker, which may still be connecting.
             key: what tells this run from all others (`new_key`). Where the store has a run with it already, that one is
                 gone on with: a run that is resumed, even after a death before MLflow had answered, stays one run.
+            journal: File that every point is written to first; needs a `key`. What is in it already is sent again.
+            system_metrics: Let MLflow watch this machine (processor, memory, disk, network, GPU) under `system/`.
+
+        Raises:
+            OSError: the journal cannot be written.
         """
-        tracker = cls(tracking_uri())
+        if journal is not None and key is None:
+            raise ValueError("a journal belongs to the run of a key: give both")
+        tracker = cls(tracking_uri(), Journal(journal) if journal else None)
         began = milliseconds()
         labels = {key: str(value)[:TAG_LENGTH] for key, value in (tags or {}).items()}
-        if parent:
+        if isinstance(parent, str) and parent:
             labels["mlflow.parentRunId"] = parent
         flat = flatten(params or {})
+        tracker._watch = system_metrics
+
+        def begin() -> None:
+            if isinstance(parent, Tracker):
+                labels["mlflow.parentRunId"] = parent._id_for_child()
+            tracker._connect(experiment, run_name, labels, flat, began, key)
 
         def work() -> None:
             try:
-                tracker._connect(experiment, run_name, labels, flat, began, key)
-            except Exception as error:
-                tracker._give_up(error)
+                tracker._try(begin, seconds=0)
+                tracker._ready.set()
+                tracker._work()
             finally:
                 tracker._ready.set()
-            while job := tracker._jobs.get():
-                tracker._send(job)
+                tracker._end_watch(wait=False)
 
+        if tracker._journal is not None:
+            for point in tracker._journal.points:
+                tracker._jobs.put(point)
         tracker._thread = threading.Thread(target=work, name=f"tracking {run_name}", daemon=True)
         tracker._thread.start()
         return tracker
 
     def log(self, metrics: Mapping[str, float], step: int, at: int | None = None) -> None:
-        """Record `metrics` at `step`: one request, one time stamp for all keys.
+        """Record `metrics` at `step`: one time stamp for all keys.
+
+        With a journal, a point whose keys and step are in it already is the same point: it is not recorded again.
 
         Args:
             metrics: values by key.
@@ -115,56 +158,100 @@ class Tracker:
             at: time stamp in milliseconds, this call's if none is given. A point that is sent again with its own is the
                 same point, so a resumed training may send all it knows.
         """
+        if self._thread is None:
+            return
         now = milliseconds() if at is None else at
-        values = {key: float(value) for key, value in metrics.items()}
-
-        def job(client: "MlflowClient", run_id: str) -> None:
-            from mlflow.entities import Metric
-
-            client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value in values.items()])
-
-        self._put(job)
+        point = Point(step, now, {key: float(value) for key, value in metrics.items()})
+        if self._journal is None or self._noted(self._journal, point):
+            self._put(point)
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Keep a file, or a folder's files, with the run, under `folder` there; it must stay in place until `close`."""
-        source = Path(path)
-
-        def job(client: "MlflowClient", run_id: str) -> None:
-            if source.is_dir():
-                client.log_artifacts(run_id, str(source), folder)
-            elif source.exists():
-                client.log_artifact(run_id, str(source), folder)
-            else:
-                say(f"MLflow artifact {source} is not there any more and was left out.")
-
-        self._put(job)
+        self._put(lambda client, run_id: _log_artifact(client, run_id, Path(path), folder))
 
     def tag(self, key: str, value: object) -> None:
         """Set a tag that is known only now, such as the outcome."""
         self._put(lambda client, run_id: client.set_tag(run_id, key, str(value)[:TAG_LENGTH]))
 
-    def close(self, status: Status = "FINISHED", seconds: float = CLOSE_SECONDS) -> None:
+    def log_input(self, name: str, source: str, digest: str, profile: Mapping[str, Any] | None = None) -> None:
+        """Name the data set that the run reads, as MLflow's UI shows and filters by.
+
+        Args:
+            name: of the data set.
+            source: its path or address.
+            digest: fingerprint of its content; MLflow takes 36 characters.
+            profile: what else is known of it, such as its size.
+        """
+
+        def job(client: "MlflowClient", run_id: str) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            known = Dataset(
+                name, digest[:DIGEST_LENGTH], "local", json.dumps({"uri": source}), profile=json.dumps(profile or {})
+            )
+            client.log_inputs(run_id, [DatasetInput(known, [InputTag("mlflow.data.context", "training")])])
+
+        self._put(job)
+
+    def register(self, model_name: str, folder: Path | str, tags: Mapping[str, Any] | None = None) -> None:
+        """Keep a folder with the run under `model/`, and make it a version of a registered model.
+
+        A run has one version of a model: once more replaces the files and sets the tags. Where the store has no
+        registry, a sentence says so and the files are kept.
+        """
+        labels = {key: str(value) for key, value in (tags or {}).items()}
+
+        def job(client: "MlflowClient", run_id: str) -> None:
+            if not _log_artifact(client, run_id, Path(folder), MODEL):
+                return
+            try:
+                _register(client, run_id, model_name, labels)
+            except Exception as error:
+                if not _is_final(error):
+                    raise
+                say(f"MLflow could not register {model_name} ({_reason(error)}): its files lie with the run instead.")
+
+        self._put(job)
+
+    def close(self, status: Status = "FINISHED", seconds: float = CLOSE_SECONDS) -> bool:
         """End the run once everything has been sent, waiting for that for at most `seconds`. A second call is idle.
 
         A connection that is still being made (a short run, a busy machine) has its own `READY_SECONDS` first.
+
+        Returns:
+            whether MLflow has had everything. With a journal nothing is said where it has not: the points lie there,
+            and the next tracker with this key and journal sends them.
         """
         if self._thread is None:
-            return
+            return self._taken
         ended = milliseconds()
+        self._hurry.set()
+        self._put(lambda client, run_id: self._end_watch(wait=True))
         self._put(lambda client, run_id: client.set_terminated(run_id, status, ended))
         self._jobs.put(None)
         self._ready.wait(READY_SECONDS)
         self._thread.join(seconds)
         if self._thread.is_alive() and not self._off:
             self._off = True
-            say(f"MLflow at {_shown(self._uri)} did not take the run's last records within {seconds:g} s: left out.")
+            if self._journal is None:
+                say(f"MLflow at {shown(self.uri)} did not take the run's last records within {seconds:g} s: left out.")
+        self._stop.set()
         self._thread = None
+        if self._journal is not None:
+            self._journal.close()
+        return self._taken
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run, waiting for the connection where needed; None where there is none."""
+        """MLflow's id of the run, waiting for the first try to connect where needed; None where there is none (yet)."""
         self._ready.wait(READY_SECONDS)
         return self._run_id
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's id of the experiment, likewise."""
+        self._ready.wait(READY_SECONDS)
+        return self._experiment_id
 
     @property
     def where(self) -> str:
@@ -172,9 +259,9 @@ class Tracker:
         run_id = self.run_id
         if run_id is None:
             return "not tracked"
-        if self._uri.startswith(("http://", "https://")):
-            return f"{_shown(self._uri).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
-        return f"mlflow ui --backend-store-uri {_shown(self._uri)} --host 127.0.0.1"
+        if is_server(self.uri):
+            return f"{shown(self.uri).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{run_id}"
+        return ui_command(self.uri)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -183,14 +270,22 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self.close("FINISHED")
+            taken = self.close("FINISHED")
         else:
-            self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            taken = self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+        if self._journal is not None and not taken:
+            say(f"MLflow at {shown(self.uri)} has not had everything: what is left is sent when the run is resumed.")
 
-    def _put(self, job: Job) -> None:
+    def _put(self, job: Job | Point) -> None:
         """Queue a job, unless nobody will do it."""
         if not self._off and self._thread is not None:
             self._jobs.put(job)
+
+    def _id_for_child(self) -> str:
+        """The run's id, for the thread of a child."""
+        if self.run_id is None:
+            raise _Ended if self._off else _NotYet
+        return self.run_id
 
     def _connect(
         self,
@@ -201,51 +296,214 @@ class Tracker:
         began: int,
         key: str | None,
     ) -> None:
-        """Import MLflow, find the store, make experiment and run."""
-        _probe(self._uri)
-        client = _client(self._uri)
-        self._experiment_id = _experiment(client, experiment, self._uri)
-        if key is not None:
-            before = _found(client, self._experiment_id, key)
-            if before is not None:
-                client.update_run(before, status="RUNNING")
-                self._client, self._run_id = client, before
-                return
-            tags = tags | {KEY: key}
-        run = client.create_run(self._experiment_id, start_time=began, tags=tags, run_name=name)
-        from mlflow.entities import Param
+        """Import MLflow, find the store, make experiment and run; what a try before this one did is gone on with."""
+        probe(self.uri)
+        client = connect(self.uri)
+        group = _experiment(client, experiment, self.uri)
+        self._experiment_id = group.experiment_id
+        if group.lifecycle_stage == "deleted":
+            raise _Deleted(group)
+        tags = tags | ({KEY: key} if key is not None else {})
+        before = _found(client, group.experiment_id, key) if key is not None else None
+        if before is None:
+            run = client.create_run(group.experiment_id, start_time=began, tags=tags, run_name=name)
+        else:
+            run = before
+            client.update_run(run.info.run_id, status="RUNNING")
+        from mlflow.entities import Param, RunTag
 
-        pairs = [Param(key, value) for key, value in params.items()]
+        if before is not None and self._journal is not None:
+            client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        pairs = [Param(key, value) for key, value in params.items() if key not in run.data.params]
         for first in range(0, len(pairs), PARAMS_A_BATCH):
             client.log_batch(run.info.run_id, params=pairs[first : first + PARAMS_A_BATCH])
         self._client, self._run_id = client, run.info.run_id
 
+    def _work(self) -> None:
+        """Send what is queued, until the end is."""
+        self._keep_watch()
+        while not self._stop.is_set():
+            job = self._next()
+            if job is None:
+                self._taken = self._run_id is not None and not self._off
+                return
+            self._send(self._batch(job) if isinstance(job, Point) else job)
+
+    def _next(self) -> Job | Point | None:
+        """What is queued next, once something is."""
+        if self._ahead:
+            return self._ahead.pop()
+        while self._watch:
+            try:
+                return self._jobs.get(timeout=WATCH_SECONDS)
+            except Empty:
+                self._keep_watch()
+        return self._jobs.get()
+
+    def _batch(self, point: Point) -> Job:
+        """One request for a point and those that wait right behind it."""
+        from mlflow.entities import Metric
+
+        metrics: list[Metric] = []
+        job: Job | Point | None = point
+        while isinstance(job, Point):
+            metrics += [Metric(key, value, job.at, job.step) for key, value in job.metrics.items()]
+            try:
+                job = self._jobs.get_nowait()
+            except Empty:
+                break
+            if not isinstance(job, Point) or len(metrics) + len(job.metrics) > METRICS_A_BATCH:
+                self._ahead.append(job)
+                break
+        return lambda client, run_id: client.log_batch(run_id, metrics=metrics)
+
     def _send(self, job: Job) -> None:
         """Do a job, again where that may help: a point sent twice is the same point, it has its time stamp."""
-        deadline, pause = time.monotonic() + RETRY_SECONDS, 0.5
-        while not self._off and self._client is not None and self._run_id is not None:
+        client, run_id = self._client, self._run_id
+        if client is not None and run_id is not None:
+            self._try(lambda: job(client, run_id), seconds=RETRY_SECONDS)
+
+    def _try(self, action: Callable[[], object], seconds: float) -> None:
+        """Do something, again where that may help, for `seconds`; with a journal, while the tracker is open."""
+        deadline, pause, failures = time.monotonic() + seconds, PAUSE_SECONDS, 0
+        while not self._off and not self._stop.is_set():
+            began = time.monotonic()
             try:
-                job(self._client, self._run_id)
+                action()
+                if self._journal is not None:
+                    self._outage.answered()
+                return
+            except _Ended:  # it has said why
+                self._off = True
                 return
             except Exception as error:
-                if _is_final(error) or time.monotonic() + pause > deadline:
-                    self._give_up(error)
+                failures += 1
+                if _is_final(error) or (self._journal is None and time.monotonic() + pause > deadline):
+                    self._give_up(self._explained(error))
                     return
-                time.sleep(pause)
-                pause = min(2 * pause, 10)
+                if self._journal is not None and failures > 1 and not isinstance(error, _NotYet):
+                    self._outage.failed(began, error)
+            self._ready.set()
+            if self._hurry.is_set():
+                self._stop.wait(PAUSE_SECONDS)
+            else:
+                self._hurry.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _noted(self, journal: Journal, point: Point) -> bool:
+        """Write a point to the journal; whether it is new."""
+        try:
+            return journal.add(point)
+        except OSError as error:
+            if str(journal.path) not in _already_said:
+                _already_said.add(str(journal.path))
+                say(f"{journal.path} cannot be written ({error.strerror or error}): only MLflow has the run's points.")
+            return True
+
+    def _keep_watch(self) -> None:
+        """Let MLflow watch the machine; an outage of the server ends that, and this begins it again."""
+        if not self._watch or self._client is None or self._run_id is None:
+            return
+        if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
+            return
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._client.get_run(self._run_id)  # where it does not answer, the monitor would count from 0 again
+            self._monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self.uri)
+            self._monitor.start()
+        except ImportError as error:
+            self._watch = False
+            say(f"MLflow cannot watch this machine ({error}): pip install {error.name}.")
+        except Exception:  # the next look tries again
+            return
+
+    def _end_watch(self, wait: bool) -> None:
+        """Let it stop; where that is waited for, its last values are sent."""
+        self._watch = False
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None and wait:
+            monitor.finish()
+        elif monitor is not None:
+            monitor._shutdown_event.set()
+
+    def _explained(self, error: Exception) -> Exception:
+        """The error, or what it comes from: an experiment that has been deleted refuses in many ways."""
+        if self._client is not None and self._experiment_id is not None and not isinstance(error, _Deleted):
+            try:
+                group = self._client.get_experiment(self._experiment_id)
+            except Exception:
+                return error
+            if group.lifecycle_stage == "deleted":
+                return _Deleted(group)
+        return error
 
     def _give_up(self, error: Exception) -> None:
         """Say why, once a process, and do nothing from now on."""
         if self._off:
             return
         self._off = True
-        if self._uri not in _already_said:
-            _already_said.add(self._uri)
-            reason = _shown((str(error).strip() or type(error).__name__).splitlines()[0])[:200].rstrip(".: ")
+        place = f"{self.uri} {error.experiment_id}" if isinstance(error, _Deleted) else self.uri
+        if place in _already_said:
+            return
+        _already_said.add(place)
+        if isinstance(error, _Deleted):
+            restore = f"MLFLOW_TRACKING_URI={shown(self.uri)} mlflow experiments restore -x {error.experiment_id}"
+            later = ", then resume the run, which sends all of it" if self._journal is not None else ""
             say(
-                f"MLflow at {_shown(self._uri)} cannot be used ({reason}): the run goes on without tracking; check "
-                "MLFLOW_TRACKING_URI, or unset it for a local file."
+                f"MLflow's experiment {error.name} at {shown(self.uri)} has been deleted: the run goes on without "
+                f"tracking; get it back with `{restore}`{later}."
             )
+            return
+        say(
+            f"MLflow at {shown(self.uri)} cannot be used ({_reason(error)}): the run goes on without tracking; check "
+            "MLFLOW_TRACKING_URI, or unset it for a local file."
+        )
+
+
+class _NotYet(Exception):
+    """The parent has no run yet."""
+
+
+class _Ended(Exception):
+    """The parent will not have a run."""
+
+
+class _Deleted(Exception):
+    """The experiment has been deleted."""
+
+    def __init__(self, group: "Experiment") -> None:
+        self.experiment_id, self.name = group.experiment_id, group.name
+
+
+class _Outage:
+    """Whether a store takes anything at the moment: told once for all its trackers."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._lock = threading.Lock()
+        self._down = False
+        self._answered = -float("inf")
+
+    def failed(self, began: float, error: Exception) -> None:
+        """Nothing came of a request made at `began` (`time.monotonic`)."""
+        with self._lock:
+            if self._down or began < self._answered:
+                return
+            self._down = True
+        say(
+            f"MLflow at {shown(self._uri)} takes nothing at the moment ({_reason(error)}): the run goes on, and what "
+            "is kept in its journal is sent later."
+        )
+
+    def answered(self) -> None:
+        """A request went through."""
+        with self._lock:
+            self._answered = time.monotonic()
+            was_down, self._down = self._down, False
+        if was_down:
+            say(f"MLflow at {shown(self._uri)} is back: what was kept is being sent.")
 
 
 def new_key() -> str:
@@ -256,7 +514,7 @@ def new_key() -> str:
 def tracking_uri() -> str:
     """Where runs are kept: `MLFLOW_TRACKING_URI`, else an SQLite file in the working directory; files absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     return f"sqlite:///{file.resolve()}" if file else uri
 
 
@@ -273,9 +531,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _probe(uri: str) -> None:
+def probe(uri: str) -> None:
     """Find out quickly whether a server answers; any answer will do, MLflow judges the rest."""
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         health = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health"
         try:
             urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()
@@ -285,7 +543,7 @@ def _probe(uri: str) -> None:
             raise error.reason if isinstance(error.reason, OSError) else error from None
 
 
-def _client(uri: str) -> "MlflowClient":
+def connect(uri: str) -> "MlflowClient":
     """A client whose store exists: the first to come makes an SQLite file's tables, the others wait for it.
 
     They are made beside the file's place and renamed: MLflow cannot use a store that was killed while it made them.
@@ -294,7 +552,7 @@ def _client(uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     if file is None:  # other stores look after themselves
         return MlflowClient(uri)
     with locked(file.with_name(f"{file.name}.lock")):
@@ -305,46 +563,123 @@ def _client(uri: str) -> "MlflowClient":
         return MlflowClient(uri)
 
 
-def _experiment(client: "MlflowClient", name: str, uri: str) -> str:
-    """The id of the experiment, which another process may be making at the same time."""
+def _experiment(client: "MlflowClient", name: str, uri: str) -> "Experiment":
+    """The experiment, which another process may be making at the same time."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        file = _sqlite_file(uri)
+        file = sqlite_file(uri)
         folder = re.sub(r"[^\w\-.]", "_", name)
         try:
-            return client.create_experiment(name, (file.parent / "mlruns" / folder).as_uri() if file else None)
+            made = client.create_experiment(name, (file.parent / "mlruns" / folder).as_uri() if file else None)
+            return client.get_experiment(made)
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
-    return found.experiment_id
+    return found
 
 
-def _found(client: "MlflowClient", experiment: str, key: str) -> str | None:
-    """The run with a key."""
-    runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-    return runs[0].info.run_id if runs else None
+def _found(client: "MlflowClient", experiment: str, key: str) -> "Run | None":
+    """The run with a key: the older one, should two processes have made it at once."""
+    runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1, order_by=["start_time ASC"])
+    return runs[0] if runs else None
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def _log_artifact(client: "MlflowClient", run_id: str, source: Path, folder: str | None) -> bool:
+    """Keep a file, or a folder's files; False, and a sentence, where they cannot be read or kept."""
+    try:
+        if source.is_dir():
+            client.log_artifacts(run_id, str(source), folder)
+        else:
+            client.log_artifact(run_id, str(source.resolve(strict=True)), folder)
+    except FileNotFoundError:
+        say(f"MLflow artifact {source} is not there any more and was left out.")
+    except PermissionError as error:
+        say(f"MLflow artifact {source} cannot be kept ({error.filename}: {error.strerror}) and was left out.")
+    else:
+        return True
+    return False
+
+
+def _register(client: "MlflowClient", run_id: str, name: str, tags: dict[str, str]) -> None:
+    """Make the run's model folder a version of a registered model, or give its version the tags."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    before = client.search_model_versions(f"name = '{name}' AND run_id = '{run_id}'", max_results=1)
+    if before:
+        for key, value in tags.items():
+            client.set_model_version_tag(name, before[0].version, key, value)
+        return
+    source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL}"
+    client.create_model_version(name, source, run_id, tags, await_creation_for=0)
+
+
+def sqlite_file(uri: str) -> Path | None:
     """The file of an `sqlite:///` store."""
     path = uri.removeprefix("sqlite:///").split("?")[0]
     return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether to ask again would be refused again: the request was wrong, or the run is gone."""
+    """Whether to ask again would be refused again: the request or the address was wrong, or the run is gone."""
+    if isinstance(error, (_Deleted, ImportError, TypeError, AttributeError)):
+        return True
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):  # a folder of a local store
+        return True
     status = getattr(error, "get_http_status_code", lambda: 500)()
-    return 400 <= status < 500 and status != 429
+    return 400 <= status < 500 and status not in (408, 429)
 
 
-def _shown(uri: str) -> str:
+def _reason(error: Exception) -> str:
+    """What went wrong, short and without a password: the bottom of requests' long tale, or else the first line."""
+    text = str(error).strip() or type(error).__name__
+    bottom = re.search(r"\[Errno -?\d+\] ([\w ]+)|(?i:read )?timed out", text) if "HTTPConnectionPool" in text else None
+    line = (bottom[1] or "timed out") if bottom else re.sub(r"^\[Errno -?\d+\] ", "", text.splitlines()[0])
+    return shown(line)[:200].rstrip(".: ")
+
+
+def is_server(uri: str) -> bool:
+    """Whether a store is a tracking server."""
+    return uri.startswith(("http://", "https://"))
+
+
+def ui_command(uri: str) -> str:
+    """What shows a store that has no server."""
+    return f"mlflow ui --backend-store-uri {shown(uri)} --host 127.0.0.1"
+
+
+def shown(uri: str) -> str:
     """A store's address without the password that may be in it."""
     return re.sub(r"//[^/@]*@", "//", uri)
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of this clone, with `-dirty` where files differ from it; None where the code is in no clone."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed package may lie in a clone of something else
+        head, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}-dirty" if changes else head
 
 
 def milliseconds() -> int:
     """Now, as MLflow counts."""
     return int(time.time() * 1000)
+
+
+_sqlite_file, _shown, _probe = sqlite_file, shown, probe  # as pipelines/report_store.py still calls them

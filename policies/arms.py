@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.errors import UserError, unknown
 from esper.platform.storage import read_json
 from esper.policies.lag import LagPolicy
+from esper.policies.named_schedules import NAMED
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.static import StaticPolicy
@@ -21,7 +23,7 @@ class ArmInputs:
     Attributes:
         seed: the run's.
         policy: a trained policy, for `ppo`.
-        schedule: a JSON file, for `schedule`.
+        schedule: a JSON file, for `schedule`, which plays it; the schedules of `named_schedules.py` are arms too.
         match: the `summary.json` of a run whose grafts `random` should match in number and kind.
         blueprints: names of those the run has; what a schedule or a match names must be among them.
     """
@@ -59,6 +61,11 @@ def _schedule(inputs: ArmInputs) -> GrowthPolicy:
     return policy
 
 
+def _named(name: str, inputs: ArmInputs) -> GrowthPolicy:
+    inputs.check(f"arm {name!r}", (entry.blueprint for entry in NAMED[name]))
+    return SchedulePolicy(NAMED[name])
+
+
 def _random(inputs: ArmInputs) -> GrowthPolicy:
     if inputs.match is None:
         return RandomPolicy(inputs.seed)
@@ -77,6 +84,7 @@ ARMS: dict[str, Callable[[ArmInputs], GrowthPolicy]] = {
     "static": lambda inputs: StaticPolicy(),
     "random": _random,
     "schedule": _schedule,
+    **{name: partial(_named, name) for name in NAMED},
     "tamiyo": lambda inputs: TamiyoPolicy(),
     "lag": lambda inputs: LagPolicy(),
     "ppo": _ppo,

@@ -179,6 +179,7 @@ class Episode(ABC):
             "parameters": shape.parameters_count(),
             "parameters_non_embedding": shape.parameters_count(non_embedding=True),
             "layers": shape.depth(),
+            "shape": shape.layers_as_json(),
             **self.ledger.as_dict(),
             "clock": self.spec.clock.kind,
             "budget": {"axis": self.spec.budget.axis, "amount": self.clock.amount},

@@ -14,8 +14,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from esper.platform.errors import UserError
 from esper.platform.seeding import stream
-from esper.platform.spec import RunSpec
+from esper.platform.spec import Range, RunSpec
 from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.model.shape import TransformerShape
@@ -78,22 +79,35 @@ class Law:
 
     @classmethod
     def drawn(cls, seed: int, spec: RunSpec) -> Self:
-        """The law of a seed. Heads, width and depth count for much or for little, each by its own draw."""
-        random = stream(seed, "law")
+        """The law of a seed, from `spec.laws`. Heads, width and depth count for much or little, each by its own draw.
 
-        def log_uniform(low: float, high: float) -> float:
+        Raises:
+            UserError: laws of these ranges may not lie below ln V at every size.
+        """
+        laws, random = spec.laws, stream(seed, "law")
+        if laws.floor[1] + laws.size[1] >= math.log(VOCABULARY):
+            raise UserError(
+                f"laws.floor and laws.size reach {laws.floor[1] + laws.size[1]:.2f} nats together, but a surrogate "
+                f"starts at ln {VOCABULARY} = {math.log(VOCABULARY):.2f}: set their upper ends lower."
+            )
+
+        def uniform(between: Range) -> float:
+            return float(random.uniform(*between))
+
+        def log_uniform(between: Range) -> float:
+            low, high = between
             return float(math.exp(random.uniform(math.log(low), math.log(high))))
 
-        heads, width, layer = log_uniform(0.03, 6), log_uniform(0.03, 6), log_uniform(0.02, 1)
+        heads, width, layer = log_uniform(laws.heads), log_uniform(laws.width), log_uniform(laws.layer)
         one = start_of(spec, 1)
         size = Size.of(one)
         layer *= size.attention + size.other
         return cls(
-            floor=0.3,
-            size=float(random.uniform(1.2, 1.8)),
-            size_exponent=float(random.uniform(0.4, 0.7)),
-            data=log_uniform(0.02, 0.4),
-            data_exponent=float(random.uniform(0.6, 0.9)),
+            size=uniform(laws.size),
+            size_exponent=uniform(laws.size_exponent),
+            data=log_uniform(laws.data),
+            data_exponent=uniform(laws.data_exponent),
+            floor=uniform(laws.floor),  # last, so that the others are the same whether it varies or not
             heads=heads,
             width=width,
             layer=layer,
@@ -119,8 +133,7 @@ class Law:
 
 def start_of(spec: RunSpec, n_layer: int) -> TransformerShape:
     """The shape that a surrogate starts with."""
-    host = spec.host.model_copy(update={"n_layer": n_layer})
-    return start_shape(spec.model_copy(update={"host": host}), VOCABULARY)
+    return start_shape(spec.model_copy(update={"host": spec.host.starting_with(n_layer)}), VOCABULARY)
 
 
 def whole_steps(left: float, per_step: float) -> int:

@@ -192,6 +192,9 @@ class GrowthRun(Episode):
     def _split(self) -> bool:
         return self._is_split
 
+    def _point(self) -> dict[str, float]:
+        return {**super()._point(), "learning_rate": self._rate()}
+
     def _vocab_size(self) -> int:
         return self._data.manifest.vocab_size
 

@@ -74,7 +74,7 @@ class Baseline:
         self._remember()
         if any(instance is not None for instance, _ in at):
             left = returns - self.potential(states, at)
-            self._left = DECAY * self._left + (len(left), left @ left)
+            self._left = DECAY * self._left + np.array([len(left), left @ left])
             count, squares = self._left
             self._latest = list(zip(at, np.column_stack([x, returns]), strict=True))
         self.scale = float(np.sqrt(max(squares / count, 1e-8)))

@@ -12,7 +12,6 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from esper.platform.contracts import Order, Reply, Worker
@@ -84,14 +83,14 @@ class RayFleet:
 
     def __init__(
         self,
-        make_worker: Callable[[], ActorHandle],
+        make_worker: Callable[[], Any],
         wanted: Callable[[], int],
         at_once: Callable[[], int] | None = None,
     ) -> None:
         self._make_worker, self._wanted, self._at_once = make_worker, wanted, at_once
         self._joined = False  # whether any worker ever did
         self._events: SimpleQueue[tuple[int, Future[Any] | None]] = SimpleQueue()
-        self._actors: dict[int, ActorHandle] = {}
+        self._actors: dict[int, Any] = {}
         self._starting: dict[int, float] = {}  # worker → since when
         self._patience = PATIENCE
         self._started = 0

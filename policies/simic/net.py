@@ -21,6 +21,7 @@ B batch, S site rows, A candidate rows, H hidden.
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,8 @@ class GardenerNet(nn.Module):
         candidates, legal = inputs["candidates"], inputs["mask"] > 0.5
         context = torch.cat([inputs["globals"], self.policy_sites(inputs["sites"])], dim=-1)  # (B, G + 2H)
         of, row = legal.nonzero(as_tuple=True)  # N legal rows; the others, mostly padding, are not computed
-        joint, activation, last = self.score  # the joint layer's half for the context is done once for all rows
+        joint, activation, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.score))
+        # The joint layer's half for the context is done once for all rows.
         of_row, of_context = joint.weight.split(self.hidden, dim=1)
         context = functional.linear(self.policy_context(context), of_context, joint.bias)  # (B, H)
         hidden = functional.linear(self.candidate(candidates[of, row]), of_row) + context[of]  # (N, H)
@@ -118,6 +120,8 @@ class SitePool(nn.Module):
 
 class Scaled(nn.Module):
     """Rows with the columns of `SCALES` raised. No weights."""
+
+    scales: Tensor
 
     def __init__(self, columns: tuple[str, ...]) -> None:
         super().__init__()

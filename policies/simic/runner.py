@@ -158,7 +158,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         chosen = torch.from_numpy(taken).unsqueeze(-1)
         ratio = (after - before).gather(-1, chosen).exp()
         kl = (before.exp() * (before - after)).sum(dim=-1)
-        clip = float(self.config.clip_param)
+        clip = float(self.config.clip_param)  # pyright: ignore[reportAttributeAccessIssue]  (PPO's)
         return {"clip_fraction": float(((ratio - 1).abs() > clip).float().mean()), "kl": float(kl.mean())}
 
     def checkpointed(self) -> None:

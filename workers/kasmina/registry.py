@@ -21,9 +21,20 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 class PlantedSeed(Protocol):
     """What a blueprint may know of a seed of its kind, on the host."""
 
-    site: str
-    units: int  # that it added; 0 for a part
-    part: str  # the host's name of the part it is; empty for units
+    @property
+    def site(self) -> str:
+        """Where it is."""
+        ...
+
+    @property
+    def units(self) -> int:
+        """That it added; 0 for a part."""
+        ...
+
+    @property
+    def part(self) -> str:
+        """The host's name of the part it is; empty for units."""
+        ...
 
 
 class Blueprint(Protocol):

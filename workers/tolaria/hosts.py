@@ -7,7 +7,10 @@ from esper.workers.tolaria.model.transformer import TransformerConfig
 
 def host_config(spec: RunSpec, vocab_size: int) -> TransformerConfig:
     """The configuration that the spec's host is born with."""
-    return TransformerConfig(vocab_size=vocab_size, **spec.host.model_dump(exclude={"kind"}))
+    values = spec.host.model_dump(exclude={"kind"})
+    if values["layers"] is not None:
+        values["layers"] = TransformerShape.layers_from_json(values["layers"])
+    return TransformerConfig(vocab_size=vocab_size, **values)
 
 
 def start_shape(spec: RunSpec, vocab_size: int) -> TransformerShape:

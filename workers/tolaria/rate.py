@@ -5,6 +5,8 @@ budget ends (WSD: Hu et al. 2024, 2404.06395). The stable rate follows the curre
 along the curve that static sizes were tuned to.
 """
 
+import numpy as np
+
 from esper.platform.spec import OptimizerSpec
 
 
@@ -12,6 +14,12 @@ def stable_rate(spec: OptimizerSpec, parameters_non_embedding: float) -> float:
     """`learning_rate · (N / rate_parameters)^(−rate_exponent)`, at most `rate_max`."""
     relative = parameters_non_embedding / spec.rate_parameters
     return min(spec.rate_max, spec.learning_rate * relative**-spec.rate_exponent)
+
+
+def path_rate(spec: OptimizerSpec, fraction: float) -> float:
+    """The stable rate at a budget fraction on `rate_path`, whose ends are held."""
+    fractions, rates = zip(*spec.rate_path, strict=True)
+    return float(np.interp(fraction, fractions, rates))
 
 
 def rate(
@@ -26,7 +34,7 @@ def rate(
         decay: fractions between which the rate falls; none means from the spec's `decay_from` to the end.
     """
     begin, end = decay or (spec.decay_from, 1.0)
-    stable = stable_rate(spec, parameters_non_embedding)
+    stable = path_rate(spec, fraction) if spec.rate_path else stable_rate(spec, parameters_non_embedding)
     if fraction < spec.warmup:
         return stable * (0.01 + 0.99 * fraction / spec.warmup)
     if fraction <= begin:

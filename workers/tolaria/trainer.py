@@ -44,8 +44,8 @@ class Trainer:
         self._spec = spec
         self._blueprints = blueprints
         self._seed = seed
-        host_spec = spec.host.model_copy(update={"n_layer": instance.n_layer or spec.host.n_layer})
-        self._config = host_config(spec.model_copy(update={"host": host_spec}), data.manifest.vocab_size)
+        born = spec.model_copy(update={"host": spec.host.starting_with(instance.n_layer)})
+        self._config = host_config(born, data.manifest.vocab_size)
         block = spec.host.block_size
         self._batches = Batches(data, seed, spec.data.batch_size, block, instance.data, self.device)
         self._held_out = held_out(data, spec.data.eval_tokens, block, self.device)

@@ -13,6 +13,7 @@ N tokens, C embedding, W neurons of an expert.
 """
 
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import torch
@@ -27,6 +28,8 @@ BALANCE_STEP = 0.01  # of a score whose standard deviation is about 1
 
 class Expert(nn.Module):
     """An MLP and its gate."""
+
+    balance: Tensor
 
     def __init__(self, n_embd: int, shape: ExpertShape) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class Expert(nn.Module):
         gate = scores[taken].sigmoid().unsqueeze(1)  # (n, 1)
         return taken, gate * self.c_proj(F.gelu(self.c_fc(x[taken]), approximate="tanh"))
 
-    def outgoing(self) -> list[nn.Parameter]:
+    def outgoing(self) -> list[Tensor]:
         """Every tensor through which the expert writes to the stream."""
         return [self.c_proj.weight, self.c_proj.bias]
 
@@ -66,11 +69,17 @@ class Expert(nn.Module):
 class Experts(nn.ModuleDict):
     """The experts of a layer, by name, in the order in which they choose."""
 
+    def all(self) -> Iterator["Expert"]:
+        """Them, in that order."""
+        for expert in self.values():
+            assert isinstance(expert, Expert)
+            yield expert
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: (B, T, C), the MLP's input and output → y with the experts' outputs added."""
         flat, out = x.flatten(0, -2), y.flatten(0, -2)  # (N, C)
         free = torch.ones(len(flat), dtype=torch.bool, device=x.device)
-        for expert in self.values():
+        for expert in self.all():
             taken, added = expert(flat, free)
             out = out.index_add(0, taken, added.to(out.dtype))
             free[taken] = False

@@ -144,7 +144,8 @@ class Block(nn.Module):
         """Put an expert beside the MLP, uninitialised but for its bias."""
         if self.experts is None:
             self.experts = Experts()
-        new = self.experts[f"e{expert.uid}"] = Expert(self.ln_2.weight.shape[0], expert).to(self.ln_2.weight)
+        new = Expert(self.ln_2.weight.shape[0], expert).to(self.ln_2.weight)
+        self.experts[f"e{expert.uid}"] = new
         new.balance = new.balance.float()
         return new.train(self.training)
 
@@ -160,7 +161,7 @@ class Block(nn.Module):
 
     def shape(self) -> LayerShape:
         """What the layer is now."""
-        experts = tuple(expert.shape for expert in self.experts.values()) if self.experts is not None else ()
+        experts = tuple(expert.shape for expert in self.experts.all()) if self.experts is not None else ()
         return LayerShape(
             self.uid, self.attn.c_proj.in_features // self.attn.head_dim, self.mlp.c_proj.in_features, experts
         )
@@ -260,7 +261,7 @@ class TransformerHost(nn.Module):
         module = block.attn.c_attn if part == "attention" else block.mlp.c_fc
         return module, (block.attn if part == "attention" else block.mlp).c_proj
 
-    def written_by(self, site_id: str) -> Iterator[nn.Parameter]:
+    def written_by(self, site_id: str) -> Iterator[Tensor]:
         """The parameters that a site's telemetry is about; for a stream site, what wrote the stream there."""
         if site_id == "wte.stream":
             yield from (self.wte.weight, self.wpe.weight)

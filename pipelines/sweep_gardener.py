@@ -1,0 +1,91 @@
+"""The gardener of a sweep that is given none: trained on what no arm is compared on, and gone on with if interrupted.
+
+Either on text, with seeds of its own, or on loss laws fitted to the static runs of the tuning seeds (`workers/
+law_fit.py`): minutes instead of days, and zero-shot on text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from esper.pipelines.gardener import ON_LAWS, ResumePoint, checkpoints, train_gardener
+from esper.pipelines.job import Job
+from esper.platform.console import say
+from esper.platform.spec import RunSpec
+from esper.platform.storage import read_json
+from esper.platform.tracking import Tracker
+from esper.workers.law_fit import fit_laws, points_of
+
+TrainedOn = Literal["text", "laws"]
+TRAINING_SEED = 1_000_000  # gardeners are trained on seeds that no arm is compared on
+
+
+def trained_policy(
+    job: Job,
+    spec: RunSpec,
+    out: Path,
+    *,
+    on: TrainedOn,
+    seed: int,
+    own: Sequence[str],
+    tuning: Sequence[dict[str, Any]],
+    parent: Tracker,
+    check: Callable[[], None],
+) -> dict[str, Any]:
+    """Train a gardener in `out`, or go on with it, or take the one that is there.
+
+    Args:
+        job: the sweep's text.
+        spec: what it is trained for.
+        out: its own folder.
+        on: text, or loss laws.
+        seed: the sweep's.
+        own: keys that the user has set: they stay.
+        tuning: summaries of the static runs that laws are fitted to.
+        parent: the sweep's run in MLflow.
+        check: called often; what it raises ends the training, from where it can be resumed.
+
+    Returns:
+        `checkpoint`, `trained_on`, and what it cost: `parameter_seconds` of text (None on another budget's axis) and
+        `wall_seconds`.
+
+    Raises:
+        UserError: the laws cannot be fitted.
+    """
+    surrogate = on == "laws"
+    if surrogate:
+        spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in own})
+        fit = fit_laws(spec, [point for run in tuning for point in points_of(run)])
+        spec = spec.model_copy(update={"laws": fit.laws})
+        size = f"{fit.size:.3f}·n^-{fit.size_exponent:.2f}"
+        data = f"{fit.data:.3f}·d^-{fit.data_exponent:.2f}"
+        say(f"laws    {fit.floor:.3f} + {size} + {data} nats at n layers, d of what one layer sees in the budget")
+        say(f"        off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
+    done = out / "summary.json"
+    if not done.exists():
+        start = ResumePoint.newest(out) if checkpoints(out) else None
+        own_job = replace(job, spec=spec, out=out)
+        own_job.begin()
+        train_gardener(
+            own_job,
+            out,
+            seed=TRAINING_SEED + seed,
+            parent=parent.run_id,
+            surrogate=surrogate,
+            start=start,
+            check=check,
+        )
+    summary = read_json(done, str(done), "the summary of a gardener's training")
+    times = [line["time"] / 1000 for line in summary["history"]]
+    each = median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
+    axis, amount = spec.budget.axis, spec.budget.amount
+    text = sum(run["parameter_seconds"] for run in tuning) if surrogate else summary["episodes"] * amount
+    return {
+        "checkpoint": summary["checkpoint"],
+        "trained_on": on,
+        "parameter_seconds": text if surrogate or axis == "parameter_seconds" else None,
+        "wall_seconds": each * len(times),
+    }

@@ -1,0 +1,330 @@
+"""A sweep's stages: what is run after what, and what is settled in between.
+
+1. rates: the learning rate of each static size, on tuning seeds (`--tune-lr`).
+2. tuning: the best static size and the best schedule, on tuning seeds; then the gardener is trained where one has to
+   be, and its own runs on tuning seeds give `openloop` its schedule.
+3. test: every arm that follows no other, on test seeds.
+4. followers: those that need another arm's run of the same seed.
+
+Nothing is kept here: every trial's result is in its folder, so a resumed sweep walks the same way and runs what is
+missing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from esper.pipelines.contest import median_grafts
+from esper.pipelines.rate_search import ROUNDS, Curve, best_rate, fitted_curve, next_rates
+from esper.pipelines.sweep_log import SUMMARY, SweepLog
+from esper.pipelines.sweep_plan import (
+    FINAL,
+    LRPATH,
+    OPENLOOP,
+    SCHEDULES,
+    Entrant,
+    Point,
+    Purpose,
+    Trial,
+    final_spec,
+    lrpath_spec,
+    static_spec,
+    with_cooldowns,
+)
+from esper.platform.console import say
+from esper.platform.spec import RunSpec
+from esper.platform.storage import write_json
+from esper.policies.arms import ArmInputs
+from esper.workers.tolaria.hosts import start_shape
+from esper.workers.tolaria.rate import stable_rate
+
+
+@dataclass
+class Settled:
+    """What a grid point's stages have settled.
+
+    Attributes:
+        rates: best rate by static size; None while nobody has looked for it.
+        curve: the rate by size that all other arms follow; None means the spec's own.
+        size: the best static size; None where nobody has chosen.
+        schedule: label of the best schedule, likewise.
+        policy: the trained gardener.
+        openloop: file of its median schedule.
+    """
+
+    rates: dict[int, float] | None = None
+    curve: Curve | None = None
+    size: int | None = None
+    schedule: str | None = None
+    policy: Path | None = None
+    openloop: Path | None = None
+
+
+@dataclass(frozen=True)
+class Contestants:
+    """Who takes part, and on what.
+
+    Attributes:
+        entrants: the arms.
+        sizes: of static ones, in layers.
+        points: of the grid.
+        seeds: that are compared on.
+        tuning_seeds: that everything is chosen on.
+        tune_rates: whether the static sizes' rates are looked for.
+        files: what the gardeners need.
+    """
+
+    entrants: Sequence[Entrant]
+    sizes: Sequence[int]
+    points: Sequence[Point]
+    seeds: Sequence[int]
+    tuning_seeds: Sequence[int]
+    tune_rates: bool
+    files: ArmInputs
+
+    def has(self, arm: str) -> bool:
+        """Whether an arm takes part."""
+        return any(entrant.arm == arm for entrant in self.entrants)
+
+    def schedules(self) -> list[Entrant]:
+        """The fixed schedules."""
+        return [entrant for entrant in self.entrants if entrant.arm in SCHEDULES]
+
+    def statics(self) -> list[Entrant]:
+        """The static sizes, also where only something else needs to know of them."""
+        return [Entrant("static", size) for size in self.sizes]
+
+
+Gardener = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], Path]
+"""Gives a trained policy for a grid point: its spec with the rates found, and the summaries of its tuning runs."""
+
+
+@dataclass
+class Stages:
+    """Runs them.
+
+    Args:
+        contestants: who takes part.
+        log: of the sweep.
+        execute: runs trials; their results are in `log` afterwards.
+        gardener: trains one, where one has to be trained; None where it is given or not needed.
+        keep: called after each stage.
+    """
+
+    contestants: Contestants
+    log: SweepLog
+    execute: Callable[[Sequence[Trial]], None]
+    gardener: Gardener | None
+    keep: Callable[[], None]
+    settled: list[Settled] = field(default_factory=list)
+    trials: dict[str, Trial] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = self.contestants.files.policy
+        self.settled = [Settled(policy=given) for _ in self.contestants.points]
+
+    def run(self) -> None:
+        """Everything that is missing."""
+        if self.contestants.tune_rates:
+            self._find_rates()
+        self._choose()
+        self._train_gardener()
+        self._distill()
+        alone = [entrant for entrant in self.contestants.entrants if not entrant.follows]
+        self._do("test", [trial for p in self.contestants.points for trial in self._tests(p, alone)])
+        following = [entrant for entrant in self.contestants.entrants if entrant.follows]
+        self._do("follow", [trial for p in self.contestants.points for trial in self._tests(p, following)])
+
+    # -- Stages ------------------------------------------------------------------------------------------------
+
+    def _find_rates(self) -> None:
+        points, sizes = self.contestants.points, self.contestants.sizes
+        tried: dict[tuple[int, int], dict[float, list[float]]] = {(p.index, n): {} for p in points for n in sizes}
+        for _ in range(ROUNDS):
+            wanted = {key: next_rates(self._first_rate(points[key[0]], key[1]), tried[key]) for key in tried}
+            trials = {
+                (*key, rate): [self._rate_trial(points[key[0]], key[1], rate, seed) for seed in self._tuning()]
+                for key, rates in wanted.items()
+                for rate in rates
+            }
+            if not trials:
+                break
+            self._do("rates", [trial for group in trials.values() for trial in group])
+            for (index, size, rate), group in trials.items():
+                tried[index, size][rate] = [self._loss(trial) for trial in group]
+        for point in points:
+            best = {size: best_rate(tried[point.index, size]) for size in sizes}
+            settled = self.settled[point.index]
+            settled.rates = best
+            settled.curve = fitted_curve({_parameters(point.spec, size): rate for size, rate in best.items()})
+            found = ", ".join(f"{rate:g} at {size} layer(s)" for size, rate in best.items())
+            say(f"rates   {_at(point)}{found}; growing arms: {_told(settled.curve)}")
+        self.keep()
+
+    def _choose(self) -> None:
+        """The best size and the best schedule."""
+        c = self.contestants
+        several = [group for group in (c.statics(), c.schedules()) if len(group) > 1]
+        several = several if self._tuning() else []
+        if self.gardener is not None and c.statics() not in several and self._tuning():
+            several.append(c.statics())
+        entrants = [entrant for group in several for entrant in group]
+        trials = {(p.index, e): self._trials(p, e, "tuning", self._tuning()) for p in c.points for e in entrants}
+        self._do("tuning", [trial for group in trials.values() for trial in group])
+        for point in c.points:
+            losses = {e: fmean(map(self._loss, trials[point.index, e])) for e in entrants}
+            settled = self.settled[point.index]
+            settled.size = self._best(c.statics(), losses, lambda entrant: entrant.size)
+            settled.schedule = self._best(c.schedules(), losses, lambda entrant: entrant.label)
+            if entrants:
+                what = [f"{settled.size} layer(s)"] + ([f"schedule {settled.schedule}"] if settled.schedule else [])
+                say(f"tuning  {_at(point)}best: {', '.join(what)}")
+        self.keep()
+
+    def _train_gardener(self) -> None:
+        if self.gardener is None:
+            return
+        for point in self.contestants.points:
+            tuning = [
+                summary
+                for entrant in self.contestants.statics()
+                for trial in self._trials(point, entrant, "tuning", self._tuning())
+                if (summary := self.log.summary(trial)) is not None and not summary["diverged"]
+            ]
+            settled = self.settled[point.index]
+            settled.policy = self.gardener(point, self._spec(point), tuning)
+        self.keep()
+
+    def _distill(self) -> None:
+        """The policy's median schedule, from its own runs on tuning seeds."""
+        c = self.contestants
+        if not c.has(OPENLOOP):
+            return
+        trials = {p.index: self._trials(p, Entrant("ppo"), "tuning", self._tuning()) for p in c.points}
+        self._do("tuning", [trial for group in trials.values() for trial in group])
+        for point in c.points:
+            played = [summary for trial in trials[point.index] if (summary := self.log.summary(trial)) is not None]
+            if not played:
+                continue
+            spec = self._spec(point)
+            sites = [site.id for site in start_shape(spec, vocab_size=1).injection_specs()]
+            entries = median_grafts(played, spec.budget.decisions, sites)
+            path = self.log.out / f"openloop-{point.index}.json"
+            write_json(path, [entry.model_dump(mode="json", exclude_none=True) for entry in entries])
+            self.settled[point.index].openloop = path
+            told = ", ".join(f"{entry.blueprint} at {entry.at:.0%}" for entry in entries)
+            say(f"openloop {_at(point)}{told or 'no graft: the policy waits'}")
+
+    # -- Trials ------------------------------------------------------------------------------------------------
+
+    def _tests(self, point: Point, entrants: Sequence[Entrant]) -> list[Trial]:
+        return [trial for entrant in entrants for trial in self._trials(point, entrant, "test", self.contestants.seeds)]
+
+    def _trials(self, point: Point, entrant: Entrant, purpose: Purpose, seeds: Sequence[int]) -> list[Trial]:
+        """An entrant's trials; those that cannot be are noted as failures."""
+        trials = []
+        for seed in seeds:
+            made = self._trial(point, entrant, purpose, seed)
+            if isinstance(made, Trial):
+                trials.append(made)
+            else:
+                self.log.failures[f"{entrant.label}, seed {seed}"] = made
+        return trials
+
+    def _trial(self, point: Point, entrant: Entrant, purpose: Purpose, seed: int) -> Trial | str:
+        settled, spec, files = self.settled[point.index], self._spec(point), self.contestants.files
+        inputs = ArmInputs(seed, settled.policy, files.schedule, blueprints=tuple(spec.growth.blueprints))
+        followed: dict[str, Any] = {}
+        if entrant.of is not None:
+            leader = self._trial(point, Entrant(entrant.of), purpose, seed)
+            found = self.log.summary(leader) if isinstance(leader, Trial) else None
+            if found is None or found["diverged"]:
+                return f"{entrant.of} has no sound run of this seed to follow"
+            followed = found
+            assert isinstance(leader, Trial)
+            if entrant.arm == "random":
+                inputs = ArmInputs(seed, match=self.log.folder(leader) / SUMMARY, blueprints=inputs.blueprints)
+        if entrant.arm == "static":
+            assert entrant.size is not None
+            spec = static_spec(spec, entrant.size, (settled.rates or {}).get(entrant.size))
+        elif entrant.arm == FINAL:
+            spec = final_spec(spec, followed["shape"])
+        elif entrant.arm == LRPATH:
+            if settled.size is None:
+                return "which static size is best is not known: it takes tuning seeds"
+            spec = lrpath_spec(spec, settled.size, followed["val_curve"])
+        elif entrant.arm == OPENLOOP:
+            if settled.openloop is None:
+                return "the policy has no run on tuning seeds to take a schedule from"
+            inputs = ArmInputs(seed, schedule=settled.openloop, blueprints=inputs.blueprints)
+        if entrant.arm in ("static", FINAL, *SCHEDULES):
+            spec = with_cooldowns(spec)
+        return self._made(entrant, purpose, seed, point, spec, inputs)
+
+    def _rate_trial(self, point: Point, size: int, rate: float, seed: int) -> Trial:
+        spec = static_spec(point.spec, size, rate)
+        return self._made(Entrant("static", size), "rates", seed, point, spec, ArmInputs(seed), note=f"rate{rate:g}")
+
+    def _made(
+        self,
+        entrant: Entrant,
+        purpose: Purpose,
+        seed: int,
+        point: Point,
+        spec: RunSpec,
+        inputs: ArmInputs,
+        note: str = "",
+    ) -> Trial:
+        several = len(self.contestants.points) > 1
+        return Trial(entrant, purpose, seed, point, spec, inputs, note=note, several=several)
+
+    def _do(self, stage: str, trials: Sequence[Trial]) -> None:
+        """Run those that are missing."""
+        self.trials |= {trial.name: trial for trial in trials}
+        missing = self.log.missing(trials)
+        if missing:
+            self.log.begin(stage, missing)
+            self.execute(missing)
+            self.keep()
+
+    # -- Helpers -----------------------------------------------------------------------------------------------
+
+    def _tuning(self) -> Sequence[int]:
+        return self.contestants.tuning_seeds
+
+    def _spec(self, point: Point) -> RunSpec:
+        """A point's, with the rate by size that was found."""
+        curve = self.settled[point.index].curve
+        return point.spec if curve is None else point.spec.overridden(curve.as_values())
+
+    @staticmethod
+    def _first_rate(point: Point, size: int) -> float:
+        return stable_rate(point.spec.optimizer, _parameters(point.spec, size))
+
+    def _loss(self, trial: Trial) -> float:
+        summary = self.log.summary(trial)
+        return math.inf if summary is None or summary["diverged"] else summary["val_loss"]
+
+    @staticmethod
+    def _best(entrants: Sequence[Entrant], losses: dict[Entrant, float], name: Callable[[Entrant], Any]) -> Any:
+        """The name of the one with the lowest loss; of a single one without a look."""
+        known = {entrant: losses[entrant] for entrant in entrants if math.isfinite(losses.get(entrant, math.inf))}
+        if known:
+            return name(min(known, key=lambda entrant: known[entrant]))
+        return name(entrants[0]) if len(entrants) == 1 else None
+
+
+def _parameters(spec: RunSpec, size: int) -> int:
+    """Non-embedding parameters of a static size."""
+    return start_shape(static_spec(spec, size), vocab_size=1).parameters_count(non_embedding=True)
+
+
+def _at(point: Point) -> str:
+    return f"{point.grid}: " if point.values else ""
+
+
+def _told(curve: Curve) -> str:
+    return f"{curve.learning_rate:g}·(N/{curve.rate_parameters:,})^-{curve.rate_exponent:g}"

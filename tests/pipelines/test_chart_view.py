@@ -1,0 +1,145 @@
+"""The link that a sweep prints opens, in a real browser, the chart that it promises.
+
+A real `mlflow server`, and Chromium without a screen through Playwright; skipped, visibly, without one. The page's
+picture stays in the test's folder. Alone: `pytest tests/pipelines/test_chart_view.py` (about 30 s).
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from esper.pipelines import chart_view
+from esper.pipelines.chart_view import TAG, share_view
+from esper.platform.tracking import Tracker, milliseconds
+from tests.mlflow_servers import MlflowServer, mlflow_server
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LABELS = {"onejump": 1.3, "static-1": 1.5, "static-2": 1.4}  # and the loss that each comes to
+BUDGET, DECISIONS = 1e6, 20
+
+# Of each chart on the page: what its axis is called, its lines as (points, least and greatest y), and its legend.
+READ = """() => [...document.querySelectorAll('.js-plotly-plot')].map(plot => ({
+    axis: plot.layout.xaxis.title?.text,
+    range: plot.layout.yaxis.range,
+    lines: plot.data.filter(line => !line.fill).map(line => line.x),
+    text: plot.parentElement.parentElement.parentElement.textContent,
+}))"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    with mlflow_server(folder, f"sqlite:///{folder}/server.db") as server:
+        yield server
+
+
+def trial(client: MlflowClient, experiment: str, parent: str, label: str, seed: int, purpose: str) -> None:
+    """A run as a sweep logs it, with less in it."""
+    tags = {"kind": "trial", "label": label, "seed": str(seed), "purpose": purpose, "mlflow.parentRunId": parent}
+    tags |= {"grid": "{}"}
+    run = client.create_run(experiment, tags=tags, run_name=f"{label}-seed{seed}-{purpose}")
+    now, metrics = milliseconds(), []
+    for k in range(DECISIONS + 1):
+        cost = BUDGET * k / DECISIONS
+        loss = LABELS[label] + 2 * math.exp(-5 * k / DECISIONS) + 0.05 * seed
+        step = 100 * k + seed
+        metrics += [Metric("val_loss", loss, now, step), Metric("parameter_seconds", cost, now, step)]
+        metrics += [Metric("grid/val_loss", loss, now, k), Metric("grid/parameter_seconds", cost, now, k)]
+        if k in (5, 10, 15):
+            metrics += [Metric("annealed/val_loss", loss - 0.1, now, step)]
+            metrics += [Metric("annealed/parameter_seconds", cost, now, step)]
+    client.log_batch(run.info.run_id, metrics)
+    client.set_terminated(run.info.run_id)
+
+
+def sweep(uri: str, name: str) -> Tracker:
+    """A sweep's own run, with six test trials, and others that the chart is not to show."""
+    parent = Tracker.start("esper-chart", name, tags={"kind": "sweep"})
+    assert parent.run_id
+    assert parent.experiment_id
+    client = MlflowClient(uri)
+    for label in LABELS:
+        for seed, purpose in ((0, "test"), (1, "test"), (100, "tuning")):
+            trial(client, parent.experiment_id, parent.run_id, label, seed, purpose)
+    return parent
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium)")
+def test_the_link_opens_loss_against_cost_by_label(
+    server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    from playwright.sync_api import sync_playwright
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    with sweep(server.uri, "another"), sweep(server.uri, "this") as parent:
+        view = share_view(parent)
+        assert view
+        assert (view.command, view.clicks) == (None, None)
+        assert view.url == str(view)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1500})
+        page.goto(view.url)
+        page.wait_for_function(
+            "() => document.querySelectorAll('.js-plotly-plot').length >= 2 && "
+            "[...document.querySelectorAll('.js-plotly-plot')].every(plot => plot.data?.length > 3)",
+            timeout=90_000,
+        )
+        page.screenshot(path=tmp_path / "chart.png")
+        curve, annealed = page.evaluate(READ)
+        text = page.inner_text("body")
+        browser.close()
+    assert curve["axis"] == "grid/parameter_seconds"
+    assert annealed["axis"] == "annealed/parameter_seconds"
+    for label in LABELS:
+        assert f"{label} (grid/val_loss)" in text  # the legend
+        assert f"Group: {label}" in text
+    assert "Unassigned" not in text  # the parent is no curve
+    assert "6 matching runs" in text  # neither the other sweep's, nor the tuning runs
+    assert curve["lines"]
+    assert all(line == [BUDGET * k / DECISIONS for k in range(DECISIONS + 1)] for line in curve["lines"])
+    low, high = curve["range"]
+    assert 1 < low < 1.35
+    assert 2.5 < high < 3.2
+
+
+def test_once_more_replaces_the_view(server: MlflowServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    with Tracker.start("esper-twice", "sweep") as parent:  # no trial has ended yet
+        first, second = share_view(parent, "flops"), share_view(parent, "flops")
+    assert first == second
+    group = MlflowClient(server.uri).get_experiment_by_name("esper-twice")
+    assert group
+    assert [tag for tag in group.tags if tag.startswith(TAG)] == [f"{TAG}{parent.run_id}"]
+
+
+def test_a_file_needs_a_command_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with Tracker.start("esper-chart", "sweep") as parent:
+        view = share_view(parent)
+    command = f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --host 127.0.0.1"
+    url = (
+        f"http://127.0.0.1:5000/#/experiments/{parent.experiment_id}/runs?viewStateShareKey={parent.run_id}"
+        "&compareRunsMode=CHART"
+    )
+    assert str(view) == f"start `{command}`, then open {url}"
+
+
+def test_another_mlflow_gets_no_tag_but_the_clicks(server: MlflowServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setattr(chart_view, "KNOWN", (b"a text that is in no page of MLflow's",))
+    with Tracker.start("esper-other", "sweep") as parent:
+        view = share_view(parent, "flops")
+    page = f"{server.uri}/#/experiments/{parent.experiment_id}/runs"
+    assert str(view) == f"{page} (choose the chart view, then in its gear X-axis, Metric, flops)"
+
+
+def test_no_server_no_link(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with Tracker.start("esper-chart", "sweep") as parent:
+        assert share_view(parent) is None
