@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.platform.tracking import PROBE_SECONDS, Tracker, connect, is_server, milliseconds, shown, ui_command
+from esper.platform.tracking import Tracker, milliseconds
+from esper.platform.tracking_store import PROBE_SECONDS, connect, is_server, shown, ui_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

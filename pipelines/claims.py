@@ -1,8 +1,8 @@
 """Claims: one arm against one opponent on one axis, and Holm's correction over the arms.
 
 A pair is a seed: the arm's final loss minus the opponent's annealed loss at the cost at which the arm ended. "Better"
-is said only where the 95 % interval of the paired differences lies below 0, after Holm's step-down over the grown arms;
-than the envelope, only where it does against every static size.
+is said only where the 95 % interval of the paired differences lies below 0, after Holm's step-down over the grown arms
+(over the random controls, among these); than the envelope, only where it does against every static size.
 """
 
 import math
@@ -33,7 +33,7 @@ class Claim:
         interval: the arm's loss minus the opponent's, with its 95 % interval; None without two pairs at equal cost.
         p: twice the one-sided p-value of "better", at most 1: below 0.05 where the interval lies below 0 (against the
             envelope: where it does for every static size).
-        p_holm: the same, adjusted over the grown arms by Holm's method.
+        p_holm: the same, adjusted by Holm's method over the grown arms, or over the random controls.
         seeds: pairs.
         reason: why it is no plain better, worse or tie, and which pairs are left out; empty where all is plain.
     """
@@ -125,8 +125,8 @@ class Pairs:
         if self.doubt:
             return CANNOT_SAY, interval, self.doubt
         if below and p_holm > 1 - CONFIDENCE:
-            scope = "over the grown arms and against every static size" if self.weakest else "over the grown arms"
-            return TIE, interval, f"the interval alone lies below 0, but corrected {scope} p = {p_holm:.2g}"
+            scope = " and against every static size" if self.weakest else ""
+            return TIE, interval, f"the interval alone lies below 0, but for all arms together{scope} p = {p_holm:.2g}"
         return (BETTER, interval, "") if below else (TIE, interval, "")
 
 
@@ -173,7 +173,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def settle(entries: Sequence[tuple[str, str | None, Pairs]], opponent: str, axis: str) -> list[Claim]:
-    """The claims of all grown arms against one kind of opponent on one axis: the family that Holm's method corrects.
+    """The claims of a family of arms against one kind of opponent on one axis; Holm's method corrects over them.
 
     Args:
         entries: per arm: its label, the label it is held against, their pairs.

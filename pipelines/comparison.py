@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import stdtrit  # the t distribution's quantiles; scipy.stats takes a second to import
 
-from esper.pipelines.evaluation import Played
+if TYPE_CHECKING:
+    from esper.pipelines.evaluation import Played  # imports torch
 
 CONFIDENCE = 0.95
 BOUND = "bound"  # the row of the clairvoyant bound
@@ -71,7 +72,7 @@ class Comparison:
         bounds: lowest reachable loss of each instance, float64 (instances,); None where nobody knows it.
     """
 
-    played: Sequence[Played]
+    played: "Sequence[Played]"
     reference: str | None = None
     bounds: np.ndarray | None = None
 

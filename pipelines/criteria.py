@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from esper.pipelines.claims import BETTER, CANNOT_SAY, NOT_BETTER, TIE, WORSE, Claim, holm, in_words
 from esper.pipelines.comparison import CONFIDENCE
-from esper.pipelines.opponents import NOT_GROWN, Bench, best
+from esper.pipelines.envelope import TrialRun, sound
+from esper.pipelines.opponents import ENVELOPE, FINAL_SIZE, SCHEDULE, Bench, best
 
 SEEDS = 5  # test seeds that a verdict needs at least
 UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less
@@ -19,15 +22,17 @@ class Criterion:
 
     Attributes:
         criterion: "Mechanics", "Efficiency" or "Transfer".
-        sentence: what was found, with its numbers.
+        sentence: what was found.
         outcome: "met", "not met", "cannot say" or "withheld".
         withheld: the caveats that withhold it.
+        details: for efficiency, how each grown arm and each random control stands against each opponent.
     """
 
     criterion: str
     sentence: str
     outcome: str
     withheld: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
 
 # -- Caveats -----------------------------------------------------------------------------------------------------
@@ -69,7 +74,7 @@ def _outside(bench: Bench, interior: list[float] | None) -> str | None:
     low, high = interior
     if low <= bench.amount <= high:
         return None
-    return f"The budget, {bench.amount:,.10g}, is outside the preset's range, {low:,.10g} to {high:,.10g}."
+    return f"The budget, {bench.budget}, is outside the preset's range, {low:,.10g} to {high:,.10g}."
 
 
 def _untuned_choice(bench: Bench, point: dict[str, Any], sweep: dict[str, Any]) -> str | None:
@@ -94,7 +99,10 @@ def _without_result(bench: Bench, grid: str, trials: dict[str, dict[str, Any]]) 
 
 
 def mechanics(bench: Bench, timeline: list[dict[str, Any]]) -> Criterion:
-    """Whether growing did any harm, over all test and tuning runs.
+    """Whether growing did any harm, over all test and tuning runs, whoever chose the grafts.
+
+    Not met where a graft moved the loss or was rolled back, or a run diverged that had grown. A run that diverged
+    without a graft is told of, but says nothing of growing.
 
     Args:
         bench: the runs.
@@ -108,27 +116,38 @@ def mechanics(bench: Bench, timeline: list[dict[str, Any]]) -> Criterion:
     # max() alone would let a NaN pass.
     change = math.inf if not all(map(math.isfinite, changes)) else max(changes)
     undone = sum(graft["outcome"] == "rolled back" for graft in grafts)
-    diverged = [
-        f"{run.label} on seed {run.seed}"
-        for run in bench.runs
-        if run.diverged and run.arm not in NOT_GROWN and run.purpose in ("test", "tuning")
-    ]
-    sentence = (
-        f"{len(grafts)} grafts on {len({graft['run_id'] for graft in grafts})} runs changed the validation loss by at "
-        f"most {change:.1e} nats at the graft; {undone} of them were rolled back, of "
-        f"{sum(event['event'] == 'rollback' for event in events)} rollbacks in all; {len(diverged)} grown runs diverged"
-        f"{': ' if diverged else ''}{', '.join(diverged)}."
+    diverged = [run for run in bench.runs if run.diverged and run.purpose in ("test", "tuning")]
+    grown = [run for run in diverged if run.final["grafts"] > 0]
+    others = [run for run in diverged if not run.final["grafts"] > 0]
+    moved = (
+        f"moved the validation loss by at most {change:.1e} nats" if change else "left the validation loss as it was"
     )
-    met = change < UNCHANGED and not undone and not diverged
-    return Criterion("Mechanics", sentence, "met" if met else "not met")
+    parts = [
+        f"{len(grafts)} grafts on {len({graft['run_id'] for graft in grafts})} runs {moved}",
+        f"{undone or 'none'} of them {'was' if undone == 1 else 'were'} rolled back",
+        _told_diverged(grown) or "no run that had grown diverged",
+    ]
+    if others:
+        parts.append(f"{_told_diverged(others)}, without a graft, which says nothing of growing")
+    met = change < UNCHANGED and not undone and not grown
+    return Criterion("Mechanics", "; ".join(parts) + ".", "met" if met else "not met")
+
+
+def _told_diverged(runs: list[TrialRun]) -> str:
+    named = [f"{run.label} on seed {run.seed}" for run in runs[:NAMED]] + ["…"] * (len(runs) > NAMED)
+    return f"{len(runs)} run(s) diverged ({', '.join(named)})" if runs else ""
 
 
 def efficiency(bench: Bench, claims: list[Claim], caveats: list[str]) -> Criterion:
-    """Whether a grown arm ends lower than all its opponents at equal budget.
+    """Whether a grown arm ends lower than all its opponents at equal budget; random controls are told of only.
 
     An arm's weakest claim counts, so nothing is corrected over its opponents; Holm's method corrects over the arms.
     """
-    own = {arm: [claim for claim in claims if claim.arm == arm and claim.axis == bench.axis] for arm in bench.grown}
+    by_arm = {
+        arm: [claim for claim in claims if claim.arm == arm and claim.axis == bench.axis]
+        for arm in (*bench.grown, *bench.controls)
+    }
+    own = {arm: by_arm[arm] for arm in bench.grown}
     joint = holm([max(claim.p for claim in mine) for mine in own.values()])
     ahead = [arm for arm, mine in own.items() if all(claim.outcome == BETTER for claim in mine)]
     winners = [arm for arm, p in zip(own, joint, strict=True) if arm in ahead and p <= 1 - CONFIDENCE]
@@ -137,19 +156,50 @@ def efficiency(bench: Bench, claims: list[Claim], caveats: list[str]) -> Criteri
         for arm, mine in own.items()
         if arm not in ahead and all(claim.outcome in (BETTER, CANNOT_SAY) for claim in mine)
     ]
-    standings = [
-        f"{arm} {_standing(mine)}{', yet not than all of them at once' if arm in ahead and arm not in winners else ''}"
-        for arm, mine in own.items()
-    ]
-    sentence = (
-        f"At {bench.amount:,.10g} {bench.axis.replace('_', '-')}, grown arms that end lower than all their opponents: "
-        f"{', '.join(winners) or 'none'}; in detail: {'; '.join(standings) or 'there is no grown arm'}."
-    )
+    details = []
+    for arm, mine in by_arm.items():
+        control = " (a control: it cannot win)" if arm in bench.controls else ""
+        unsure = ", yet not than all of them at once" if arm in ahead and arm not in winners else ""
+        details.append(f"{arm}{control} {_standing(mine)}{unsure}.")
+    found = _found(bench, own, winners)
+    sentence = f"By the numbers alone, {found}" if caveats else found[0].upper() + found[1:]
     if caveats:
-        return Criterion("Efficiency", f"Withheld; by the numbers alone: {sentence}", "withheld", tuple(caveats))
+        outcome = "withheld"
+    elif winners:
+        outcome = "met"
+    else:
+        outcome = CANNOT_SAY if unknown or not own else "not met"
+    return Criterion("Efficiency", sentence, outcome, tuple(caveats), tuple(details))
+
+
+def _found(bench: Bench, own: dict[str, list[Claim]], winners: list[str]) -> str:
+    """Who wins, and the numbers of the arm that is placed best: it beats the most opponents, and ends lowest."""
+    if not own:
+        return f"at {bench.budget} there is no grown arm."
+    beaten = {arm: sum(claim.outcome == BETTER for claim in mine) for arm, mine in own.items()}
+    ends = {arm: np.mean([run.loss for run in sound(bench.test[arm]).values()] or [math.inf]) for arm in own}
+    first = min(winners or own, key=lambda arm: (-beaten[arm], ends[arm]))
     if winners:
-        return Criterion("Efficiency", sentence, "met")
-    return Criterion("Efficiency", sentence, CANNOT_SAY if unknown or not own else "not met")
+        one = len(winners) == 1
+        found = (
+            f"{', '.join(winners)} {'ends' if one else 'end'} lower than all of {'its' if one else 'their'} opponents"
+        )
+    else:
+        found = "no grown arm ends lower than all of its opponents"
+    numbers = [_number(claim) for claim in own[first]]
+    lead = "" if winners == [first] else f"; the best-placed arm is {first}"
+    return f"at {bench.budget} {found}{lead}: {', '.join(numbers)}."
+
+
+def _number(claim: Claim) -> str:
+    """`+0.0030 [-0.0100, +0.0160] nats to the best static size (static-2)`."""
+    who = {
+        FINAL_SIZE: "a static one of its final size",
+        ENVELOPE: "the best static size",
+        SCHEDULE: "the best fixed schedule",
+    }[claim.opponent]
+    who += f" ({claim.against})" if claim.against else ""
+    return f"{in_words(claim.interval)} nats to {who}" if claim.interval else f"no interval to {who}"
 
 
 def _standing(claims: list[Claim]) -> str:

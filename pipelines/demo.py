@@ -1,4 +1,4 @@
-"""The whole story in minutes on a laptop: prepare text, train a gardener, compare arms, draw the picture.
+"""The whole story in minutes on a laptop: prepare text, train a gardener, compare arms, write the report.
 
     make demo            or            python pipelines/demo.py
 

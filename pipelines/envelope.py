@@ -70,19 +70,26 @@ def sound(runs: Seeds) -> dict[int, TrialRun]:
 
 @dataclass(frozen=True)
 class EnvelopePoint:
-    """The envelope at one cost.
+    """The envelope at one cost. Where some size has no loss, the true envelope may lie lower.
 
     Attributes:
         cost: in the axis's unit.
-        loss: the lowest mean over test seeds, nats per token.
+        loss: the lowest mean over test seeds that is reached by that cost, nats per token.
         size: the layers of the static size that reaches it.
-        untrained: sizes that were never trained that long; if there are any, the true envelope may lie lower.
+        untrained: sizes that were never trained that long.
+        unmeasured: sizes whose first annealed loss is at a higher cost.
     """
 
     cost: float
     loss: float
     size: int
     untrained: tuple[int, ...] = ()
+    unmeasured: tuple[int, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every size has a loss here."""
+        return not (self.untrained or self.unmeasured)
 
 
 def read_runs(tables: Tables, grid: str) -> list[TrialRun]:
@@ -165,23 +172,28 @@ def draw_envelope(statics: Mapping[int, Seeds], axis: str) -> tuple[EnvelopePoin
         axis: of AXES.
 
     Returns:
-        Points at increasing cost, where at least one size has data.
+        Points at increasing cost, from the first annealed loss of any size to the last; the loss never rises.
     """
     curves = {size: [run.points[axis] for run in runs.values()] for size, runs in statics.items()}
     curves = {size: runs for size, runs in sorted(curves.items()) if runs and all(len(costs) for costs, _ in runs)}
     if not curves:
         return ()
-    last = {size: float(np.mean([costs[-1] for costs, _ in runs])) for size, runs in curves.items()}
-    first = min(float(np.mean([costs[0] for costs, _ in runs])) for runs in curves.values())
-    grid = np.unique(np.geomspace(first, max(last.values()), DRAWN))
+    first, last = (
+        {size: float(np.mean([costs[end] for costs, _ in runs])) for size, runs in curves.items()} for end in (0, -1)
+    )
+    grid = np.unique(np.geomspace(min(first.values()), max(last.values()), DRAWN))
     losses = np.array([np.mean([_held(grid, *run) for run in runs], axis=0) for runs in curves.values()])
     losses[np.isnan(losses)] = np.inf
-    sizes, best, lowest = list(curves), losses.argmin(axis=0), losses.min(axis=0)
-    return tuple(
-        EnvelopePoint(cost, loss, sizes[i], tuple(size for size in sizes if last[size] * (1 + NEAR) < cost))
-        for cost, loss, i in zip(grid.tolist(), lowest.tolist(), best.tolist(), strict=True)
-        if math.isfinite(loss)
-    )
+    points: list[EnvelopePoint] = []
+    lowest, size = math.inf, 0
+    for cost, column in zip(grid.tolist(), losses.T, strict=True):
+        if column.min() < lowest:
+            lowest, size = float(column.min()), list(curves)[int(column.argmin())]
+        if math.isfinite(lowest):
+            untrained = tuple(n for n in curves if last[n] * (1 + NEAR) < cost)
+            unmeasured = tuple(n for n in curves if cost < first[n] / (1 + NEAR))
+            points.append(EnvelopePoint(cost, lowest, size, untrained, unmeasured))
+    return tuple(points)
 
 
 def _held(grid: np.ndarray, costs: np.ndarray, losses: np.ndarray) -> np.ndarray:

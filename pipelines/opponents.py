@@ -7,11 +7,13 @@ import numpy as np
 
 from esper.pipelines.claims import Claim, Pairs, pair, settle
 from esper.pipelines.envelope import Seeds, TrialRun, best_size, sound
+from esper.policies.named_schedules import NAMED
 
 FINAL_SIZE, ENVELOPE, SCHEDULE = OPPONENTS = ("final size", "envelope", "schedule")
-STATIC = "static"
-NOT_GROWN = (STATIC, "static_final", "static_lrpath")
-SCHEDULES = ("schedule", "onejump", "gradual", "periodic", "heads", "width", "layers")
+STATIC, FINAL, LRPATH, RANDOM = "static", "static_final", "static_lrpath", "random"
+NOT_GROWN = (STATIC, FINAL, LRPATH)
+SCHEDULES = ("schedule", *NAMED)  # sweep_plan has the same, and imports torch
+EQUAL_COST = {"steps": "tokens"}  # a step takes the same tokens in every arm
 
 
 class Bench:
@@ -19,9 +21,12 @@ class Bench:
 
     Attributes:
         runs: all of them.
-        axis, amount: the budget.
+        budget: in the words that it was given in: `40 steps`.
+        axis: of AXES, on which all that is equal at equal budget.
+        amount: the budget, in the unit that it was given in.
         test: label → seed → test run.
-        grown: labels of the arms that grow.
+        grown: labels of the arms that decide or schedule when to grow: those that a verdict is about.
+        controls: labels of the arms that grow at random.
         statics: size → sound test runs; sizes without any are left out.
         tuning: the same of the tuning runs.
         size: the static size that stands for the envelope at equal budget: chosen on tuning seeds, else the best on the
@@ -31,9 +36,12 @@ class Bench:
 
     def __init__(self, runs: Sequence[TrialRun], point: dict[str, Any]) -> None:
         self.runs = runs
-        self.axis, self.amount = point["budget"]["axis"], float(point["budget"]["amount"])
+        axis, self.amount = point["budget"]["axis"], float(point["budget"]["amount"])
+        self.axis = EQUAL_COST.get(axis, axis)
+        self.budget = f"{self.amount:,.10g} {axis.replace('_', '-')}"
         self.test = _by_label(runs, "test")
-        self.grown = [label for label, seeds in self.test.items() if _arm(seeds) not in NOT_GROWN]
+        self.grown = [label for label, seeds in self.test.items() if _arm(seeds) not in (*NOT_GROWN, RANDOM)]
+        self.controls = [label for label, seeds in self.test.items() if _arm(seeds) == RANDOM]
         self.schedules = [label for label in self.grown if _arm(self.test[label]) in SCHEDULES]
         self.statics, self.tuning = _by_size(self.test), _by_size(_by_label(runs, "tuning"))
         self.size = best(self.statics) if point["size"] is None else int(point["size"])
@@ -47,9 +55,16 @@ class Bench:
         return next(iter(runs.values())).label if runs else None
 
     def claims(self, opponent: str, axis: str) -> list[Claim]:
-        """All grown arms' claims against one kind of opponent; the best schedule makes none against itself."""
+        """All claims against one kind of opponent: the grown arms' and, corrected among themselves, the controls'.
+
+        The best schedule makes none against itself.
+        """
         arms = [arm for arm in self.grown if not (opponent == SCHEDULE and arm == self.schedule)]
-        return settle([(arm, *self.against(arm, opponent, axis)) for arm in arms], opponent, axis)
+        return [
+            claim
+            for family in (arms, self.controls)
+            for claim in settle([(arm, *self.against(arm, opponent, axis)) for arm in family], opponent, axis)
+        ]
 
     def against(self, arm: str, opponent: str, axis: str) -> tuple[str | None, Pairs]:
         """The label that stands for an opponent of an arm, and their pairs."""

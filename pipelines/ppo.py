@@ -49,7 +49,8 @@ def run(arguments: PPOArguments) -> None:
     if arguments.resume is not None:
         return resume(arguments, arguments.resume)
     if arguments.surrogate:
-        arguments = arguments.model_copy(update={"set": [*(f"{key}={value}" for key, value in ON_LAWS.items()), *arguments.set]})
+        of_laws = [f"{key}={value}" for key, value in ON_LAWS.items()]
+        arguments = arguments.model_copy(update={"set": [*of_laws, *arguments.set]})
     spec = resolve_spec(arguments, on="laws" if arguments.surrogate else "fleet")
     job = law_job(arguments, spec, "ppo") if arguments.surrogate else open_job(arguments, spec, "ppo")
     return train(job, seed=arguments.seed, surrogate=arguments.surrogate)

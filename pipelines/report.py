@@ -36,7 +36,7 @@ from esper.pipelines.verdict import judge
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.storage import check_unused, write_json, write_text
-from esper.platform.tracking import shown
+from esper.platform.tracking_store import shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,13 @@ AXIS_NAMES = {
     "flops": "FLOPs",
     "seconds": "seconds",
     "tokens": "tokens",
-    "steps": "optimizer steps",
+    "steps": "steps",
+}
+QUESTIONS = {
+    "Mechanics": "Does growing itself do no harm?",
+    "Efficiency": "At equal budget, does an arm that grows end lower than a static network of its final size, than the "
+    "best static size, and than the best fixed schedule?",
+    "Transfer": "Does what was learnt hold for another kind of network?",
 }
 GARDENED = ("ppo", "openloop")  # arms that a gardener's training has to be paid for
 EQUAL = 1.02  # costs are equal up to the overshoot of the last optimizer step
@@ -347,11 +352,6 @@ def settings(report: Report) -> str:
     many = len(report.sections)
     points = f", at {many} grid points" if many > 1 else f", at an equal budget of {report.sections[0].budget}"
     return f"{len(report.labels)} arms, {len(record.get('seeds') or [])} test seeds, {trials} trials{points}"
-
-
-def clauses(sentence: str) -> list[str]:
-    """A long sentence's parts, which are separated by semicolons outside brackets."""
-    return [part.strip() for part in re.split(r";\s+(?![^()]*\))", sentence)]
 
 
 # -- Numbers -----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """The figures of a report: small ones as SVG for the page, the same ones together as one PNG.
 
-A label has one colour and one marker everywhere: static sizes are greys, arms take the palette of Okabe and Ito (told
-apart with any kind of colour vision; https://jfly.uni-koeln.de/color/), and what was made after an arm
-(`static_final:tamiyo`) has that arm's colour, hollow.
+A label has one colour and one marker everywhere: static sizes are greys, arms take the palettes of Okabe and Ito and of
+Tol (told apart with any kind of colour vision; https://jfly.uni-koeln.de/color/, https://sronpersonalpages.nl/~pault/),
+and what was made after an arm (`static_final:tamiyo`) has that arm's colour, hollow, in a shape of its own.
+
+What is looked for are hundredths of a nat at the end, among arms that may be tenths apart: losses are shown over the
+range of the arms that grow and of the best static size, and what lies beyond is told at the edge.
 """
 
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +27,22 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from esper.pipelines.comparison import Interval
 from esper.pipelines.envelope import EnvelopePoint
 from esper.pipelines.report_content import AXIS_NAMES, Report, Section, short
 from esper.pipelines.tables import AXES
+from esper.pipelines.verdict import ArmRow
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe–Ito without black and yellow
-MARKERS = ("o", "s", "^", "D", "P", "v")  # one more for each time that the palette comes round
-GREYS = ("#c4c4c4", "#858585")  # of the smallest and the largest static size
+PALETTE = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),  # Okabe–Ito without black and yellow
+    *("#332288", "#882255", "#999933", "#AA4499"),  # Tol's muted ones that are unlike these
+)
+MARKERS = ("o", "P", "v")  # one more for each time that the palette comes round
+FOLLOWERS = {"static_final": "s", "static_lrpath": "^"}  # markers; of all others that were made after an arm "D"
+GREYS = ("#bdbdbd", "#5f6670")  # of the smallest and the largest static size
 INK, ENVELOPE = "#22262b", "#22262b"
+APART = 0.05  # of the budget: two forks of a run are at least so far apart
+LEAST = 0.01  # nats: the least range that is shown
 EVENTS = {"graft": "o", "prune": "X", "rollback": "<"}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -81,7 +93,12 @@ def looks(labels: Sequence[str], arms: dict[str, str]) -> dict[str, Look]:
         i = places[base]
         color = found[base].color if base in static else PALETTE[i % len(PALETTE)]
         marker = MARKERS[i // len(PALETTE) % len(MARKERS)]
-        found[label] = Look(color, marker, base != label, ":" if base != label else "-")
+        if base != label:
+            again = i >= len(PALETTE)  # another arm has the colour
+            marker = FOLLOWERS.get(label.split(":")[0], "D")
+            found[label] = Look(color, marker, hollow=True, line="--" if again else ":")
+            continue
+        found[label] = Look(color, marker)
     return found
 
 
@@ -92,7 +109,8 @@ def report_looks(report: Report) -> dict[str, Look]:
 
 def _between(low: str, high: str, share: float) -> str:
     first, last = (np.array(to_rgb(color)) for color in (low, high))
-    return to_hex(first + share * (last - first))
+    red, green, blue = (float(part) for part in first + share * (last - first))
+    return to_hex((red, green, blue))
 
 
 # -- Panels ------------------------------------------------------------------------------------------------------------
@@ -103,13 +121,10 @@ def draw_losses(axes: Axes, section: Section, axis: str, styles: dict[str, Look]
     curves = section.test("curves")
     annealed = curves[(curves["kind"] == "annealed") & curves["val_loss"].notna() & (curves[axis] > 0)]
     finals = _ended(section)
-    forks = [*(((section.point.get("spec") or {}).get("budget") or {}).get("cooldowns") or ()), 1.0]
-    planned = annealed["budget_fraction"].map(lambda at: min(forks, key=lambda fork: abs(fork - at)))
     for label in section.labels:
-        own, look = annealed[annealed["label"] == label], styles[label]
-        means = own.groupby(planned[own.index]).agg(
-            {axis: lambda x: float(np.exp(np.log(x).mean())), "val_loss": "mean"}
-        )
+        own, look = annealed[annealed["label"] == label].sort_values("budget_fraction"), styles[label]
+        fork = (own["budget_fraction"].diff() > APART).cumsum()
+        means = own.groupby(fork).agg({axis: lambda x: float(np.exp(np.log(x).mean())), "val_loss": "mean"})
         axes.plot(means[axis], means["val_loss"], color=look.color, linestyle=look.line, linewidth=1, zorder=2)
         ends = finals[finals["label"] == label]
         axes.scatter(ends[axis], ends["val_loss"], s=16, linewidth=0.9, zorder=4, **look.points)
@@ -121,14 +136,34 @@ def draw_losses(axes: Axes, section: Section, axis: str, styles: dict[str, Look]
     axes.set_xlabel(AXIS_NAMES[axis])
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(visible=True)
+    low, high = _span(finals[finals["label"].isin(_compared(section))]["val_loss"])
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.6 * (high - low))  # above: where the curves come from
 
 
 def _draw_envelope(axes: Axes, points: Sequence[EnvelopePoint]) -> None:
-    """Thick where every size was trained that long, dotted beyond."""
-    known = [point for point in points if not point.untrained]
-    beyond = [*known[-1:], *(point for point in points if point.untrained)]
-    for part, style in ((known, {"linewidth": 3, "alpha": 0.75}), (beyond, {"linewidth": 1.8, "linestyle": ":"})):
+    """Thick where every size has a loss, dotted where one has none; each stretch begins where the last one ended."""
+    before: list[EnvelopePoint] = []
+    for complete, stretch in groupby(points, key=lambda point: point.complete):
+        part = [*before, *stretch]
+        style: dict[str, Any] = {"linewidth": 3, "alpha": 0.75} if complete else {"linewidth": 1.8, "linestyle": ":"}
         axes.plot([point.cost for point in part], [point.loss for point in part], color=ENVELOPE, zorder=3, **style)
+        before = part[-1:]
+
+
+def _compared(section: Section) -> list[str]:
+    """The labels whose losses make the range: all but the static sizes, with the best of these; all where none grows."""
+    verdict = section.verdict
+    kept = [row.label for row in verdict.rows if row.arm != "static" or row.size == verdict.size]
+    return kept if any(row.arm != "static" for row in verdict.rows) else section.labels
+
+
+def _span(values: Any) -> tuple[float, float]:
+    """Least and greatest of some numbers, never quite the same."""
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(np.min(values)), float(np.max(values))
+    room = max(0.0, LEAST - (high - low)) / 2
+    return low - room, high + room
 
 
 def _ended(section: Section) -> Any:
@@ -139,27 +174,78 @@ def _ended(section: Section) -> Any:
 
 def draw_strip(axes: Axes, section: Section, styles: dict[str, Look]) -> None:
     """Every label's final losses, a dot per seed, with their mean and its 95 % interval; the best on top."""
-    ended, finals = _ended(section), section.test("finals")
-    rows = sorted(section.verdict.rows, key=lambda row: row.loss.mean if row.loss else np.inf)
-    for place, row in enumerate(rows):
-        look = styles[row.label]
-        own = ended[ended["label"] == row.label]
-        if row.loss is not None:
-            half = row.loss.half or 0.0
-            axes.plot([row.loss.mean - half, row.loss.mean + half], [place, place], color=INK, linewidth=1.2, zorder=2)
-            axes.plot([row.loss.mean] * 2, [place - 0.28, place + 0.28], color=INK, linewidth=2, zorder=2)
-        jitter = np.linspace(-0.16, 0.16, len(own)) if len(own) > 1 else np.zeros(len(own))
-        axes.scatter(own["val_loss"], place + jitter, s=24, linewidth=1, zorder=3, **look.points)
-    envelope = next((row.loss for row in rows if row.arm == "static" and row.size == section.verdict.size), None)
-    if envelope is not None:
-        axes.axvline(envelope.mean, color=ENVELOPE, linewidth=1, linestyle=":", zorder=1)
+    finals = section.test("finals")
+    rows = _by_loss(section)
+    envelope = best_static(section)
+    if envelope is not None and envelope.loss is not None:
+        axes.axvline(envelope.loss.mean, color=ENVELOPE, linewidth=1, linestyle=":", zorder=1)
     started = finals["label"].value_counts()
-    short_of = {row.label: f"\n{row.seeds} of {started[row.label]} ended" for row in rows}
-    names = [row.label + (short_of[row.label] if row.seeds < started[row.label] else "") for row in rows]
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
+    names = [
+        row.label + (f"\n{row.seeds} of {started[row.label]} ended" if row.seeds < started[row.label] else "")
+        for row in rows
+    ]
+    dots = [list(row.losses.values()) for row in rows]
+    _draw_rows(axes, names, [styles[row.label] for row in rows], dots, _compared_rows(section, rows))
     axes.set_xlabel("final validation loss (nats per token)")
+
+
+def draw_differences(axes: Axes, section: Section, styles: dict[str, Look]) -> None:
+    """Every label's final losses minus the best static size's on the same seed, in the strip plot's order."""
+    envelope = best_static(section)
+    losses = envelope.losses if envelope else {}
+    rows = [row for row in _by_loss(section) if row is not envelope]
+    dots = [[loss - losses[seed] for seed, loss in row.losses.items() if seed in losses] for row in rows]
+    axes.axvline(0, color=ENVELOPE, linewidth=1, linestyle=":", zorder=1)
+    names = [row.label for row in rows]
+    _draw_rows(axes, names, [styles[name] for name in names], dots, _compared_rows(section, rows), "+.3f")
+    axes.set_xlabel(f"difference to {envelope.label if envelope else 'static'} on the same seed (nats per token)")
+
+
+def best_static(section: Section) -> ArmRow | None:
+    """The row of the static size that stands for the envelope at equal budget."""
+    rows = section.verdict.rows
+    return next((row for row in rows if row.arm == "static" and row.size == section.verdict.size), None)
+
+
+def _by_loss(section: Section) -> list[ArmRow]:
+    return sorted(section.verdict.rows, key=lambda row: row.loss.mean if row.loss else np.inf)
+
+
+def _compared_rows(section: Section, rows: Sequence[ArmRow]) -> list[int]:
+    compared = _compared(section)
+    return [place for place, row in enumerate(rows) if row.label in compared]
+
+
+def _draw_rows(
+    axes: Axes,
+    names: Sequence[str],
+    looks: Sequence[Look],
+    dots: Sequence[Sequence[float]],
+    compared: Sequence[int],
+    form: str = ".3f",
+) -> None:
+    """A row per label: a dot per seed, their mean and its 95 % interval; `compared` rows make the range."""
+    low, high = _span([value for place in compared for value in dots[place]])
+    low, high = low - 0.3 * (high - low), high + 0.3 * (high - low)
+    for place, (look, values) in enumerate(zip(looks, dots, strict=True)):
+        if not values:
+            continue
+        found = Interval.of(np.array(values))
+        if not low <= found.mean <= high:
+            left = found.mean < low
+            told = f"◂ {found.mean:{form}}" if left else f"{found.mean:{form}} ▸"
+            side: Any = "left" if left else "right"
+            axes.text(low if left else high, place, told, ha=side, va="center", fontsize=9, color="#4a5058")
+            continue
+        half = found.half or 0.0
+        axes.plot([found.mean - half, found.mean + half], [place, place], color=INK, linewidth=1.2, zorder=2)
+        axes.plot([found.mean] * 2, [place - 0.28, place + 0.28], color=INK, linewidth=2, zorder=2)
+        jitter = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
+        axes.scatter(values, place + jitter, s=24, linewidth=1, zorder=3, **look.points)
+    axes.set_xlim(low, high)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
     axes.grid(visible=True, axis="x")
 
 
@@ -238,16 +324,26 @@ def save_picture(report: Report, path: Path) -> None:
         plt.close(figure)
 
 
+def _upper_height(section: Section) -> float:
+    """Inches of the losses: two strip plots, one below the other, or two panels."""
+    return max(7.6, 2 * strip_height(section) + 1.2)
+
+
 def _section_height(section: Section) -> float:
     lines = -(-len(section.grown()) // 3)
-    return 7.6 + 0.3 + lines * max([0.0, *(timeline_height(section, label) + 0.3 for label in section.grown())])
+    return (
+        _upper_height(section)
+        + 0.3
+        + lines * max([0.0, *(timeline_height(section, label) + 0.3 for label in section.grown())])
+    )
 
 
 def _draw_section(part: Any, section: Section, styles: dict[str, Look], colors: dict[str, str]) -> None:
     grown = section.grown()
     part.suptitle(f"{section.title}; budget {section.budget}", x=0.01, ha="left", fontsize=12)
     if grown:
-        above, below = part.subfigures(2, 1, height_ratios=(7.6, _section_height(section) - 7.6))
+        upper = _upper_height(section)
+        above, below = part.subfigures(2, 1, height_ratios=(upper, _section_height(section) - upper))
         panels = below.subplots(-(-len(grown) // 3), 3, squeeze=False)
         for axes, label in zip(panels.flat, grown, strict=False):
             draw_timeline(axes, section, label, colors)
@@ -257,12 +353,13 @@ def _draw_section(part: Any, section: Section, styles: dict[str, Look], colors: 
     else:
         above = part
     panels = above.subplot_mosaic(
-        [["parameter_seconds", "flops", "strip"], ["seconds", "tokens", "strip"]], width_ratios=(1, 1, 1.15)
+        [["parameter_seconds", "flops", "strip"], ["seconds", "tokens", "differences"]], width_ratios=(1, 1, 1.15)
     )
     for axis in AXES:
         draw_losses(panels[axis], section, axis, styles)
     draw_strip(panels["strip"], section, styles)
-    panels["strip"].set_title("final losses: a dot per seed, mean and 95 % interval")
+    draw_differences(panels["differences"], section, styles)
+    panels["strip"].set_title("final losses: a dot per seed, mean, 95 % interval")
     panels["parameter_seconds"].set_title("annealed loss against cost")
     _loss_key(above, section, styles)
 

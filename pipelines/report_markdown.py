@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from esper.pipelines.report_content import (
+    QUESTIONS,
     Cell,
     Report,
     Section,
@@ -28,8 +29,10 @@ def markdown(report: Report, picture: str) -> str:
         if several:
             lines += [f"## {_text(section.title)}: verdict", ""]
         for criterion in section.verdict.criteria:
-            lines.append(f"- **{criterion.criterion}: {criterion.outcome}.** {_text(criterion.sentence)}")
-            lines += [f"  - {_text(reason)}" for reason in criterion.withheld]
+            lines.append(f"- **{criterion.criterion}: {criterion.outcome}.** *{QUESTIONS[criterion.criterion]}*")
+            lines.append(f"  {_text(criterion.sentence)}")
+            lines += [f"  - Withheld: {_text(reason)}" for reason in criterion.withheld]
+            lines += [f"  - {_text(detail)}" for detail in criterion.details]
         lines.append("")
     lines += [f"![Losses, final losses and growth]({picture})", ""]
     for section in report.sections:

@@ -7,13 +7,13 @@ from html import escape
 
 from esper.pipelines.report_content import (
     AXIS_NAMES,
+    QUESTIONS,
     Cell,
     Report,
     Section,
     Table,
     arm_table,
     claims_table,
-    clauses,
     finals_table,
     payback,
     provenance,
@@ -26,6 +26,7 @@ from esper.pipelines.report_figures import (
     ENVELOPE,
     Look,
     blueprint_colors,
+    draw_differences,
     draw_losses,
     draw_strip,
     draw_timeline,
@@ -36,7 +37,6 @@ from esper.pipelines.report_figures import (
 )
 from esper.pipelines.tables import AXES
 
-AT_ONCE = 260  # characters of a criterion's sentence that are shown without a click
 LOSS_HEIGHT = 3.6  # inches of a loss panel
 
 GOOD, BAD, EVEN, OPEN, LOST = "good", "bad", "even", "open", "lost"
@@ -86,7 +86,6 @@ p { margin: .4rem 0; max-width: 75ch; }
 .even { color: var(--even); background: var(--even-bg); } .open { color: var(--open); background: var(--open-bg); }
 .lost { color: var(--lost); background: var(--lost-bg); }
 .figures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-.figures.one { max-width: 560px; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; }
 figure img { display: block; width: 100%; height: auto; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: .6rem 0 1rem; padding: 0; list-style: none;
@@ -94,7 +93,8 @@ figure img { display: block; width: 100%; height: auto; }
 .key li { display: flex; align-items: center; gap: .4rem; }
 .key svg { flex: none; background: #fff; border-radius: 3px; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
-table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .85rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .65rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   white-space: nowrap; }
 thead th { border-top: 0; background: var(--tint); color: var(--soft); font-weight: 600; vertical-align: bottom;
@@ -147,27 +147,17 @@ def page(report: Report) -> str:
 
 
 def _verdict(section: Section) -> str:
-    """One sentence per criterion, with its outcome and what withholds it."""
+    """Each criterion: what it asks, its outcome in a sentence, what withholds it, and the details folded away."""
     blocks = []
     for criterion in section.verdict.criteria:
         withheld = f"<p>Withheld, because</p>{_list(criterion.withheld)}" if criterion.withheld else ""
+        details = _folded("In detail", _list(criterion.details)) if criterion.details else ""
         blocks.append(
             f'<div class="criterion"><div>{_label(criterion.outcome)}</div><div><div class="name">'
-            f"{escape(criterion.criterion)}</div>{_sentence(criterion.sentence)}{withheld}</div></div>"
+            f'{escape(criterion.criterion)}</div><p class="soft">{escape(QUESTIONS[criterion.criterion])}</p>'
+            f"<p>{escape(criterion.sentence)}</p>{withheld}{details}</div></div>"
         )
     return f'<section class="card verdict">{"".join(blocks)}</section>'
-
-
-def _sentence(sentence: str) -> str:
-    """A sentence; of a long one, what follows its first clauses is folded away."""
-    parts = clauses(sentence)
-    shown = 1
-    while shown < len(parts) and len("; ".join(parts[: shown + 1])) <= AT_ONCE:
-        shown += 1
-    if len(sentence) <= AT_ONCE or shown == len(parts):
-        return f"<p>{escape(sentence)}</p>"
-    rest = f"<details><summary>In detail</summary>{_list(parts[shown:])}</details>"
-    return f"<p>{escape('; '.join(parts[:shown]))}.</p>{rest}"
 
 
 def _section(
@@ -184,7 +174,8 @@ def _section(
         "<h3>Loss against cost</h3>",
         '<p class="soft">Only annealed losses: lines join the means of cooldown forks and of the run’s end, dots are '
         "final losses of every seed, the thick line is the lower envelope of the static sizes, dotted where some size "
-        "was never trained that long.</p>",
+        "has no annealed loss at that cost (it may lie lower there). The range is that of the arms that grow and of the "
+        "best static size: what is higher is cut off.</p>",
         _loss_key(section, styles),
         '<div class="figures">',
         *(
@@ -197,12 +188,19 @@ def _section(
         ),
         "</div>",
         "<h3>Final losses</h3>",
-        '<p class="soft">A dot per seed, the mean and its 95 % interval; dotted: the best static size.</p>',
-        '<div class="figures one">',
+        '<p class="soft">A dot per seed, the mean and its 95 % interval; dotted: the best static size. Differences are '
+        "taken on the same seed, and so are free of what seeds have in common. Beside ◂ and ▸ are means beyond the "
+        "range.</p>",
+        '<div class="figures">',
         _figure(
             partial(draw_strip, section=section, styles=styles),
             strip_height(section),
             "Final validation loss of each arm, a dot per seed, best arm on top",
+        ),
+        _figure(
+            partial(draw_differences, section=section, styles=styles),
+            strip_height(section),
+            "Final validation loss of each arm minus that of the best static size on the same seed",
         ),
         "</div>",
         _folded("Every seed’s final loss as a table", _table(finals_table(section))),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from esper.pipelines.tables import Tables
-from esper.platform import tracking
+from esper.platform import tracking_store
 from esper.platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,18 +95,18 @@ def open_store(uri: str | None) -> tuple["MlflowClient", str]:
     Raises:
         UserError: the address is wrong, nothing is there, or it refuses. Within seconds, not MLflow's minutes.
     """
-    address = uri or tracking.tracking_uri()
-    file = tracking.sqlite_file(address)
+    address = uri or tracking_store.tracking_uri()
+    file = tracking_store.sqlite_file(address)
     if file is not None:
         address = f"sqlite:///{file.resolve()}"
         _check_database(file.resolve())
     elif "://" not in address or address.startswith("file:"):
         _check_folder(Path(address.removeprefix("file://").removeprefix("file:")))
-    shown = tracking.shown(address)
-    for name, value in tracking.ENVIRONMENT.items():
+    shown = tracking_store.shown(address)
+    for name, value in tracking_store.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with asked(shown, (Exception,)):  # a wrong address raises whatever its driver does
-        tracking._probe(address)
+        tracking_store.probe(address)
         if address.startswith(("postgresql", "mysql", "mssql")):
             _connect_once(address)
         from mlflow import MlflowClient
@@ -128,7 +128,7 @@ def asked(shown: str, errors: tuple[type[Exception], ...] | None = None) -> Iter
     except UserError:
         raise
     except errors as error:
-        reason = tracking.shown((str(error).strip() or type(error).__name__).splitlines()[0])[:200].rstrip(".: ")
+        reason = tracking_store.shown((str(error).strip() or type(error).__name__).splitlines()[0])[:200].rstrip(".: ")
         raise UserError(
             f"MLflow at {shown} cannot be read ({reason}): check --tracking-uri, or MLFLOW_TRACKING_URI."
         ) from error
@@ -160,7 +160,7 @@ def _connect_once(uri: str) -> None:
     """Find out whether a database server lets us in; MLflow itself would try for minutes."""
     from sqlalchemy import create_engine
 
-    engine = create_engine(uri, connect_args={"connect_timeout": tracking.PROBE_SECONDS})
+    engine = create_engine(uri, connect_args={"connect_timeout": tracking_store.PROBE_SECONDS})
     try:
         engine.connect().close()
     finally:
@@ -260,7 +260,7 @@ def read_tables(client: "MlflowClient", experiment_id: str, sweeps: Iterable[str
                 skipped["earlier attempts of a trial"] += 1
                 if run.info.status == "FINISHED" != chosen[name].info.status:
                     chosen[name] = run
-        readers = READERS if tracking.is_server(client.tracking_uri) else 1
+        readers = READERS if tracking_store.is_server(client.tracking_uri) else 1
         with ThreadPoolExecutor(readers) as pool:
             oldest_first = sorted(chosen.values(), key=lambda run: run.info.start_time)
             trials = list(pool.map(partial(_read_trial, client, sweep), oldest_first))

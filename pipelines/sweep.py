@@ -45,10 +45,12 @@ from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.model import Frozen
+from esper.platform.provenance import provenance
 from esper.platform.saves import below
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, read_json, write_json
-from esper.platform.tracking import Tracker, commit, connect, new_key
+from esper.platform.tracking import Tracker, new_key
+from esper.platform.tracking_store import connect
 from esper.policies.arms import ALIASES, ArmInputs, make_policy
 
 PLAN, STATE = "plan.json", "sweep.json"
@@ -172,7 +174,8 @@ def settle(arguments: SweepArguments) -> tuple[Plan, RunSpec]:
         UserError: it is not.
     """
     wanted = {part.partition(":")[0].strip() for part in arguments.arms.split(",")}
-    spec = resolve_spec(arguments, on="fleet" if "ppo" in wanted and arguments.policy is None else "here")
+    fleet = "ppo" in wanted and arguments.policy is None and arguments.train_on == "text"
+    spec = resolve_spec(arguments, on="fleet" if fleet else "here")
     own = [override.partition("=")[0] for override in arguments.set]
     plan = Plan.checked(
         {
@@ -219,7 +222,7 @@ def compare(job: Job, plan: Plan) -> int:
         parent = Tracker.start(
             f"esper-{plan.task}",
             job.out.name,
-            tags={"kind": "sweep", "preset": job.spec.preset, "commit": commit() or "unknown"},
+            tags={"kind": "sweep", "preset": job.spec.preset, "data": told_data(job), **provenance()},
             params=job.spec.model_dump(mode="json"),
             key=plan.key,
             journal=job.out / "points.jsonl",
@@ -235,6 +238,12 @@ def compare(job: Job, plan: Plan) -> int:
     return 1 if failures else 0
 
 
+def told_data(job: Job) -> str:
+    """The text, in a line."""
+    manifest = job.open_data().manifest
+    return f"{manifest.source}, {manifest.tokenizer}, {manifest.splits['train'].tokens:,} training tokens"
+
+
 def report(job: Job, parent: Tracker) -> None:
     """Write the report, and say where everything is."""
     say(f"results: {job.out / 'summary.json'}")
@@ -247,7 +256,7 @@ def report(job: Job, parent: Tracker) -> None:
         say(f"no report: {error}")
     else:
         say(f"report:  {job.out / 'report' / 'report.html'}")
-    say(f"compare: {share_view(parent, job.spec.budget.axis)}")
+    say(f"compare: {share_view(parent, job.spec.budget.axis) or parent.where}")
 
 
 class Sweep:

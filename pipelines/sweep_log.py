@@ -16,9 +16,10 @@ from esper.pipelines.play import metrics
 from esper.pipelines.sweep_plan import Trial
 from esper.platform.console import Eta, say
 from esper.platform.errors import UserError
+from esper.platform.provenance import commit
 from esper.platform.saves import Saves, below
 from esper.platform.storage import read_json, write_json, write_text
-from esper.platform.tracking import Status, Tracker, commit
+from esper.platform.tracking import Status, Tracker
 from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.data import Manifest
 from esper.workers.tolaria.hosts import start_shape
@@ -26,7 +27,8 @@ from esper.workers.tolaria.hosts import start_shape
 SUMMARY, SPEC, JOURNAL, TRACKED = "summary.json", "spec.json", "points.jsonl", "tracked"
 ANNEALED = ("val_loss", "budget_fraction", "parameter_seconds", "tokens", "flops", "seconds")
 SHOWN = 0.1  # of the work under way, between two lines of progress
-CLOSING_SECONDS = 60  # the longest that a sweep waits at its end for MLflow to take what is left
+CLOSING_SECONDS = 60  # that MLflow has to take the last of a trial
+AWAY_SECONDS = 2  # likewise, once it has not taken the last of another
 
 
 class SweepLog(tune.Callback):
@@ -63,6 +65,7 @@ class SweepLog(tune.Callback):
         self._open: dict[str, _TrialLog] = {}
         self._closing: list[Future[None]] = []
         self._closers = ThreadPoolExecutor(4, thread_name_prefix="tracking-close")
+        self._away = False  # MLflow has not taken the last of the trial that was closed last
         self._bests: dict[str, list[float]] = {}
         self._stage, self._shown, self._eta = "", 0.0, Eta()
 
@@ -113,7 +116,7 @@ class SweepLog(tune.Callback):
         for trial in trials:
             self.failures.pop(trial.name, None)
         labels = dict.fromkeys(trial.entrant.label for trial in trials)
-        say(f"{stage:<7} {len(trials)} trials: {', '.join(labels)}")
+        say(f"{stage:<7} {len(trials)} trial(s): {', '.join(labels)}")
 
     def next_stage(self) -> str:
         """A name for Tune's own files, which nobody needs afterwards."""
@@ -123,12 +126,14 @@ class SweepLog(tune.Callback):
     def close(self) -> bool:
         """Close what is still open (the sweep was interrupted), and wait for MLflow; whether it has had everything."""
         for log in self._open.values():
-            self._closing.append(self._closers.submit(log.close, "KILLED"))
+            self._close(log.close, "KILLED")
         self._open.clear()
-        for future in self._closing:
-            future.result()
+        self._wait()
+        for trial, summary in self._untracked():  # a server that was away may be back
+            self._finish(trial, self._log_of(trial), summary)
+        self._wait()
         self._closers.shutdown()
-        return all((self.folder(trial) / TRACKED).exists() for trial in self._trials.values())
+        return not self._untracked()
 
     # -- Tune's callbacks --------------------------------------------------------------------------------------
 
@@ -190,14 +195,32 @@ class SweepLog(tune.Callback):
         tracker.log_input(
             manifest.source,
             source=manifest.source,
-            digest=manifest.fingerprint()[:36],  # as long as MLflow takes
+            digest=manifest.fingerprint(),
             profile={"tokens": {name: split.tokens for name, split in manifest.splits.items()}},
         )
         return _TrialLog(tracker, folder, trial.spec.budget.axis, trial.spec.budget.amount, trial.spec.budget.decisions)
 
     def _finish(self, trial: Trial, log: "_TrialLog", summary: dict[str, Any]) -> None:
         self._fractions[trial.name] = 1.0
-        self._closing.append(self._closers.submit(log.finish, summary))
+        self._close(log.finish, summary)
+
+    def _close(self, end: Callable[[Any, float], bool], argument: object) -> None:
+        """End a trial's run in the background."""
+
+        def work() -> None:
+            self._away = not end(argument, AWAY_SECONDS if self._away else CLOSING_SECONDS)
+
+        self._closing.append(self._closers.submit(work))
+
+    def _wait(self) -> None:
+        for future in self._closing:
+            future.result()
+        self._closing.clear()
+
+    def _untracked(self) -> list[tuple[Trial, dict[str, Any]]]:
+        """Trials that are done, of which MLflow has not had everything."""
+        untracked = [trial for trial in self._trials.values() if not (self.folder(trial) / TRACKED).exists()]
+        return [(trial, summary) for trial in untracked if (summary := self.summary(trial)) is not None]
 
     def _fail(self, trial: Trial, why: str) -> None:
         self._fractions[trial.name] = 1.0
@@ -206,7 +229,7 @@ class SweepLog(tune.Callback):
             return
         self.failures.setdefault(trial.name, why)
         say(f"  {trial.name} failed: {self.failures[trial.name]}")
-        self._closing.append(self._closers.submit(log.close, "FAILED"))
+        self._close(log.close, "FAILED")
 
     def _note_best(self, trial: Trial, summary: dict[str, Any]) -> None:
         if trial.purpose == "test" and not summary["diverged"]:
@@ -261,8 +284,8 @@ class _TrialLog:
         share = (reading - before[self._axis]) / (point[self._axis] - before[self._axis])
         return before["val_loss"] + share * (point["val_loss"] - before["val_loss"])
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Send what is known only now, and close."""
+    def finish(self, summary: dict[str, Any], seconds: float) -> bool:
+        """Send what is known only now, and close; whether MLflow has had everything."""
         for point in summary["val_curve"]:  # of a trial that ended before its driver's death
             self.point(point)
         for point in summary["annealed"]:
@@ -271,12 +294,14 @@ class _TrialLog:
         self._tracker.tag("diverged", str(summary["diverged"]).lower())
         self._tracker.artifact(self._folder / SUMMARY)
         self._tracker.artifact(self._folder / SPEC)
-        if self._tracker.close("FINISHED", CLOSING_SECONDS):
+        taken = self._tracker.close("FINISHED", seconds)
+        if taken:
             (self._folder / TRACKED).touch()
+        return taken
 
-    def close(self, status: Status) -> None:
-        """End the run for now."""
-        self._tracker.close(status, CLOSING_SECONDS)
+    def close(self, status: Status, seconds: float) -> bool:
+        """End the run for now; whether MLflow has had everything."""
+        return self._tracker.close(status, seconds)
 
 
 def _spec_text(trial: Trial) -> str:

@@ -18,6 +18,7 @@ from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, value_of
 from esper.policies.arms import ALIASES, ARMS, ArmInputs
 from esper.policies.named_schedules import NAMED
+from esper.workers.tolaria.rate import rate, stable_rate
 
 Purpose = Literal["rates", "tuning", "test"]
 
@@ -205,11 +206,14 @@ def parse_grid(grids: Sequence[str], spec: RunSpec) -> list[Point]:
     return [Point(index, values, spec.overridden(values)) for index, values in enumerate(points)]
 
 
-def static_spec(spec: RunSpec, size: int, rate: float | None = None) -> RunSpec:
-    """With so many layers from the start, and a rate that does not depend on them, where one is given."""
-    return _born(
-        spec, {"host.n_layer": size, "host.layers": None, **({} if rate is None else constant_rate(spec, rate))}
-    )
+def static_spec(spec: RunSpec, size: int, constant: float | None = None) -> RunSpec:
+    """With so many layers from the start, and a stable rate that is the same at every size, where one is given."""
+    values: dict[str, Any] = {"host.n_layer": size, "host.layers": None}
+    if constant is not None:
+        values["optimizer.learning_rate"] = constant
+        values["optimizer.rate_exponent"] = 0.0
+        values["optimizer.rate_max"] = max(constant, spec.optimizer.rate_max)
+    return _born(spec, values)
 
 
 def final_spec(spec: RunSpec, shape: Sequence[dict[str, Any]]) -> RunSpec:
@@ -219,22 +223,13 @@ def final_spec(spec: RunSpec, shape: Sequence[dict[str, Any]]) -> RunSpec:
 
 def lrpath_spec(spec: RunSpec, size: int, curve: Iterable[dict[str, float]]) -> RunSpec:
     """A static size under the stable rate that a run had (its summary's `val_curve`), read at its decisions."""
-    optimizer = spec.optimizer
-    path = [
-        [point["budget_fraction"], point["learning_rate"]]
-        for point in curve
-        if optimizer.warmup <= point["budget_fraction"] <= optimizer.decay_from
-    ]
+    path = []
+    for point in curve:
+        fraction = point["budget_fraction"]
+        share = rate(spec.optimizer, fraction, 1) / stable_rate(spec.optimizer, 1)  # that warm-up and decay leave
+        if share > 0 and fraction >= spec.optimizer.warmup:
+            path.append([fraction, point["learning_rate"] / share])
     return _born(spec, {"host.n_layer": size, "host.layers": None, "optimizer.rate_path": path})
-
-
-def constant_rate(spec: RunSpec, rate: float) -> dict[str, Any]:
-    """A stable rate that is the same at every size, as dotted keys."""
-    return {
-        "optimizer.learning_rate": rate,
-        "optimizer.rate_exponent": 0.0,
-        "optimizer.rate_max": max(rate, spec.optimizer.rate_max),
-    }
 
 
 def with_cooldowns(spec: RunSpec) -> RunSpec:

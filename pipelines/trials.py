@@ -55,7 +55,11 @@ def run_trials(trials: Sequence[Trial], data: Path, log: SweepLog, *, fleet: Fle
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": fleet.cpus, "gpu": fleet.gpus}),
         param_space={"trial": tune.grid_search(list(by_name))},
-        tune_config=tune.TuneConfig(trial_name_creator=_name, trial_dirname_creator=_name),
+        tune_config=tune.TuneConfig(
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+            reuse_actors=True,  # to start a process and import torch takes seconds
+        ),
         run_config=tune.RunConfig(
             name=log.next_stage(),
             storage_path=str(log.out / "tune"),

@@ -61,13 +61,13 @@ class Verdict:
 
     Attributes:
         grid: the grid point, JSON text.
-        axis: the budget's axis.
+        axis: the budget's axis, as it was given: one of AXES, or steps.
         amount: the budget, in that axis's unit.
         size: layers of the static size that stands for the envelope at equal budget; None without static runs.
         schedule: label of the best fixed schedule; None without one.
         criteria: Mechanics, Efficiency, Transfer.
         rows: a row per label, statics first.
-        claims: each grown arm against each opponent on each axis.
+        claims: each grown arm, and each random control, against each opponent on each axis.
         caveats: what the data cannot say; each withholds the efficiency verdict.
         envelope: the static envelope on each axis, from low to high cost.
     """
@@ -113,7 +113,7 @@ def judge(tables: Tables, point: dict[str, Any], *, sweep: dict[str, Any]) -> Ve
     )
     return Verdict(
         grid=point["grid"],
-        axis=bench.axis,
+        axis=point["budget"]["axis"],
         amount=bench.amount,
         size=bench.size,
         schedule=bench.schedule,

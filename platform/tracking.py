@@ -7,21 +7,13 @@ tracker does nothing from then on.
 With a journal nothing is lost: each point is first a line in a file, the thread tries for as long as the tracker is
 open, and the next tracker of the same run sends the whole file again. A point carries its own time stamp, so the SQL
 stores of MLflow have it once however often it comes.
-
-The store is `MLFLOW_TRACKING_URI`, or else `mlflow.db` in the working directory with its artifacts in `mlruns/` beside
-it. Where the working directory does not last (`ray job submit --working-dir`), set `MLFLOW_TRACKING_URI`.
 """
 
-import functools
 import json
 import logging
-import os
 import re
-import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,27 +22,31 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from esper.platform.console import say
-from esper.platform.storage import locked
 from esper.platform.tracking_journal import Journal, Point
+from esper.platform.tracking_store import (
+    KEY,
+    MODEL,
+    connect,
+    experiment_of,
+    is_server,
+    log_artifact,
+    probe,
+    reason,
+    register_model,
+    run_with_key,
+    shown,
+    tracking_uri,
+    ui_command,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Experiment
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Job = Callable[["MlflowClient", str], object]  # does its one thing with the client and the run's id
 
-# Read by MLflow when it is imported; what the user has set stays.
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # its retries take minutes and warn each time: the thread has its own
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # no "Creating initial MLflow database tables..."
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-PROBE_SECONDS = 5  # a server that does not answer its health page by then is not there
 READY_SECONDS = 60  # the longest that anyone waits for the first try to connect: MLflow's import, a first migration
 RETRY_SECONDS = 60  # a server that restarts in mid-run has this long, where there is no journal
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10  # between two tries, doubling
@@ -58,9 +54,6 @@ CLOSE_SECONDS = 30
 WATCH_SECONDS = 10  # between two looks at whether MLflow still watches the machine
 VALUE_LENGTH, TAG_LENGTH, KEY_LENGTH, PARAMS_A_BATCH = 6000, 8000, 250, 100  # MLflow's own limits
 METRICS_A_BATCH, DIGEST_LENGTH = 1000, 36  # likewise
-MODEL = "model"  # the artifact folder of what is registered
-
-KEY = "esper.key"  # a tag
 
 _already_said: set[str] = set()  # stores whose absence was reported: once a process, not once a trial
 _outages: dict[str, "_Outage"] = {}  # by store, of trackers with a journal
@@ -167,7 +160,7 @@ class Tracker:
 
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Keep a file, or a folder's files, with the run, under `folder` there; it must stay in place until `close`."""
-        self._put(lambda client, run_id: _log_artifact(client, run_id, Path(path), folder))
+        self._put(lambda client, run_id: log_artifact(client, run_id, Path(path), folder))
 
     def tag(self, key: str, value: object) -> None:
         """Set a tag that is known only now, such as the outcome."""
@@ -202,14 +195,14 @@ class Tracker:
         labels = {key: str(value) for key, value in (tags or {}).items()}
 
         def job(client: "MlflowClient", run_id: str) -> None:
-            if not _log_artifact(client, run_id, Path(folder), MODEL):
+            if not log_artifact(client, run_id, Path(folder), MODEL):
                 return
             try:
-                _register(client, run_id, model_name, labels)
+                register_model(client, run_id, model_name, labels)
             except Exception as error:
                 if not _is_final(error):
                     raise
-                say(f"MLflow could not register {model_name} ({_reason(error)}): its files lie with the run instead.")
+                say(f"MLflow could not register {model_name} ({reason(error)}): its files lie with the run instead.")
 
         self._put(job)
 
@@ -299,12 +292,12 @@ class Tracker:
         """Import MLflow, find the store, make experiment and run; what a try before this one did is gone on with."""
         probe(self.uri)
         client = connect(self.uri)
-        group = _experiment(client, experiment, self.uri)
+        group = experiment_of(client, experiment, self.uri)
         self._experiment_id = group.experiment_id
         if group.lifecycle_stage == "deleted":
             raise _Deleted(group)
         tags = tags | ({KEY: key} if key is not None else {})
-        before = _found(client, group.experiment_id, key) if key is not None else None
+        before = run_with_key(client, group.experiment_id, key) if key is not None else None
         if before is None:
             run = client.create_run(group.experiment_id, start_time=began, tags=tags, run_name=name)
         else:
@@ -457,7 +450,7 @@ class Tracker:
             )
             return
         say(
-            f"MLflow at {shown(self.uri)} cannot be used ({_reason(error)}): the run goes on without tracking; check "
+            f"MLflow at {shown(self.uri)} cannot be used ({reason(error)}): the run goes on without tracking; check "
             "MLFLOW_TRACKING_URI, or unset it for a local file."
         )
 
@@ -493,7 +486,7 @@ class _Outage:
                 return
             self._down = True
         say(
-            f"MLflow at {shown(self._uri)} takes nothing at the moment ({_reason(error)}): the run goes on, and what "
+            f"MLflow at {shown(self._uri)} takes nothing at the moment ({reason(error)}): the run goes on, and what "
             "is kept in its journal is sent later."
         )
 
@@ -511,13 +504,6 @@ def new_key() -> str:
     return uuid.uuid4().hex
 
 
-def tracking_uri() -> str:
-    """Where runs are kept: `MLFLOW_TRACKING_URI`, else an SQLite file in the working directory; files absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    file = sqlite_file(uri)
-    return f"sqlite:///{file.resolve()}" if file else uri
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested mappings as dotted keys and texts, cut to what MLflow takes; other values than texts as JSON."""
     flat: dict[str, str] = {}
@@ -531,102 +517,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def probe(uri: str) -> None:
-    """Find out quickly whether a server answers; any answer will do, MLflow judges the rest."""
-    if is_server(uri):
-        health = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health"
-        try:
-            urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError as answer:
-            answer.close()
-        except urllib.error.URLError as error:
-            raise error.reason if isinstance(error.reason, OSError) else error from None
-
-
-def connect(uri: str) -> "MlflowClient":
-    """A client whose store exists: the first to come makes an SQLite file's tables, the others wait for it.
-
-    They are made beside the file's place and renamed: MLflow cannot use a store that was killed while it made them.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    file = sqlite_file(uri)
-    if file is None:  # other stores look after themselves
-        return MlflowClient(uri)
-    with locked(file.with_name(f"{file.name}.lock")):
-        if not file.exists():
-            partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
-            MlflowClient(f"sqlite:///{partial}")
-            partial.rename(file)
-        return MlflowClient(uri)
-
-
-def _experiment(client: "MlflowClient", name: str, uri: str) -> "Experiment":
-    """The experiment, which another process may be making at the same time."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        file = sqlite_file(uri)
-        folder = re.sub(r"[^\w\-.]", "_", name)
-        try:
-            made = client.create_experiment(name, (file.parent / "mlruns" / folder).as_uri() if file else None)
-            return client.get_experiment(made)
-        except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    return found
-
-
-def _found(client: "MlflowClient", experiment: str, key: str) -> "Run | None":
-    """The run with a key: the older one, should two processes have made it at once."""
-    runs = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1, order_by=["start_time ASC"])
-    return runs[0] if runs else None
-
-
-def _log_artifact(client: "MlflowClient", run_id: str, source: Path, folder: str | None) -> bool:
-    """Keep a file, or a folder's files; False, and a sentence, where they cannot be read or kept."""
-    try:
-        if source.is_dir():
-            client.log_artifacts(run_id, str(source), folder)
-        else:
-            client.log_artifact(run_id, str(source.resolve(strict=True)), folder)
-    except FileNotFoundError:
-        say(f"MLflow artifact {source} is not there any more and was left out.")
-    except PermissionError as error:
-        say(f"MLflow artifact {source} cannot be kept ({error.filename}: {error.strerror}) and was left out.")
-    else:
-        return True
-    return False
-
-
-def _register(client: "MlflowClient", run_id: str, name: str, tags: dict[str, str]) -> None:
-    """Make the run's model folder a version of a registered model, or give its version the tags."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    before = client.search_model_versions(f"name = '{name}' AND run_id = '{run_id}'", max_results=1)
-    if before:
-        for key, value in tags.items():
-            client.set_model_version_tag(name, before[0].version, key, value)
-        return
-    source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL}"
-    client.create_model_version(name, source, run_id, tags, await_creation_for=0)
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The file of an `sqlite:///` store."""
-    path = uri.removeprefix("sqlite:///").split("?")[0]
-    return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
-
-
 def _is_final(error: Exception) -> bool:
     """Whether to ask again would be refused again: the request or the address was wrong, or the run is gone."""
     if isinstance(error, (_Deleted, ImportError, TypeError, AttributeError)):
@@ -637,49 +527,6 @@ def _is_final(error: Exception) -> bool:
     return 400 <= status < 500 and status not in (408, 429)
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, short and without a password: the bottom of requests' long tale, or else the first line."""
-    text = str(error).strip() or type(error).__name__
-    bottom = re.search(r"\[Errno -?\d+\] ([\w ]+)|(?i:read )?timed out", text) if "HTTPConnectionPool" in text else None
-    line = (bottom[1] or "timed out") if bottom else re.sub(r"^\[Errno -?\d+\] ", "", text.splitlines()[0])
-    return shown(line)[:200].rstrip(".: ")
-
-
-def is_server(uri: str) -> bool:
-    """Whether a store is a tracking server."""
-    return uri.startswith(("http://", "https://"))
-
-
-def ui_command(uri: str) -> str:
-    """What shows a store that has no server."""
-    return f"mlflow ui --backend-store-uri {shown(uri)} --host 127.0.0.1"
-
-
-def shown(uri: str) -> str:
-    """A store's address without the password that may be in it."""
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of this clone, with `-dirty` where files differ from it; None where the code is in no clone."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed package may lie in a clone of something else
-        head, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{head}-dirty" if changes else head
-
-
 def milliseconds() -> int:
     """Now, as MLflow counts."""
     return int(time.time() * 1000)
-
-
-_sqlite_file, _shown, _probe = sqlite_file, shown, probe  # as pipelines/report_store.py still calls them

@@ -287,7 +287,7 @@ def test_the_page_refers_to_nothing_outside(made: Made, reading: Reading):
 
 
 def test_the_page_shows_every_label_seed_and_caveat(made: Made, store: Store, reading: Reading):
-    shown = " ".join(" ".join(reading.texts).split())
+    shown = " ".join("".join(reading.texts).split())
     [verdict] = made.json["verdicts"]
     assert verdict["caveats"]  # 3 test seeds
     for text in (*store.logged.sweep["arms"], *verdict["caveats"], *(c["outcome"] for c in verdict["criteria"])):

@@ -1,47 +1,279 @@
-"""`esper sweep` end to end on a real Ray cluster with Tune, and what MLflow shows of it."""
+"""`esper sweep` end to end on real Ray clusters with Tune and a real MLflow store: stages, deaths, resuming, bad input."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from esper.pipelines import sweep
+from mlflow import MlflowClient
 
-ARMS = ["--arms", "baseline,random", "--seeds", "2"]
+from esper.pipelines import report, sweep
+from esper.platform.tracking import Tracker
+from tests.mlflow_servers import free_port, mlflow_server
+
+ROOT = Path(__file__).parents[2]
+ARMS = "static,onejump,gradual,tamiyo,random,static_final:onejump,static_lrpath:onejump"
 
 
-def test_a_sweep_leaves_summaries_picture_table_and_child_runs(tiny, client, tmp_path, capfd):
+def states(out: Path) -> dict:
+    return json.loads((out / "sweep.json").read_text())
+
+
+def children(client, out: Path) -> list:
+    """The sweep's trials in MLflow."""
+    store = client()
+    experiment = store.get_experiment_by_name("esper-tinystories").experiment_id
+    parents = store.search_runs([experiment], f"tags.`esper.key` = '{json.loads((out / 'plan.json').read_text())['key']}'")
+    assert len(parents) == 1
+    return store.search_runs([experiment], f"tags.mlflow.parentRunId = '{parents[0].info.run_id}'")
+
+
+def check_tracked(client, out: Path) -> None:
+    """Exactly the planned runs, all finished, every point once."""
+    planned = states(out)["trials"]
+    runs = children(client, out)
+    assert sorted(run.info.run_name for run in runs) == sorted(planned)
+    store = client()
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        summary = json.loads((out / "trials" / run.info.run_name / "summary.json").read_text())
+        for key in ("val_loss", "parameter_seconds", "learning_rate"):
+            points = {point.step: point.value for point in store.get_metric_history(run.info.run_id, key)}
+            assert len(store.get_metric_history(run.info.run_id, key)) == len(points) == len(summary["val_curve"])
+            assert points == {int(p["steps"]): pytest.approx(p[key]) for p in summary["val_curve"]}
+        grid = store.get_metric_history(run.info.run_id, "grid/val_loss")
+        assert [point.step for point in grid] == list(range(9))
+
+
+def test_every_stage(tiny, client, tmp_path, capfd):
     out = tmp_path / "sweep"
-    assert sweep.main([*ARMS, *tiny, "--out", str(out)]) == 0
-    summaries = json.loads((out / "summary.json").read_text())
-    assert [(s["arm"], s["seed"]) for s in summaries] == [("static", 0), ("static", 1), ("random", 0), ("random", 1)]
-    assert summaries[2]["grafts"]
-    # Arms are paired: equal seeds see the same batches and start from the same weights.
-    assert summaries[0]["val_curve"][0]["val_loss"] == summaries[2]["val_curve"][0]["val_loss"]
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    flags = ["--arms", ARMS, "--sizes", "1,2", "--seeds", "2", "--tuning-seeds", "1", "--tune-lr"]
+    assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
     printed = capfd.readouterr().err
-    assert "val loss" in printed
-    assert "random" in printed
+    for part in ("rates  ", "tuning ", "test   ", "follow ", "done", "left", "mean loss so far", "viewStateShareKey"):
+        assert part in printed
     assert "WARNING" not in printed
 
-    store = client()
-    children = [store.get_run(s["mlflow"]) for s in summaries]
-    parents = {run.data.tags["mlflow.parentRunId"] for run in children}
-    assert len(parents) == 1
-    assert store.get_run(parents.pop()).data.tags["kind"] == "sweep"
-    for run, summary in zip(children, summaries, strict=True):
-        assert (run.data.tags["arm"], run.data.tags["seed"]) == (summary["arm"], str(summary["seed"]))
-        assert run.info.status == "FINISHED"
-        assert len(store.get_metric_history(run.info.run_id, "val_loss")) == summary["decisions"]
-        assert run.data.metrics["parameter_seconds"] == pytest.approx(summary["parameter_seconds"])
+    found = states(out)
+    point = found["points"][0]
+    assert {trial["status"] for trial in found["trials"].values()} == {"done"}
+    assert point["size"] in (1, 2)
+    assert point["schedule"] in ("onejump", "gradual")
+    assert set(point["rates"]) == {"1", "2"}
+    tests = [trial for trial in found["trials"].values() if trial["purpose"] == "test"]
+    assert Counter(trial["label"] for trial in tests) == dict.fromkeys(
+        [
+            "static-1",
+            "static-2",
+            "onejump",
+            "gradual",
+            "tamiyo",
+            "random:tamiyo",
+            "static_final:onejump",
+            "static_lrpath:onejump",
+        ],
+        2,
+    )
+    summaries = {(s["arm"], s["seed"]): s for s in json.loads((out / "summary.json").read_text())}
+    for seed in (0, 1):
+        # Arms are paired: equal seeds see the same batches and start from the same weights.
+        first = {s["val_curve"][0]["val_loss"] for (arm, s_seed), s in summaries.items() if s_seed == seed and s["layers"] == 1}
+        assert len(first) <= 1
+        assert summaries["static_final:onejump", seed]["shape"] == summaries["onejump", seed]["shape"]
+        assert summaries["static_lrpath:onejump", seed]["layers"] == point["size"]
+        grafted = [graft["blueprint"] for graft in summaries["tamiyo", seed]["grafts"]]
+        assert sorted(g["blueprint"] for g in summaries["random:tamiyo", seed]["grafts"]) == sorted(grafted)
+        assert len(summaries["static-1", seed]["annealed"]) == 2
+
+    check_tracked(client, out)
+    runs = children(client, out)
+    by_name = {run.info.run_name: run for run in runs}
+    run = by_name["static_final.of.onejump-seed1"]
+    assert {key: run.data.tags[key] for key in ("arm", "label", "size", "seed", "purpose", "grid", "preset")} == {
+        "arm": "static_final",
+        "label": "static_final:onejump",
+        "size": str(summaries["onejump", 1]["layers"]),
+        "seed": "1",
+        "purpose": "test",
+        "grid": "{}",
+        "preset": "tiny",
+    }
+    assert len({key for run in runs for key in run.data.metrics}) <= 25
+    assert run.inputs.dataset_inputs
+    artifacts = {entry.path for entry in client().list_artifacts(run.info.run_id)}
+    assert artifacts == {"summary.json", "spec.json"}
+    parent = run.data.tags["mlflow.parentRunId"]
+    assert client().get_run(parent).data.tags["kind"] == "sweep"
+    assert {entry.path for entry in client().list_artifacts(parent)} >= {"spec.json", "sweep.json", "report"}
+
+    assert (out / "report" / "report.html").is_file()
+    tables = report.load("esper-tinystories")
+    assert set(tables.finals["label"]) == {trial["label"] for trial in found["trials"].values()}
+
+    # Nothing is left to do: a resume runs nothing, and doubles nothing.
+    before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")}
+    assert sweep.main(["--resume", str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")} == before
+    check_tracked(client, out)
 
 
-def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, tmp_path, capfd):
+def test_a_grid_compares_at_each_point(tiny, client, tmp_path):
+    out = tmp_path / "sweep"
+    flags = ["--arms", "static,onejump", "--grid", "budget.amount=24,40", "--grid", "host.n_head=1,2"]
+    assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
+    found = states(out)
+    assert len(found["points"]) == 4
+    assert len(found["trials"]) == 8
+    runs = children(client, out)
+    assert Counter(run.data.tags["grid"] for run in runs) == dict.fromkeys([p["grid"] for p in found["points"]], 2)
+    steps = {run.data.tags["grid"]: run.data.metrics["steps"] for run in runs}
+    assert all(steps[grid] == json.loads(grid)["budget.amount"] for grid in steps)
+
+
+def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, client, tmp_path, capfd):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps([{"at": 0.5, "blueprint": "ffn", "site": "h7.ffn"}]))
     out = tmp_path / "sweep"
-    assert sweep.main(["--arms", "static,schedule", "--schedule", str(plan), *tiny, "--out", str(out)]) == 1
-    assert [s["arm"] for s in json.loads((out / "summary.json").read_text())] == ["static"]
-    assert "failed  schedule-seed0" in capfd.readouterr().err
+    flags = ["--arms", "static,schedule,static_final:schedule", "--schedule", str(plan)]
+    assert sweep.main([*flags, *tiny, "--out", str(out)]) == 1
+    assert [s["arm"] for s in json.loads((out / "summary.json").read_text())] == ["static-1"]
+    printed = capfd.readouterr().err
+    assert "failed  schedule-seed0: unknown site for ffn in the schedule 'h7.ffn'" in printed
+    assert "failed  static_final:schedule, seed 0: schedule has no sound run of this seed to follow" in printed
+    assert {run.info.run_name: run.info.status for run in children(client, out)} == {
+        "static-1-seed0": "FINISHED",
+        "schedule-seed0": "FAILED",
+    }
+    plan.write_text("[]")  # mended: the resumed sweep runs what is missing
+    assert sweep.main(["--resume", str(out)]) == 0
+    assert sorted(run.info.run_name for run in children(client, out)) == [
+        "schedule-seed0",
+        "static-1-seed0",
+        "static_final.of.schedule-seed0",
+    ]
+
+
+def command(out: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "pipelines" / "sweep.py"), *flags],
+        stderr=(out.parent / "stderr").open("a"),
+        start_new_session=True,
+    )
+
+
+def wait_for(what, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def longer(tiny):
+    """Trials that take a few seconds."""
+    return [*tiny, "--set", "budget.amount=6000"]
+
+
+def test_deaths_of_a_trial_and_of_the_driver(longer, client, tmp_path):
+    out = tmp_path / "sweep"
+    flags = ["--arms", "static,onejump", "--seeds", "2"]
+    process = command(out, *flags, *longer, "--out", str(out))
+    try:
+        wait_for(lambda: len(trial_processes(process.pid)) > 0 and list(out.glob("saves/*/*/*")))
+        os.kill(trial_processes(process.pid)[0], signal.SIGKILL)
+        wait_for(lambda: list(out.glob("trials/*/summary.json")))
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert 0 < len(list(out.glob("trials/*/summary.json"))) < 4
+    assert sweep.main(["--resume", str(out)]) == 0
+    assert {trial["status"] for trial in states(out)["trials"].values()} == {"done"}
+    check_tracked(client, out)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(longer, client, tmp_path):
+    out = tmp_path / "sweep"
+    process = command(out, "--arms", "static,tamiyo", *longer, "--out", str(out))
+    wait_for(lambda: list(out.glob("saves/*/*/*")))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert f"go on with: esper sweep --resume {out}" in (tmp_path / "stderr").read_text()
+    assert sweep.main(["--resume", str(out)]) == 0
+    check_tracked(client, out)
+
+
+def test_a_server_that_is_killed_in_mid_sweep(longer, tmp_path, monkeypatch):
+    folder = tmp_path / "server"
+    folder.mkdir()
+    out = tmp_path / "sweep"
+    with mlflow_server(folder, f"sqlite:///{folder}/server.db") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        process = command(out, "--arms", "static,onejump", *longer, "--out", str(out))
+        try:
+            wait_for(lambda: list(out.glob("saves/*/*/*")))
+            server.kill()
+            time.sleep(20)
+            server.start()
+            assert process.wait(240) == 0
+        finally:
+            process.kill()
+        check_tracked(lambda: MlflowClient(server.uri), out)
+        printed = (tmp_path / "stderr").read_text()
+        assert printed.count("takes nothing at the moment") == printed.count("is back") == 1
+        assert f"compare: {server.uri}" in printed
+
+
+def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    out = tmp_path / "sweep"
+    assert sweep.main(["--arms", "static", *tiny, "--out", str(out)]) == 0
+    printed = capfd.readouterr().err
+    assert f"send the rest with: esper sweep --resume {out}" in printed
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert sweep.main(["--resume", str(out)]) == 0
+    check_tracked(lambda: MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), out)
+
+
+def test_a_gardener_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_path):
+    out = tmp_path / "sweep"
+    flags = ["--arms", "static,ppo,openloop,static_final:ppo", "--sizes", "1,2,3", "--tuning-seeds", "1"]
+    ppo = [flag for key in ("iterations=2", "decisions=64", "minibatch=32", "hidden=8") for flag in ("--set", f"ppo.{key}")]
+    assert sweep.main([*flags, "--train-on", "laws", *ppo, *tiny, "--out", str(out)]) == 0
+    found = states(out)
+    assert found["gardener"]["trained_on"] == "laws"
+    tuned = [s for name, s in read_summaries(out) if name.startswith("static") and name.endswith("2000000")]
+    assert found["gardener"]["parameter_seconds"] == pytest.approx(sum(s["parameter_seconds"] for s in tuned))
+    laws = json.loads((out / "ppo" / "spec.json").read_text())["laws"]
+    assert laws["floor"] != [0.3, 0.3]
+    assert {trial["label"] for trial in found["trials"].values()} >= {"ppo", "openloop", "static_final:ppo"}
+    versions = client().search_model_versions("name = 'esper-gardener-tiny'")
+    assert len(versions) == 1
+    assert sweep.main(["--resume", str(out)]) == 0
+    assert len(client().search_model_versions("name = 'esper-gardener-tiny'")) == 1
+
+
+def read_summaries(out: Path) -> list[tuple[str, dict]]:
+    return [(path.parent.name, json.loads(path.read_text())) for path in out.glob("trials/*/summary.json")]
+
+
+def trial_processes(driver: int) -> list[int]:
+    """Ray's processes in which a trial runs."""
+    import psutil
+
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if process.cmdline()[:1] == ["ray::ImplicitFunc.train"] or "ImplicitFunc" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
 
 
 @pytest.mark.parametrize(
@@ -51,10 +283,40 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, tmp_path, capfd)
         (["--arms", "static,tamio"], "Did you mean 'tamiyo'"),
         (["--arms", "schedule"], "needs a schedule"),
         (["--arms", "ppo", "--policy", "/nowhere"], "policy /nowhere"),
+        (["--arms", "static,openloop"], "give --policy CHECKPOINT"),
+        (["--arms", "static,static_final"], "names none: add one"),
         (["--seeds", "0"], "--seeds 0"),
+        (["--tune-lr", "--tuning-seeds", "0"], "--tuning-seeds is 0: give at least 1"),
+        (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as --sizes 1,2,4"),
+        (["--grid", "budget.amont=1,2"], "budget.amont"),
+        (["--sizes", "one"], "--sizes 'one'"),
+        (["--resume", "/nowhere"], "--resume takes everything from /nowhere"),
     ],
 )
 def test_bad_input(tiny, tmp_path, capfd, arguments, sentence):
     assert sweep.main([*tiny, *arguments, "--out", str(tmp_path / "out")]) == 2
     assert sentence in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_resuming_what_is_no_sweep_or_another_one(tiny, tmp_path, capfd):
+    assert sweep.main(["--resume", str(tmp_path / "none")]) == 2
+    assert "--resume" in capfd.readouterr().err
+    out = tmp_path / "sweep"
+    assert sweep.main(["--arms", "static", *tiny, "--out", str(out)]) == 0
+    spec = json.loads((out / "spec.json").read_text())
+    spec["data"]["batch_size"] += 1
+    (out / "spec.json").write_text(json.dumps(spec))
+    assert sweep.main(["--resume", str(out)]) == 2
+    assert "holds a run of another spec" in capfd.readouterr().err
+
+
+def test_an_experiment_that_was_deleted(tiny, client, tmp_path, capfd):
+    with Tracker.start("esper-tinystories", "first"):
+        pass
+    store = client()
+    store.delete_experiment(store.get_experiment_by_name("esper-tinystories").experiment_id)
+    out = tmp_path / "sweep"
+    assert sweep.main(["--arms", "static", *tiny, "--out", str(out)]) == 0  # the results are kept all the same
+    assert "mlflow experiments restore" in capfd.readouterr().err
+    assert (out / "summary.json").is_file()

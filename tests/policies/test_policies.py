@@ -10,6 +10,7 @@ from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
 from esper.policies.arms import ALIASES, ARMS, ArmInputs, arm_name, make_policy
+from esper.policies.named_schedules import NAMED
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.static import StaticPolicy
@@ -73,6 +74,14 @@ def test_schedule_grafts_when_and_where_it_says(spec):
     slice_ = 1 / spec.budget.decisions
     for graft, at in zip(grafts, (0.15, 0.15 + slice_, 0.4), strict=True):
         assert at <= graft["budget_fraction"] + 1e-3 < at + 2 * slice_
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_schedules_graft_all_that_they_name(spec, name):
+    grafts = play(spec, make_policy(name, ArmInputs(blueprints=tuple(spec.growth.blueprints))))["grafts"]
+    assert [graft["blueprint"] for graft in grafts] == [entry.blueprint for entry in NAMED[name]]
+    with pytest.raises(UserError, match=f"blueprint in arm '{name}'"):
+        make_policy(name, ArmInputs(blueprints=("expert",)))
 
 
 @pytest.mark.parametrize(
