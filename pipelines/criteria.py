@@ -13,6 +13,11 @@ from esper.pipelines.opponents import ENVELOPE, FINAL_SIZE, SCHEDULE, Bench, bes
 
 SEEDS = 5  # test seeds that a verdict needs at least
 UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less
+OPPONENTS_TOLD = {
+    FINAL_SIZE: "a static one of its final size",
+    ENVELOPE: "the best static size",
+    SCHEDULE: "the best fixed schedule",
+}
 NAMED = 5  # trials without a result that a caveat names one by one
 
 
@@ -59,18 +64,20 @@ def _few_seeds(sweep: dict[str, Any]) -> str | None:
 def _edge(bench: Bench, sweep: dict[str, Any]) -> str | None:
     tried = sorted(sweep["sizes"])
     found = {"chosen": bench.size, "best on the test seeds": best(bench.statics)}
-    edge = [f"{size} ({how})" for how, size in found.items() if size is not None and size in (tried[0], tried[-1])]
-    if not edge:
+    hows: dict[int, list[str]] = {}
+    for how, size in found.items():
+        if size is not None and size in (tried[0], tried[-1]):
+            hows.setdefault(size, []).append(how)
+    if not hows:
         return None
+    edge = ", ".join(f"{size} ({' and '.join(how)})" for size, how in hows.items())
     sizes = ", ".join(map(str, tried))
-    return (
-        f"The best static size, {', '.join(edge)}, is at the edge of those tried ({sizes}): one beyond may be better."
-    )
+    return f"The best static size, {edge}, is at the edge of those tried ({sizes}): one beyond may be better."
 
 
 def _outside(bench: Bench, interior: list[float] | None) -> str | None:
     if interior is None:
-        return "The preset does not say on which budgets its best static size is an interior one."
+        return "The preset does not say on which budgets its best static size is neither the smallest nor the largest."
     low, high = interior
     if low <= bench.amount <= high:
         return None
@@ -187,19 +194,15 @@ def _found(bench: Bench, own: dict[str, list[Claim]], winners: list[str]) -> str
     else:
         found = "no grown arm ends lower than all of its opponents"
     numbers = [_number(claim) for claim in own[first]]
-    lead = "" if winners == [first] else f"; the best-placed arm is {first}"
-    return f"at {bench.budget} {found}{lead}: {', '.join(numbers)}."
+    whose = "its" if winners == [first] else f"the best-placed arm is {first}, whose"
+    return f"at {bench.budget} {found}; {whose} final loss minus that of {', minus that of '.join(numbers)}."
 
 
 def _number(claim: Claim) -> str:
-    """`+0.0030 [-0.0100, +0.0160] nats to the best static size (static-2)`."""
-    who = {
-        FINAL_SIZE: "a static one of its final size",
-        ENVELOPE: "the best static size",
-        SCHEDULE: "the best fixed schedule",
-    }[claim.opponent]
-    who += f" ({claim.against})" if claim.against else ""
-    return f"{in_words(claim.interval)} nats to {who}" if claim.interval else f"no interval to {who}"
+    """`the best static size (static-2) is +0.0030 [-0.0100, +0.0160] nats`."""
+    who = OPPONENTS_TOLD[claim.opponent]
+    against = f" ({claim.against})" if claim.against else ""
+    return f"{who}{against} {f'is {in_words(claim.interval)} nats' if claim.interval else 'is not known'}"
 
 
 def _standing(claims: list[Claim]) -> str:

@@ -36,7 +36,7 @@ class Bench:
 
     def __init__(self, runs: Sequence[TrialRun], point: dict[str, Any]) -> None:
         self.runs = runs
-        axis, self.amount = point["budget"]["axis"], float(point["budget"]["amount"])
+        axis, self.amount = str(point["budget"]["axis"]), float(point["budget"]["amount"])
         self.axis = EQUAL_COST.get(axis, axis)
         self.budget = f"{self.amount:,.10g} {axis.replace('_', '-')}"
         self.test = _by_label(runs, "test")

@@ -26,7 +26,7 @@ AXIS_NAMES = {
     "steps": "steps",
 }
 QUESTIONS = {
-    "Mechanics": "Does growing itself do no harm?",
+    "Mechanics": "Is growing itself harmless?",
     "Efficiency": "At equal budget, does an arm that grows end lower than a static network of its final size, than the "
     "best static size, and than the best fixed schedule?",
     "Transfer": "Does what was learnt hold for another kind of network?",
@@ -171,7 +171,7 @@ def claims_table(section: Section) -> Table:
     cells: dict[str, dict[str, dict[str, Cell]]] = {}
     for claim in section.verdict.claims:
         text, pairs = (str(claim.interval), f", n = {claim.seeds}") if claim.interval else ("", "")
-        cell = Cell(text, claim.outcome, f"{claim.against}{pairs}" if claim.against else "")
+        cell = Cell(text, claim.outcome, f"{claim.against}{pairs}" if claim.against else claim.reason)
         cells.setdefault(claim.arm, {}).setdefault(claim.opponent, {})[claim.axis] = cell
     rows = [
         (Cell(arm), Cell(opponent), *(by_axis.get(axis, Cell(NONE)) for axis in AXES))

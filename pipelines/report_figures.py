@@ -120,12 +120,13 @@ def draw_losses(axes: Axes, section: Section, axis: str, styles: dict[str, Look]
     """Mean annealed losses of each label against one cost, final losses of every seed, and the envelope of statics."""
     curves = section.test("curves")
     annealed = curves[(curves["kind"] == "annealed") & curves["val_loss"].notna() & (curves[axis] > 0)]
-    finals = _ended(section)
+    finals, tops = _ended(section), []
     for label in section.labels:
         own, look = annealed[annealed["label"] == label].sort_values("budget_fraction"), styles[label]
         fork = (own["budget_fraction"].diff() > APART).cumsum()
         means = own.groupby(fork).agg({axis: lambda x: float(np.exp(np.log(x).mean())), "val_loss": "mean"})
         axes.plot(means[axis], means["val_loss"], color=look.color, linestyle=look.line, linewidth=1, zorder=2)
+        tops += means["val_loss"].tolist()
         ends = finals[finals["label"] == label]
         axes.scatter(ends[axis], ends["val_loss"], s=16, linewidth=0.9, zorder=4, **look.points)
     _draw_envelope(axes, section.verdict.envelope.get(axis, ()))
@@ -137,7 +138,8 @@ def draw_losses(axes: Axes, section: Section, axis: str, styles: dict[str, Look]
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(visible=True)
     low, high = _span(finals[finals["label"].isin(_compared(section))]["val_loss"])
-    axes.set_ylim(low - 0.08 * (high - low), high + 0.6 * (high - low))  # above: where the curves come from
+    room = min(0.6 * (high - low), max([high, *tops]) - high)  # for where the curves come from
+    axes.set_ylim(low - 0.08 * (high - low), high + room + 0.08 * (high - low))
 
 
 def _draw_envelope(axes: Axes, points: Sequence[EnvelopePoint]) -> None:
@@ -151,7 +153,7 @@ def _draw_envelope(axes: Axes, points: Sequence[EnvelopePoint]) -> None:
 
 
 def _compared(section: Section) -> list[str]:
-    """The labels whose losses make the range: all but the static sizes, with the best of these; all where none grows."""
+    """The labels whose losses make the range: the best static size and all that are not static; all if none grows."""
     verdict = section.verdict
     kept = [row.label for row in verdict.rows if row.arm != "static" or row.size == verdict.size]
     return kept if any(row.arm != "static" for row in verdict.rows) else section.labels
@@ -198,7 +200,7 @@ def draw_differences(axes: Axes, section: Section, styles: dict[str, Look]) -> N
     axes.axvline(0, color=ENVELOPE, linewidth=1, linestyle=":", zorder=1)
     names = [row.label for row in rows]
     _draw_rows(axes, names, [styles[name] for name in names], dots, _compared_rows(section, rows), "+.3f")
-    axes.set_xlabel(f"difference to {envelope.label if envelope else 'static'} on the same seed (nats per token)")
+    axes.set_xlabel(f"loss minus that of {envelope.label if envelope else 'a static size'} on the same seed (nats)")
 
 
 def best_static(section: Section) -> ArmRow | None:
@@ -340,7 +342,8 @@ def _section_height(section: Section) -> float:
 
 def _draw_section(part: Any, section: Section, styles: dict[str, Look], colors: dict[str, str]) -> None:
     grown = section.grown()
-    part.suptitle(f"{section.title}; budget {section.budget}", x=0.01, ha="left", fontsize=12)
+    grid = f"{section.title}; " if section.verdict.grid != "{}" else ""
+    part.suptitle(f"{grid}budget {section.budget}", x=0.01, ha="left", fontsize=12)
     if grown:
         upper = _upper_height(section)
         above, below = part.subfigures(2, 1, height_ratios=(upper, _section_height(section) - upper))

@@ -78,7 +78,7 @@ p { margin: .4rem 0; max-width: 75ch; }
 .criterion { display: grid; grid-template-columns: 7.2rem 1fr; gap: 4px 16px; align-items: start; }
 .criterion + .criterion { border-top: 1px solid var(--line); padding-top: 16px; }
 .criterion .name { font-weight: 600; }
-.criterion p { margin: 0; }
+.criterion p { margin: .15rem 0 .3rem; }
 .criterion ul { margin: .5rem 0 0; padding-left: 1.1rem; color: var(--soft); font-size: .93rem; }
 .label { display: inline-block; padding: .05rem .55rem; border-radius: 99px; font-size: .8rem; font-weight: 600;
   white-space: nowrap; line-height: 1.5; }
@@ -150,7 +150,7 @@ def _verdict(section: Section) -> str:
     """Each criterion: what it asks, its outcome in a sentence, what withholds it, and the details folded away."""
     blocks = []
     for criterion in section.verdict.criteria:
-        withheld = f"<p>Withheld, because</p>{_list(criterion.withheld)}" if criterion.withheld else ""
+        withheld = f"<p>Withheld, because:</p>{_list(criterion.withheld)}" if criterion.withheld else ""
         details = _folded("In detail", _list(criterion.details)) if criterion.details else ""
         blocks.append(
             f'<div class="criterion"><div>{_label(criterion.outcome)}</div><div><div class="name">'
@@ -174,8 +174,8 @@ def _section(
         "<h3>Loss against cost</h3>",
         '<p class="soft">Only annealed losses: lines join the means of cooldown forks and of the run’s end, dots are '
         "final losses of every seed, the thick line is the lower envelope of the static sizes, dotted where some size "
-        "has no annealed loss at that cost (it may lie lower there). The range is that of the arms that grow and of the "
-        "best static size: what is higher is cut off.</p>",
+        "has no annealed loss at that cost (it may lie lower there). The range is that of the final losses, the worse "
+        "static sizes aside: what is higher is cut off.</p>",
         _loss_key(section, styles),
         '<div class="figures">',
         *(
@@ -208,7 +208,7 @@ def _section(
         _table(arm_table(section)),
         "<h3>Claims</h3>",
         '<p class="soft">Each arm’s loss minus its opponent’s at equal cost, paired by seed: negative is better. '
-        "“Better” is corrected for the number of arms (Holm).</p>",
+        "“Better” is corrected for the number of arms (Holm); random controls, which cannot win, are apart.</p>",
         _table(claims_table(section), "claims"),
     ]
     if (reasons := reasons_table(section)).rows:

@@ -85,13 +85,13 @@ class SweepLog(tune.Callback):
             UserError: its folder is of another spec.
         """
         folder = self.folder(trial)
+        if (folder / SPEC).is_file() and (folder / SPEC).read_text() != _spec_text(trial):
+            raise UserError(
+                f"{folder} holds a run of another spec than this sweep would do: the sweep was begun by another version "
+                "of Esper, or changed by hand; start another sweep."
+            )
         if not (folder / SUMMARY).is_file():
             return None
-        if (folder / SPEC).read_text() != _spec_text(trial):
-            raise UserError(
-                f"{folder} holds a run of another spec than this sweep would do: it was begun by another version, or "
-                "changed by hand; delete that folder, or start a sweep of its own."
-            )
         return read_json(folder / SUMMARY, str(folder / SUMMARY), "the summary of a trial")
 
     def missing(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -171,6 +171,10 @@ class SweepLog(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process has ended: without a summary it has failed."""
         self._fail(self._trials[trial.config["trial"]], "it ended without a summary")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Its process has died, and Tune is going to start it again."""
+        say(f"  {trial.config['trial']}: its process died; it is started again, from its last save")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It has died once too often."""

@@ -5,6 +5,7 @@ that dies is started again by Tune and goes on from its save, so does one whose 
 in the trial's folder and its save, not in Tune's own files.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ def run_trials(trials: Sequence[Trial], data: Path, log: SweepLog, *, fleet: Fle
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # `SweepLog` tells of deaths
     cluster.fit(fleet.cpus, fleet.gpus)
     by_name = {trial.name: trial for trial in trials}
     trainable = tune.with_parameters(_trial, trials=by_name, data=data, storage=storage)
@@ -102,6 +104,8 @@ def _play(trial: Trial, data: Path, storage: str) -> None:
         values, tensors = run.state()
         values["policy"] = policy.state() if isinstance(policy, Stateful) else None
         saves.save(0, run.ledger.steps, values, tensors)
+        if trial.spec.clock.kind == "wall":
+            saves.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
         chosen = str(telemetry.actions[action.index])
         tune.report({"points": run.curve[-1:], "action": chosen, "unsaved": saves.failed})
 

@@ -523,6 +523,8 @@ def _is_final(error: Exception) -> bool:
         return True
     if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):  # a folder of a local store
         return True
+    if re.search("IntegrityError|UniqueViolation", str(error)):  # another process has just made the same data set
+        return False
     status = getattr(error, "get_http_status_code", lambda: 500)()
     return 400 <= status < 500 and status not in (408, 429)
 

@@ -25,6 +25,12 @@ FORKS = (0.2, 0.4, 0.65)  # budget fractions of the cooldowns
 BUDGET = 1e6  # parameter-seconds
 NOISE = 0.004  # nats, of a run
 LEDGER = ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")
+PROVENANCE = {
+    "commit": "abc1234",
+    "hardware": "AMD EPYC 7B13, 2 core(s)",
+    "versions": "Python 3.12.3, torch 2.13.0",
+    "data": "tinystories, char, 9,000 training tokens",
+}
 SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101, 102)
 
 Growth = Sequence[tuple[float, str, str]]  # (budget fraction, blueprint, site), in order
@@ -88,6 +94,7 @@ def fill(
     seeds: Sequence[int] = SEEDS,
     tuning_seeds: Sequence[int] = TUNING_SEEDS,
     grids: Sequence[dict[str, Any]] = ({},),
+    budget: tuple[str, float] = ("parameter_seconds", BUDGET),
     rates_tuned: bool = True,
     interior: list[float] | None = None,
     gardener: dict[str, Any] | None = None,
@@ -107,6 +114,7 @@ def fill(
         seeds: test seeds.
         tuning_seeds: as the name says.
         grids: grid points; `budget.amount` is heeded.
+        budget: axis (parameter_seconds or steps) and amount.
         rates_tuned: what sweep.json says of it.
         interior: `spec["budget"]["interior"]`.
         gardener: sweep.json's.
@@ -119,10 +127,10 @@ def fill(
     experiment_id = found.experiment_id if found else client.create_experiment(experiment, folder)
     parent = client.create_run(
         experiment_id,
-        tags={"kind": "sweep", "preset": "tinystories-char", "commit": "abc1234", "esper.key": name},
+        tags={"kind": "sweep", "preset": "tinystories-char", "esper.key": name, **PROVENANCE},
         run_name=name,
     ).info.run_id
-    points = [_point(grid, rates_tuned, interior) for grid in grids]
+    points = [_point(grid, budget, rates_tuned, interior) for grid in grids]
     logged = Logged(parent, {})
     trials = {}
     for point, grid in zip(points, grids, strict=True):
@@ -158,15 +166,17 @@ def fill(
         "command": ["esper", "sweep", "--arms", "static,ppo & more"],
         "trials": trials,
     }
-    client.log_batch(parent, params=[Param("budget.axis", "parameter_seconds"), Param("budget.amount", str(BUDGET))])
+    client.log_batch(parent, params=[Param("budget.axis", budget[0]), Param("budget.amount", str(budget[1]))])
     client.log_dict(parent, logged.sweep, "sweep.json")
     client.log_dict(parent, points[0]["spec"], "spec.json")
     client.set_terminated(parent, "FINISHED")
     return logged
 
 
-def _point(grid: dict[str, Any], rates_tuned: bool, interior: list[float] | None) -> dict[str, Any]:
-    budget = {"axis": "parameter_seconds", "amount": grid.get("budget.amount", BUDGET)}
+def _point(
+    grid: dict[str, Any], whole: tuple[str, float], rates_tuned: bool, interior: list[float] | None
+) -> dict[str, Any]:
+    budget = {"axis": whole[0], "amount": grid.get("budget.amount", whole[1])}
     spec = {
         "preset": "tinystories-char",
         "host": {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64},
@@ -212,7 +222,7 @@ def _log_trial(
     run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     logged.run_ids[name] = run_id
     failed = trial["status"] == "failed"
-    points, forks, grafts = _simulate(arm, trial["seed"], point["budget"]["amount"])
+    points, forks, grafts = _simulate(arm, trial["seed"], **point["budget"])
     if failed or diverged:
         points, forks = points[: DECISIONS // 2], forks[:1]
     logged.points[name] = points
@@ -223,7 +233,8 @@ def _log_trial(
         for key in ("val_loss", "budget_fraction", "parameter_seconds", "tokens", "flops", "seconds")
     ]
     metrics += [("grid/val_loss", p["val_loss"], k) for k, p in enumerate(points)]
-    metrics += [("grid/parameter_seconds", p["parameter_seconds"], k) for k, p in enumerate(points)]
+    axis = point["budget"]["axis"]
+    metrics += [(f"grid/{axis}", p[axis], k) for k, p in enumerate(points)]
     client.log_batch(run_id, metrics=[Metric(key, value, 1_700_000_000_000, step) for key, value, step in metrics])
     client.log_dict(run_id, point["spec"], "spec.json")
     if failed:
@@ -250,7 +261,9 @@ def _log_trial(
     client.set_terminated(run_id, "FINISHED")
 
 
-def _simulate(arm: Arm, seed: int, budget: float) -> tuple[list[dict[str, float]], list[dict[str, float]], list[Any]]:
+def _simulate(
+    arm: Arm, seed: int, axis: str, amount: float
+) -> tuple[list[dict[str, float]], list[dict[str, float]], list[Any]]:
     """(Decisions, cooldown forks, grafts) of one run."""
     paired = np.random.default_rng(seed).normal(0, 0.02)
     own = np.random.default_rng([seed, zlib.crc32(arm.label.encode())])
@@ -264,7 +277,7 @@ def _simulate(arm: Arm, seed: int, budget: float) -> tuple[list[dict[str, float]
     for stop in stops:
         layers = max(1, round((parameters - 4_000) / 12_000))
         step = 0.0019 + 2e-4 * layers  # seconds
-        steps = math.ceil((stop - used) * budget / (parameters * step) - 1e-9)
+        steps = math.ceil((stop - used) * amount / (1 if axis == "steps" else parameters * step) - 1e-9)
         at = {
             "steps": at["steps"] + steps,
             "tokens": at["tokens"] + 1024 * steps,
@@ -273,7 +286,7 @@ def _simulate(arm: Arm, seed: int, budget: float) -> tuple[list[dict[str, float]
             "wall_seconds": at["wall_seconds"] + 1.07 * step * steps,
             "parameter_seconds": at["parameter_seconds"] + parameters * step * steps,
         }
-        used = at["parameter_seconds"] / budget
+        used = at[axis] / amount
         annealed = FLOOR + A / parameters**0.35 + B / (at["tokens"] + 2e4) ** 0.35 + shift
         loss = annealed + 0.25 * max(0.0, 1 - used)
         point = {"budget_fraction": used, **at, "parameters": parameters, "val_loss": loss}

@@ -62,7 +62,7 @@ class SyntheticSweep:
             shift: what is added to each run's losses, nats (rows of `finals`,); none if not given.
         """
         finals, curves = [], []
-        counts = {"steps": 100, "prunes": 0, "rollbacks": 0, "grafts": 1, "layers": 2}
+        counts = {"steps": 100, "prunes": 0, "rollbacks": 0, "layers": 2}
         for label, truth in self.truths().items():
             arm = label.split(":")[0].split("-")[0]
             chooses = arm == "static" or label in self.grown
@@ -79,6 +79,7 @@ class SyntheticSweep:
                     "grid": "{}",
                     "parameters": 1000,
                 }
+                counts["grafts"] = int(label in self.grown)
                 whole = {"sweep": "s", "name": f"{label}-{seed}", "status": "FINISHED", "diverged": False}
                 finals.append(run | whole | counts | cost | {"wall_seconds": 9.0, "val_loss": end})
                 for share in (*self.forks, 1.0):

@@ -80,11 +80,26 @@ def test_the_envelope_is_the_lowest_size_at_every_cost():
     assert {p.size for p in points if p.cost > 0.85e12} == {2}
     assert {p.untrained for p in points if p.cost > 1.03e12} == {(1,)}
     assert {p.untrained for p in points if p.cost < 0.97e12} == {()}
+    assert {p.unmeasured for p in points if p.cost < 0.48e12} == {(2,)}
+    assert {p.unmeasured for p in points if p.cost > 0.52e12} == {()}
+    assert {p.complete for p in points if 0.52e12 < p.cost < 0.97e12} == {True}
+    assert not any(p.complete for p in points if not 0.48e12 < p.cost < 1.03e12)
     knots = np.array([0.25, 0.5, 0.75, 1.0])
     for size, last in ((1, 1e12), (2, 2e12)):
         mine = np.array([p.size == size for p in points])
         expected = np.interp(np.log(costs[mine]), np.log(last * knots), law(sweep, size, "flops", last * knots))
         np.testing.assert_allclose(losses[mine], expected, rtol=1e-12)
+
+
+def test_the_envelope_never_rises():
+    """A size that overshoots the budget ends last, and higher than another one has ended."""
+    sweep = SyntheticSweep(statics={1: 1.2, 2: 1.4}, cost={"static-2": {"parameter_seconds": 1.1 * BUDGET}})
+    points = draw_envelope(Bench(read_runs(sweep.tables(), "{}"), sweep.point()).statics, "parameter_seconds")
+    assert points[-1].cost == pytest.approx(1.1 * BUDGET)
+    assert points[-1].size == 1
+    assert points[-1].untrained == (1,)
+    assert points[-1].loss == pytest.approx(1.2, abs=0.01)
+    assert (np.diff([p.loss for p in points]) <= 0).all()
 
 
 def test_the_envelope_is_the_lowest_mean_not_the_mean_of_the_lowest():

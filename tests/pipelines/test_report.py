@@ -19,6 +19,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from matplotlib.image import imread
@@ -32,8 +33,8 @@ from mlflow_sweep import Arm, Logged
 from esper.pipelines import report
 from esper.pipelines.comparison import Interval
 from esper.pipelines.envelope import EnvelopePoint
-from esper.pipelines.report_content import Report, clauses, count, payback, short
-from esper.pipelines.report_figures import looks
+from esper.pipelines.report_content import Report, count, payback, short
+from esper.pipelines.report_figures import PALETTE, draw_differences, draw_losses, looks, report_looks
 from esper.pipelines.report_store import find_experiment, find_sweep, open_store
 from esper.pipelines.tables import Tables
 from esper.pipelines.verdict import judge
@@ -295,14 +296,14 @@ def test_the_page_shows_every_label_seed_and_caveat(made: Made, store: Store, re
     for seed in store.logged.sweep["seeds"]:
         assert f"seed {seed}" in shown
     for criterion in verdict["criteria"]:
-        for part in clauses(criterion["sentence"]):
-            assert part in shown
+        for text in (criterion["sentence"], *criterion["details"], *criterion["withheld"]):
+            assert text in shown
     assert "onejump-test-seed2" in shown
     assert "no space left on the device" in shown
     assert "ppo-test-seed0" in shown
     assert "random:tamiyo-test-seed1" in shown
     assert "skipped" in shown
-    assert "abc1234" in shown
+    assert all(text in shown for text in mlflow_sweep.PROVENANCE.values())
     assert "<b>layer</b> 1" in shown  # as text
     assert "b" not in reading.tags
     losses = [summary["val_loss"] for name, summary in store.logged.summaries.items() if "tamiyo-test-seed0" in name]
@@ -343,7 +344,10 @@ def test_the_command_says_the_verdict_and_where_it_is(made: Made):
     [verdict] = made.json["verdicts"]
     for criterion in verdict["criteria"]:
         assert f"{criterion['criterion']}: {criterion['outcome']}. {criterion['sentence']}" in made.out
-    assert all(f"  - {reason}" in made.out for reason in verdict["criteria"][1]["withheld"])
+    efficient = verdict["criteria"][1]
+    assert all(f"  - {reason}" in made.out for reason in efficient["withheld"])
+    assert efficient["details"]
+    assert not any(detail in made.out for detail in efficient["details"])
     assert f"results: {made.folder / 'report.html'}, " in made.err
 
 
@@ -362,6 +366,18 @@ def test_a_section_for_each_grid_point_and_a_sweep_without_growth(client: Mlflow
     assert "budget.amount = 1000000" in text
     assert "What the policy cost" not in text
     assert len(json.loads((out / "report.json").read_text(encoding="utf-8"))["verdicts"]) == 2
+
+
+def test_a_budget_of_steps(client: MlflowClient, here: Path):
+    few = FEW | {"static": mlflow_sweep.STATIC[:2], "arms": mlflow_sweep.GROWN[:1], "seeds": (0, 1)}
+    logged = mlflow_sweep.fill(client, here / "a", budget=("steps", 40), **few)
+    report.write_report(client, logged.parent, here / "out")
+    text = (here / "out" / "report.html").read_text(encoding="utf-8")
+    assert "at an equal budget of 40 steps" in text
+    assert "at 40 steps no grown arm ends lower" in text
+    [verdict] = json.loads((here / "out" / "report.json").read_text(encoding="utf-8"))["verdicts"]
+    [own] = [c for c in verdict["claims"] if (c["opponent"], c["axis"]) == ("envelope", "tokens")]
+    assert own["seeds"] == 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -425,26 +441,62 @@ def test_a_policy_that_was_given_has_no_known_cost(whole: Report):
     assert paid(whole, None, [(1e6, 1.5)], 1.45) == []
 
 
+# -- Figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_join_a_fork_with_the_next_and_the_range_is_that_of_the_ends(whole: Report):
+    """Whatever the spec says of cooldowns: a sweep may have given them to some runs only."""
+    [section] = whole.sections
+    _, axes = plt.subplots()
+    draw_losses(axes, section, "tokens", report_looks(whole))
+    lines = dict(zip(section.labels, axes.lines, strict=False))
+    assert all(len(list(lines[label].get_xdata())) == len(mlflow_sweep.FORKS) + 1 for label in section.labels)
+    envelope = axes.lines[len(lines) :]
+    assert {line.get_linestyle() for line in envelope} == {"-", ":"}
+    complete = [point.cost for point in section.verdict.envelope["tokens"] if point.complete]
+    [solid] = [line for line in envelope if line.get_linestyle() == "-"]
+    assert list(solid.get_xdata())[-len(complete) :] == complete
+    ends = [loss for row in section.verdict.rows if row.arm != "static" for loss in row.losses.values()]
+    low, high = axes.get_ylim()
+    assert low < min(ends) < max(ends) < high
+    assert high - low < 2 * (max(ends) - min(ends))
+    plt.close()
+
+
+def test_a_mean_beyond_the_range_is_told_at_the_edge(whole: Report):
+    [section] = whole.sections
+    far = [replace(row, losses=dict.fromkeys(row.losses, 9.0)) for row in section.verdict.rows[:1]]
+    rows = (*far, *section.verdict.rows[1:])
+    assert far[0].label == "static-1"
+    _, axes = plt.subplots()
+    draw_differences(axes, replace(section, verdict=replace(section.verdict, rows=rows)), report_looks(whole))
+    assert [text.get_text()[-1] for text in axes.texts] == ["▸"]
+    assert axes.get_xlim()[1] < 1
+    plt.close()
+
+
 # -- Small things ------------------------------------------------------------------------------------------------------
 
 
 def test_a_label_has_one_look_and_its_controls_its_colour():
-    labels = ["static-1", "static-2", *(f"arm{i}" for i in range(8)), "static_final:arm3", "random:arm7", "x:static-2"]
-    arms = {label: "static" if label.startswith("static-") else "tamiyo" for label in labels}
-    found = looks(labels, arms)
+    arms = [f"arm{i}" for i in range(len(PALETTE) + 2)]
+    followers = [f"{kind}:{arm}" for kind in ("static_final", "static_lrpath", "random") for arm in arms]
+    labels = ["static-1", "static-2", *arms, *followers, "x:static-2"]
+    kinds = {label: "static" if label.startswith("static-") else "tamiyo" for label in labels}
+    found = looks(labels, kinds)
     assert len({(look.color, look.marker, look.hollow, look.line) for look in found.values()}) == len(labels)
     assert found["static_final:arm3"].color == found["arm3"].color
     assert found["static_final:arm3"].hollow
-    assert found["arm0"].color == found["arm6"].color
-    assert found["arm0"].marker != found["arm6"].marker
+    assert found["arm0"].color == found[f"arm{len(PALETTE)}"].color
+    assert found["arm0"].marker != found[f"arm{len(PALETTE)}"].marker
+    assert found["static_final:arm3"].marker != found["static_lrpath:arm3"].marker != found["random:arm3"].marker
 
 
-def test_numbers_and_clauses():
+def test_numbers():
     assert [short(x) for x in (None, 0.0, 12.3456, 1234, 15_900_672, 2.9e12)] == [
         *("–", "0", "12.35", "1,234", "15.9M", "2.9T")
     ]
     assert [count(x) for x in (1e6, 1_234_567, 62.5002)] == ["1,000,000", "1,235,000", "62.5"]
-    assert clauses("a; b (c; d); e (f)") == ["a", "b (c; d)", "e (f)"]
 
 
 # -- Bad input ---------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ NO_MATCH = 1.6  # a loss that any arm gets below
 
 
 def five_equal(**changes: Any) -> SyntheticSweep:
-    """Five arms that equal the envelope, and a schedule that is no match."""
-    arms = dict.fromkeys(("tamiyo", "lag", "ppo", "openloop", "random:tamiyo"), 1.2)
+    """Five arms and two controls that equal the envelope, and a schedule that is no match."""
+    arms = dict.fromkeys(("tamiyo", "lag", "ppo", "openloop", "gradual", "random:tamiyo", "random:ppo"), 1.2)
     return SyntheticSweep(grown=arms | {"onejump": NO_MATCH}, **changes)
 
 
@@ -81,19 +81,22 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says(axis, share
 
 @pytest.mark.parametrize("sizes", [{2: 1.2, 3: 1.21}, {2: 1.2, 3: 1.21, 4: 1.21, 5: 1.21}])
 def test_no_arm_that_equals_the_envelope_wins_more_often_than_it_may(sizes):
-    """Five such arms, static sizes that two tuning seeds cannot tell apart, and any winner counts.
+    """Five such arms, static sizes that two tuning seeds cannot tell apart, and any winner counts; so for the controls.
 
     The others are as far from the best as one run's noise: nearer, a wrong choice costs little; farther, it is rare.
     """
     sweep = five_equal(statics={1: 1.4} | sizes | {6: 1.4})
-    won = better = chosen = 0
+    won = better = controls = chosen = 0
     for bench in simulate(sweep, NOISE, SWEEPS):
         claims = own_claims(bench)
         won += efficiency(bench, claims, []).outcome == "met"
-        better += any(c.outcome == "better" for c in claims if c.opponent == "envelope")
+        ahead = {c.arm for c in claims if c.opponent == "envelope" and c.outcome == "better"}
+        better += bool(ahead.intersection(bench.grown))
+        controls += bool(ahead.intersection(bench.controls))
         chosen += bench.size != 2
     assert chosen > SWEEPS / 10
     assert won <= better <= 0.05 * SWEEPS
+    assert controls <= 0.05 * SWEEPS
 
 
 def test_clear_winners_win_losers_lose_and_equals_tie():
@@ -144,7 +147,7 @@ def test_better_among_many_arms_takes_more_than_an_interval_below_zero():
     outcome, interval, reason = pairs.outcome(5 * pairs.p)
     assert outcome == "tie"
     assert interval is not None
-    assert "grown arms" in reason
+    assert "all arms together" in reason
 
 
 def test_an_arm_that_never_grew_ties_with_its_own_size_to_the_bit():
@@ -310,7 +313,7 @@ def test_an_opponent_that_was_not_run_cannot_be_beaten(label, opponent):
 FAILED = {"label": "lag", "grid": "{}", "status": "failed"}
 CAVEATS: dict[str, Callable[[dict, dict], Any]] = {
     "only 4 test seeds": lambda point, sweep: sweep.update(seeds=[1, 2, 3, 4]),
-    "2 (chosen), 2 (best on the test seeds), is at the edge": lambda point, sweep: sweep.update(sizes=[2, 3, 4]),
+    "2 (chosen and best on the test seeds), is at the edge": lambda point, sweep: sweep.update(sizes=[2, 3, 4]),
     "size, 4 (chosen), is at the edge": lambda point, sweep: point.update(size=4),
     "rates of the static sizes were not tuned": lambda point, sweep: sweep.update(rates_tuned=False),
     "outside the preset's range, 10 to 100": lambda point, sweep: point["spec"]["budget"].update(interior=[10, 100]),
@@ -333,7 +336,8 @@ def test_a_caveat_is_said_when_it_holds_alone_and_withholds_the_verdict(said):
     assert said in caveat
     mechanics, efficient, _ = verdict.criteria
     assert (efficient.outcome, efficient.withheld) == ("withheld", (caveat,))
-    assert "tamiyo is better than" in efficient.sentence  # the numbers are given all the same
+    assert efficient.sentence.startswith("By the numbers alone, at 1,000,000 parameter-seconds tamiyo ends lower")
+    assert efficient.details[0].startswith("tamiyo is better than")
     assert (mechanics.outcome, mechanics.withheld) == ("met", ())
 
 
@@ -411,12 +415,16 @@ def test_efficiency_names_winners_ties_and_losers():
     sweep = SyntheticSweep(grown={"ppo": 1.1, "tamiyo": 1.2, "lag": 1.3, "onejump": 1.25})
     _, efficient, transfer = judged(sweep, sweep.tables(noise(sweep) / 10)).criteria
     assert efficient.outcome == "met"
-    assert (
-        "At 1,000,000 parameter-seconds, grown arms that end lower than all their opponents: ppo;" in efficient.sentence
+    assert efficient.sentence.startswith(
+        "At 1,000,000 parameter-seconds ppo ends lower than all of its opponents; its "
     )
-    assert "ppo is better than static_final:ppo (-0.4" in efficient.sentence
-    assert "ties with static-2 (" in efficient.sentence
-    assert "loses to static-2 (+0.1" in efficient.sentence
+    assert "minus that of a static one of its final size (static_final:ppo) is -0.4" in efficient.sentence
+    assert "minus that of the best fixed schedule (onejump) is -0.1" in efficient.sentence
+    details = dict(zip(sweep.grown, efficient.details, strict=True))
+    assert all(detail.startswith(f"{arm} ") for arm, detail in details.items())
+    assert "ppo is better than static_final:ppo (-0.4" in details["ppo"]
+    assert "ties with static-2 (" in details["tamiyo"]
+    assert "loses to static-2 (+0.1" in details["lag"]
     assert transfer.outcome == "cannot say"
 
 
@@ -429,8 +437,43 @@ def test_a_winner_has_to_win_against_all_three(beaten_by):
     )
     verdict = judged(sweep)
     assert verdict.criteria[1].outcome == ("met" if beaten_by == "schedule" else "not met")  # by the schedule itself
-    assert "all their opponents: ppo" not in verdict.criteria[1].sentence
+    winner = "onejump ends lower than all" if beaten_by == "schedule" else "no grown arm ends lower than all"
+    assert winner in verdict.criteria[1].sentence
     assert claim(verdict, "ppo", beaten_by).outcome in ("worse", "tie")
+
+
+def test_a_control_that_beats_all_is_told_of_but_does_not_win():
+    """Nor does it make the correction for the others any stricter."""
+    alone = SyntheticSweep(grown={"tamiyo": 1.2, "onejump": 1.3})
+    sweep = SyntheticSweep(grown=alone.grown | {"random:tamiyo": 1.0})
+    verdict = judged(sweep)
+    efficient = verdict.criteria[1]
+    assert efficient.outcome == "not met"
+    assert "no grown arm ends lower than all of its opponents; the best-placed arm is tamiyo," in efficient.sentence
+    assert efficient.details[-1].startswith("random:tamiyo (a control: it cannot win) is better than")
+    assert {claim(verdict, "random:tamiyo", opponent).outcome for opponent in OPPONENTS} == {"better"}
+    assert next(row for row in verdict.rows if row.label == "random:tamiyo").outcome == "better"
+    for opponent in OPPONENTS:
+        found = claim(verdict, "random:tamiyo", opponent)
+        assert found.p_holm == found.p  # a family of one
+    family = [claim(verdict, arm) for arm in alone.grown]
+    assert [c.p_holm for c in family] == holm([c.p for c in family]).tolist()
+
+
+@pytest.mark.parametrize("amount", [40, 40.0])
+def test_a_budget_of_steps_is_one_of_tokens(amount):
+    """Every arm takes as many tokens in a step; the words stay the user's."""
+    sweep = SyntheticSweep(grown={"ppo": 1.0, "tamiyo": 1.2, "onejump": 1.3})
+    sweep.cost = {label: {"tokens": 1e9} for label in sweep.truths()}
+    point = sweep.point() | {"budget": {"axis": "steps", "amount": amount}, "spec": {"budget": {"interior": [9, 30]}}}
+    verdict = judge(sweep.tables(noise(sweep) / 100), point, sweep=sweep.sweep())
+    assert (verdict.axis, verdict.amount) == ("steps", 40)
+    efficient = verdict.criteria[1]
+    assert efficient.sentence.startswith("By the numbers alone, at 40 steps ppo ends lower than all of its opponents")
+    assert efficient.withheld == ("The budget, 40 steps, is outside the preset's range, 9 to 30.",)
+    assert claim(verdict, "tamiyo", axis="tokens").outcome == "tie"
+    row = next(row for row in verdict.rows if row.label == "tamiyo")
+    assert row.difference == claim(verdict, "tamiyo", axis="tokens").interval
 
 
 def test_without_grown_arms_nothing_is_said_of_growing():
@@ -475,3 +518,29 @@ def test_mechanics_is_met_when_no_graft_did_harm(change, outcome):
     assert mechanics.outcome == outcome
     here = len(timeline) - ("purpose" in change or "grid" in change)
     assert mechanics.sentence.startswith(f"{here} grafts on {here} runs")
+
+
+@pytest.mark.parametrize(
+    ("label", "grafts", "outcome"),
+    [
+        ("random:tamiyo", 2, "not met"),
+        ("random:tamiyo", 0, "met"),
+        ("static-1", 0, "met"),
+    ],
+)
+def test_a_run_that_diverged_counts_against_growing_only_if_it_grew(label, grafts, outcome):
+    sweep = SyntheticSweep(grown={"tamiyo": 1.2, "random:tamiyo": 1.3, "onejump": 1.3})
+    mechanics = judged(sweep, edited(sweep.tables(), label, seed=2, diverged=True, grafts=grafts)).criteria[0]
+    assert mechanics.outcome == outcome
+    assert f"1 run(s) diverged ({label} on seed 2)" in mechanics.sentence
+    assert ("without a graft" in mechanics.sentence) == (not grafts)
+
+
+def test_a_graft_that_was_rolled_back_counts_whoever_chose_it():
+    sweep = SyntheticSweep(grown={"tamiyo": 1.2, "random:tamiyo": 1.3})
+    tables = sweep.tables()
+    timeline = tables.timeline.copy()
+    timeline.loc[(timeline["label"] == "random:tamiyo") & (timeline["seed"] == 2), "outcome"] = "rolled back"
+    mechanics = judged(sweep, Tables(tables.curves, tables.finals, timeline)).criteria[0]
+    assert mechanics.outcome == "not met"
+    assert "1 of them was rolled back" in mechanics.sentence
