@@ -70,11 +70,21 @@ class Bench:
         """The label that stands for an opponent of an arm, and their pairs."""
         if opponent == ENVELOPE:
             return self._envelope(arm, axis)
-        against = f"static_final:{arm}" if opponent == FINAL_SIZE else self.schedule
+        against = self._final_size(arm) if opponent == FINAL_SIZE else self.schedule
         if against is None or against not in self.test:
             none = "no fixed schedule has test runs" if opponent == SCHEDULE else "its final size was not trained"
             return None, Pairs(unknown=none)
         return against, pair(self.test[arm], self.test[against], axis, own=axis == self.axis)
+
+    def _final_size(self, arm: str) -> str:
+        """Label of the runs that were born in the shape an arm ended with; those of a static size if they are alike."""
+        own = f"static_final:{arm}"
+        if own in self.test:
+            return own
+        ends = {run.final["parameters"] for run in sound(self.test[arm]).values()}
+        # Layers that are all alike: no other growth gives the same number of parameters, but by coincidence.
+        alike = [size for size, runs in self.statics.items() if {r.final["parameters"] for r in runs.values()} == ends]
+        return (self.static(alike[0]) if alike else None) or own
 
     def _envelope(self, arm: str, axis: str) -> tuple[str | None, Pairs]:
         own, mine = axis == self.axis, self.test[arm]

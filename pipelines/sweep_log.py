@@ -87,8 +87,8 @@ class SweepLog(tune.Callback):
         folder = self.folder(trial)
         if (folder / SPEC).is_file() and (folder / SPEC).read_text() != _spec_text(trial):
             raise UserError(
-                f"{folder} holds a run of another spec than this sweep would do: the sweep was begun by another version "
-                "of Esper, or changed by hand; start another sweep."
+                f"{folder} holds a run of another spec than this sweep would do: it was begun by another version of "
+                "Esper, or changed by hand; start another sweep."
             )
         if not (folder / SUMMARY).is_file():
             return None

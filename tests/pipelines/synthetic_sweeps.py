@@ -77,7 +77,7 @@ class SyntheticSweep:
                     "seed": seed,
                     "purpose": "test" if seed in self.seeds else "tuning",
                     "grid": "{}",
-                    "parameters": 1000,
+                    "parameters": 1000 * int(label[-1]) if arm == "static" else 999,
                 }
                 counts["grafts"] = int(label in self.grown)
                 whole = {"sweep": "s", "name": f"{label}-{seed}", "status": "FINISHED", "diverged": False}

@@ -1,4 +1,4 @@
-"""`esper sweep` end to end on real Ray clusters with Tune and a real MLflow store: stages, deaths, resuming, bad input."""
+"""`esper sweep` end to end, with Ray Tune and a real MLflow store: stages, deaths, resuming, bad input."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from mlflow import MlflowClient
 
 from esper.pipelines import report, sweep

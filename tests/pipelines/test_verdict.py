@@ -308,6 +308,19 @@ def test_an_opponent_that_was_not_run_cannot_be_beaten(label, opponent):
     assert verdict.criteria[1].outcome == "cannot say"
 
 
+def test_a_shape_that_is_a_static_size_is_held_against_that_size():
+    sweep = SyntheticSweep(grown={"tamiyo": 1.0, "onejump": 1.3})
+    tables = sweep.tables(noise(sweep))
+    finals = tables.finals[tables.finals["label"] != "static_final:tamiyo"].copy()
+    finals.loc[finals["label"] == "tamiyo", "parameters"] = 2000  # as static-2 has
+    assert (
+        claim(judged(sweep, Tables(tables.curves, finals, tables.timeline)), "tamiyo", "final size").against
+        == "static-2"
+    )
+    finals.loc[(finals["label"] == "tamiyo") & (finals["seed"] == sweep.seeds[0]), "parameters"] = 3000
+    assert claim(judged(sweep, Tables(tables.curves, finals, tables.timeline)), "tamiyo", "final size").against is None
+
+
 # -- Caveats -----------------------------------------------------------------------------------------------------
 
 FAILED = {"label": "lag", "grid": "{}", "status": "failed"}
