@@ -1,7 +1,7 @@
 """`make bench`: speed as paired ratios, measured alternately in one process.
 
     python benchmarks/run.py            # every benchmark
-    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, busy, dispatch, start, driver
+    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, busy, dispatch, start, driver, sweep
 
 A number depends on the machine and on what else it does; a ratio of two things timed in turn hardly does.
 """
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fleet import bench_busy, bench_dispatch, bench_driver_memory, bench_start
 from plain_gpt import PlainConfig, PlainTrainer
+from trials import bench_sweep
 
 from esper.platform.checkpoint import Checkpoints
 from esper.platform.contracts import GraftAction, Instance
@@ -192,6 +193,7 @@ BENCHMARKS = {
     "dispatch": bench_dispatch,
     "start": bench_start,
     "driver": bench_driver_memory,
+    "sweep": bench_sweep,
 }
 
 
