@@ -1,7 +1,8 @@
 """`make bench`: speed as paired ratios, measured alternately in one process.
 
     python benchmarks/run.py            # every benchmark
-    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, busy, dispatch, start, driver, sweep
+    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, busy, dispatch, start, driver,
+                                        # sweep
 
 A number depends on the machine and on what else it does; a ratio of two things timed in turn hardly does.
 """

@@ -48,10 +48,13 @@ def find_caveats(bench: Bench, point: dict[str, Any], sweep: dict[str, Any]) -> 
     checks = (
         _few_seeds(sweep),
         _edge(bench, sweep),
-        None if sweep["rates_tuned"] else "The learning rates of the static sizes were not tuned.",
+        None
+        if sweep["rates_tuned"]
+        else "The learning rates of the static sizes were not tuned, or the best was the last that was tried.",
         _outside(bench, point["spec"]["budget"].get("interior")),
         _untuned_choice(bench, point, sweep),
         _without_result(bench, point["grid"], sweep["trials"]),
+        _by_the_wall(point["spec"]),
     )
     return [caveat for caveat in checks if caveat]
 
@@ -93,6 +96,9 @@ def _untuned_choice(bench: Bench, point: dict[str, Any], sweep: dict[str, Any]) 
 
 def _without_result(bench: Bench, grid: str, trials: dict[str, dict[str, Any]]) -> str | None:
     missing = {name: t["status"] for name, t in trials.items() if t["grid"] == grid and t["status"] != "done"}
+    logged = {run.name for run in bench.runs}
+    here = {name for name, trial in trials.items() if trial["grid"] == grid}
+    missing |= dict.fromkeys(here - logged - set(missing), "not in MLflow")
     missing |= {
         run.name: "failed" for run in bench.runs if not run.sound and not run.diverged and run.name not in missing
     }
@@ -100,6 +106,12 @@ def _without_result(bench: Bench, grid: str, trials: dict[str, dict[str, Any]]) 
         return None
     named = ", ".join(f"{name} ({status})" for name, status in list(missing.items())[:NAMED])
     return f"{len(missing)} trial(s) have no result: {named}{', …' if len(missing) > NAMED else ''}."
+
+
+def _by_the_wall(spec: dict[str, Any]) -> str | None:
+    if spec.get("clock", {}).get("kind") != "wall":
+        return None
+    return "Seconds were measured (wall clock) while other trials may have run beside: budgets may not be equal."
 
 
 # -- Criteria ----------------------------------------------------------------------------------------------------
@@ -156,7 +168,7 @@ def efficiency(bench: Bench, claims: list[Claim], caveats: list[str]) -> Criteri
     }
     own = {arm: by_arm[arm] for arm in bench.grown}
     joint = holm([max(claim.p for claim in mine) for mine in own.values()])
-    ahead = [arm for arm, mine in own.items() if all(claim.outcome == BETTER for claim in mine)]
+    ahead = [arm for arm, mine in own.items() if all(c.outcome == BETTER and c.seeds >= SEEDS for c in mine)]
     winners = [arm for arm, p in zip(own, joint, strict=True) if arm in ahead and p <= 1 - CONFIDENCE]
     unknown = [
         arm

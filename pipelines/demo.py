@@ -12,7 +12,7 @@ from pydantic import Field
 
 from esper.pipelines.arguments import main_guard
 from esper.pipelines.job import open_job
-from esper.pipelines.sweep import SweepArguments, compare, settle
+from esper.pipelines.sweep import SweepArguments, compare, resume, settle
 from esper.platform.console import duration, say
 
 
@@ -24,6 +24,8 @@ class DemoArguments(SweepArguments):
 
 def run(arguments: DemoArguments) -> int:
     """Prepare, train, compare."""
+    if arguments.resume is not None:
+        return resume(arguments, arguments.resume)
     begun = time.perf_counter()
     say("Esper's demo: about 2 minutes on 2 cores. It does not train a good policy; that takes hours.")
     say("1 of 2  preparing text, some seconds")

@@ -77,14 +77,11 @@ class Bench:
         return against, pair(self.test[arm], self.test[against], axis, own=axis == self.axis)
 
     def _final_size(self, arm: str) -> str:
-        """Label of the runs that were born in the shape an arm ended with; those of a static size if they are alike."""
-        own = f"static_final:{arm}"
-        if own in self.test:
-            return own
+        """Label of the runs born in the shape an arm ended with; a static size's first, which has a rate of its own."""
         ends = {run.final["parameters"] for run in sound(self.test[arm]).values()}
         # Layers that are all alike: no other growth gives the same number of parameters, but by coincidence.
         alike = [size for size, runs in self.statics.items() if {r.final["parameters"] for r in runs.values()} == ends]
-        return (self.static(alike[0]) if alike else None) or own
+        return (self.static(alike[0]) if alike else None) or f"static_final:{arm}"
 
     def _envelope(self, arm: str, axis: str) -> tuple[str | None, Pairs]:
         own, mine = axis == self.axis, self.test[arm]

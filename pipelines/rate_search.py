@@ -13,17 +13,21 @@ from statistics import fmean
 import numpy as np
 
 FACTOR = 1.5
-ROUNDS = 4
+ROUNDS = 6
 DIGITS = 3  # of a rate
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A stable rate by size, `learning_rate · (N / rate_parameters)^(−rate_exponent)` (`OptimizerSpec`)."""
+    """A stable rate by size, `learning_rate · (N / rate_parameters)^(−rate_exponent)` (`OptimizerSpec`).
+
+    No static size had more than `rate_max`, so nobody else gets more.
+    """
 
     learning_rate: float
     rate_exponent: float
     rate_parameters: int
+    rate_max: float
 
     def as_values(self) -> dict[str, float]:
         """As dotted keys of a spec."""
@@ -48,6 +52,11 @@ def next_rates(start: float, losses: Mapping[float, Sequence[float]]) -> list[fl
     return []
 
 
+def bracketed(losses: Mapping[float, Sequence[float]]) -> bool:
+    """Whether the best rate lies between two others that were tried."""
+    return bool(losses) and min(losses) < best_rate(losses) < max(losses)
+
+
 def best_rate(losses: Mapping[float, Sequence[float]]) -> float:
     """The rate with the lowest mean loss; of equal ones the lowest."""
     return min(sorted(losses), key=lambda rate: fmean(losses[rate]))
@@ -64,7 +73,8 @@ def fitted_curve(rates: Mapping[int, float]) -> Curve:
     # An exponent below 0 would be a rate that rises with size: noise, and no spec takes it.
     slope = float(((sizes - middle) * values).sum() / ((sizes - middle) ** 2).sum()) if len(rates) > 1 else 0.0
     exponent = min(2.0, max(0.0, -slope))
-    return Curve(_rounded(math.exp(values.mean())), _rounded(exponent), round(math.exp(middle)))
+    rate = _rounded(math.exp(values.mean()))
+    return Curve(rate, _rounded(exponent), round(math.exp(middle)), max(rate, *rates.values()))
 
 
 def _rounded(value: float) -> float:

@@ -101,9 +101,10 @@ def write_report(client: "MlflowClient", parent_run_id: str, out: Path) -> Path:
     Raises:
         UserError: the run has no `sweep.json`, or no finished trial.
     """
-    run = client.get_run(parent_run_id)
-    experiment = client.get_experiment(run.info.experiment_id)
-    sweep = find_sweep(client, experiment.experiment_id, experiment.name, parent_run_id)
+    with asked(shown(client.tracking_uri)):
+        run = client.get_run(parent_run_id)
+        experiment = client.get_experiment(run.info.experiment_id)
+        sweep = find_sweep(client, experiment.experiment_id, experiment.name, parent_run_id)
     report = build(client, shown(client.tracking_uri), experiment.experiment_id, experiment.name, sweep)
     return save(client, report, out)
 

@@ -11,8 +11,11 @@ Leaves `sweep.json` (plan, what was chosen on tuning seeds, every trial's state)
 runs' summaries), a folder per trial, and the report (`esper report`); in MLflow a parent run with a child per trial.
 """
 
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,15 +48,18 @@ from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.model import Frozen
-from esper.platform.provenance import provenance
+from esper.platform.provenance import commit, provenance
 from esper.platform.saves import below
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, read_json, write_json
 from esper.platform.tracking import Tracker, new_key
-from esper.platform.tracking_store import connect
-from esper.policies.arms import ALIASES, ArmInputs, make_policy
+from esper.platform.tracking_store import connect, tracking_uri
+from esper.policies.arms import ALIASES, ARMS, ArmInputs, make_policy
+from esper.policies.simic.policy import policy_folder
 
 PLAN, STATE = "plan.json", "sweep.json"
+ANOTHER_PROBLEM = ("host.", "data.", "clock.", "budget.axis", "optimizer.")
+"""Settings under which a preset's range of budgets says nothing."""
 
 
 class SweepArguments(CommonArguments):
@@ -107,6 +113,9 @@ class Plan(Frozen):
     task: str
     data: Path
     key: str = Field(description="of its run in MLflow")
+    store: str = Field(description="MLflow's, that a resumed sweep goes on with, unless it is told of another")
+    command: tuple[str, ...] = Field(description="that began it")
+    commit: str = Field(description="likewise")
 
     def contestants(self, spec: RunSpec) -> Contestants:
         """Who takes part.
@@ -140,8 +149,17 @@ class Plan(Frozen):
                         "arm 'openloop' replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
                         "--arms, which trains one first."
                     )
-                if entrant.arm not in SWEEP_ARMS[-3:] and not (entrant.arm == "ppo" and self.policy is None):
-                    make_policy(entrant.arm, inputs)
+                gardener = "ppo" if entrant.arm == OPENLOOP else entrant.arm
+                if gardener in ARMS and not (gardener == "ppo" and self.policy is None):
+                    make_policy(gardener, inputs)
+        plays = contestants.has("ppo") or contestants.has(OPENLOOP)
+        for flag, arm, given, used in (
+            ("--policy", "ppo", self.policy, plays),
+            ("--schedule", "schedule", self.schedule, contestants.has("schedule")),
+            ("--train-on laws", "ppo", self.train_on == "laws", self.trains()),
+        ):
+            if given and not used:
+                raise UserError(f"{flag} is for arm {arm!r}, and no such arm would use it: leave it out, or add {arm}.")
         needs = {
             "--tune-lr": self.tune_lr,
             "arm 'openloop'": contestants.has(OPENLOOP),
@@ -187,11 +205,21 @@ def settle(arguments: SweepArguments) -> tuple[Plan, RunSpec]:
             "own": own,
             "data": Path(),
             "key": new_key(),
+            "store": tracking_uri(),
+            "command": sys.argv,
+            "commit": commit() or "unknown",
         },
         "the arguments",
     )
-    plan.contestants(spec)
-    return plan, spec
+    contestants = plan.contestants(spec)
+    return plan, with_range(spec, [*own, *contestants.points[0].values])
+
+
+def with_range(spec: RunSpec, changed: Sequence[str]) -> RunSpec:
+    """Without the preset's range of budgets, where what was changed makes it another problem."""
+    if "budget.interior" in changed or not any(key.startswith(ANOTHER_PROBLEM) for key in changed):
+        return spec
+    return spec.overridden({"budget.interior": None})
 
 
 def resume(arguments: SweepArguments, out: Path) -> int:
@@ -208,21 +236,37 @@ def resume(arguments: SweepArguments, out: Path) -> int:
     job = Job(spec, plan.data, out.absolute())
     job.open_data()
     say(f"resume  {out}")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", plan.store)
     return compare(job, plan)
+
+
+def with_own_inputs(plan: Plan, out: Path) -> Plan:
+    """With copies, in the sweep's folder, of what gardeners need: nobody changes them while it runs."""
+    if plan.policy is not None:
+        shutil.copytree(policy_folder(plan.policy), out / "inputs" / "policy", dirs_exist_ok=True)
+        plan = plan.model_copy(update={"policy": out / "inputs" / "policy"})
+    if plan.schedule is not None:
+        (out / "inputs").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.schedule, out / "inputs" / "schedule.json")
+        plan = plan.model_copy(update={"schedule": out / "inputs" / "schedule.json"})
+    return plan
 
 
 def compare(job: Job, plan: Plan) -> int:
     """Run what is missing and report; 1 if a trial failed."""
-    contestants = plan.contestants(job.spec)
-    # The signals last: `ray.init` puts in a handler of its own, in C, that aborts.
-    with alone(job.out), cluster.session(gpus=gpus_needed(job.spec)), StopSignals() as signals:
+    with ExitStack() as stack:
+        stack.enter_context(alone(job.out))
         if not (job.out / PLAN).exists():
             job.begin()
+            plan = with_own_inputs(plan, job.out)
             write_json(job.out / PLAN, plan.model_dump(mode="json"))
+        contestants = plan.contestants(job.spec)
+        stack.enter_context(cluster.session(gpus=gpus_needed(job.spec)))
+        signals = stack.enter_context(StopSignals())  # last: `ray.init` puts in a handler of its own, in C, that aborts
         parent = Tracker.start(
             f"esper-{plan.task}",
             job.out.name,
-            tags={"kind": "sweep", "preset": job.spec.preset, "data": told_data(job), **provenance()},
+            tags={"kind": "sweep", "preset": job.spec.preset, "data": told_data(job), **provenance(), **begun(plan)},
             params=job.spec.model_dump(mode="json"),
             key=plan.key,
             journal=job.out / "points.jsonl",
@@ -236,6 +280,12 @@ def compare(job: Job, plan: Plan) -> int:
             raise Stopped(stopped.number, str(stopped) or how) from None
         report(job, parent)
     return 1 if failures else 0
+
+
+def begun(plan: Plan) -> dict[str, str]:
+    """The commit as a tag: that of the sweep's beginning, and another one that it goes on with."""
+    now = commit() or "unknown"
+    return {"commit": plan.commit if now == plan.commit else f"{plan.commit}, resumed at {now}"}
 
 
 def told_data(job: Job) -> str:
@@ -278,10 +328,13 @@ class Sweep:
             storage=storage,
             check=check,
         )
-        self._gardener: dict[str, Any] | None = None
-        if plan.policy is not None:
-            self._gardener = {"checkpoint": str(plan.policy), "trained_on": "given"}
         self._contestants = contestants
+        self._gardeners: dict[int, dict[str, Any]] = {}
+        for point in contestants.points if plan.policy is not None else ():
+            self._gardeners[point.index] = {"checkpoint": str(plan.policy), "trained_on": "given"}
+        for index, point in enumerate(self._before().get("points", ())):
+            if point["gardener"] is not None:
+                self._gardeners[index] = point["gardener"]
         self._stages = Stages(
             contestants,
             self._log,
@@ -300,16 +353,24 @@ class Sweep:
             sent = self._log.close()
             self._keep()
         tests = [trial for trial in self._stages.trials.values() if trial.purpose == "test"]
-        summaries = [summary for trial in tests if (summary := self._log.summary(trial)) is not None]
+        found = [(trial, self._log.summary(trial)) for trial in tests]
+        summaries = [{**summary, "arm": trial.row} for trial, summary in found if summary is not None]
         write_json(self._job.out / "summary.json", summaries)
         parent.artifact(self._job.out / "summary.json")
         if summaries:
             say(arm_table(summaries))
-        for name, why in self._log.failures.items():
+        failures = self._failures()
+        for name, why in failures.items():
             say(f"failed  {name}: {why}")
         if not sent:
             say(f"MLflow has not had everything: send the rest with: esper sweep --resume {self._job.out}")
-        return len(self._log.failures)
+        return len(failures)
+
+    def _failures(self) -> dict[str, str]:
+        """Why a trial has no result, by its name."""
+        told = self._log.failures | {name: trial["error"] for name, trial in self._stages.impossible.items()}
+        missing = [t.name for t in self._stages.trials.values() if t.name not in told and self._log.summary(t) is None]
+        return told | dict.fromkeys(missing, "it has not been run to its end")
 
     def _train(self, point: Point, spec: RunSpec, tuning: Any) -> Path:
         several = len(self._contestants.points) > 1
@@ -325,12 +386,19 @@ class Sweep:
             parent=self._parent,
             check=self._check,
         )
-        self._gardener = found
+        self._gardeners[point.index] = found
         checkpoint = Path(found["checkpoint"])
-        self._parent.register(
-            f"esper-gardener-{spec.preset}", checkpoint / "policy", {"trained_on": found["trained_on"]}
-        )
+        if several:  # a run has one version of a model
+            self._parent.artifact(checkpoint / "policy", f"policy-point{point.index}")
+        else:
+            tags = {"trained_on": found["trained_on"]}
+            self._parent.register(f"esper-gardener-{spec.preset}", checkpoint / "policy", tags)
         return checkpoint
+
+    def _before(self) -> dict[str, Any]:
+        """What an earlier start of this sweep has written."""
+        path = self._job.out / STATE
+        return read_json(path, str(path), "the state of a sweep") if path.exists() else {}
 
     def _keep(self) -> None:
         """Write `sweep.json`: what the report reads."""
@@ -344,6 +412,7 @@ class Sweep:
                 "curve": settled.curve and vars(settled.curve),
                 "size": settled.size,
                 "schedule": settled.schedule,
+                "gardener": self._gardeners.get(point.index),
             }
             for point, settled in zip(c.points, self._stages.settled, strict=True)
         ]
@@ -352,11 +421,13 @@ class Sweep:
             "sizes": list(c.sizes),
             "seeds": list(c.seeds),
             "tuning_seeds": list(c.tuning_seeds),
-            "rates_tuned": self._plan.tune_lr,
+            "rates_tuned": all(settled.bracketed for settled in self._stages.settled),
             "points": points,
-            "gardener": self._gardener,
-            "command": sys.argv,
-            "trials": {trial.name: self._state_of(trial) for trial in self._stages.trials.values()},
+            "gardener": next(iter(self._gardeners.values()), None),
+            "command": self._plan.command,
+            "trials": self._before().get("trials", {})
+            | self._stages.impossible
+            | {trial.name: self._state_of(trial) for trial in self._stages.trials.values()},
         }
         write_json(self._job.out / STATE, state)
         self._parent.artifact(self._job.out / STATE)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from esper.pipelines.gardener import ON_LAWS, ResumePoint, checkpoints, train_gardener
 from esper.pipelines.job import Job
 from esper.platform.console import say
-from esper.platform.spec import RunSpec
+from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import read_json
 from esper.platform.tracking import Tracker
 from esper.workers.law_fit import fit_laws, points_of
@@ -56,7 +56,10 @@ def trained_policy(
         UserError: the laws cannot be fitted.
     """
     surrogate = on == "laws"
-    if surrogate:
+    done = out / "summary.json"
+    if (out / "spec.json").exists():
+        spec = saved_spec(out / "spec.json")
+    elif surrogate:
         spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in own})
         fit = fit_laws(spec, [point for run in tuning for point in points_of(run)])
         spec = spec.model_copy(update={"laws": fit.laws})
@@ -64,7 +67,6 @@ def trained_policy(
         data = f"{fit.data:.3f}·d^-{fit.data_exponent:.2f}"
         say(f"laws    {fit.floor:.3f} + {size} + {data} nats at n layers, d of what one layer sees in the budget")
         say(f"        off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
-    done = out / "summary.json"
     if not done.exists():
         start = ResumePoint.newest(out) if checkpoints(out) else None
         own_job = replace(job, spec=spec, out=out)

@@ -1,7 +1,8 @@
 """What is kept of a sweep's trials, and told of them: a folder each, a run each in MLflow, and lines of progress.
 
 A trial's folder has `spec.json`, `points.jsonl` (the journal of what goes to MLflow, so that a server's outage loses
-nothing), and at its end `summary.json`, which makes it done. `tracked` lies beside it once MLflow has had everything.
+nothing), and at its end `summary.json`, which makes it done. `tracked` lies beside it, naming the store,
+once MLflow has had everything.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +105,7 @@ class SweepLog(tune.Callback):
                 missing.append(trial)
                 continue
             self._note_best(trial, summary)
-            if not (self.folder(trial) / TRACKED).exists():
+            if not self._tracked(trial):
                 self._finish(trial, self._log_of(trial), summary)
         return missing
 
@@ -174,7 +175,7 @@ class SweepLog(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process has died, and Tune is going to start it again."""
-        say(f"  {trial.config['trial']}: its process died; it is started again, from its last save")
+        say(f"  {trial.config['trial']}: it failed, or its process died; it is started again, from its last save")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It has died once too often."""
@@ -221,29 +222,35 @@ class SweepLog(tune.Callback):
             future.result()
         self._closing.clear()
 
+    def _tracked(self, trial: Trial) -> bool:
+        """Whether the store that is used now has had everything."""
+        path = self.folder(trial) / TRACKED
+        return path.exists() and path.read_text() == self._parent.uri
+
     def _untracked(self) -> list[tuple[Trial, dict[str, Any]]]:
         """Trials that are done, of which MLflow has not had everything."""
-        untracked = [trial for trial in self._trials.values() if not (self.folder(trial) / TRACKED).exists()]
+        untracked = [trial for trial in self._trials.values() if not self._tracked(trial)]
         return [(trial, summary) for trial in untracked if (summary := self.summary(trial)) is not None]
 
     def _fail(self, trial: Trial, why: str) -> None:
         self._fractions[trial.name] = 1.0
-        log = self._open.pop(trial.name, None)
-        if log is None:
+        if (self.folder(trial) / SUMMARY).is_file():
             return
         self.failures.setdefault(trial.name, why)
         say(f"  {trial.name} failed: {self.failures[trial.name]}")
-        self._close(log.close, "FAILED")
+        log = self._open.pop(trial.name, None)  # none, if its process never came up
+        if log is not None:
+            self._close(log.close, "FAILED")
 
     def _note_best(self, trial: Trial, summary: dict[str, Any]) -> None:
         if trial.purpose == "test" and not summary["diverged"]:
-            self._bests.setdefault(trial.entrant.label, []).append(summary["val_loss"])
+            self._bests.setdefault(trial.row, []).append(summary["val_loss"])
 
     def _show(self, trial: Trial, result: dict[str, Any]) -> None:
         action = result.get("action", "wait")
         if action != "wait":
             point = result["points"][-1]
-            say(f"  {trial.name}: {action} at {point['budget_fraction']:.0%}, {point['parameters']:,} parameters")
+            say(f"  {trial.name}: {action} at {result['at']:.0%}, {point['parameters']:,} parameters")
         if result.get("unsaved"):
             say(f"  {trial.name}: {result['unsaved']}")
         done = sum(self._weights[name] * fraction for name, fraction in self._fractions.items())
@@ -300,7 +307,7 @@ class _TrialLog:
         self._tracker.artifact(self._folder / SPEC)
         taken = self._tracker.close("FINISHED", seconds)
         if taken:
-            (self._folder / TRACKED).touch()
+            write_text(self._folder / TRACKED, self._tracker.uri)
         return taken
 
     def close(self, status: Status, seconds: float) -> bool:

@@ -26,7 +26,8 @@ OPENLOOP = "openloop"  # plays the median schedule of the trained policy's own t
 FINAL = "static_final"  # the shape that another arm ended with, from scratch
 LRPATH = "static_lrpath"  # the best static size, under the learning rate that another arm had
 FOLLOWERS = ("random", FINAL, LRPATH)  # follow another arm's run on the same seed
-SWEEP_ARMS = (*ARMS, OPENLOOP, FINAL, LRPATH)
+MADE_HERE = (OPENLOOP, FINAL, LRPATH)  # of what a sweep has found out itself
+SWEEP_ARMS = (*ARMS, *MADE_HERE)
 SCHEDULES = ("schedule", *NAMED)
 CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it names nobody, if they take part
 
@@ -108,9 +109,12 @@ class Trial:
     @property
     def name(self) -> str:
         """Its own among the sweep's: a folder's and a run's."""
-        parts = [self.entrant.label.replace(":", ".of."), self.note, f"seed{self.seed}"]
-        parts += [f"point{self.point.index}"] if self.several else []
-        return "-".join(part for part in parts if part)
+        return trial_name(self.entrant, self.seed, self.point, self.note, several=self.several)
+
+    @property
+    def row(self) -> str:
+        """Of a table of all grid points."""
+        return f"{self.entrant.label} {self.point.grid}" if self.several else self.entrant.label
 
     @property
     def arm(self) -> str:
@@ -130,6 +134,13 @@ class Trial:
             "grid": self.point.grid,
             "preset": self.spec.preset,
         }
+
+
+def trial_name(entrant: Entrant, seed: int, point: Point, note: str = "", *, several: bool) -> str:
+    """A trial's own among its sweep's."""
+    parts = [entrant.label.replace(":", ".of."), note, f"seed{seed}"]
+    parts += [f"point{point.index}"] if several else []
+    return "-".join(part for part in parts if part)
 
 
 def parse_arms(text: str, sizes: Sequence[int]) -> list[Entrant]:
@@ -195,15 +206,26 @@ def parse_grid(grids: Sequence[str], spec: RunSpec) -> list[Point]:
     points: list[dict[str, Any]] = [{}]
     for grid in grids:
         key, equals, text = grid.partition("=")
-        values = [value_of(part.strip()) for part in text.split(",") if part.strip()]
+        values = _grid_values(text)
         if not equals or not key or not values:
             raise UserError(f"--grid {grid!r} is not of the form key.path=a,b,c, such as budget.amount=1e6,3e6.")
         if any(key in point for point in points):
             raise UserError(f"--grid names {key} twice: give all its values at once.")
         if key.startswith("data.") and key.split(".")[1] not in ("batch_size", "eval_tokens"):
             raise UserError(f"--grid {key} would change the text: a sweep compares on one; run a sweep for each.")
-        points = [{**point, key: value} for point in points for value in dict.fromkeys(values)]
+        if key.split(".")[0] in ("preset", "fleet"):
+            raise UserError(f"--grid {key} changes no number of a run: give it once, with --set {key}=….")
+        unlike = {json.dumps(value, sort_keys=True): value for value in values}.values()
+        points = [{**point, key: value} for point in points for value in unlike]
     return [Point(index, values, spec.overridden(values)) for index, values in enumerate(points)]
+
+
+def _grid_values(text: str) -> list[Any]:
+    """Values between commas, those of JSON lists and objects left whole."""
+    try:
+        return list(json.loads(f"[{text}]"))
+    except ValueError:
+        return [value_of(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def static_spec(spec: RunSpec, size: int, constant: float | None = None) -> RunSpec:

@@ -6,8 +6,9 @@
 3. test: every arm that follows no other, on test seeds.
 4. followers: those that need another arm's run of the same seed.
 
-Nothing is kept here: every trial's result is in its folder, so a resumed sweep walks the same way and runs what is
-missing.
+Every trial's result is in its folder, so a resumed sweep walks the same way and runs what is missing. What a stage has
+settled stays settled (`settled.json`): trials that failed in it are not tried again, for the choice would change under
+runs that rest on it.
 """
 
 import math
@@ -18,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from esper.pipelines.contest import median_grafts
-from esper.pipelines.rate_search import ROUNDS, Curve, best_rate, fitted_curve, next_rates
+from esper.pipelines.rate_search import ROUNDS, Curve, best_rate, bracketed, fitted_curve, next_rates
 from esper.pipelines.sweep_log import SUMMARY, SweepLog
 from esper.pipelines.sweep_plan import (
     FINAL,
@@ -32,34 +33,42 @@ from esper.pipelines.sweep_plan import (
     final_spec,
     lrpath_spec,
     static_spec,
+    trial_name,
     with_cooldowns,
 )
 from esper.platform.console import say
+from esper.platform.errors import UserError
+from esper.platform.model import Frozen
 from esper.platform.spec import RunSpec
-from esper.platform.storage import write_json
+from esper.platform.storage import read_json, write_json
 from esper.policies.arms import ArmInputs
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import stable_rate
 
+RECORD = "settled.json"
 
-@dataclass
-class Settled:
+
+class Settled(Frozen):
     """What a grid point's stages have settled.
 
     Attributes:
         rates: best rate by static size; None while nobody has looked for it.
+        bracketed: whether each of them lies between two that were tried.
         curve: the rate by size that all other arms follow; None means the spec's own.
         size: the best static size; None where nobody has chosen.
         schedule: label of the best schedule, likewise.
         policy: the trained gardener.
+        no_policy: why there is none.
         openloop: file of its median schedule.
     """
 
     rates: dict[int, float] | None = None
+    bracketed: bool = False
     curve: Curve | None = None
     size: int | None = None
     schedule: str | None = None
     policy: Path | None = None
+    no_policy: str | None = None
     openloop: Path | None = None
 
 
@@ -102,6 +111,13 @@ Gardener = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], Path]
 """Gives a trained policy for a grid point: its spec with the rates found, and the summaries of its tuning runs."""
 
 
+class Record(Frozen):
+    """`settled.json`: which stages are over, and what each grid point has from them."""
+
+    over: tuple[str, ...] = ()
+    points: tuple[Settled, ...] = ()
+
+
 @dataclass
 class Stages:
     """Runs them.
@@ -120,11 +136,17 @@ class Stages:
     gardener: Gardener | None
     keep: Callable[[], None]
     settled: list[Settled] = field(default_factory=list)
+    over: tuple[str, ...] = ()
     trials: dict[str, Trial] = field(default_factory=dict)
+    impossible: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = self.contestants.files.policy
         self.settled = [Settled(policy=given) for _ in self.contestants.points]
+        path = self.log.out / RECORD
+        if path.exists():
+            record = Record.checked(read_json(path, str(path), "what a sweep has settled"), str(path))
+            self.settled, self.over = list(record.points), record.over
 
     def run(self) -> None:
         """Everything that is missing."""
@@ -152,40 +174,49 @@ class Stages:
             }
             if not trials:
                 break
-            self._do("rates", [trial for group in trials.values() for trial in group])
+            self._do("rates", [trial for group in trials.values() for trial in group], again="rates" not in self.over)
             for (index, size, rate), group in trials.items():
                 tried[index, size][rate] = [self._loss(trial) for trial in group]
         for point in points:
-            best = {size: best_rate(tried[point.index, size]) for size in sizes}
+            if "rates" not in self.over:
+                best = {size: best_rate(tried[point.index, size]) for size in sizes}
+                self._settle(
+                    point,
+                    rates=best,
+                    bracketed=all(bracketed(tried[point.index, size]) for size in sizes),
+                    curve=fitted_curve({_parameters(point.spec, size): rate for size, rate in best.items()}),
+                )
             settled = self.settled[point.index]
-            settled.rates = best
-            settled.curve = fitted_curve({_parameters(point.spec, size): rate for size, rate in best.items()})
-            found = ", ".join(f"{rate:g} at {size} layer(s)" for size, rate in best.items())
+            assert settled.rates is not None
+            assert settled.curve is not None
+            found = ", ".join(f"{rate:g} at {size} layer(s)" for size, rate in settled.rates.items())
             say(f"rates   {_at(point)}{found}; growing arms: {_told(settled.curve)}")
-        self.keep()
+        self._end("rates")
 
     def _choose(self) -> None:
         """The best size and the best schedule."""
         c = self.contestants
         several = [group for group in (c.statics(), c.schedules()) if len(group) > 1]
         several = several if self._tuning() else []
-        if self.gardener is not None and c.statics() not in several and self._tuning():
-            several.append(c.statics())
         entrants = [entrant for group in several for entrant in group]
         trials = {(p.index, e): self._trials(p, e, "tuning", self._tuning()) for p in c.points for e in entrants}
-        self._do("tuning", [trial for group in trials.values() for trial in group])
+        self._do("tuning", [trial for group in trials.values() for trial in group], again="tuning" not in self.over)
         for point in c.points:
-            losses = {e: fmean(map(self._loss, trials[point.index, e])) for e in entrants}
+            if "tuning" not in self.over:
+                losses = {e: fmean(map(self._loss, trials[point.index, e])) for e in entrants}
+                self._settle(
+                    point,
+                    size=self._best(c.statics(), losses, lambda entrant: entrant.size),
+                    schedule=self._best(c.schedules(), losses, lambda entrant: entrant.label),
+                )
             settled = self.settled[point.index]
-            settled.size = self._best(c.statics(), losses, lambda entrant: entrant.size)
-            settled.schedule = self._best(c.schedules(), losses, lambda entrant: entrant.label)
             if entrants:
                 what = [f"{settled.size} layer(s)"] + ([f"schedule {settled.schedule}"] if settled.schedule else [])
                 say(f"tuning  {_at(point)}best: {', '.join(what)}")
-        self.keep()
+        self._end("tuning")
 
     def _train_gardener(self) -> None:
-        if self.gardener is None:
+        if self.gardener is None or "gardener" in self.over:
             return
         for point in self.contestants.points:
             tuning = [
@@ -194,9 +225,12 @@ class Stages:
                 for trial in self._trials(point, entrant, "tuning", self._tuning())
                 if (summary := self.log.summary(trial)) is not None and not summary["diverged"]
             ]
-            settled = self.settled[point.index]
-            settled.policy = self.gardener(point, self._spec(point), tuning)
-        self.keep()
+            try:
+                self._settle(point, policy=self.gardener(point, self._spec(point), tuning))
+            except UserError as error:  # the other arms need none
+                self._settle(point, no_policy=str(error))
+                say(f"ppo     {_at(point)}no gardener: {error}")
+        self._end("gardener")
 
     def _distill(self) -> None:
         """The policy's median schedule, from its own runs on tuning seeds."""
@@ -204,8 +238,8 @@ class Stages:
         if not c.has(OPENLOOP):
             return
         trials = {p.index: self._trials(p, Entrant("ppo"), "tuning", self._tuning()) for p in c.points}
-        self._do("tuning", [trial for group in trials.values() for trial in group])
-        for point in c.points:
+        self._do("tuning", [trial for group in trials.values() for trial in group], again=OPENLOOP not in self.over)
+        for point in c.points if OPENLOOP not in self.over else ():
             played = [summary for trial in trials[point.index] if (summary := self.log.summary(trial)) is not None]
             if not played:
                 continue
@@ -214,9 +248,10 @@ class Stages:
             entries = median_grafts(played, spec.budget.decisions, sites)
             path = self.log.out / f"openloop-{point.index}.json"
             write_json(path, [entry.model_dump(mode="json", exclude_none=True) for entry in entries])
-            self.settled[point.index].openloop = path
+            self._settle(point, openloop=path)
             told = ", ".join(f"{entry.blueprint} at {entry.at:.0%}" for entry in entries)
             say(f"openloop {_at(point)}{told or 'no graft: the policy waits'}")
+        self._end(OPENLOOP)
 
     # -- Trials ------------------------------------------------------------------------------------------------
 
@@ -231,13 +266,17 @@ class Stages:
             if isinstance(made, Trial):
                 trials.append(made)
             else:
-                self.log.failures[f"{entrant.label}, seed {seed}"] = made
+                name = trial_name(entrant, seed, point, several=len(self.contestants.points) > 1)
+                tags = {"label": entrant.label, "arm": entrant.arm, "size": None, "seed": seed, "grid": point.grid}
+                self.impossible[name] = {**tags, "purpose": purpose, "status": "failed", "error": made}
         return trials
 
     def _trial(self, point: Point, entrant: Entrant, purpose: Purpose, seed: int) -> Trial | str:
         settled, spec, files = self.settled[point.index], self._spec(point), self.contestants.files
         inputs = ArmInputs(seed, settled.policy, files.schedule, blueprints=tuple(spec.growth.blueprints))
         followed: dict[str, Any] = {}
+        if entrant.arm == "ppo" and settled.policy is None:
+            return f"there is no gardener: {settled.no_policy}"
         if entrant.of is not None:
             leader = self._trial(point, Entrant(entrant.of), purpose, seed)
             found = self.log.summary(leader) if isinstance(leader, Trial) else None
@@ -281,16 +320,27 @@ class Stages:
         several = len(self.contestants.points) > 1
         return Trial(entrant, purpose, seed, point, spec, inputs, note=note, several=several)
 
-    def _do(self, stage: str, trials: Sequence[Trial]) -> None:
-        """Run those that are missing."""
+    def _do(self, stage: str, trials: Sequence[Trial], *, again: bool = True) -> None:
+        """Run those that are missing, unless what they were for is settled."""
         self.trials |= {trial.name: trial for trial in trials}
         missing = self.log.missing(trials)
-        if missing:
+        if missing and again:
             self.log.begin(stage, missing)
             self.execute(missing)
             self.keep()
 
     # -- Helpers -----------------------------------------------------------------------------------------------
+
+    def _settle(self, point: Point, **values: Any) -> None:
+        self.settled[point.index] = self.settled[point.index].model_copy(update=values)
+
+    def _end(self, stage: str) -> None:
+        """A stage is over: what it has settled stays."""
+        if stage not in self.over:
+            self.over = (*self.over, stage)
+            record = Record(over=self.over, points=tuple(self.settled))
+            write_json(self.log.out / RECORD, record.model_dump(mode="json"))
+        self.keep()
 
     def _tuning(self) -> Sequence[int]:
         return self.contestants.tuning_seeds

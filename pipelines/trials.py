@@ -97,6 +97,7 @@ def _play(trial: Trial, data: Path, storage: str) -> None:
         if isinstance(policy, Stateful):
             policy.resume(values["policy"])
     else:
+        saves.drop(0)  # another version's, or damaged
         run.reset(seed=trial.seed)
     tune.report({"points": run.curve})  # the driver knows those it has had before its own death
 
@@ -106,8 +107,8 @@ def _play(trial: Trial, data: Path, storage: str) -> None:
         saves.save(0, run.ledger.steps, values, tensors)
         if trial.spec.clock.kind == "wall":
             saves.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
-        chosen = str(telemetry.actions[action.index])
-        tune.report({"points": run.curve[-1:], "action": chosen, "unsaved": saves.failed})
+        decided = {"action": str(telemetry.actions[action.index]), "at": float(telemetry.get("budget_used"))}
+        tune.report({"points": run.curve[-1:], **decided, "unsaved": saves.failed})
 
     summary = play(run, policy, arm=trial.entrant.label, probe=ChargedProbe(run), on_decision=on_decision)
     saves.flush()

@@ -108,7 +108,7 @@ def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
     if summary["diverged"]:
         return []
     layers, seed = summary["layers"], summary["seed"]
-    ends = [*summary["annealed"], summary]
+    ends = [end for end in (*summary["annealed"], summary) if end["val_loss"] is not None]
     return [StaticPoint(layers, end["tokens"], end["val_loss"], seed) for end in ends]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.pipelines.rate_search import FACTOR, ROUNDS, best_rate, fitted_curve, next_rates
+from esper.pipelines.rate_search import FACTOR, ROUNDS, best_rate, bracketed, fitted_curve, next_rates
 
 
 def search(start: float, best: float) -> tuple[dict[float, list[float]], int]:
@@ -20,23 +20,23 @@ def search(start: float, best: float) -> tuple[dict[float, list[float]], int]:
     return losses, ROUNDS
 
 
-@given(st.floats(1e-5, 0.1), st.floats(-2.4, 2.4))
+@given(st.floats(1e-5, 0.1), st.floats(-4.4, 4.4))
 def test_it_ends_within_half_a_factor_of_the_best(start, powers):
     best = start * FACTOR**powers
     losses, _ = search(start, best)
     assert abs(math.log(best_rate(losses) / best)) <= math.log(FACTOR) * 0.51 + 0.01  # 0.01: rates are rounded
 
 
-@given(st.floats(1e-5, 0.1), st.floats(-2.4, 2.4))
+@given(st.floats(1e-5, 0.1), st.floats(-4.4, 4.4))
 def test_the_best_lies_between_two_others(start, powers):
     losses, _ = search(start, start * FACTOR**powers)
-    tried = sorted(losses)
-    assert tried[0] < best_rate(losses) < tried[-1]
+    assert bracketed(losses)
 
 
 def test_it_stops_after_some_rounds_where_the_best_is_far_away():
     losses, rounds = search(1e-3, 1.0)
     assert rounds == ROUNDS
+    assert not bracketed(losses)
     assert len(losses) == 3 + ROUNDS - 1
 
 
@@ -54,6 +54,7 @@ def test_the_curve_goes_through_a_power_law(rate, exponent):
     rates = {size: rate * (size / 10_000) ** -exponent for size in sizes}
     curve = fitted_curve(rates)
     for size in sizes:
+        assert curve.rate_max == max(rates.values())
         told = curve.learning_rate * (size / curve.rate_parameters) ** -curve.rate_exponent
         assert told == pytest.approx(rates[size], rel=0.02)
 
@@ -69,4 +70,5 @@ def test_one_size_gives_its_own_rate():
         "learning_rate": 0.0123,
         "rate_exponent": 0.0,
         "rate_parameters": 12_345,
+        "rate_max": 0.0123,
     }

@@ -16,6 +16,7 @@ from esper.pipelines import report, sweep
 from esper.platform.tracking import Tracker
 from tests.mlflow_servers import free_port, mlflow_server
 
+pytestmark = pytest.mark.usefixtures("one_ray")
 ROOT = Path(__file__).parents[2]
 ARMS = "static,onejump,gradual,tamiyo,random:gradual,static_final:onejump,static_lrpath:onejump"
 
@@ -122,7 +123,14 @@ def test_every_stage(tiny, client, tmp_path, capfd):
     assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")} == before
     check_tracked(client, out)
 
+    # What was chosen stays chosen: a trial that failed then is not tried again, under runs that rest on the choice.
+    (out / "trials" / "gradual-seed2000000" / "summary.json").unlink()
+    assert sweep.main(["--resume", str(out)]) == 1
+    assert states(out)["points"] == found["points"]
+    assert "failed  gradual-seed2000000: it has not been run to its end" in capfd.readouterr().err
 
+
+@pytest.mark.slow
 def test_a_grid_compares_at_each_point(tiny, client, tmp_path):
     out = tmp_path / "sweep"
     flags = ["--arms", "static,onejump", "--grid", "budget.amount=24,40", "--grid", "host.n_head=1,2"]
@@ -145,12 +153,13 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, client, tmp_path
     assert [s["arm"] for s in json.loads((out / "summary.json").read_text())] == ["static-1"]
     printed = capfd.readouterr().err
     assert "failed  schedule-seed0: unknown site for ffn in the schedule 'h7.ffn'" in printed
-    assert "failed  static_final:schedule, seed 0: schedule has no sound run of this seed to follow" in printed
+    assert "failed  static_final.of.schedule-seed0: schedule has no sound run of this seed to follow" in printed
     assert {run.info.run_name: run.info.status for run in children(client, out)} == {
         "static-1-seed0": "FINISHED",
         "schedule-seed0": "FAILED",
     }
-    plan.write_text("[]")  # mended: the resumed sweep runs what is missing
+    assert states(out)["trials"]["static_final.of.schedule-seed0"]["status"] == "failed"
+    (out / "inputs" / "schedule.json").write_text("[]")  # mended: the resumed sweep runs what is missing
     assert sweep.main(["--resume", str(out)]) == 0
     assert sorted(run.info.run_name for run in children(client, out)) == [
         "schedule-seed0",
@@ -195,6 +204,7 @@ def test_deaths_of_a_trial_and_of_the_driver(longer, client, tmp_path):
     check_tracked(client, out)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(longer, client, tmp_path):
     out = tmp_path / "sweep"
     process = command(out, "--arms", "static,tamiyo", *longer, "--out", str(out))
@@ -209,6 +219,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(longer, client, tmp_path):
     check_tracked(client, out)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_in_mid_sweep(longer, tmp_path, monkeypatch):
     folder = tmp_path / "server"
     folder.mkdir()
@@ -241,6 +252,7 @@ def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
     check_tracked(lambda: MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), out)
 
 
+@pytest.mark.slow
 def test_a_gardener_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_path):
     out = tmp_path / "sweep"
     flags = ["--arms", "static,ppo,openloop,static_final:ppo", "--sizes", "1,2,3", "--tuning-seeds", "1"]
@@ -292,7 +304,9 @@ def trial_processes(driver: int) -> list[int]:
         (["--tune-lr", "--tuning-seeds", "0"], "--tuning-seeds is 0: give at least 1"),
         (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as --sizes 1,2,4"),
         (["--grid", "budget.amont=1,2"], "budget.amont"),
+        (["--grid", "fleet.cpus=1,2"], "changes no number of a run"),
         (["--sizes", "one"], "--sizes 'one'"),
+        (["--arms", "static", "--policy", "/nowhere"], "--policy is for arm 'ppo'"),
         (["--resume", "/nowhere"], "--resume takes everything from /nowhere"),
     ],
 )

@@ -74,6 +74,15 @@ def test_a_grid_spans_every_combination(tiny_spec):
     assert parse_grid([], tiny_spec)[0].spec == tiny_spec
 
 
+def test_a_grid_over_lists_and_objects(tiny_spec):
+    points = parse_grid(['growth.blueprints={"ffn": {}},{"ffn": {}, "block": {}}'], tiny_spec)
+    assert [list(point.spec.growth.blueprints) for point in points] == [["ffn"], ["ffn", "block"]]
+    assert [p.spec.budget.cooldowns for p in parse_grid(["budget.cooldowns=[],[0.3,0.5]"], tiny_spec)] == [
+        (),
+        (0.3, 0.5),
+    ]
+
+
 @pytest.mark.parametrize(
     ("grid", "sentence"),
     [
