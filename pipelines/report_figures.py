@@ -246,7 +246,7 @@ def _draw_rows(
         axes.scatter(values, place + jitter, s=24, linewidth=1, zorder=3, **look.points)
     axes.set_xlim(low, high)
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=True, axis="x")
 
@@ -273,7 +273,7 @@ def draw_timeline(axes: Axes, section: Section, label: str, colors: dict[str, st
     axes.set_title(label)
     axes.set_xlim(-0.02, 1.02)
     axes.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
-    axes.set_ylim(len(seeds) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(seeds)) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("budget spent")
     axes.tick_params(axis="y", length=0)

@@ -54,7 +54,7 @@ def test_the_curve_goes_through_a_power_law(rate, exponent):
     rates = {size: rate * (size / 10_000) ** -exponent for size in sizes}
     curve = fitted_curve(rates)
     for size in sizes:
-        assert curve.rate_max == max(rates.values())
+        assert curve.rate_max >= max(rates.values())
         told = curve.learning_rate * (size / curve.rate_parameters) ** -curve.rate_exponent
         assert told == pytest.approx(rates[size], rel=0.02)
 

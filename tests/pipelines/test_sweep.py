@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from esper.pipelines import report, sweep
+from esper.pipelines import report, sweep, sweep_log
 from esper.platform.tracking import Tracker
 from tests.mlflow_servers import free_port, mlflow_server
 
@@ -243,6 +243,7 @@ def test_a_server_that_is_killed_in_mid_sweep(longer, tmp_path, monkeypatch):
 
 def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(sweep_log, "CLOSING_SECONDS", 3)
     out = tmp_path / "sweep"
     assert sweep.main(["--arms", "static", *tiny, "--out", str(out)]) == 0
     printed = capfd.readouterr().err
