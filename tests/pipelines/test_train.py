@@ -6,6 +6,7 @@ import pytest
 
 from esper.pipelines.train import main
 from esper.platform.spec import saved_spec
+from tests.mlflow_servers import free_port
 
 SUMMARY = (
     "arm seed preset val_loss perplexity parameters parameters_non_embedding tokens flops seconds wall_seconds "
@@ -101,7 +102,7 @@ def test_another_runs_folder_is_refused(tiny, tmp_path, capfd):
 
 
 def test_a_dead_mlflow_server_does_not_stop_a_run(tiny, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")  # one that nobody told of yet
     assert main(["static", *tiny, "--out", str(tmp_path / "out")]) == 0
     assert capfd.readouterr().err.count("MLflow at") == 1
     assert summary_of(tmp_path / "out")["mlflow"] is None

@@ -356,12 +356,18 @@ def test_a_caveat_is_said_when_it_holds_alone_and_withholds_the_verdict(said):
 
 def test_nothing_is_withheld_when_nothing_is_wrong():
     truth = SyntheticSweep(grown={"tamiyo": 1.0, "onejump": 1.3})
-    elsewhere = {"lag-9": FAILED | {"grid": '{"budget.amount": 1}'}, "lag-1": FAILED | {"status": "done"}}
+    elsewhere = {"lag-9": FAILED | {"grid": '{"budget.amount": 1}'}, "tamiyo-1": FAILED | {"status": "done"}}
     for interior in ([BUDGET, 2 * BUDGET], [1, BUDGET]):
         point = truth.point() | {"spec": {"budget": {"interior": interior}}}
         verdict = judge(truth.tables(noise(truth)), point, sweep=truth.sweep() | {"trials": elsewhere})
         assert verdict.caveats == ()
         assert verdict.criteria[1].outcome == "met"
+
+
+def test_a_trial_that_is_done_and_not_in_mlflow_is_told():
+    truth = SyntheticSweep()
+    [caveat] = judged(truth, trials={"lag-1": FAILED | {"status": "done"}}).caveats
+    assert caveat == "1 trial(s) have no result: lag-1 (not in MLflow)."
 
 
 def test_many_trials_without_a_result_are_counted_and_a_few_named():
@@ -420,7 +426,7 @@ def test_rows_hold_every_label_statics_first():
     assert rows["tamiyo"].difference == claim(verdict, "tamiyo").interval
     assert (rows["static-1"].size, rows["tamiyo"].size) == (1, None)
     assert rows["tamiyo"].cost == pytest.approx(sweep.final_cost("tamiyo"))
-    assert (rows["tamiyo"].grafts, rows["tamiyo"].parameters, rows["tamiyo"].wall_seconds) == (1, 1000, 9)
+    assert (rows["tamiyo"].grafts, rows["tamiyo"].parameters, rows["tamiyo"].wall_seconds) == (1, 999, 9)
     assert sorted(rows["tamiyo"].losses) == [1, 2, 3, 4, 5]
 
 

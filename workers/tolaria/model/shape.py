@@ -160,7 +160,7 @@ class TransformerShape:
 
     def layers_as_json(self) -> list[dict[str, Any]]:
         """The layers as JSON values."""
-        return [asdict(layer) for layer in self.layers]
+        return [{**asdict(layer), "experts": [asdict(expert) for expert in layer.experts]} for layer in self.layers]
 
     @staticmethod
     def layers_from_json(values: list[dict[str, Any]]) -> tuple[LayerShape, ...]:
