@@ -92,6 +92,18 @@ def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "espe
         raise _first_error(error.errors(include_url=False)[0], model_class, parser) from None
 
 
+def check_only_resume(arguments: CommonArguments, out: Path, *allowed: str) -> None:
+    """Refuse what is given beside `--resume`, but for fields that are allowed.
+
+    Raises:
+        UserError: something is.
+    """
+    given = sorted(arguments.model_fields_set - {"resume", *allowed})
+    shown = [name if name == "arm" else f"--{name.replace('_', '-')}" for name in given]  # the one positional
+    if shown:
+        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(shown)}.")
+
+
 def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, argv: list[str] | None = None) -> int:
     """Parse the command line, call `run` with it, and turn what went wrong into a sentence and an exit code.
 

@@ -5,14 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from esper.pipelines.arm_names import NOT_GROWN, RANDOM, SCHEDULES, STATIC
 from esper.pipelines.claims import Claim, Pairs, pair, settle
 from esper.pipelines.envelope import Seeds, TrialRun, best_size, sound
-from esper.policies.named_schedules import NAMED
 
 FINAL_SIZE, ENVELOPE, SCHEDULE = OPPONENTS = ("final size", "envelope", "schedule")
-STATIC, FINAL, LRPATH, RANDOM = "static", "static_final", "static_lrpath", "random"
-NOT_GROWN = (STATIC, FINAL, LRPATH)
-SCHEDULES = ("schedule", *NAMED)  # sweep_plan has the same, and imports torch
 EQUAL_COST = {"steps": "tokens"}  # a step takes the same tokens in every arm
 
 

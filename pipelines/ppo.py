@@ -19,7 +19,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from esper.pipelines.arguments import CommonArguments, main_guard
+from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
 from esper.pipelines.gardener import ON_LAWS, ResumePoint, gpus_needed, train_gardener
 from esper.pipelines.job import Job, law_job, open_job, resolve_spec
 from esper.pipelines.stopping import Stopped, StopSignals
@@ -62,9 +62,7 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     Raises:
         UserError: other arguments are given, there is nothing to go on with, or nothing left to do.
     """
-    others = [f"--{name}" for name in sorted(arguments.model_fields_set - {"resume", "set"})]
-    if others:
-        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
+    check_only_resume(arguments, out, "set")
     for override in arguments.set:
         if override.split(".")[0] not in OTHERS or override.startswith("ppo.hidden"):
             raise UserError(

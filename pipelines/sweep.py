@@ -22,7 +22,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from esper.pipelines.arguments import CommonArguments, main_guard
+from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
+from esper.pipelines.arm_names import LRPATH, OPENLOOP
 from esper.pipelines.chart_view import share_view
 from esper.pipelines.gardener import gpus_needed
 from esper.pipelines.job import Job, open_job, resolve_spec
@@ -31,8 +32,6 @@ from esper.pipelines.stopping import Stopped, StopSignals
 from esper.pipelines.sweep_gardener import TrainedOn, trained_policy
 from esper.pipelines.sweep_log import SweepLog
 from esper.pipelines.sweep_plan import (
-    LRPATH,
-    OPENLOOP,
     SWEEP_ARMS,
     TUNING_SEEDS,
     Point,
@@ -56,6 +55,7 @@ from esper.platform.tracking import Tracker, new_key
 from esper.platform.tracking_store import connect, tracking_uri
 from esper.policies.arms import ALIASES, ARMS, ArmInputs, make_policy
 from esper.policies.simic.policy import policy_folder
+from esper.workers.tolaria.data import Manifest
 
 PLAN, STATE = "plan.json", "sweep.json"
 ANOTHER_PROBLEM = ("host.", "data.", "clock.", "budget.axis", "optimizer.")
@@ -228,9 +228,7 @@ def resume(arguments: SweepArguments, out: Path) -> int:
     Raises:
         UserError: other arguments are given, or there is no sweep.
     """
-    others = [f"--{name.replace('_', '-')}" for name in sorted(arguments.model_fields_set - {"resume"})]
-    if others:
-        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
+    check_only_resume(arguments, out)
     plan = Plan.checked(read_json(out / PLAN, f"--resume {out}", "the folder of an `esper sweep`"), str(out / PLAN))
     spec = saved_spec(out / "spec.json")
     job = Job(spec, plan.data, out.absolute())
@@ -290,7 +288,7 @@ def begun(plan: Plan) -> dict[str, str]:
 
 def told_data(job: Job) -> str:
     """The text, in a line."""
-    manifest = job.open_data().manifest
+    manifest = Manifest.read(job.data)
     return f"{manifest.source}, {manifest.tokenizer}, {manifest.splits['train'].tokens:,} training tokens"
 
 
@@ -324,7 +322,7 @@ class Sweep:
             experiment=f"esper-{plan.task}",
             parent=parent,
             key=plan.key,
-            manifest=job.open_data().manifest,
+            manifest=Manifest.read(job.data),  # `open_job` has verified the shards
             storage=storage,
             check=check,
         )

@@ -14,21 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from esper.pipelines.arm_names import FINAL, FOLLOWERS, LRPATH, MADE_HERE, OPENLOOP
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, value_of
 from esper.policies.arms import ALIASES, ARMS, ArmInputs
-from esper.policies.named_schedules import NAMED
 from esper.workers.tolaria.rate import rate, stable_rate
 
 Purpose = Literal["rates", "tuning", "test"]
 
-OPENLOOP = "openloop"  # plays the median schedule of the trained policy's own tuning runs
-FINAL = "static_final"  # the shape that another arm ended with, from scratch
-LRPATH = "static_lrpath"  # the best static size, under the learning rate that another arm had
-FOLLOWERS = ("random", FINAL, LRPATH)  # follow another arm's run on the same seed
-MADE_HERE = (OPENLOOP, FINAL, LRPATH)  # of what a sweep has found out itself
 SWEEP_ARMS = (*ARMS, *MADE_HERE)
-SCHEDULES = ("schedule", *NAMED)
 CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it names nobody, if they take part
 
 TUNING_SEEDS = 2_000_000  # tuning seeds start here, far from any test seed

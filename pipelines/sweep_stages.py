@@ -18,14 +18,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from esper.pipelines.arm_names import FINAL, LRPATH, OPENLOOP, SCHEDULES
 from esper.pipelines.contest import median_grafts
 from esper.pipelines.rate_search import ROUNDS, Curve, best_rate, bracketed, fitted_curve, next_rates
 from esper.pipelines.sweep_log import SUMMARY, SweepLog
 from esper.pipelines.sweep_plan import (
-    FINAL,
-    LRPATH,
-    OPENLOOP,
-    SCHEDULES,
     Entrant,
     Point,
     Purpose,

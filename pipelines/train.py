@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.arguments import CommonArguments, main_guard
+from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
 from esper.pipelines.job import open_job, resolve_spec
 from esper.pipelines.play import metrics, play
 from esper.pipelines.progress import RunProgress
@@ -97,9 +97,7 @@ def resume(arguments: TrainArguments, out: Path) -> int:
     Raises:
         UserError: other arguments are given, the run has ended, or it cannot be restored.
     """
-    others = [name if name == "arm" else f"--{name}" for name in sorted(arguments.model_fields_set - {"resume"})]
-    if others:
-        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(others)}.")
+    check_only_resume(arguments, out)
     if (out / "summary.json").exists():
         raise UserError(f"the run in {out} has ended: its results are in {out / 'summary.json'}.")
     out = out.absolute()
