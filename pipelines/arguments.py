@@ -10,6 +10,7 @@ only the command line feeds them, never the environment. A field's `title` is it
 kept light (no torch, no ray), so that `--help` answers at once.
 """
 
+import errno
 import re
 import sys
 from argparse import ArgumentParser
@@ -27,6 +28,8 @@ from esper.platform.console import say
 from esper.platform.errors import UserError, unknown
 
 PLACEHOLDERS = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH"}  # type, as pydantic-settings writes it: ours
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Errors of a place for files rather than of Esper."""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 T = TypeVar("T", bound=BaseModel)
@@ -108,14 +111,23 @@ def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, 
     """Parse the command line, call `run` with it, and turn what went wrong into a sentence and an exit code.
 
     Returns:
-        What `run` returns (None counts as 0); 0 after `--help`; 2 for a user's error; 130 for Ctrl-C, or the
-        KeyboardInterrupt's own `exit_code`, with its message where the pipeline raised its own ("saved at …").
+        What `run` returns (None counts as 0); 0 after `--help`; 2 for a user's error or a full disk; 130 for Ctrl-C, or
+        the KeyboardInterrupt's own `exit_code`, with its message where the pipeline raised its own ("saved at …").
         Any other exception is a bug: it passes through, with its traceback.
     """
     try:
         return run(parse(model_class, argv, prog)) or 0
     except UserError as error:
         say(f"error: {error}")
+        return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        what = error.filename or "a file"
+        say(
+            f"error: {what} cannot be written or read ({error.strerror}): make room, or mend the place; what was "
+            "written before is there."
+        )
         return 2
     except KeyboardInterrupt as interrupt:
         say(f"interrupted: {str(interrupt) or 'stopped before it was done.'}")

@@ -12,7 +12,6 @@ runs' summaries), a folder per trial, and the report (`esper report`); in MLflow
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,41 +22,33 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.arm_names import LRPATH, OPENLOOP
 from esper.pipelines.chart_view import share_view
+from esper.pipelines.entrants import SWEEP_ARMS, parse_sizes
 from esper.pipelines.gardener import gpus_needed
 from esper.pipelines.job import Job, open_job, resolve_spec
 from esper.pipelines.report import write_report
 from esper.pipelines.stopping import Stopped, StopSignals
 from esper.pipelines.sweep_gardener import TrainedOn, trained_policy
+from esper.pipelines.sweep_grid import Point
 from esper.pipelines.sweep_log import SweepLog
-from esper.pipelines.sweep_plan import (
-    SWEEP_ARMS,
-    TUNING_SEEDS,
-    Point,
-    Trial,
-    parse_arms,
-    parse_grid,
-    parse_sizes,
-)
-from esper.pipelines.sweep_stages import Contestants, Stages
+from esper.pipelines.sweep_plan import PLAN, Contestants, Plan, with_own_inputs
+from esper.pipelines.sweep_stages import Stages
+from esper.pipelines.sweep_trial import Trial
 from esper.pipelines.table import arm_table
 from esper.pipelines.trials import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.model import Frozen
 from esper.platform.provenance import commit, provenance
 from esper.platform.saves import below
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, read_json, write_json
 from esper.platform.tracking import Tracker, new_key
 from esper.platform.tracking_store import connect, tracking_uri
-from esper.policies.arms import ALIASES, ARMS, ArmInputs, make_policy
-from esper.policies.simic.policy import policy_folder
+from esper.policies.arms import ALIASES
 from esper.workers.tolaria.data import Manifest
 
-PLAN, STATE = "plan.json", "sweep.json"
+STATE = "sweep.json"
 ANOTHER_PROBLEM = ("host.", "data.", "clock.", "budget.axis", "optimizer.")
 """Settings under which a preset's range of budgets says nothing."""
 
@@ -94,86 +85,6 @@ class SweepArguments(CommonArguments):
     resume: Annotated[
         Path | None, Field(title="DIR", description="Go on with the sweep in this folder; takes nothing else.")
     ] = None
-
-
-class Plan(Frozen):
-    """What a sweep is, beside its spec: `plan.json`."""
-
-    arms: str
-    sizes: tuple[int, ...]
-    seed: int
-    seeds: int
-    tuning_seeds: int
-    grid: tuple[str, ...]
-    tune_lr: bool
-    policy: Path | None
-    train_on: TrainedOn
-    schedule: Path | None
-    own: tuple[str, ...] = Field(description="keys that the user has set")
-    task: str
-    data: Path
-    key: str = Field(description="of its run in MLflow")
-    store: str = Field(description="MLflow's, that a resumed sweep goes on with, unless it is told of another")
-    command: tuple[str, ...] = Field(description="that began it")
-    commit: str = Field(description="likewise")
-
-    def contestants(self, spec: RunSpec) -> Contestants:
-        """Who takes part.
-
-        Raises:
-            UserError: an arm, size or grid is not allowed, or an arm lacks what it needs.
-        """
-        entrants = parse_arms(self.arms, self.sizes)
-        points = parse_grid(self.grid, spec)
-        tuning = [TUNING_SEEDS + self.seed + i for i in range(self.tuning_seeds)]
-        seeds = [self.seed + i for i in range(self.seeds)]
-        files = ArmInputs(policy=self.policy, schedule=self.schedule)
-        found = Contestants(entrants, self.sizes, points, seeds, tuning, self.tune_lr, files)
-        self._check(found)
-        return found
-
-    def trains(self) -> bool:
-        """Whether a gardener is trained first."""
-        return self.policy is None and "ppo" in self._arms()
-
-    def _arms(self) -> list[str]:
-        return [entrant.arm for entrant in parse_arms(self.arms, self.sizes)]
-
-    def _check(self, contestants: Contestants) -> None:
-        """Refuse an arm that lacks what it needs."""
-        for point in contestants.points:
-            inputs = ArmInputs(0, self.policy, self.schedule, blueprints=tuple(point.spec.growth.blueprints))
-            for entrant in contestants.entrants:
-                if entrant.arm == OPENLOOP and self.policy is None and not contestants.has("ppo"):
-                    raise UserError(
-                        "arm 'openloop' replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
-                        "--arms, which trains one first."
-                    )
-                gardener = "ppo" if entrant.arm == OPENLOOP else entrant.arm
-                if gardener in ARMS and not (gardener == "ppo" and self.policy is None):
-                    make_policy(gardener, inputs)
-        plays = contestants.has("ppo") or contestants.has(OPENLOOP)
-        for flag, arm, given, used in (
-            ("--policy", "ppo", self.policy, plays),
-            ("--schedule", "schedule", self.schedule, contestants.has("schedule")),
-            ("--train-on laws", "ppo", self.train_on == "laws", self.trains()),
-        ):
-            if given and not used:
-                raise UserError(f"{flag} is for arm {arm!r}, and no such arm would use it: leave it out, or add {arm}.")
-        needs = {
-            "--tune-lr": self.tune_lr,
-            "arm 'openloop'": contestants.has(OPENLOOP),
-            "--train-on laws": self.trains() and self.train_on == "laws",
-            f"arm '{LRPATH}' with several sizes": contestants.has(LRPATH) and len(self.sizes) > 1,
-        }
-        for what, needed in needs.items():
-            if needed and not self.tuning_seeds:
-                raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
-        if self.trains() and self.train_on == "laws" and len(self.sizes) < 3:
-            raise UserError(
-                f"--train-on laws fits them to static sizes, at least 3, and --sizes names {len(self.sizes)}: give "
-                "more, such as --sizes 1,2,4."
-            )
 
 
 def run(arguments: SweepArguments) -> int:
@@ -236,18 +147,6 @@ def resume(arguments: SweepArguments, out: Path) -> int:
     say(f"resume  {out}")
     os.environ.setdefault("MLFLOW_TRACKING_URI", plan.store)
     return compare(job, plan)
-
-
-def with_own_inputs(plan: Plan, out: Path) -> Plan:
-    """With copies, in the sweep's folder, of what gardeners need: nobody changes them while it runs."""
-    if plan.policy is not None:
-        shutil.copytree(policy_folder(plan.policy), out / "inputs" / "policy", dirs_exist_ok=True)
-        plan = plan.model_copy(update={"policy": out / "inputs" / "policy"})
-    if plan.schedule is not None:
-        (out / "inputs").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.schedule, out / "inputs" / "schedule.json")
-        plan = plan.model_copy(update={"schedule": out / "inputs" / "schedule.json"})
-    return plan
 
 
 def compare(job: Job, plan: Plan) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from ray import tune
 
 from esper.pipelines.play import metrics
-from esper.pipelines.sweep_plan import Trial
+from esper.pipelines.sweep_trial import Trial
 from esper.platform.console import Eta, say
 from esper.platform.errors import UserError
 from esper.platform.provenance import commit

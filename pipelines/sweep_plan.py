@@ -1,259 +1,152 @@
-"""A sweep's plan: who takes part, on which seeds, at which points of a grid; and each trial that comes of it.
+"""A sweep's plan: what was asked for, and who takes part in it on which seeds.
 
-A trial is one arm on one seed at one grid point: a whole training run. Its label is how tables call the arm: `static-2`
-is a static GPT with 2 layers, `random:tamiyo` grafts as often and the same kinds as Tamiyo did on the same seed.
-
-    purpose   seeds    what for
-    rates     tuning   finds the learning rate of each static size
-    tuning    tuning   chooses the best static size and the best schedule; gives `openloop` its schedule
-    test      test     is compared
+The plan lies in the sweep's folder (`plan.json`), beside the spec and copies of what its gardeners need, so a resumed
+sweep asks for nothing.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
 
-from esper.pipelines.arm_names import FINAL, FOLLOWERS, LRPATH, MADE_HERE, OPENLOOP
-from esper.platform.errors import UserError, unknown
-from esper.platform.spec import RunSpec, value_of
-from esper.policies.arms import ALIASES, ARMS, ArmInputs
-from esper.workers.tolaria.rate import rate, stable_rate
+from pydantic import Field
 
-Purpose = Literal["rates", "tuning", "test"]
+from esper.pipelines.arm_names import LRPATH, OPENLOOP, SCHEDULES
+from esper.pipelines.entrants import Entrant, parse_arms
+from esper.pipelines.sweep_gardener import TrainedOn
+from esper.pipelines.sweep_grid import Point, parse_grid
+from esper.platform.errors import UserError
+from esper.platform.model import Frozen
+from esper.platform.spec import RunSpec
+from esper.policies.arms import ARMS, ArmInputs, make_policy
+from esper.policies.simic.policy import policy_folder
 
-SWEEP_ARMS = (*ARMS, *MADE_HERE)
-CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it names nobody, if they take part
-
+PLAN = "plan.json"
 TUNING_SEEDS = 2_000_000  # tuning seeds start here, far from any test seed
-COOLDOWNS = (0.3, 0.6)  # budget fractions of the annealed losses that opponents need on other axes than the budget's
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """A row of the comparison.
+class Contestants:
+    """Who takes part, and on what.
 
     Attributes:
-        arm: its kind.
-        size: layers of a static one.
-        of: label of the arm that it follows.
+        entrants: the arms.
+        sizes: of static ones, in layers.
+        points: of the grid.
+        seeds: that are compared on.
+        tuning_seeds: that everything is chosen on.
+        tune_rates: whether the static sizes' rates are looked for.
+        files: what the gardeners need.
     """
 
-    arm: str
-    size: int | None = None
-    of: str | None = None
+    entrants: Sequence[Entrant]
+    sizes: Sequence[int]
+    points: Sequence[Point]
+    seeds: Sequence[int]
+    tuning_seeds: Sequence[int]
+    tune_rates: bool
+    files: ArmInputs
 
-    @property
-    def label(self) -> str:
-        """How tables call it."""
-        if self.arm == "static":
-            return f"static-{self.size}"
-        return self.arm if self.of is None else f"{self.arm}:{self.of}"
+    def has(self, arm: str) -> bool:
+        """Whether an arm takes part."""
+        return any(entrant.arm == arm for entrant in self.entrants)
 
-    @property
-    def follows(self) -> bool:
-        """Whether its runs need another arm's runs first."""
-        return self.of is not None
+    def schedules(self) -> list[Entrant]:
+        """The fixed schedules."""
+        return [entrant for entrant in self.entrants if entrant.arm in SCHEDULES]
 
-
-@dataclass(frozen=True)
-class Point:
-    """A grid point.
-
-    Attributes:
-        index: its number.
-        values: by dotted key.
-        spec: with the values put in.
-    """
-
-    index: int
-    values: dict[str, Any]
-    spec: RunSpec
-
-    @property
-    def grid(self) -> str:
-        """As MLflow's tag has it."""
-        return json.dumps(self.values, sort_keys=True)
+    def statics(self) -> list[Entrant]:
+        """The static sizes, also where only something else needs to know of them."""
+        return [Entrant("static", size) for size in self.sizes]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One run.
+class Plan(Frozen):
+    """What a sweep is, beside its spec: `plan.json`."""
 
-    Attributes:
-        entrant: the arm.
-        purpose: what for.
-        seed: of the run.
-        point: where.
-        spec: everything that decides its numbers.
-        inputs: files that its gardener needs.
-        note: tells it from others of the same label and seed.
-        several: whether there are several points.
-    """
-
-    entrant: Entrant
-    purpose: Purpose
+    arms: str
+    sizes: tuple[int, ...]
     seed: int
-    point: Point
-    spec: RunSpec
-    inputs: ArmInputs
-    note: str = ""
-    several: bool = False
+    seeds: int
+    tuning_seeds: int
+    grid: tuple[str, ...]
+    tune_lr: bool
+    policy: Path | None
+    train_on: TrainedOn
+    schedule: Path | None
+    own: tuple[str, ...] = Field(description="keys that the user has set")
+    task: str
+    data: Path
+    key: str = Field(description="of its run in MLflow")
+    store: str = Field(description="MLflow's, that a resumed sweep goes on with, unless it is told of another")
+    command: tuple[str, ...] = Field(description="that began it")
+    commit: str = Field(description="likewise")
 
-    @property
-    def name(self) -> str:
-        """Its own among the sweep's: a folder's and a run's."""
-        return trial_name(self.entrant, self.seed, self.point, self.note, several=self.several)
+    def contestants(self, spec: RunSpec) -> Contestants:
+        """Who takes part.
 
-    @property
-    def row(self) -> str:
-        """Of a table of all grid points."""
-        return f"{self.entrant.label} {self.point.grid}" if self.several else self.entrant.label
+        Raises:
+            UserError: an arm, size or grid is not allowed, or an arm lacks what it needs.
+        """
+        entrants = parse_arms(self.arms, self.sizes)
+        points = parse_grid(self.grid, spec)
+        tuning = [TUNING_SEEDS + self.seed + i for i in range(self.tuning_seeds)]
+        seeds = [self.seed + i for i in range(self.seeds)]
+        files = ArmInputs(policy=self.policy, schedule=self.schedule)
+        found = Contestants(entrants, self.sizes, points, seeds, tuning, self.tune_lr, files)
+        self._check(found)
+        return found
 
-    @property
-    def arm(self) -> str:
-        """The gardener that plays it."""
-        arm = self.entrant.arm
-        return {FINAL: "static", LRPATH: "static", OPENLOOP: "schedule"}.get(arm, arm)
+    def trains(self) -> bool:
+        """Whether a gardener is trained first."""
+        return self.policy is None and "ppo" in self._arms()
 
-    def tags(self) -> dict[str, Any]:
-        """What MLflow's UI filters and groups by."""
-        return {
-            "kind": "trial",
-            "arm": self.entrant.arm,
-            "label": self.entrant.label,
-            "size": self.spec.host.n_layer,
-            "seed": self.seed,
-            "purpose": self.purpose,
-            "grid": self.point.grid,
-            "preset": self.spec.preset,
+    def _arms(self) -> list[str]:
+        return [entrant.arm for entrant in parse_arms(self.arms, self.sizes)]
+
+    def _check(self, contestants: Contestants) -> None:
+        """Refuse an arm that lacks what it needs."""
+        for point in contestants.points:
+            inputs = ArmInputs(0, self.policy, self.schedule, blueprints=tuple(point.spec.growth.blueprints))
+            for entrant in contestants.entrants:
+                if entrant.arm == OPENLOOP and self.policy is None and not contestants.has("ppo"):
+                    raise UserError(
+                        "arm 'openloop' replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
+                        "--arms, which trains one first."
+                    )
+                gardener = "ppo" if entrant.arm == OPENLOOP else entrant.arm
+                if gardener in ARMS and not (gardener == "ppo" and self.policy is None):
+                    make_policy(gardener, inputs)
+        plays = contestants.has("ppo") or contestants.has(OPENLOOP)
+        for flag, arm, given, used in (
+            ("--policy", "ppo", self.policy, plays),
+            ("--schedule", "schedule", self.schedule, contestants.has("schedule")),
+            ("--train-on laws", "ppo", self.train_on == "laws", self.trains()),
+        ):
+            if given and not used:
+                raise UserError(f"{flag} is for arm {arm!r}, and no such arm would use it: leave it out, or add {arm}.")
+        needs = {
+            "--tune-lr": self.tune_lr,
+            "arm 'openloop'": contestants.has(OPENLOOP),
+            "--train-on laws": self.trains() and self.train_on == "laws",
+            f"arm '{LRPATH}' with several sizes": contestants.has(LRPATH) and len(self.sizes) > 1,
         }
-
-
-def trial_name(entrant: Entrant, seed: int, point: Point, note: str = "", *, several: bool) -> str:
-    """A trial's own among its sweep's."""
-    parts = [entrant.label.replace(":", ".of."), note, f"seed{seed}"]
-    parts += [f"point{point.index}"] if several else []
-    return "-".join(part for part in parts if part)
-
-
-def parse_arms(text: str, sizes: Sequence[int]) -> list[Entrant]:
-    """The entrants that `--arms` names, static ones first, followers last.
-
-    Raises:
-        UserError: no arm, an unknown one, or one that follows nobody who takes part.
-    """
-    named: dict[str, str] = {}  # arm, and whom it follows, as they were typed
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        arm, _, of = part.partition(":")
-        arm = ALIASES.get(arm, arm)
-        if arm not in SWEEP_ARMS:
-            raise unknown("arm", arm, [*SWEEP_ARMS, *ALIASES])
-        if of and arm not in FOLLOWERS:
+        for what, needed in needs.items():
+            if needed and not self.tuning_seeds:
+                raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
+        if self.trains() and self.train_on == "laws" and len(self.sizes) < 3:
             raise UserError(
-                f"arm {part!r}: {arm} follows no other arm; of those that do there are {', '.join(FOLLOWERS)}."
+                f"--train-on laws fits them to static sizes, at least 3, and --sizes names {len(self.sizes)}: give "
+                "more, such as --sizes 1,2,4."
             )
-        named[f"{arm}:{ALIASES.get(of, of)}" if of else arm] = arm
-    if not named:
-        raise UserError(f"--arms names no arm: give one or more of {', '.join([*SWEEP_ARMS, *ALIASES])}.")
-    growing = [arm for arm in named.values() if arm not in ("static", *FOLLOWERS)]
-    first = next((arm for arm in (*CHOSEN_FIRST, *growing) if arm in growing), None)
-    static = [Entrant("static", size) for size in sizes] if "static" in named else []
-    followers = [
-        _follower(arm, typed.partition(":")[2], first, growing) for typed, arm in named.items() if arm in FOLLOWERS
-    ]
-    alone = [Entrant(arm) for arm in dict.fromkeys(growing)]
-    return list(dict.fromkeys([*static, *alone, *followers]))
 
 
-def _follower(arm: str, of: str, first: str | None, growing: Sequence[str]) -> Entrant:
-    if of and of not in growing:
-        raise UserError(
-            f"arm '{arm}:{of}' follows {of}, which does not take part or does not grow: add it to --arms, or name one "
-            f"that does ({', '.join(growing) or 'there is none'})."
-        )
-    if not of and first is None and arm != "random":
-        raise UserError(f"arm {arm!r} follows an arm that grows, and --arms names none: add one, such as tamiyo.")
-    return Entrant(arm, of=of or first)
-
-
-def parse_sizes(text: str | None, spec: RunSpec) -> list[int]:
-    """The static sizes that `--sizes` names, smallest first; the preset's own for None.
-
-    Raises:
-        UserError: one is no number of layers.
-    """
-    if text is None:
-        return [spec.host.n_layer]
-    sizes = [part.strip() for part in text.split(",") if part.strip()]
-    if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise UserError(f"--sizes {text!r} is not a list of layers: write it as 1,2,4.")
-    return sorted({int(size) for size in sizes})
-
-
-def parse_grid(grids: Sequence[str], spec: RunSpec) -> list[Point]:
-    """The points of the grid that `--grid key=a,b,c` spans, given once per key; one point without any.
-
-    Raises:
-        UserError: no `key=values`, a key twice, an unknown key, a value that is not allowed, or another text.
-    """
-    points: list[dict[str, Any]] = [{}]
-    for grid in grids:
-        key, equals, text = grid.partition("=")
-        values = _grid_values(text)
-        if not equals or not key or not values:
-            raise UserError(f"--grid {grid!r} is not of the form key.path=a,b,c, such as budget.amount=1e6,3e6.")
-        if any(key in point for point in points):
-            raise UserError(f"--grid names {key} twice: give all its values at once.")
-        if key.startswith("data.") and key.split(".")[1] not in ("batch_size", "eval_tokens"):
-            raise UserError(f"--grid {key} would change the text: a sweep compares on one; run a sweep for each.")
-        if key.split(".")[0] in ("preset", "fleet"):
-            raise UserError(f"--grid {key} changes no number of a run: give it once, with --set {key}=….")
-        unlike = {json.dumps(value, sort_keys=True): value for value in values}.values()
-        points = [{**point, key: value} for point in points for value in unlike]
-    return [Point(index, values, spec.overridden(values)) for index, values in enumerate(points)]
-
-
-def _grid_values(text: str) -> list[Any]:
-    """Values between commas, those of JSON lists and objects left whole."""
-    try:
-        return list(json.loads(f"[{text}]"))
-    except ValueError:
-        return [value_of(part.strip()) for part in text.split(",") if part.strip()]
-
-
-def static_spec(spec: RunSpec, size: int, constant: float | None = None) -> RunSpec:
-    """With so many layers from the start, and a stable rate that is the same at every size, where one is given."""
-    values: dict[str, Any] = {"host.n_layer": size, "host.layers": None}
-    if constant is not None:
-        values["optimizer.learning_rate"] = constant
-        values["optimizer.rate_exponent"] = 0.0
-        values["optimizer.rate_max"] = max(constant, spec.optimizer.rate_max)
-    return _born(spec, values)
-
-
-def final_spec(spec: RunSpec, shape: Sequence[dict[str, Any]]) -> RunSpec:
-    """Born in a shape that a run ended with (its summary's `shape`)."""
-    return _born(spec, {"host.n_layer": len(shape), "host.layers": list(shape)})
-
-
-def lrpath_spec(spec: RunSpec, size: int, curve: Iterable[dict[str, float]]) -> RunSpec:
-    """A static size under the stable rate that a run had (its summary's `val_curve`), read at its decisions."""
-    path = []
-    for point in curve:
-        fraction = point["budget_fraction"]
-        share = rate(spec.optimizer, fraction, 1) / stable_rate(spec.optimizer, 1)  # that warm-up and decay leave
-        if share > 0 and fraction >= spec.optimizer.warmup:
-            path.append([fraction, point["learning_rate"] / share])
-    return _born(spec, {"host.n_layer": size, "host.layers": None, "optimizer.rate_path": path})
-
-
-def with_cooldowns(spec: RunSpec) -> RunSpec:
-    """With annealed losses on the way, unless the spec has its own."""
-    return spec if spec.budget.cooldowns else spec.overridden({"budget.cooldowns": COOLDOWNS})
-
-
-def _born(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
-    """A shape that is started with may be larger than growing may get."""
-    layers = max(values["host.n_layer"], spec.growth.max_layers)
-    return spec.overridden({**values, "growth.max_layers": layers})
+def with_own_inputs(plan: Plan, out: Path) -> Plan:
+    """With copies, in the sweep's folder, of what gardeners need: nobody changes them while it runs."""
+    if plan.policy is not None:
+        shutil.copytree(policy_folder(plan.policy), out / "inputs" / "policy", dirs_exist_ok=True)
+        plan = plan.model_copy(update={"policy": out / "inputs" / "policy"})
+    if plan.schedule is not None:
+        (out / "inputs").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.schedule, out / "inputs" / "schedule.json")
+        plan = plan.model_copy(update={"schedule": out / "inputs" / "schedule.json"})
+    return plan

@@ -20,11 +20,12 @@ from typing import Any
 
 from esper.pipelines.arm_names import FINAL, LRPATH, OPENLOOP, SCHEDULES
 from esper.pipelines.contest import median_grafts
+from esper.pipelines.entrants import Entrant
 from esper.pipelines.rate_search import ROUNDS, Curve, best_rate, bracketed, fitted_curve, next_rates
+from esper.pipelines.sweep_grid import Point
 from esper.pipelines.sweep_log import SUMMARY, SweepLog
-from esper.pipelines.sweep_plan import (
-    Entrant,
-    Point,
+from esper.pipelines.sweep_plan import Contestants
+from esper.pipelines.sweep_trial import (
     Purpose,
     Trial,
     final_spec,
@@ -67,41 +68,6 @@ class Settled(Frozen):
     policy: Path | None = None
     no_policy: str | None = None
     openloop: Path | None = None
-
-
-@dataclass(frozen=True)
-class Contestants:
-    """Who takes part, and on what.
-
-    Attributes:
-        entrants: the arms.
-        sizes: of static ones, in layers.
-        points: of the grid.
-        seeds: that are compared on.
-        tuning_seeds: that everything is chosen on.
-        tune_rates: whether the static sizes' rates are looked for.
-        files: what the gardeners need.
-    """
-
-    entrants: Sequence[Entrant]
-    sizes: Sequence[int]
-    points: Sequence[Point]
-    seeds: Sequence[int]
-    tuning_seeds: Sequence[int]
-    tune_rates: bool
-    files: ArmInputs
-
-    def has(self, arm: str) -> bool:
-        """Whether an arm takes part."""
-        return any(entrant.arm == arm for entrant in self.entrants)
-
-    def schedules(self) -> list[Entrant]:
-        """The fixed schedules."""
-        return [entrant for entrant in self.entrants if entrant.arm in SCHEDULES]
-
-    def statics(self) -> list[Entrant]:
-        """The static sizes, also where only something else needs to know of them."""
-        return [Entrant("static", size) for size in self.sizes]
 
 
 Gardener = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], Path]

@@ -15,7 +15,7 @@ from ray import tune
 
 from esper.pipelines.play import play
 from esper.pipelines.sweep_log import SweepLog
-from esper.pipelines.sweep_plan import Trial
+from esper.pipelines.sweep_trial import Trial
 from esper.platform import cluster
 from esper.platform.contracts import GraftAction, Stateful, Transition
 from esper.platform.errors import UserError

@@ -14,14 +14,24 @@ from esper.platform.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `path`, and nothing is left of what was begun.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(path), None  # a write, unlike an open, would name none
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

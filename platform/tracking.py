@@ -10,7 +10,6 @@ stores of MLflow have it once however often it comes.
 """
 
 import json
-import logging
 import re
 import threading
 import time
@@ -22,6 +21,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from esper.platform.console import say
+from esper.platform.machine_watch import MachineWatch
+from esper.platform.tracking_errors import ExperimentDeleted, NoRun, NoRunYet, Outage, is_final
 from esper.platform.tracking_journal import Journal, Point
 from esper.platform.tracking_store import (
     KEY,
@@ -41,8 +42,6 @@ from esper.platform.tracking_store import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Job = Callable[["MlflowClient", str], object]  # does its one thing with the client and the run's id
@@ -56,7 +55,7 @@ VALUE_LENGTH, TAG_LENGTH, KEY_LENGTH, PARAMS_A_BATCH = 6000, 8000, 250, 100  # M
 METRICS_A_BATCH, DIGEST_LENGTH = 1000, 36  # likewise
 
 _already_said: set[str] = set()  # stores whose absence was reported: once a process, not once a trial
-_outages: dict[str, "_Outage"] = {}  # by store, of trackers with a journal
+_outages: dict[str, "Outage"] = {}  # by store, of trackers with a journal
 
 
 class Tracker:
@@ -65,7 +64,7 @@ class Tracker:
     def __init__(self, uri: str, journal: Journal | None = None) -> None:
         self.uri = uri
         self._journal = journal
-        self._outage = _outages.setdefault(uri, _Outage(uri))
+        self._outage = _outages.setdefault(uri, Outage(uri))
         self._jobs: SimpleQueue[Job | Point | None] = SimpleQueue()
         self._ahead: list[Job | Point | None] = []  # taken from the queue, and not done yet
         self._ready = threading.Event()  # the first try to connect is over
@@ -75,8 +74,7 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
         self._run_id: str | None = None
-        self._watch = False
-        self._monitor: SystemMetricsMonitor | None = None
+        self._watch: MachineWatch | None = None
         self._thread: threading.Thread | None = None
         self._taken = False
 
@@ -117,7 +115,7 @@ class Tracker:
         if isinstance(parent, str) and parent:
             labels["mlflow.parentRunId"] = parent
         flat = flatten(params or {})
-        tracker._watch = system_metrics
+        tracker._watch = MachineWatch(tracker.uri) if system_metrics else None
 
         def begin() -> None:
             if isinstance(parent, Tracker):
@@ -131,7 +129,8 @@ class Tracker:
                 tracker._work()
             finally:
                 tracker._ready.set()
-                tracker._end_watch(wait=False)
+                if tracker._watch is not None:
+                    tracker._watch.end(wait=False)
 
         if tracker._journal is not None:
             for point in tracker._journal.points:
@@ -200,7 +199,7 @@ class Tracker:
             try:
                 register_model(client, run_id, model_name, labels)
             except Exception as error:
-                if not _is_final(error):
+                if not is_final(error):
                     raise
                 say(f"MLflow could not register {model_name} ({reason(error)}): its files lie with the run instead.")
 
@@ -219,7 +218,8 @@ class Tracker:
             return self._taken
         ended = milliseconds()
         self._hurry.set()
-        self._put(lambda client, run_id: self._end_watch(wait=True))
+        if (watch := self._watch) is not None:
+            self._put(lambda client, run_id: watch.end(wait=True))
         self._put(lambda client, run_id: client.set_terminated(run_id, status, ended))
         self._jobs.put(None)
         self._ready.wait(READY_SECONDS)
@@ -277,7 +277,7 @@ class Tracker:
     def _id_for_child(self) -> str:
         """The run's id, for the thread of a child."""
         if self.run_id is None:
-            raise _Ended if self._off else _NotYet
+            raise NoRun if self._off else NoRunYet
         return self.run_id
 
     def _connect(
@@ -295,7 +295,7 @@ class Tracker:
         group = experiment_of(client, experiment, self.uri)
         self._experiment_id = group.experiment_id
         if group.lifecycle_stage == "deleted":
-            raise _Deleted(group)
+            raise ExperimentDeleted(group)
         tags = tags | ({KEY: key} if key is not None else {})
         before = run_with_key(client, group.experiment_id, key) if key is not None else None
         if before is None:
@@ -326,12 +326,16 @@ class Tracker:
         """What is queued next, once something is."""
         if self._ahead:
             return self._ahead.pop()
-        while self._watch:
+        while self._watch is not None and self._watch.wanted:
             try:
                 return self._jobs.get(timeout=WATCH_SECONDS)
             except Empty:
                 self._keep_watch()
         return self._jobs.get()
+
+    def _keep_watch(self) -> None:
+        if self._watch is not None and self._client is not None and self._run_id is not None:
+            self._watch.keep(self._client, self._run_id)
 
     def _batch(self, point: Point) -> Job:
         """One request for a point and those that wait right behind it."""
@@ -366,15 +370,15 @@ class Tracker:
                 if self._journal is not None:
                     self._outage.answered()
                 return
-            except _Ended:  # it has said why
+            except NoRun:  # it has said why
                 self._off = True
                 return
             except Exception as error:
                 failures += 1
-                if _is_final(error) or (self._journal is None and time.monotonic() + pause > deadline):
+                if is_final(error) or (self._journal is None and time.monotonic() + pause > deadline):
                     self._give_up(self._explained(error))
                     return
-                if self._journal is not None and failures > 1 and not isinstance(error, _NotYet):
+                if self._journal is not None and failures > 1 and not isinstance(error, NoRunYet):
                     self._outage.failed(began, error)
             self._ready.set()
             if self._hurry.is_set():
@@ -393,43 +397,15 @@ class Tracker:
                 say(f"{journal.path} cannot be written ({error.strerror or error}): only MLflow has the run's points.")
             return True
 
-    def _keep_watch(self) -> None:
-        """Let MLflow watch the machine; an outage of the server ends that, and this begins it again."""
-        if not self._watch or self._client is None or self._run_id is None:
-            return
-        if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
-            return
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-        try:
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            self._client.get_run(self._run_id)  # where it does not answer, the monitor would count from 0 again
-            self._monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self.uri)
-            self._monitor.start()
-        except ImportError as error:
-            self._watch = False
-            say(f"MLflow cannot watch this machine ({error}): pip install {error.name}.")
-        except Exception:  # the next look tries again
-            return
-
-    def _end_watch(self, wait: bool) -> None:
-        """Let it stop; where that is waited for, its last values are sent."""
-        self._watch = False
-        monitor, self._monitor = self._monitor, None
-        if monitor is not None and wait:
-            monitor.finish()
-        elif monitor is not None:
-            monitor._shutdown_event.set()
-
     def _explained(self, error: Exception) -> Exception:
         """The error, or what it comes from: an experiment that has been deleted refuses in many ways."""
-        if self._client is not None and self._experiment_id is not None and not isinstance(error, _Deleted):
+        if self._client is not None and self._experiment_id is not None and not isinstance(error, ExperimentDeleted):
             try:
                 group = self._client.get_experiment(self._experiment_id)
             except Exception:
                 return error
             if group.lifecycle_stage == "deleted":
-                return _Deleted(group)
+                return ExperimentDeleted(group)
         return error
 
     def _give_up(self, error: Exception) -> None:
@@ -437,11 +413,11 @@ class Tracker:
         if self._off:
             return
         self._off = True
-        place = f"{self.uri} {error.experiment_id}" if isinstance(error, _Deleted) else self.uri
+        place = f"{self.uri} {error.experiment_id}" if isinstance(error, ExperimentDeleted) else self.uri
         if place in _already_said:
             return
         _already_said.add(place)
-        if isinstance(error, _Deleted):
+        if isinstance(error, ExperimentDeleted):
             restore = f"MLFLOW_TRACKING_URI={shown(self.uri)} mlflow experiments restore -x {error.experiment_id}"
             later = ", then resume the run, which sends all of it" if self._journal is not None else ""
             say(
@@ -453,50 +429,6 @@ class Tracker:
             f"MLflow at {shown(self.uri)} cannot be used ({reason(error)}): the run goes on without tracking; check "
             "MLFLOW_TRACKING_URI, or unset it for a local file."
         )
-
-
-class _NotYet(Exception):
-    """The parent has no run yet."""
-
-
-class _Ended(Exception):
-    """The parent will not have a run."""
-
-
-class _Deleted(Exception):
-    """The experiment has been deleted."""
-
-    def __init__(self, group: "Experiment") -> None:
-        self.experiment_id, self.name = group.experiment_id, group.name
-
-
-class _Outage:
-    """Whether a store takes anything at the moment: told once for all its trackers."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-        self._lock = threading.Lock()
-        self._down = False
-        self._answered = -float("inf")
-
-    def failed(self, began: float, error: Exception) -> None:
-        """Nothing came of a request made at `began` (`time.monotonic`)."""
-        with self._lock:
-            if self._down or began < self._answered:
-                return
-            self._down = True
-        say(
-            f"MLflow at {shown(self._uri)} takes nothing at the moment ({reason(error)}): the run goes on, and what "
-            "is kept in its journal is sent later."
-        )
-
-    def answered(self) -> None:
-        """A request went through."""
-        with self._lock:
-            self._answered = time.monotonic()
-            was_down, self._down = self._down, False
-        if was_down:
-            say(f"MLflow at {shown(self._uri)} is back: what was kept is being sent.")
 
 
 def new_key() -> str:
@@ -515,18 +447,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
             flat[re.sub(r"[^\w\-. /:]", "_", name)[:KEY_LENGTH]] = text[:VALUE_LENGTH]
     return flat
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether to ask again would be refused again: the request or the address was wrong, or the run is gone."""
-    if isinstance(error, (_Deleted, ImportError, TypeError, AttributeError)):
-        return True
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):  # a folder of a local store
-        return True
-    if re.search("IntegrityError|UniqueViolation", str(error)):  # another process has just made the same data set
-        return False
-    status = getattr(error, "get_http_status_code", lambda: 500)()
-    return 400 <= status < 500 and status not in (408, 429)
 
 
 def milliseconds() -> int:

@@ -14,6 +14,7 @@ from pydantic_settings import CliPositionalArg
 
 from esper.pipelines.arguments import Arguments, CommonArguments, main_guard, parse
 from esper.platform.errors import UserError
+from esper.platform.storage import write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,6 +146,18 @@ def _ctrl_c_with_advice(arguments: Toy) -> None:
 def test_a_run_ends_in_its_exit_code(run, code: int, said: str, capsys: pytest.CaptureFixture[str]):
     assert main_guard(run, Toy, "esper toy", []) == code
     assert capsys.readouterr().err == said
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, files_of_at_most, capsys):
+    def run(arguments: Toy) -> None:
+        with files_of_at_most(10):
+            write_text(tmp_path / "summary.json", "x" * 100)
+
+    assert main_guard(run, Toy, "esper toy", []) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "summary.json") in error
+    assert "File too large" in error
+    assert error.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback():
