@@ -17,6 +17,6 @@ def test_a_write_that_a_full_disk_cuts_short_names_its_file_and_leaves_the_old_o
 
 def test_a_folder_that_is_a_file_is_named_too(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Not a directory|File exists") as caught:
+    with pytest.raises(OSError, match=r"Not a directory|File exists") as caught:
         write_text(tmp_path / "file" / "in it", "text")
     assert caught.value.filename == str(tmp_path / "file" / "in it")
