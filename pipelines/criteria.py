@@ -192,12 +192,11 @@ def efficiency(bench: Bench, claims: list[Claim], caveats: list[str]) -> Criteri
 
 
 def _found(bench: Bench, own: dict[str, list[Claim]], winners: list[str]) -> str:
-    """Who wins, and the numbers of the arm that is placed best: it beats the most opponents, and ends lowest."""
+    """Who wins, and the numbers of the one that ends lowest."""
     if not own:
         return f"at {bench.budget} there is no grown arm."
-    beaten = {arm: sum(claim.outcome == BETTER for claim in mine) for arm, mine in own.items()}
     ends = {arm: np.mean([run.loss for run in sound(bench.test[arm]).values()] or [math.inf]) for arm in own}
-    first = min(winners or own, key=lambda arm: (-beaten[arm], ends[arm]))
+    first = min(winners or own, key=ends.__getitem__)
     if winners:
         one = len(winners) == 1
         found = (
@@ -206,7 +205,7 @@ def _found(bench: Bench, own: dict[str, list[Claim]], winners: list[str]) -> str
     else:
         found = "no grown arm ends lower than all of its opponents"
     numbers = [_number(claim) for claim in own[first]]
-    whose = "its" if winners == [first] else f"the best-placed arm is {first}, whose"
+    whose = "its" if winners == [first] else f"the lowest of them is {first}, whose"
     return f"at {bench.budget} {found}; {whose} final loss minus that of {', minus that of '.join(numbers)}."
 
 

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-COLUMNS = ("arm", "seeds", "val loss", "perplexity", "parameters", "parameter-seconds", "tokens", "grafts")
+COLUMNS = ("arm", "seeds", "val loss ± sd", "perplexity", "parameters", "parameter-seconds", "tokens", "grafts")
 
 
 def arm_table(summaries: list[dict[str, Any]]) -> str:

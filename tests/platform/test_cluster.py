@@ -90,7 +90,7 @@ def _free_port() -> int:
 @pytest.mark.parametrize(
     ("address", "sentence"),
     [
-        (f"127.0.0.1:{_free_port()}", "leads to no Ray cluster (["),
+        ("127.0.0.1:PORT", "leads to no Ray cluster (["),
         ("nonsense", "leads to no Ray cluster (Invalid address format: nonsense): start one with `ray start --head`"),
         ("http://127.0.0.1:8265", "is a dashboard's address, not a cluster's: submit with `ray job submit --address"),
     ],
@@ -104,6 +104,7 @@ try:
 except UserError as error:
     print(error)
 """
+    address = address.replace("PORT", str(_free_port()))
     done = drive(code, RAY_ADDRESS=address)
     assert done.stdout.startswith(f"RAY_ADDRESS={address} {sentence}"), done.stderr
     assert done.stdout.count("\n") == 1
