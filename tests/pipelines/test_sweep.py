@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from esper.pipelines import report, sweep, sweep_log
+from esper.pipelines import report, sweep, sweep_log, sweep_stages
 from esper.platform.tracking import Tracker
 from tests.mlflow_servers import free_port, mlflow_server
 
@@ -53,7 +53,8 @@ def check_tracked(client, out: Path) -> None:
         assert [point.step for point in grid] == list(range(9))
 
 
-def test_every_stage(tiny, client, tmp_path, capfd):
+def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sweep_stages, "ROUNDS", 2)  # of the search for rates, which has tests of its own
     out = tmp_path / "sweep"
     flags = ["--arms", ARMS, "--sizes", "1,2", "--seeds", "1", "--tuning-seeds", "1", "--tune-lr"]
     assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
