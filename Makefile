@@ -24,10 +24,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in minutes on a laptop
 	$(BIN)/python pipelines/demo.py
 
+# Two at once, for many wait for Ray or MLflow to start. File by file and in order: they share what they have started.
 test: $(READY)  ## all tests but the slow ones; those for a GPU show as skipped without one
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: $(READY)  ## all tests
+test-all: $(READY)  ## all tests, one after another
 	$(BIN)/python -m pytest
 
 lint: $(READY)  ## check style and format

@@ -30,7 +30,7 @@ from esper.pipelines.report import write_report
 from esper.pipelines.stopping import Stopped, StopSignals
 from esper.pipelines.sweep_gardener import TrainedOn, trained_policy
 from esper.pipelines.sweep_grid import Point
-from esper.pipelines.sweep_log import SweepLog
+from esper.pipelines.sweep_log import AWAY_SECONDS, SweepLog
 from esper.pipelines.sweep_plan import PLAN, Contestants, Plan, with_own_inputs
 from esper.pipelines.sweep_stages import Stages
 from esper.pipelines.sweep_trial import Trial
@@ -195,7 +195,7 @@ def report(job: Job, parent: Tracker) -> None:
     """Write the report, and say where everything is."""
     say(f"results: {job.out / 'summary.json'}")
     if parent.run_id is None:
-        say(f"MLflow was not to be had, and the report reads it: with a server, esper sweep --resume {job.out}")
+        say(f"MLflow was not to be had: send it everything, and get the report, with: esper sweep --resume {job.out}")
         return
     try:
         write_report(connect(parent.uri), parent.run_id, job.out / "report")
@@ -260,7 +260,9 @@ class Sweep:
         for name, why in failures.items():
             say(f"failed  {name}: {why}")
         if not sent:
-            say(f"MLflow has not had everything: send the rest with: esper sweep --resume {self._job.out}")
+            parent.close(seconds=AWAY_SECONDS)  # it would not take that either
+            if parent.run_id is not None:
+                say(f"MLflow has not had everything: send the rest with: esper sweep --resume {self._job.out}")
         return len(failures)
 
     def _failures(self) -> dict[str, str]:

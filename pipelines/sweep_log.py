@@ -6,7 +6,7 @@ once MLflow has had everything.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +29,7 @@ SUMMARY, SPEC, JOURNAL, TRACKED = "summary.json", "spec.json", "points.jsonl", "
 ANNEALED = ("val_loss", "budget_fraction", "parameter_seconds", "tokens", "flops", "seconds")
 SHOWN = 0.1  # of the work under way, between two lines of progress
 CLOSING_SECONDS = 60  # that MLflow has to take the last of a trial
-AWAY_SECONDS = 2  # likewise, once it has not taken the last of another
+AWAY_SECONDS = 2  # likewise, once it has not taken the last of another; and to wait without a word
 
 
 class SweepLog(tune.Callback):
@@ -218,6 +218,8 @@ class SweepLog(tune.Callback):
         self._closing.append(self._closers.submit(work))
 
     def _wait(self) -> None:
+        if wait(self._closing, AWAY_SECONDS).not_done:
+            say(f"waiting for MLflow to take the last of the trials, {CLOSING_SECONDS:g} s at most")
         for future in self._closing:
             future.result()
         self._closing.clear()

@@ -248,7 +248,10 @@ def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
     out = tmp_path / "sweep"
     assert sweep.main(["--arms", "static", *tiny, "--out", str(out)]) == 0
     printed = capfd.readouterr().err
-    assert f"send the rest with: esper sweep --resume {out}" in printed
+    assert (
+        f"MLflow was not to be had: send it everything, and get the report, with: esper sweep --resume {out}" in printed
+    )
+    assert "waiting for MLflow to take the last of the trials, 3 s at most" in printed
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert sweep.main(["--resume", str(out)]) == 0
     check_tracked(lambda: MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), out)

@@ -1,6 +1,6 @@
 """What a person sees after a sweep on real text: the printed link and the report, in a real browser.
 
-Alone: `pytest tests/pipelines/test_sweep_seen.py -m slow`; the pictures stay in the test's folder.
+Alone: `pytest tests/pipelines/test_sweep_seen.py`; the pictures stay in the test's folder.
 """
 
 import json
@@ -18,7 +18,6 @@ ARMS = "static,onejump,tamiyo,random,lag"
 FLAGS = ["--preset", "tinystories-char", "--set", "budget.amount=20000", "--set", "budget.decisions=8"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium)")
 @pytest.mark.skipif(not TINYSTORIES.exists(), reason=f"no TinyStories at {TINYSTORIES}")
