@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from esper.platform.contracts import GraftAction, GrowthPolicy, Probe, Transition
+from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Probe, Transition
 from esper.platform.telemetry import Telemetry
 from esper.workers.episode import Episode, perplexity
 
@@ -25,7 +25,19 @@ def play(
             transition = run.step(action)
         if on_decision is not None:
             on_decision(run, telemetry, action, transition)
-    return {"arm": arm, **run.summary()}
+    return {"arm": arm, **run.summary(), "unplayed": policy.unplayed() if isinstance(policy, Planned) else []}
+
+
+def unplayed(summary: dict[str, Any]) -> str | None:
+    """What to say of planned grafts that have not been played; None where all have."""
+    grafts = summary["unplayed"]
+    if not grafts or summary["diverged"]:
+        return None
+    return (
+        f"planned and never legal: {', '.join(grafts)}; a host may have growth.max_layers layers and max_parameters at "
+        "most, and a decision has to hold growth.min_optimizer_steps steps after a graft: fewer decisions or a larger "
+        "budget give it more"
+    )
 
 
 def metrics(point: dict[str, float]) -> dict[str, float]:

@@ -85,7 +85,7 @@ p { margin: .4rem 0; max-width: 75ch; }
 .good { color: var(--good); background: var(--good-bg); } .bad { color: var(--bad); background: var(--bad-bg); }
 .even { color: var(--even); background: var(--even-bg); } .open { color: var(--open); background: var(--open-bg); }
 .lost { color: var(--lost); background: var(--lost-bg); }
-.figures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.figures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 10px 12px; }
 figure img { display: block; width: 100%; height: auto; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: .6rem 0 1rem; padding: 0; list-style: none;

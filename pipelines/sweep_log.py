@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from esper.pipelines.play import metrics
+from esper.pipelines.play import metrics, unplayed
 from esper.pipelines.sweep_trial import Trial
 from esper.platform.console import Eta, say
 from esper.platform.errors import UserError
@@ -263,6 +263,8 @@ class SweepLog(tune.Callback):
         if summary is not None:
             loss = "given up" if summary["diverged"] else f"val loss {summary['val_loss']:.4f}"
             say(f"  {trial.name}: {loss}, {summary['parameters']:,} parameters ({self._stage}: {left})")
+            if told := unplayed(summary):
+                say(f"  {trial.name}: {told}")
         if done - self._shown >= SHOWN:
             self._shown = done
             bests = ", ".join(f"{label} {fmean(losses):.4f}" for label, losses in self._bests.items())

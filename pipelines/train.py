@@ -19,7 +19,7 @@ from pydantic_settings import CliPositionalArg
 
 from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
 from esper.pipelines.job import open_job, resolve_spec
-from esper.pipelines.play import metrics, play
+from esper.pipelines.play import metrics, play, unplayed
 from esper.pipelines.progress import RunProgress
 from esper.pipelines.stopping import Stopped, StopSignals
 from esper.platform.checkpoint import Checkpoints
@@ -165,6 +165,8 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path) -> int
         f"{summary['parameters']:,} parameters, {len(summary['grafts'])} grafts, {summary['steps']:,} steps, "
         f"{summary['parameter_seconds']:,.0f} parameter-seconds, {duration(summary['wall_seconds'])} of training"
     )
+    if told := unplayed(summary):
+        say(told)
     for point in summary["annealed"]:
         loss = "not finite" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
         say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {loss}")

@@ -306,6 +306,15 @@ class Stateful(Protocol):
         ...
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """A policy whose grafts were planned beforehand: whoever planned them hears of those that never were legal."""
+
+    def unplayed(self) -> list[str]:
+        """The grafts still to come, a few words each."""
+        ...
+
+
 class GrowthPolicy(Protocol):
     """Who decides. Every arm is one of these and runs through the same run, trainer and ledger."""
 

@@ -53,6 +53,10 @@ class RandomPolicy:
         """Go on with these."""
         self._pending = list(state)
 
+    def unplayed(self) -> list[str]:
+        """The blueprints still to come, of those to be matched."""
+        return self.state()
+
     @staticmethod
     def _moments_left(telemetry: Telemetry) -> int:
         """Decisions before the rate decays, this one included: with chance pending / moments, all get their turn."""

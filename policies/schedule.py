@@ -77,6 +77,10 @@ class SchedulePolicy:
         """Go on after so many."""
         self._next = state
 
+    def unplayed(self) -> list[str]:
+        """The entries still to come."""
+        return [f"{entry.blueprint} at {entry.at:.0%}" for entry in self.entries[self._next :]]
+
     @staticmethod
     def _rows(telemetry: Telemetry, entry: Entry) -> list[int]:
         grafts = [(i, action) for i, action in enumerate(telemetry.actions) if action.operation == "graft"]

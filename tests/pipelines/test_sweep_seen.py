@@ -15,7 +15,7 @@ from tests.mlflow_servers import mlflow_server
 from tests.pipelines.test_chart_view import CHROMIUM, READ
 
 ARMS = "static,onejump,tamiyo,random,lag"
-FLAGS = ["--preset", "tinystories-char", "--set", "budget.amount=20000", "--set", "budget.decisions=8"]
+FLAGS = ["--preset", "tinystories-char", "--set", "budget.amount=60000", "--set", "budget.decisions=8"]
 
 
 @pytest.mark.timeout(1200)
