@@ -175,7 +175,11 @@ def build(client: "MlflowClient", store: str, experiment_id: str, experiment: st
 def save(client: "MlflowClient", report: Report, out: Path) -> Path:
     """Write the four files, and keep them with the sweep's run; `report.html`'s path."""
     out.mkdir(parents=True, exist_ok=True)
-    save_picture(report, out / "report.png")
+    try:
+        save_picture(report, out / "report.png")
+    except OSError as error:  # of a write, unlike an open, it names no file
+        error.filename = str(out / "report.png")
+        raise
     write_text(out / "report.md", markdown(report, "report.png"))
     write_json(out / "report.json", report.as_dict())
     write_text(out / "report.html", page(report))
