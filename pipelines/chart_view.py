@@ -146,7 +146,8 @@ def _chart(kind: str, axis: str, loss: tuple[float, float] | None) -> dict[str, 
 
 def _loss_range(client: "MlflowClient", trials: "Sequence[Run]") -> tuple[float, float] | None:
     """From below the best loss to above the worst after the steep start; MLflow's own scale starts at 0."""
-    one_each = {trial.data.tags.get("label"): trial for trial in trials if "grid/val_loss" in trial.data.metrics}
+    groups = [trial for trial in trials if "grid/val_loss" in trial.data.metrics]
+    one_each = {(trial.data.tags.get("label"), trial.data.tags.get("grid")): trial for trial in groups}
     curves = [client.get_metric_history(trial.info.run_id, "grid/val_loss") for trial in one_each.values()]
     losses = [point.value for curve in curves for point in curve if point.step >= SETTLED * max(p.step for p in curve)]
     losses += [trial.data.metrics["grid/val_loss"] for trial in one_each.values()]
