@@ -25,7 +25,7 @@ from esper.platform.errors import UserError
 from esper.platform.model import Frozen
 from esper.platform.saves import Saves, below
 from esper.platform.spec import RunSpec
-from esper.platform.storage import write_json
+from esper.platform.storage import write_json, write_text
 from esper.platform.tracking import Tracker, new_key
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.policies.simic.health import Health
@@ -42,6 +42,7 @@ from esper.workers.worker import EpisodeWorker
 SURROGATES = 16  # surrogate runs side by side in the driver
 KEPT = 5  # every so many iterations a checkpoint stays; of the others only the newest
 EPISODES, SAVES = "episodes", "saves"  # in the output folder
+JOURNAL, TRACKED = "points.jsonl", "tracked"  # likewise: of MLflow's run, and that it has had everything
 ON_LAWS: dict[str, int] = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256}
 """What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
 
@@ -91,7 +92,7 @@ def train_gardener(
     out: Path,
     *,
     seed: int,
-    parent: str | None = None,
+    parent: Tracker | None = None,
     surrogate: bool = False,
     start: tuple[Path, ResumePoint] | None = None,
     check: Callable[[], None] | None = None,
@@ -102,7 +103,7 @@ def train_gardener(
         job: spec and data.
         out: where everything goes.
         seed: of policy, episodes and action noise.
-        parent: MLflow run that this one is a child of.
+        parent: of the MLflow run that this one is a child of.
         surrogate: train on SurrogateRun, over its training instances, instead of on text.
         start: where to go on from, in `out`.
         check: called a few times a second while episodes are waited for; what it raises ends the training, from where
@@ -122,14 +123,7 @@ def train_gardener(
         journal=out / EPISODES,
         check=check,
     )
-    with Tracker.start(
-        "esper-gardeners",
-        out.name if parent is None else f"{out.parent.name}-ppo",
-        tags={"kind": "ppo", "arm": "ppo", "seed": seed, "preset": spec.preset},
-        params=spec.model_dump(mode="json"),
-        parent=parent,
-        key=point.key,
-    ) as tracker:
+    with _tracker(spec, out, point, parent) as tracker:
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
         log.send(tracker)  # MLflow may not have had them all
         algorithm = make()
@@ -139,7 +133,8 @@ def train_gardener(
                 _save(algorithm, out, point)
             else:  # it may have been given more iterations
                 job.begin()
-                (out / "summary.json").unlink(missing_ok=True)
+                for name in ("summary.json", TRACKED):
+                    (out / name).unlink(missing_ok=True)
             point = _iterate(algorithm, spec.ppo.iterations, out, point, log, tracker)
         finally:
             algorithm.stop()
@@ -162,15 +157,53 @@ def train_gardener(
             Saves(storage).keep_only(summary["in_flight"])
         write_json(out / "summary.json", summary)
         training_picture(log.lines, out / "training.png")
-        tracker.artifact(out / "summary.json")
-        tracker.artifact(out / "training.png")
-        tracker.artifact(checkpoint / "policy", "policy")
+        _keep_with_run(tracker, out, checkpoint)
+    _note_tracked(tracker, out)
     if summary["in_flight"]:
         say(f"saved   {len(summary['in_flight'])} episodes in flight, for a training that goes on")
     if summary["dropped"]:
         say(f"dropped {len(summary['dropped'])} episodes: {', '.join(map(str, summary['dropped']))}")
     say(f"policy  {checkpoint}; use it with: esper train ppo --policy {checkpoint}")
     return {**summary, "where": tracker.where}
+
+
+def tracked_by(out: Path) -> str | None:
+    """The MLflow store that has had everything of a training that has ended."""
+    return (out / TRACKED).read_text() if (out / TRACKED).exists() else None
+
+
+def send_again(spec: RunSpec, out: Path, parent: Tracker | None = None) -> bool:
+    """Send MLflow all of a training that has ended, while it was away; whether it has had everything now."""
+    checkpoint, point = ResumePoint.newest(out)
+    with _tracker(spec, out, point, parent) as tracker:
+        TrainingLog(out, point.iterations).send(tracker)
+        _keep_with_run(tracker, out, checkpoint)
+    return _note_tracked(tracker, out)
+
+
+def _tracker(spec: RunSpec, out: Path, point: ResumePoint, parent: Tracker | None) -> Tracker:
+    return Tracker.start(
+        "esper-gardeners",
+        out.name if parent is None else f"{out.parent.name}-{out.name}",
+        tags={"kind": "ppo", "arm": "ppo", "seed": point.seed, "preset": spec.preset},
+        params=spec.model_dump(mode="json"),
+        parent=parent,
+        key=point.key,
+        journal=out / JOURNAL,
+    )
+
+
+def _keep_with_run(tracker: Tracker, out: Path, checkpoint: Path) -> None:
+    tracker.artifact(out / "summary.json")
+    tracker.artifact(out / "training.png")
+    tracker.artifact(checkpoint / "policy", "policy")
+
+
+def _note_tracked(tracker: Tracker, out: Path) -> bool:
+    taken = tracker.close()  # the second time: what the first has come to
+    if taken:
+        write_text(out / TRACKED, tracker.uri)
+    return taken
 
 
 def _iterate(

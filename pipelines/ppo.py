@@ -20,13 +20,13 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.gardener import ON_LAWS, ResumePoint, gpus_needed, train_gardener
+from esper.pipelines.gardener import ON_LAWS, ResumePoint, gpus_needed, send_again, tracked_by, train_gardener
 from esper.pipelines.job import Job, law_job, open_job, resolve_spec
 from esper.pipelines.stopping import Stopped, StopSignals
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.spec import load_spec
+from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import alone
 
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
@@ -57,7 +57,7 @@ def run(arguments: PPOArguments) -> None:
 
 
 def resume(arguments: PPOArguments, out: Path) -> None:
-    """Go on with the training in `out`.
+    """Go on with the training in `out`, or give MLflow what it has not had of one that has ended.
 
     Raises:
         UserError: other arguments are given, there is nothing to go on with, or nothing left to do.
@@ -73,6 +73,8 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     point = start[1]
     spec = load_spec(str(out / "spec.json"), arguments.set)
     if point.iterations >= spec.ppo.iterations:
+        if (out / "summary.json").exists() and tracked_by(out) is None:
+            return send(spec, out)
         raise UserError(
             f"--resume {out} has its {point.iterations} iterations: ask for more, such as "
             f"--set ppo.iterations={2 * point.iterations}."
@@ -85,6 +87,13 @@ def resume(arguments: PPOArguments, out: Path) -> None:
         )
     say(f"resume  {out}: {point.iterations} iterations, {point.episodes:.0f} episodes, {point.decisions:.0f} decisions")
     return train(job, seed=point.seed, surrogate=point.surrogate, start=start)
+
+
+def send(spec: RunSpec, out: Path) -> None:
+    """Give MLflow what it has not had of a training that has ended."""
+    with alone(out):
+        if send_again(spec, out):
+            say(f"MLflow has had everything of the training in {out} now.")
 
 
 def train(job: Job, *, seed: int, surrogate: bool, start: tuple[Path, ResumePoint] | None = None) -> None:

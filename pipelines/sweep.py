@@ -24,7 +24,7 @@ from pydantic import Field
 from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
 from esper.pipelines.chart_view import share_view
 from esper.pipelines.entrants import SWEEP_ARMS, parse_sizes
-from esper.pipelines.gardener import gpus_needed
+from esper.pipelines.gardener import gpus_needed, send_again, tracked_by
 from esper.pipelines.job import Job, open_job, resolve_spec
 from esper.pipelines.report import write_report
 from esper.pipelines.stopping import Stopped, StopSignals
@@ -247,7 +247,7 @@ class Sweep:
         try:
             self._stages.run()
         finally:
-            sent = self._log.close()
+            sent = self._log.close() and self._send_gardeners()
             self._keep()
         tests = [trial for trial in self._stages.trials.values() if trial.purpose == "test"]
         found = [(trial, self._log.summary(trial)) for trial in tests]
@@ -272,8 +272,7 @@ class Sweep:
         return told | dict.fromkeys(missing, "it has not been run to its end")
 
     def _train(self, point: Point, spec: RunSpec, tuning: Any) -> Path:
-        several = len(self._contestants.points) > 1
-        out = self._job.out / (f"ppo-{point.index}" if several else "ppo")
+        out = self._gardener_folder(point.index)
         found = trained_policy(
             self._job,
             spec,
@@ -287,12 +286,21 @@ class Sweep:
         )
         self._gardeners[point.index] = found
         checkpoint = Path(found["checkpoint"])
-        if several:  # a run has one version of a model
+        if len(self._contestants.points) > 1:  # a run has one version of a model
             self._parent.artifact(checkpoint / "policy", f"policy-point{point.index}")
         else:
             tags = {"trained_on": found["trained_on"]}
             self._parent.register(f"esper-gardener-{spec.preset}", checkpoint / "policy", tags)
         return checkpoint
+
+    def _send_gardeners(self) -> bool:
+        """Give MLflow what it has not had of their trainings; whether it has had everything."""
+        trained = [self._gardener_folder(i) for i, found in self._gardeners.items() if found["trained_on"] != "given"]
+        left = [out for out in trained if tracked_by(out) != self._parent.uri]
+        return all(send_again(saved_spec(out / "spec.json"), out, self._parent) for out in left)
+
+    def _gardener_folder(self, point: int) -> Path:
+        return self._job.out / (f"ppo-{point}" if len(self._contestants.points) > 1 else "ppo")
 
     def _before(self) -> dict[str, Any]:
         """What an earlier start of this sweep has written."""

@@ -75,7 +75,7 @@ def trained_policy(
             own_job,
             out,
             seed=TRAINING_SEED + seed,
-            parent=parent.run_id,
+            parent=parent,
             surrogate=surrogate,
             start=start,
             check=check,

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from esper.pipelines import gardener, ppo, train
 from esper.pipelines.job import Job
@@ -31,7 +32,7 @@ def points(client, run: str, key: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in client().get_metric_history(run, key)]
 
 
-def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd):
+def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd, monkeypatch):
     out = tmp_path / "law"
     assert ppo.main(["--surrogate", *tiny, *SMALL, "--set", "ppo.iterations=2", "--out", str(out)]) == 0
     summary = summary_of(out)
@@ -54,6 +55,18 @@ def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd
     assert after["surrogate"]  # as it was, without saying so again
     assert after["mlflow"] == summary["mlflow"]
     assert [step for step, _ in points(client, after["mlflow"], "return_mean")] == [1, 2, 3]
+
+    # As if MLflow had been away until the end: what is left to do is to send it everything.
+    (out / "tracked").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    capfd.readouterr()
+    assert ppo.main(["--resume", str(out)]) == 0
+    assert "MLflow has had everything" in capfd.readouterr().err
+    other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
+    run = other.search_runs([other.get_experiment_by_name("esper-gardeners").experiment_id])[0].info.run_id
+    assert points(lambda: other, run, "return_mean") == points(client, after["mlflow"], "return_mean")
+    assert {file.path for file in other.list_artifacts(run)} == {"summary.json", "training.png", "policy"}
+    assert ppo.main(["--resume", str(out)]) == 2
 
     assert train.main(["ppo", *tiny, "--policy", str(out), "--out", str(tmp_path / "played")]) == 0
     assert summary_of(tmp_path / "played")["arm"] == "ppo"

@@ -274,7 +274,13 @@ def test_a_gardener_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_pat
     assert {trial["label"] for trial in found["trials"].values()} >= {"ppo", "openloop", "static_final:ppo"}
     versions = client().search_model_versions("name = 'esper-gardener-tiny'")
     assert len(versions) == 1
+    (out / "ppo" / "tracked").unlink()  # as if MLflow had been away
     assert sweep.main(["--resume", str(out)]) == 0
+    store = client()
+    run = store.search_runs([store.get_experiment_by_name("esper-gardeners").experiment_id])
+    assert len(run) == 1
+    assert [point.step for point in store.get_metric_history(run[0].info.run_id, "return_mean")] == [1, 2]
+    assert (out / "ppo" / "tracked").exists()
     assert len(client().search_model_versions("name = 'esper-gardener-tiny'")) == 1
 
 
