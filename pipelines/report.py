@@ -17,11 +17,11 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
 from esper.pipelines.arguments import Arguments, main_guard
-from esper.pipelines.report_content import Report, Section
-from esper.pipelines.report_figures import save_picture
-from esper.pipelines.report_markdown import markdown
-from esper.pipelines.report_page import page
-from esper.pipelines.report_store import (
+from esper.pipelines.reports.content import Report, Section
+from esper.pipelines.reports.figures import save_picture
+from esper.pipelines.reports.markdown import markdown
+from esper.pipelines.reports.page import page
+from esper.pipelines.reports.store import (
     Skipped,
     Sweep,
     asked,
@@ -31,8 +31,8 @@ from esper.pipelines.report_store import (
     read_tables,
     search,
 )
-from esper.pipelines.tables import Tables
-from esper.pipelines.verdict import judge
+from esper.pipelines.reports.tables import Tables
+from esper.pipelines.reports.verdict import judge
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.storage import check_unused, write_json, write_text

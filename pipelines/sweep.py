@@ -22,20 +22,20 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.chart_view import share_view
-from esper.pipelines.entrants import SWEEP_ARMS, parse_sizes
 from esper.pipelines.gardener import gpus_needed, send_again, tracked_by
 from esper.pipelines.job import Job, open_job, resolve_spec
 from esper.pipelines.report import write_report
 from esper.pipelines.stopping import Stopped, StopSignals
-from esper.pipelines.sweep_gardener import TrainedOn, trained_policy
-from esper.pipelines.sweep_grid import Point
-from esper.pipelines.sweep_log import AWAY_SECONDS, SweepLog
-from esper.pipelines.sweep_plan import PLAN, Contestants, Plan, with_own_inputs
-from esper.pipelines.sweep_stages import Stages
-from esper.pipelines.sweep_trial import Trial
+from esper.pipelines.sweeps.chart_view import share_view
+from esper.pipelines.sweeps.entrants import SWEEP_ARMS, parse_sizes
+from esper.pipelines.sweeps.gardener import TrainedOn, trained_policy
+from esper.pipelines.sweeps.grid import Point
+from esper.pipelines.sweeps.log import AWAY_SECONDS, SweepLog
+from esper.pipelines.sweeps.plan import PLAN, Contestants, Plan, with_own_inputs
+from esper.pipelines.sweeps.stages import Stages
+from esper.pipelines.sweeps.trial import Trial
+from esper.pipelines.sweeps.tune import run_trials
 from esper.pipelines.table import arm_table
-from esper.pipelines.trials import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from esper.pipelines import report, sweep, sweep_log, sweep_stages
+from esper.pipelines import report, sweep
+from esper.pipelines.sweeps import log, stages
 from esper.platform.tracking import Tracker
 from tests.mlflow_servers import free_port, mlflow_server
 
@@ -54,7 +55,7 @@ def check_tracked(client, out: Path) -> None:
 
 
 def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sweep_stages, "ROUNDS", 2)  # of the search for rates, which has tests of its own
+    monkeypatch.setattr(stages, "ROUNDS", 2)  # of the search for rates, which has tests of its own
     out = tmp_path / "sweep"
     flags = ["--arms", ARMS, "--sizes", "1,2", "--seeds", "1", "--tuning-seeds", "1", "--tune-lr"]
     assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
@@ -244,7 +245,7 @@ def test_a_server_that_is_killed_in_mid_sweep(longer, tmp_path, monkeypatch):
 
 def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(sweep_log, "CLOSING_SECONDS", 3)
+    monkeypatch.setattr(log, "CLOSING_SECONDS", 3)
     out = tmp_path / "sweep"
     assert sweep.main(["--arms", "static", *tiny, "--out", str(out)]) == 0
     printed = capfd.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from esper.pipelines import sweep
 from tests.conftest import TINYSTORIES
 from tests.mlflow_servers import mlflow_server
-from tests.pipelines.test_chart_view import CHROMIUM, READ
+from tests.pipelines.sweeps.test_chart_view import CHROMIUM, READ
 
 ARMS = "static,onejump,tamiyo,random,lag"
 FLAGS = ["--preset", "tinystories-char", "--set", "budget.amount=60000", "--set", "budget.decisions=8"]

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from esper.pipelines.entrants import Entrant
-from esper.pipelines.sweep_grid import Point, parse_grid
-from esper.pipelines.sweep_trial import COOLDOWNS, Trial, final_spec, lrpath_spec, static_spec, with_cooldowns
+from esper.pipelines.sweeps.entrants import Entrant
+from esper.pipelines.sweeps.grid import Point, parse_grid
+from esper.pipelines.sweeps.trial import COOLDOWNS, Trial, final_spec, lrpath_spec, static_spec, with_cooldowns
 from esper.platform.contracts import GraftAction
 from esper.policies.arms import ArmInputs
 from esper.workers.run import GrowthRun

@@ -1,6 +1,6 @@
 """Fills a real MLflow store with a sweep that was never run: its losses follow a law, its answers are known.
 
-    python tests/pipelines/mlflow_sweep.py sqlite:///mlflow.db        # then: esper report
+    python tests/pipelines/reports/mlflow_sweep.py sqlite:///mlflow.db        # then: esper report
 
 Everything that a sweep logs is there, under the same names. A static GPT of n layers ends at
 `FLOOR + A / N^0.35 + B / tokens^0.35`; a grown one at what its path through the sizes gives, plus what it was told.

@@ -14,9 +14,9 @@ import pandas as pd
 
 from esper import __version__
 from esper.pipelines.comparison import Interval
-from esper.pipelines.report_store import Sweep
-from esper.pipelines.tables import AXES, Tables
-from esper.pipelines.verdict import ArmRow, Verdict
+from esper.pipelines.reports.store import Sweep
+from esper.pipelines.reports.tables import AXES, Tables
+from esper.pipelines.reports.verdict import ArmRow, Verdict
 
 AXIS_NAMES = {
     "parameter_seconds": "parameter-seconds",

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from esper.pipelines.report_content import (
+from esper.pipelines.reports.content import (
     QUESTIONS,
     Cell,
     Report,

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from esper.pipelines.tables import AXES, Tables
+from esper.pipelines.reports.tables import AXES, Tables
 
 NEAR = 0.02  # costs that differ by less than this are one: a run ends at the first step past its budget
 FINISHED = "FINISHED"

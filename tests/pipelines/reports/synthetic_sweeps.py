@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from esper.pipelines.claims import Claim
-from esper.pipelines.envelope import TrialRun, read_runs
-from esper.pipelines.opponents import OPPONENTS, Bench
-from esper.pipelines.tables import AXES, Tables
+from esper.pipelines.reports.claims import Claim
+from esper.pipelines.reports.envelope import TrialRun, read_runs
+from esper.pipelines.reports.opponents import OPPONENTS, Bench
+from esper.pipelines.reports.tables import AXES, Tables
 
 BUDGET = 1e6
 TEST_SEEDS = (1, 2, 3, 4, 5)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from html import escape
 
-from esper.pipelines.report_content import (
+from esper.pipelines.reports.content import (
     AXIS_NAMES,
     QUESTIONS,
     Cell,
@@ -22,7 +22,7 @@ from esper.pipelines.report_content import (
     timeline_table,
     troubles_table,
 )
-from esper.pipelines.report_figures import (
+from esper.pipelines.reports.figures import (
     ENVELOPE,
     Look,
     blueprint_colors,
@@ -35,7 +35,7 @@ from esper.pipelines.report_figures import (
     svg,
     timeline_height,
 )
-from esper.pipelines.tables import AXES
+from esper.pipelines.reports.tables import AXES
 
 LOSS_HEIGHT = 3.6  # inches of a loss panel
 

@@ -20,12 +20,12 @@ from typing import Any
 
 from esper.pipelines.arm_names import FINAL, LRPATH, OPENLOOP, SCHEDULES
 from esper.pipelines.contest import median_grafts
-from esper.pipelines.entrants import Entrant
-from esper.pipelines.rate_search import ROUNDS, Curve, best_rate, bracketed, fitted_curve, next_rates
-from esper.pipelines.sweep_grid import Point
-from esper.pipelines.sweep_log import SUMMARY, SweepLog
-from esper.pipelines.sweep_plan import Contestants
-from esper.pipelines.sweep_trial import (
+from esper.pipelines.sweeps.entrants import Entrant
+from esper.pipelines.sweeps.grid import Point
+from esper.pipelines.sweeps.log import SUMMARY, SweepLog
+from esper.pipelines.sweeps.plan import Contestants
+from esper.pipelines.sweeps.rate_search import ROUNDS, Curve, best_rate, bracketed, fitted_curve, next_rates
+from esper.pipelines.sweeps.trial import (
     Purpose,
     Trial,
     final_spec,

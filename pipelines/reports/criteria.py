@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.claims import BETTER, CANNOT_SAY, NOT_BETTER, TIE, WORSE, Claim, holm, in_words
 from esper.pipelines.comparison import CONFIDENCE
-from esper.pipelines.envelope import TrialRun, sound
-from esper.pipelines.opponents import ENVELOPE, FINAL_SIZE, SCHEDULE, Bench, best
+from esper.pipelines.reports.claims import BETTER, CANNOT_SAY, NOT_BETTER, TIE, WORSE, Claim, holm, in_words
+from esper.pipelines.reports.envelope import TrialRun, sound
+from esper.pipelines.reports.opponents import ENVELOPE, FINAL_SIZE, SCHEDULE, Bench, best
 
 SEEDS = 5  # test seeds that a verdict needs at least
 UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from esper.pipelines.arm_names import FINAL, LRPATH, OPENLOOP
-from esper.pipelines.entrants import Entrant
-from esper.pipelines.sweep_grid import Point
+from esper.pipelines.sweeps.entrants import Entrant
+from esper.pipelines.sweeps.grid import Point
 from esper.platform.spec import RunSpec
 from esper.policies.arms import ArmInputs
 from esper.workers.tolaria.rate import rate, stable_rate

@@ -1,7 +1,7 @@
 """`esper report`: what MLflow holds comes back as it was logged, is judged, and becomes a page that stands alone.
 
 Real stores, SQLite files, filled by mlflow_sweep.py. One test opens the page in Chromium, where there is one.
-Alone: `pytest tests/pipelines/test_report.py` (a minute on two idle cores).
+Alone: `pytest tests/pipelines/reports/test_report.py` (a minute on two idle cores).
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from mlflow_sweep import Arm, Logged
 
 from esper.pipelines import report
 from esper.pipelines.comparison import Interval
-from esper.pipelines.envelope import EnvelopePoint
-from esper.pipelines.report_content import Report, count, payback, short
-from esper.pipelines.report_figures import PALETTE, draw_differences, draw_losses, looks, report_looks
-from esper.pipelines.report_store import find_experiment, find_sweep, open_store
-from esper.pipelines.tables import Tables
-from esper.pipelines.verdict import judge
+from esper.pipelines.reports.content import Report, count, payback, short
+from esper.pipelines.reports.envelope import EnvelopePoint
+from esper.pipelines.reports.figures import PALETTE, draw_differences, draw_losses, looks, report_looks
+from esper.pipelines.reports.store import find_experiment, find_sweep, open_store
+from esper.pipelines.reports.tables import Tables
+from esper.pipelines.reports.verdict import judge
 from esper.platform.errors import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

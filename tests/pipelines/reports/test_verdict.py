@@ -1,6 +1,6 @@
 """What a verdict says, on sweeps whose truth is known: `synthetic_sweeps` makes them up.
 
-Alone: `pytest tests/pipelines/test_verdict.py`.
+Alone: `pytest tests/pipelines/reports/test_verdict.py`.
 """
 
 import json
@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
 
-from esper.pipelines.claims import Claim, Pairs, holm
-from esper.pipelines.criteria import efficiency
-from esper.pipelines.opponents import OPPONENTS
-from esper.pipelines.tables import AXES, Tables
-from esper.pipelines.verdict import Verdict, judge
+from esper.pipelines.reports.claims import Claim, Pairs, holm
+from esper.pipelines.reports.criteria import efficiency
+from esper.pipelines.reports.opponents import OPPONENTS
+from esper.pipelines.reports.tables import AXES, Tables
+from esper.pipelines.reports.verdict import Verdict, judge
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_sweeps import BUDGET, SyntheticSweep, own_claims, simulate

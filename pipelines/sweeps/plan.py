@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import Field
 
 from esper.pipelines.arm_names import LRPATH, OPENLOOP, SCHEDULES
-from esper.pipelines.entrants import Entrant, parse_arms
-from esper.pipelines.sweep_gardener import TrainedOn
-from esper.pipelines.sweep_grid import Point, parse_grid
+from esper.pipelines.sweeps.entrants import Entrant, parse_arms
+from esper.pipelines.sweeps.gardener import TrainedOn
+from esper.pipelines.sweeps.grid import Point, parse_grid
 from esper.platform.errors import UserError
 from esper.platform.model import Frozen
 from esper.platform.spec import RunSpec

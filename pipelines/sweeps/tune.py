@@ -1,8 +1,8 @@
 """A sweep's trials under Ray Tune: each is a whole episode in a process of its own.
 
-A trial saves its run at each decision and reports the points of its curve; `sweep_log.py` takes them in the driver. One
-that dies is started again by Tune and goes on from its save, so does one whose sweep is resumed: what has been done is
-in the trial's folder and its save, not in Tune's own files.
+A trial saves its run at each decision and reports the points of its curve; `log.py` takes them in the driver. One that
+dies is started again by Tune and goes on from its save, so does one whose sweep is resumed: what has been done is in
+the trial's folder and its save, not in Tune's own files.
 """
 
 import logging
@@ -14,8 +14,8 @@ from typing import Any
 from ray import tune
 
 from esper.pipelines.play import play
-from esper.pipelines.sweep_log import SweepLog
-from esper.pipelines.sweep_trial import Trial
+from esper.pipelines.sweeps.log import SweepLog
+from esper.pipelines.sweeps.trial import Trial
 from esper.platform import cluster
 from esper.platform.contracts import GraftAction, Stateful, Transition
 from esper.platform.errors import UserError

@@ -14,7 +14,7 @@ from typing import Any
 from ray import tune
 
 from esper.pipelines.play import metrics, unplayed
-from esper.pipelines.sweep_trial import Trial
+from esper.pipelines.sweeps.trial import Trial
 from esper.platform.console import Eta, say
 from esper.platform.errors import UserError
 from esper.platform.provenance import commit

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from esper.pipelines.sweep_grid import parse_grid
+from esper.pipelines.sweeps.grid import parse_grid
 from esper.platform.errors import UserError
 
 

@@ -1,6 +1,6 @@
 """The static envelope and the losses that it interpolates, on laws that are known.
 
-Alone: `pytest tests/pipelines/test_envelope.py`.
+Alone: `pytest tests/pipelines/reports/test_envelope.py`.
 """
 
 import sys
@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from esper.pipelines.envelope import best_size, draw_envelope, read_runs
-from esper.pipelines.opponents import Bench
-from esper.pipelines.tables import AXES, Tables
+from esper.pipelines.reports.envelope import best_size, draw_envelope, read_runs
+from esper.pipelines.reports.opponents import Bench
+from esper.pipelines.reports.tables import AXES, Tables
 
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_sweeps import BUDGET, SyntheticSweep

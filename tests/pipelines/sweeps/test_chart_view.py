@@ -1,7 +1,7 @@
 """The link that a sweep prints opens, in a real browser, the chart that it promises.
 
 A real `mlflow server`, and Chromium without a screen through Playwright; skipped, visibly, without one. The page's
-picture stays in the test's folder. Alone: `pytest tests/pipelines/test_chart_view.py` (about 30 s).
+picture stays in the test's folder. Alone: `pytest tests/pipelines/sweeps/test_chart_view.py` (about 30 s).
 """
 
 import math
@@ -13,8 +13,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from esper.pipelines import chart_view
-from esper.pipelines.chart_view import TAG, share_view
+from esper.pipelines.sweeps import chart_view
+from esper.pipelines.sweeps.chart_view import TAG, share_view
 from esper.platform.tracking import Tracker, milliseconds
 from tests.mlflow_servers import MlflowServer, mlflow_server
 

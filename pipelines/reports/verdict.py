@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.claims import CANNOT_SAY, Claim, interval_dict, pair
 from esper.pipelines.comparison import Interval
-from esper.pipelines.criteria import Criterion, efficiency, find_caveats, mechanics
-from esper.pipelines.envelope import EnvelopePoint, draw_envelope, read_runs, sound
-from esper.pipelines.opponents import ENVELOPE, OPPONENTS, Bench
-from esper.pipelines.tables import AXES, Tables
+from esper.pipelines.reports.claims import CANNOT_SAY, Claim, interval_dict, pair
+from esper.pipelines.reports.criteria import Criterion, efficiency, find_caveats, mechanics
+from esper.pipelines.reports.envelope import EnvelopePoint, draw_envelope, read_runs, sound
+from esper.pipelines.reports.opponents import ENVELOPE, OPPONENTS, Bench
+from esper.pipelines.reports.tables import AXES, Tables
 
 TRANSFER = "Whether it transfers cannot be said: no arm here was trained on growing a CNN."
 

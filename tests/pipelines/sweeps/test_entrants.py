@@ -2,7 +2,7 @@
 
 import pytest
 
-from esper.pipelines.entrants import parse_arms, parse_sizes
+from esper.pipelines.sweeps.entrants import parse_arms, parse_sizes
 from esper.platform.errors import UserError
 
 

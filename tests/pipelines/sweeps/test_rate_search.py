@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.pipelines.rate_search import FACTOR, ROUNDS, best_rate, bracketed, fitted_curve, next_rates
+from esper.pipelines.sweeps.rate_search import FACTOR, ROUNDS, best_rate, bracketed, fitted_curve, next_rates
 
 
 def search(start: float, best: float) -> tuple[dict[float, list[float]], int]:

@@ -28,10 +28,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from esper.pipelines.comparison import Interval
-from esper.pipelines.envelope import EnvelopePoint
-from esper.pipelines.report_content import AXIS_NAMES, Report, Section, short
-from esper.pipelines.tables import AXES
-from esper.pipelines.verdict import ArmRow
+from esper.pipelines.reports.content import AXIS_NAMES, Report, Section, short
+from esper.pipelines.reports.envelope import EnvelopePoint
+from esper.pipelines.reports.tables import AXES
+from esper.pipelines.reports.verdict import ArmRow
 
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),  # Okabe–Ito without black and yellow

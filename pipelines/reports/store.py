@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from esper.pipelines.tables import Tables
+from esper.pipelines.reports.tables import Tables
 from esper.platform import tracking_store
 from esper.platform.errors import UserError
 
