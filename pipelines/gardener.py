@@ -24,7 +24,7 @@ from esper.platform.contracts import Instance, Run
 from esper.platform.errors import UserError
 from esper.platform.model import Frozen
 from esper.platform.saves import Saves, below
-from esper.platform.spec import RunSpec
+from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import write_json, write_text
 from esper.platform.tracking import Tracker, new_key
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
@@ -172,16 +172,20 @@ def tracked_by(out: Path) -> str | None:
     return (out / TRACKED).read_text() if (out / TRACKED).exists() else None
 
 
-def send_again(spec: RunSpec, out: Path, parent: Tracker | None = None) -> bool:
-    """Send MLflow all of a training that has ended, while it was away; whether it has had everything now."""
+def send_again(out: Path, parent: Tracker | None = None) -> bool:
+    """Send MLflow all of a training that ended while it was away; whether it has had everything now."""
     checkpoint, point = ResumePoint.newest(out)
-    with _tracker(spec, out, point, parent) as tracker:
-        TrainingLog(out, point.iterations).send(tracker)
+    log = TrainingLog(out, point.iterations)
+    with _tracker(saved_spec(out / "spec.json"), out, point, parent) as tracker:
+        log.send(tracker)
         _keep_with_run(tracker, out, checkpoint)
+        tracker.close(ended=int(log.lines[-1]["time"]))
     return _note_tracked(tracker, out)
 
 
 def _tracker(spec: RunSpec, out: Path, point: ResumePoint, parent: Tracker | None) -> Tracker:
+    """That of the training's run; the log's points have to be sent to it first."""
+    (out / JOURNAL).unlink(missing_ok=True)  # it may know of iterations that will be done again
     return Tracker.start(
         "esper-gardeners",
         out.name if parent is None else f"{out.parent.name}-{out.name}",

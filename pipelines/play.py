@@ -34,9 +34,9 @@ def unplayed(summary: dict[str, Any]) -> str | None:
     if not grafts or summary["diverged"]:
         return None
     return (
-        f"planned and never legal: {', '.join(grafts)}; a host may have growth.max_layers layers and max_parameters at "
-        "most, and a decision has to hold growth.min_optimizer_steps steps after a graft: fewer decisions or a larger "
-        "budget give it more"
+        f"planned and not played: {', '.join(grafts)}; a graft waits until it is legal, and for those before it: a "
+        "host may have growth.max_layers and max_parameters, a decision has to hold growth.min_optimizer_steps steps "
+        "after a graft (fewer decisions or a larger budget give it more), and none comes while the rate decays"
     )
 
 

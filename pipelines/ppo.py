@@ -26,8 +26,9 @@ from esper.pipelines.stopping import Stopped, StopSignals
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.spec import RunSpec, load_spec
+from esper.platform.spec import load_spec
 from esper.platform.storage import alone
+from esper.platform.tracking_store import tracking_uri
 
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
 
@@ -72,9 +73,9 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     start = ResumePoint.newest(out)
     point = start[1]
     spec = load_spec(str(out / "spec.json"), arguments.set)
-    if point.iterations >= spec.ppo.iterations:
-        if (out / "summary.json").exists() and tracked_by(out) is None:
-            return send(spec, out)
+    if point.iterations >= spec.ppo.iterations and (out / "summary.json").exists():
+        if not arguments.set and tracked_by(out) != tracking_uri():
+            return send(out)
         raise UserError(
             f"--resume {out} has its {point.iterations} iterations: ask for more, such as "
             f"--set ppo.iterations={2 * point.iterations}."
@@ -89,11 +90,16 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     return train(job, seed=point.seed, surrogate=point.surrogate, start=start)
 
 
-def send(spec: RunSpec, out: Path) -> None:
-    """Give MLflow what it has not had of a training that has ended."""
+def send(out: Path) -> None:
+    """Give MLflow what it has not had of a training that has ended.
+
+    Raises:
+        UserError: it does not take it.
+    """
     with alone(out):
-        if send_again(spec, out):
-            say(f"MLflow has had everything of the training in {out} now.")
+        if not send_again(out):
+            raise UserError(f"MLflow did not take everything of the training in {out}: try again once it is there.")
+    say(f"MLflow has had everything of the training in {out} now.")
 
 
 def train(job: Job, *, seed: int, surrogate: bool, start: tuple[Path, ResumePoint] | None = None) -> None:

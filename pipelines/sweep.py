@@ -244,6 +244,9 @@ class Sweep:
         """Everything that is missing; how many trials failed."""
         parent = self._parent
         parent.artifact(self._job.out / "spec.json")
+        for index, found in self._gardeners.items():
+            if found["trained_on"] != "given":  # MLflow may have been away when it was trained
+                self._keep_policy(index)
         try:
             self._stages.run()
         finally:
@@ -285,19 +288,24 @@ class Sweep:
             check=self._check,
         )
         self._gardeners[point.index] = found
-        checkpoint = Path(found["checkpoint"])
+        self._keep_policy(point.index)
+        return Path(found["checkpoint"])
+
+    def _keep_policy(self, point: int) -> None:
+        """Put a trained gardener into MLflow's registry, or where there are several with the sweep's run."""
+        found = self._gardeners[point]
+        policy = Path(found["checkpoint"]) / "policy"
         if len(self._contestants.points) > 1:  # a run has one version of a model
-            self._parent.artifact(checkpoint / "policy", f"policy-point{point.index}")
+            self._parent.artifact(policy, f"policy-point{point}")
         else:
             tags = {"trained_on": found["trained_on"]}
-            self._parent.register(f"esper-gardener-{spec.preset}", checkpoint / "policy", tags)
-        return checkpoint
+            self._parent.register(f"esper-gardener-{self._job.spec.preset}", policy, tags)
 
     def _send_gardeners(self) -> bool:
         """Give MLflow what it has not had of their trainings; whether it has had everything."""
         trained = [self._gardener_folder(i) for i, found in self._gardeners.items() if found["trained_on"] != "given"]
         left = [out for out in trained if tracked_by(out) != self._parent.uri]
-        return all(send_again(saved_spec(out / "spec.json"), out, self._parent) for out in left)
+        return all(send_again(out, self._parent) for out in left)
 
     def _gardener_folder(self, point: int) -> Path:
         return self._job.out / (f"ppo-{point}" if len(self._contestants.points) > 1 else "ppo")

@@ -308,7 +308,7 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class Planned(Protocol):
-    """A policy whose grafts were planned beforehand: whoever planned them hears of those that never were legal."""
+    """A policy whose grafts were planned beforehand: whoever planned them hears of those that were not played."""
 
     def unplayed(self) -> list[str]:
         """The grafts still to come, a few words each."""

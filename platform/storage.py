@@ -30,7 +30,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        error.filename, error.filename2 = str(path), None  # a write, unlike an open, would name none
+        error.filename = str(path)  # a write, unlike an open, would name none
+        del error.filename2  # of the rename
         raise
 
 

@@ -205,10 +205,15 @@ class Tracker:
 
         self._put(job)
 
-    def close(self, status: Status = "FINISHED", seconds: float = CLOSE_SECONDS) -> bool:
+    def close(self, status: Status = "FINISHED", seconds: float = CLOSE_SECONDS, *, ended: int | None = None) -> bool:
         """End the run once everything has been sent, waiting for that for at most `seconds`. A second call is idle.
 
         A connection that is still being made (a short run, a busy machine) has its own `READY_SECONDS` first.
+
+        Args:
+            status: that the run ends with.
+            seconds: the longest to wait.
+            ended: time stamp of the run's end in milliseconds, this call's if none is given.
 
         Returns:
             whether MLflow has had everything. With a journal nothing is said where it has not: the points lie there,
@@ -216,11 +221,11 @@ class Tracker:
         """
         if self._thread is None:
             return self._taken
-        ended = milliseconds()
+        over = milliseconds() if ended is None else ended
         self._hurry.set()
         if (watch := self._watch) is not None:
             self._put(lambda client, run_id: watch.end(wait=True))
-        self._put(lambda client, run_id: client.set_terminated(run_id, status, ended))
+        self._put(lambda client, run_id: client.set_terminated(run_id, status, over))
         self._jobs.put(None)
         self._ready.wait(READY_SECONDS)
         self._thread.join(seconds)

@@ -205,7 +205,7 @@ def _found(bench: Bench, own: dict[str, list[Claim]], winners: list[str]) -> str
     else:
         found = "no grown arm ends lower than all of its opponents"
     numbers = [_number(claim) for claim in own[first]]
-    whose = "its" if winners == [first] else f"the lowest of them is {first}, whose"
+    whose = "its" if winners == [first] else f"the grown arm that ends lowest is {first}, whose"
     return f"at {bench.budget} {found}; {whose} final loss minus that of {', minus that of '.join(numbers)}."
 
 

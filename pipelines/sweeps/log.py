@@ -219,7 +219,7 @@ class SweepLog(tune.Callback):
 
     def _wait(self) -> None:
         if wait(self._closing, AWAY_SECONDS).not_done:
-            say(f"waiting for MLflow to take the last of the trials, {CLOSING_SECONDS:g} s at most")
+            say(f"waiting for MLflow to take the last of the trials, {CLOSING_SECONDS:g} s for each at most")
         for future in self._closing:
             future.result()
         self._closing.clear()

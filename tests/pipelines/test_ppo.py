@@ -56,17 +56,23 @@ def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd
     assert after["mlflow"] == summary["mlflow"]
     assert [step for step, _ in points(client, after["mlflow"], "return_mean")] == [1, 2, 3]
 
-    # As if MLflow had been away until the end: what is left to do is to send it everything.
-    (out / "tracked").unlink()
+    # Another store has had nothing of it: what is left to do is to send it everything.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     capfd.readouterr()
     assert ppo.main(["--resume", str(out)]) == 0
     assert "MLflow has had everything" in capfd.readouterr().err
     other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
-    run = other.search_runs([other.get_experiment_by_name("esper-gardeners").experiment_id])[0].info.run_id
+    found = other.search_runs([other.get_experiment_by_name("esper-gardeners").experiment_id])[0].info
+    run = found.run_id
+    assert found.end_time == after["history"][-1]["time"]
     assert points(lambda: other, run, "return_mean") == points(client, after["mlflow"], "return_mean")
     assert {file.path for file in other.list_artifacts(run)} == {"summary.json", "training.png", "policy"}
     assert ppo.main(["--resume", str(out)]) == 2
+    assert ppo.main(["--resume", str(out), "--set", "ppo.entropy=0.5"]) == 2
+
+    (out / "summary.json").unlink()  # as if it had died right at its end
+    assert ppo.main(["--resume", str(out)]) == 0
+    assert summary_of(out)["history"] == after["history"]
 
     assert train.main(["ppo", *tiny, "--policy", str(out), "--out", str(tmp_path / "played")]) == 0
     assert summary_of(tmp_path / "played")["arm"] == "ppo"

@@ -69,11 +69,11 @@ def test_random_matches_another_run(tiny, tmp_path):
     assert a == b != []
 
 
-def test_planned_grafts_that_never_were_legal_are_told(tiny, tmp_path, capfd):
+def test_planned_grafts_that_were_not_played_are_told(tiny, tmp_path, capfd):
     assert main(["onejump", *tiny, "--out", str(tmp_path / "a")]) == 0
-    assert "never legal" not in capfd.readouterr().err
+    assert "not played" not in capfd.readouterr().err
     assert main(["onejump", *tiny, "--out", str(tmp_path / "b"), "--set", "growth.max_layers=1"]) == 0
-    assert "planned and never legal: block at 15%" in capfd.readouterr().err
+    assert "planned and not played: block at 15%" in capfd.readouterr().err
     assert summary_of(tmp_path / "b")["unplayed"] == ["block at 15%"]
 
 

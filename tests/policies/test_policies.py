@@ -76,7 +76,7 @@ def test_schedule_grafts_when_and_where_it_says(spec):
         assert at <= graft["budget_fraction"] + 1e-3 < at + 2 * slice_
 
 
-def test_planned_grafts_that_never_were_legal_are_known(spec):
+def test_planned_grafts_that_were_not_played_are_known(spec):
     tight = spec.model_copy(update={"growth": spec.growth.model_copy(update={"max_layers": spec.host.n_layer + 1})})
     for policy, left in (
         (SchedulePolicy([Entry(at=0.1, blueprint="block"), Entry(at=0.2, blueprint="block")]), ["block at 20%"]),

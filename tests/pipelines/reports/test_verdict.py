@@ -468,7 +468,10 @@ def test_a_control_that_beats_all_is_told_of_but_does_not_win():
     verdict = judged(sweep)
     efficient = verdict.criteria[1]
     assert efficient.outcome == "not met"
-    assert "no grown arm ends lower than all of its opponents; the lowest of them is tamiyo," in efficient.sentence
+    assert (
+        "no grown arm ends lower than all of its opponents; the grown arm that ends lowest is tamiyo,"
+        in efficient.sentence
+    )
     assert efficient.details[-1].startswith("random:tamiyo (a control: it cannot win) is better than")
     assert {claim(verdict, "random:tamiyo", opponent).outcome for opponent in OPPONENTS} == {"better"}
     assert next(row for row in verdict.rows if row.label == "random:tamiyo").outcome == "better"
