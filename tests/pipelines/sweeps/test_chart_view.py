@@ -4,8 +4,11 @@ A real `mlflow server`, and Chromium without a screen through Playwright; skippe
 picture stays in the test's folder. Alone: `pytest tests/pipelines/sweeps/test_chart_view.py` (about 30 s).
 """
 
+import base64
+import json
 import math
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,15 +41,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
         yield server
 
 
-def trial(client: MlflowClient, experiment: str, parent: str, label: str, seed: int, purpose: str) -> None:
-    """A run as a sweep logs it, with less in it."""
+def trial(
+    client: MlflowClient, experiment: str, parent: str, label: str, seed: int, purpose: str, grid: str = "{}"
+) -> None:
+    """A run as a sweep logs it, with less in it; each value in `grid` adds to its losses."""
     tags = {"kind": "trial", "label": label, "seed": str(seed), "purpose": purpose, "mlflow.parentRunId": parent}
-    tags |= {"grid": "{}"}
+    tags |= {"grid": grid}
     run = client.create_run(experiment, tags=tags, run_name=f"{label}-seed{seed}-{purpose}")
     now, metrics = milliseconds(), []
     for k in range(DECISIONS + 1):
         cost = BUDGET * k / DECISIONS
-        loss = LABELS[label] + 2 * math.exp(-5 * k / DECISIONS) + 0.05 * seed
+        loss = LABELS[label] + 2 * math.exp(-5 * k / DECISIONS) + 0.05 * seed + sum(json.loads(grid).values())
         step = 100 * k + seed
         metrics += [Metric("val_loss", loss, now, step), Metric("parameter_seconds", cost, now, step)]
         metrics += [Metric("grid/val_loss", loss, now, k), Metric("grid/parameter_seconds", cost, now, k)]
@@ -116,6 +121,25 @@ def test_once_more_replaces_the_view(server: MlflowServer, monkeypatch: pytest.M
     group = MlflowClient(server.uri).get_experiment_by_name("esper-twice")
     assert group
     assert [tag for tag in group.tags if tag.startswith(TAG)] == [f"{TAG}{parent.run_id}"]
+
+
+def test_grid_points_are_groups_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = MlflowClient(uri)
+    with Tracker.start("esper-grid", "sweep") as parent:
+        assert parent.run_id
+        assert parent.experiment_id
+        for added in (0, 5):
+            trial(client, parent.experiment_id, parent.run_id, "onejump", 0, "test", grid=json.dumps({"added": added}))
+        assert share_view(parent)
+    tag = client.get_experiment(parent.experiment_id).tags[TAG + parent.run_id]
+    packed = json.loads(tag)["state"].removeprefix("deflate;")
+    state = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert [key["groupByData"] for key in state["groupBy"]["groupByKeys"]] == ["label", "grid"]
+    scale = state["compareRunCharts"][0]["range"]
+    assert scale["yMin"] < 1.35  # the lower point's end
+    assert scale["yMax"] > 7  # the higher one's start, but for its steepest
 
 
 def test_a_file_needs_a_command_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
