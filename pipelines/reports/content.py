@@ -243,7 +243,7 @@ def troubles_table(report: Report) -> Table:
 
 def payback(report: Report, section: Section) -> list[str]:
     """What training the policy cost, and after how many uses it has paid; nothing where none was trained."""
-    gardener = report.record.get("gardener")
+    gardener = section.point.get("gardener", report.record.get("gardener"))  # each grid point trains one of its own
     rows = [row for row in section.verdict.rows if row.arm in GARDENED]
     if not gardener or not rows:
         return []

@@ -441,6 +441,13 @@ def test_a_policy_that_was_given_has_no_known_cost(whole: Report):
     assert paid(whole, None, [(1e6, 1.5)], 1.45) == []
 
 
+def test_each_grid_point_tells_what_its_own_gardener_cost(whole: Report):
+    [section] = whole.sections
+    own = replace(section, point=section.point | {"gardener": GARDENER | {"parameter_seconds": 7e6}})
+    assert "for 7,000,000 parameter-seconds" in payback(whole, own)[0]
+    assert payback(whole, replace(section, point=section.point | {"gardener": None})) == []
+
+
 # -- Figures -----------------------------------------------------------------------------------------------------------
 
 
