@@ -25,8 +25,9 @@ from esper.platform.errors import UserError
 from esper.platform.model import Frozen
 from esper.platform.saves import Saves, below
 from esper.platform.spec import RunSpec, saved_spec
-from esper.platform.storage import write_json, write_text
+from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker, new_key
+from esper.platform.tracking_journal import JOURNAL, TRACKED, note_tracked
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.policies.simic.health import Health
 from esper.policies.simic.learner import build_algorithm, iteration_metrics, restore_algorithm, runner, save_algorithm
@@ -42,7 +43,6 @@ from esper.workers.worker import EpisodeWorker
 SURROGATES = 16  # surrogate runs side by side in the driver
 KEPT = 5  # every so many iterations a checkpoint stays; of the others only the newest
 EPISODES, SAVES = "episodes", "saves"  # in the output folder
-JOURNAL, TRACKED = "points.jsonl", "tracked"  # likewise: of MLflow's run, and that it has had everything
 ON_LAWS: dict[str, int] = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256}
 """What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
 
@@ -167,11 +167,6 @@ def train_gardener(
     return {**summary, "where": tracker.where}
 
 
-def tracked_by(out: Path) -> str | None:
-    """The MLflow store that has had everything of a training that has ended."""
-    return (out / TRACKED).read_text() if (out / TRACKED).exists() else None
-
-
 def send_again(out: Path, parent: Tracker | None = None) -> bool:
     """Send MLflow all of a training that ended while it was away; whether it has had everything now."""
     checkpoint, point = ResumePoint.newest(out)
@@ -206,7 +201,7 @@ def _keep_with_run(tracker: Tracker, out: Path, checkpoint: Path) -> None:
 def _note_tracked(tracker: Tracker, out: Path) -> bool:
     taken = tracker.close()  # the second time: what the first has come to
     if taken:
-        write_text(out / TRACKED, tracker.uri)
+        note_tracked(out, tracker.uri)
     return taken
 
 

@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.gardener import ON_LAWS, ResumePoint, gpus_needed, send_again, tracked_by, train_gardener
+from esper.pipelines.gardener import ON_LAWS, ResumePoint, gpus_needed, send_again, train_gardener
 from esper.pipelines.job import Job, law_job, open_job, resolve_spec
 from esper.pipelines.stopping import Stopped, StopSignals
 from esper.platform import cluster
@@ -28,6 +28,7 @@ from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.storage import alone
+from esper.platform.tracking_journal import tracked_by
 from esper.platform.tracking_store import tracking_uri
 
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change

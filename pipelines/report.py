@@ -35,7 +35,7 @@ from esper.pipelines.reports.tables import Tables
 from esper.pipelines.reports.verdict import judge
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.storage import check_unused, write_json, write_text
+from esper.platform.storage import check_unused, naming, write_json, write_text
 from esper.platform.tracking_store import shown
 
 if TYPE_CHECKING:
@@ -175,11 +175,8 @@ def build(client: "MlflowClient", store: str, experiment_id: str, experiment: st
 def save(client: "MlflowClient", report: Report, out: Path) -> Path:
     """Write the four files, and keep them with the sweep's run; `report.html`'s path."""
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with naming(out / "report.png"):
         save_picture(report, out / "report.png")
-    except OSError as error:  # of a write, unlike an open, it names no file
-        error.filename = str(out / "report.png")
-        raise
     write_text(out / "report.md", markdown(report, "report.png"))
     write_json(out / "report.json", report.as_dict())
     write_text(out / "report.html", page(report))

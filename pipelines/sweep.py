@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.gardener import gpus_needed, send_again, tracked_by
+from esper.pipelines.gardener import gpus_needed, send_again
 from esper.pipelines.job import Job, open_job, resolve_spec
 from esper.pipelines.report import write_report
 from esper.pipelines.stopping import Stopped, StopSignals
@@ -44,6 +44,7 @@ from esper.platform.saves import below
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, read_json, write_json
 from esper.platform.tracking import Tracker, new_key
+from esper.platform.tracking_journal import JOURNAL, tracked_by
 from esper.platform.tracking_store import connect, tracking_uri
 from esper.policies.arms import ALIASES
 from esper.workers.tolaria.data import Manifest
@@ -166,7 +167,7 @@ def compare(job: Job, plan: Plan) -> int:
             tags={"kind": "sweep", "preset": job.spec.preset, "data": told_data(job), **provenance(), **begun(plan)},
             params=job.spec.model_dump(mode="json"),
             key=plan.key,
-            journal=job.out / "points.jsonl",
+            journal=job.out / JOURNAL,
             system_metrics=True,
         )
         try:
@@ -295,7 +296,7 @@ class Sweep:
         """Put a trained gardener into MLflow's registry, or where there are several with the sweep's run."""
         found = self._gardeners[point]
         policy = Path(found["checkpoint"]) / "policy"
-        if len(self._contestants.points) > 1:  # a run has one version of a model
+        if self._contestants.several:  # a run has one version of a model
             self._parent.artifact(policy, f"policy-point{point}")
         else:
             tags = {"trained_on": found["trained_on"]}
@@ -308,7 +309,7 @@ class Sweep:
         return all(send_again(out, self._parent) for out in left)
 
     def _gardener_folder(self, point: int) -> Path:
-        return self._job.out / (f"ppo-{point}" if len(self._contestants.points) > 1 else "ppo")
+        return self._job.out / (f"ppo-{point}" if self._contestants.several else "ppo")
 
     def _before(self) -> dict[str, Any]:
         """What an earlier start of this sweep has written."""

@@ -13,6 +13,17 @@ from typing import Any
 from esper.platform.errors import UserError
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError name `path`: a write, unlike an open, names no file, and a rename two."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        del error.filename2
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part.
 
@@ -20,19 +31,17 @@ def write_text(path: Path, text: str) -> None:
         OSError: it cannot be written; its `filename` is `path`, and nothing is left of what was begun.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
             partial.unlink(missing_ok=True)
-        error.filename = str(path)  # a write, unlike an open, would name none
-        del error.filename2  # of the rename
-        raise
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:

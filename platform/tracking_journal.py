@@ -11,6 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from esper.platform.storage import write_text
+
+JOURNAL, TRACKED = "points.jsonl", "tracked"  # in a run's folder: its points, and the store that has had everything
+
+
+def tracked_by(folder: Path) -> str | None:
+    """The MLflow store that has had everything of the run in a folder; None where none has."""
+    path = folder / TRACKED
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def note_tracked(folder: Path, uri: str) -> None:
+    """Note that a store has had everything of the run in a folder."""
+    write_text(folder / TRACKED, uri)
+
 
 class Point(NamedTuple):
     """Metrics that belong to one step, made at one time (`at`, milliseconds)."""

@@ -1,8 +1,8 @@
 """What is kept of a sweep's trials, and told of them: a folder each, a run each in MLflow, and lines of progress.
 
 A trial's folder has `spec.json`, `points.jsonl` (the journal of what goes to MLflow, so that a server's outage loses
-nothing), and at its end `summary.json`, which makes it done. `tracked` lies beside it, naming the store,
-once MLflow has had everything.
+nothing), and at its end `summary.json`, which makes it done. `tracked` lies beside it and names the MLflow store, once
+that has had everything.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,12 @@ from esper.platform.provenance import commit
 from esper.platform.saves import Saves, below
 from esper.platform.storage import read_json, write_json, write_text
 from esper.platform.tracking import Status, Tracker
+from esper.platform.tracking_journal import JOURNAL, note_tracked, tracked_by
 from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.data import Manifest
 from esper.workers.tolaria.hosts import start_shape
 
-SUMMARY, SPEC, JOURNAL, TRACKED = "summary.json", "spec.json", "points.jsonl", "tracked"
+SUMMARY, SPEC = "summary.json", "spec.json"
 ANNEALED = ("val_loss", "budget_fraction", "parameter_seconds", "tokens", "flops", "seconds")
 SHOWN = 0.1  # of the work under way, between two lines of progress
 CLOSING_SECONDS = 60  # that MLflow has to take the last of a trial
@@ -67,7 +68,7 @@ class SweepLog(tune.Callback):
         self._closing: list[Future[None]] = []
         self._closers = ThreadPoolExecutor(4, thread_name_prefix="tracking-close")
         self._away = False  # MLflow has not taken the last of the trial that was closed last
-        self._bests: dict[str, list[float]] = {}
+        self._ended: dict[str, list[float]] = {}
         self._stage, self._shown, self._eta = "", 0.0, Eta()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class SweepLog(tune.Callback):
             if summary is None:
                 missing.append(trial)
                 continue
-            self._note_best(trial, summary)
+            self._note_end(trial, summary)
             if not self._tracked(trial):
                 self._finish(trial, self._log_of(trial), summary)
         return missing
@@ -166,7 +167,7 @@ class SweepLog(tune.Callback):
             write_json(self.folder(planned) / SUMMARY, summary)
             Saves(below(self._storage, name)).drop(0)
             self._finish(planned, self._open.pop(name), summary)
-            self._note_best(planned, summary)
+            self._note_end(planned, summary)
         self._show(planned, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -226,8 +227,7 @@ class SweepLog(tune.Callback):
 
     def _tracked(self, trial: Trial) -> bool:
         """Whether the store that is used now has had everything."""
-        path = self.folder(trial) / TRACKED
-        return path.exists() and path.read_text() == self._parent.uri
+        return tracked_by(self.folder(trial)) == self._parent.uri
 
     def _untracked(self) -> list[tuple[Trial, dict[str, Any]]]:
         """Trials that are done, of which MLflow has not had everything."""
@@ -244,9 +244,9 @@ class SweepLog(tune.Callback):
         if log is not None:
             self._close(log.close, "FAILED")
 
-    def _note_best(self, trial: Trial, summary: dict[str, Any]) -> None:
+    def _note_end(self, trial: Trial, summary: dict[str, Any]) -> None:
         if trial.purpose == "test" and not summary["diverged"]:
-            self._bests.setdefault(trial.row, []).append(summary["val_loss"])
+            self._ended.setdefault(trial.row, []).append(summary["val_loss"])
 
     def _show(self, trial: Trial, result: dict[str, Any]) -> None:
         action = result.get("action", "wait")
@@ -267,8 +267,8 @@ class SweepLog(tune.Callback):
                 say(f"  {trial.name}: {told}")
         if done - self._shown >= SHOWN:
             self._shown = done
-            bests = ", ".join(f"{label} {fmean(losses):.4f}" for label, losses in self._bests.items())
-            say(f"  {done:.0%} of {self._stage}: {left}" + (f"; mean loss so far: {bests}" if bests else ""))
+            means = ", ".join(f"{label} {fmean(losses):.4f}" for label, losses in self._ended.items())
+            say(f"  {done:.0%} of {self._stage}: {left}" + (f"; mean loss so far: {means}" if means else ""))
 
 
 class _TrialLog:
@@ -311,7 +311,7 @@ class _TrialLog:
         self._tracker.artifact(self._folder / SPEC)
         taken = self._tracker.close("FINISHED", seconds)
         if taken:
-            write_text(self._folder / TRACKED, self._tracker.uri)
+            note_tracked(self._folder, self._tracker.uri)
         return taken
 
     def close(self, status: Status, seconds: float) -> bool:

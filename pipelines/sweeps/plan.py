@@ -47,6 +47,11 @@ class Contestants:
     tune_rates: bool
     files: ArmInputs
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several points."""
+        return len(self.points) > 1
+
     def has(self, arm: str) -> bool:
         """Whether an arm takes part."""
         return any(entrant.arm == arm for entrant in self.entrants)

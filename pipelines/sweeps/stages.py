@@ -229,7 +229,7 @@ class Stages:
             if isinstance(made, Trial):
                 trials.append(made)
             else:
-                name = trial_name(entrant, seed, point, several=len(self.contestants.points) > 1)
+                name = trial_name(entrant, seed, point, several=self.contestants.several)
                 tags = {"label": entrant.label, "arm": entrant.arm, "size": None, "seed": seed, "grid": point.grid}
                 self.impossible[name] = {**tags, "purpose": purpose, "status": "failed", "error": made}
         return trials
@@ -280,8 +280,7 @@ class Stages:
         inputs: ArmInputs,
         note: str = "",
     ) -> Trial:
-        several = len(self.contestants.points) > 1
-        return Trial(entrant, purpose, seed, point, spec, inputs, note=note, several=several)
+        return Trial(entrant, purpose, seed, point, spec, inputs, note=note, several=self.contestants.several)
 
     def _do(self, stage: str, trials: Sequence[Trial], *, again: bool = True) -> None:
         """Run those that are missing, unless what they were for is settled."""

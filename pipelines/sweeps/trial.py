@@ -1,9 +1,11 @@
 """A sweep's trial: one arm on one seed at one grid point, a whole training run; and the specs that arms run under.
 
-purpose   seeds    what for
-rates     tuning   finds the learning rate of each static size
-tuning    tuning   chooses the best static size and the best schedule; gives `openloop` its schedule
-test      test     is compared
+    purpose   seeds    what for
+    rates     tuning   finds the learning rate of each static size
+    tuning    tuning   chooses the best static size and the best schedule; gives `openloop` its schedule
+    test      test     is compared
+
+Tuning seeds are never test seeds (`plan.py`).
 """
 
 from collections.abc import Iterable, Sequence
