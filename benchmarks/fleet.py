@@ -27,11 +27,11 @@ from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import LocalFleet, RayFleet
 from esper.policies.simic.journal import Journal
 from esper.policies.simic.learner import build_algorithm, iteration_metrics
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
 from esper.workers.environment import GrowthEnv
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.worker import EpisodeWorker
 
 SPEC = load_spec("tinystories-char", ["ppo.decisions=96", "ppo.minibatch=48", "ppo.epochs=4"])
@@ -232,7 +232,7 @@ def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
         fleet = LogicalFleet(count, 250, seconds)
         journal = Journal(Path(folder) / "episodes")
         dispatcher = Dispatcher(
-            fleet, GardenerNet(SPEC.ppo.hidden), telemetry_space(SPEC), seed=0, ahead=10**9, journal=journal
+            fleet, ControllerNet(SPEC.ppo.hidden), telemetry_space(SPEC), seed=0, ahead=10**9, journal=journal
         )
         try:
             dispatcher.collect(SPEC.budget.decisions * min(count, 5))

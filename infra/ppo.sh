@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train a gardener into one folder, however often it takes: start there, or go on from what an earlier try left.
+# Train a controller into one folder, however often it takes: start there, or go on from what an earlier try left.
 #
 #     sh infra/ppo.sh /esper/runs/first --set ppo.iterations=200
 #

@@ -1,4 +1,4 @@
-"""The whole story in minutes on a laptop: prepare text, train a gardener, compare arms, write the report.
+"""The whole story in minutes on a laptop: prepare text, train a controller, compare arms, write the report.
 
     make demo            or            python pipelines/demo.py
 
@@ -10,8 +10,8 @@ import time
 
 from pydantic import Field
 
-from esper.pipelines.arguments import main_guard
-from esper.pipelines.job import open_job
+from esper.pipelines.common.arguments import main_guard
+from esper.pipelines.common.run_folder import open_job
 from esper.pipelines.sweep import SweepArguments, compare, resume, settle
 from esper.platform.console import duration, say
 
@@ -31,7 +31,7 @@ def run(arguments: DemoArguments) -> int:
     say("1 of 2  preparing text, some seconds")
     plan, spec = settle(arguments.model_copy(update={"preset": arguments.preset or "demo"}))
     job = open_job(arguments, spec, "demo")
-    say(f"2 of 2  training a gardener with PPO, about a minute and a half, then comparing; {_so_far(begun)}")
+    say(f"2 of 2  training a controller with PPO, about a minute and a half, then comparing; {_so_far(begun)}")
     code = compare(job, plan.model_copy(update={"data": job.data}))
     say(f"done in {duration(time.perf_counter() - begun)}; remember that a demo this short trains no good policy")
     return code

@@ -17,7 +17,7 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from esper.pipelines.arguments import Arguments, main_guard
+from esper.pipelines.common.arguments import Arguments, main_guard
 from esper.pipelines.train import CHECKPOINTS
 from esper.platform.checkpoint import Checkpoints
 from esper.platform.console import say

@@ -1,4 +1,4 @@
-"""Look at a trained gardener, hold it against the other arms, or boil it down to a schedule. Without Ray.
+"""Look at a trained controller, hold it against the other arms, or boil it down to a schedule. Without Ray.
 
     python pipelines/policy.py info runs/ppo-20260101-120000                            # what it is
     esper policy evaluate runs/ppo-20260101-120000                                      # on loss laws it never saw
@@ -23,11 +23,11 @@ import torch
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.arguments import Arguments, CommonArguments, main_guard
-from esper.pipelines.comparison import Comparison, Interval
-from esper.pipelines.contest import ARMS, TRAINED, Contest, median_entries, parse_arms
-from esper.pipelines.evaluation import Stage
-from esper.pipelines.job import describe, law_job, open_job, resolve_spec
+from esper.pipelines.common.arguments import Arguments, CommonArguments, main_guard
+from esper.pipelines.common.run_folder import describe, law_job, open_job, resolve_spec
+from esper.pipelines.controllers.comparison import Comparison, Interval
+from esper.pipelines.controllers.contest import ARMS, TRAINED, Contest, median_entries, parse_arms
+from esper.pipelines.controllers.evaluation import Stage
 from esper.platform.console import say
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError, unknown
@@ -37,8 +37,8 @@ from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.policy import CHECKPOINTS, FOLDER, SimicPolicy, policy_folder
 from esper.workers.instances import SetName, instance_set
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
-from esper.workers.surrogate import SurrogateRun
 
 HELP = "`esper policy ACTION --help` lists an action's arguments."
 ON_TEXT = 4  # instances that are played where the user does not say how many

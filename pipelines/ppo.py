@@ -1,4 +1,4 @@
-"""Train a gardener: PPO (Simic) over a fleet of Ray workers, each growing a GPT on text.
+"""Train a controller: PPO (Simic) over a fleet of Ray workers, each growing a GPT on text.
 
     python pipelines/ppo.py                                  # preset by device, as many workers as cores; without a
                                                              # GPU that is `demo`: minutes, and no good policy
@@ -19,10 +19,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.gardener import ON_LAWS, ResumePoint, gpus_needed, send_again, train_gardener
-from esper.pipelines.job import Job, law_job, open_job, resolve_spec
-from esper.pipelines.stopping import Stopped, StopSignals
+from esper.pipelines.common.arguments import CommonArguments, check_only_resume, main_guard
+from esper.pipelines.common.run_folder import Job, law_job, open_job, resolve_spec
+from esper.pipelines.common.stopping import Stopped, StopSignals
+from esper.pipelines.controllers.training import ON_LAWS, ResumePoint, gpus_needed, send_again, train_controller
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
@@ -35,7 +35,7 @@ OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may chan
 
 
 class PPOArguments(CommonArguments):
-    """Train a gardener with PPO over a fleet of workers."""
+    """Train a controller with PPO over a fleet of workers."""
 
     surrogate: Annotated[
         bool, Field(description="Train on loss laws instead of on text: minutes, and no proof of anything on text.")
@@ -111,7 +111,7 @@ def train(job: Job, *, seed: int, surrogate: bool, start: tuple[Path, ResumePoin
         if start is None:
             job.begin()
         try:
-            summary = train_gardener(job, job.out, seed=seed, surrogate=surrogate, start=start, check=signals.check)
+            summary = train_controller(job, job.out, seed=seed, surrogate=surrogate, start=start, check=signals.check)
         except Stopped as stopped:
             how = f"stopped, with nothing lost; go on with: esper ppo --resume {job.out}"
             raise Stopped(stopped.number, str(stopped) or how) from None

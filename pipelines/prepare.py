@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from esper.pipelines.arguments import CommonArguments, main_guard
-from esper.pipelines.job import output_folder, resolve_spec
+from esper.pipelines.common.arguments import CommonArguments, main_guard
+from esper.pipelines.common.run_folder import output_folder, resolve_spec
 from esper.platform.console import say
 from esper.platform.storage import write_json
 from esper.workers.tolaria.data import prepare

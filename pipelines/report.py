@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.arguments import Arguments, main_guard
+from esper.pipelines.common.arguments import Arguments, main_guard
 from esper.pipelines.reports.content import Report, Section
 from esper.pipelines.reports.figures import save_picture
 from esper.pipelines.reports.markdown import markdown

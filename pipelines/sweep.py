@@ -21,21 +21,21 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.gardener import gpus_needed, send_again
-from esper.pipelines.job import Job, open_job, resolve_spec
+from esper.pipelines.common.arguments import CommonArguments, check_only_resume, main_guard
+from esper.pipelines.common.run_folder import Job, open_job, resolve_spec
+from esper.pipelines.common.stopping import Stopped, StopSignals
+from esper.pipelines.controllers.training import gpus_needed, send_again
 from esper.pipelines.report import write_report
-from esper.pipelines.stopping import Stopped, StopSignals
 from esper.pipelines.sweeps.chart_view import share_view
+from esper.pipelines.sweeps.controller import TrainedOn, trained_policy
 from esper.pipelines.sweeps.entrants import SWEEP_ARMS, parse_sizes
-from esper.pipelines.sweeps.gardener import TrainedOn, trained_policy
 from esper.pipelines.sweeps.grid import Point
 from esper.pipelines.sweeps.log import AWAY_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import PLAN, Contestants, Plan, with_own_inputs
 from esper.pipelines.sweeps.stages import Stages
+from esper.pipelines.sweeps.table import arm_table
 from esper.pipelines.sweeps.trial import Trial
 from esper.pipelines.sweeps.tune import run_trials
-from esper.pipelines.table import arm_table
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
@@ -227,12 +227,12 @@ class Sweep:
             check=check,
         )
         self._contestants = contestants
-        self._gardeners: dict[int, dict[str, Any]] = {}
+        self._controllers: dict[int, dict[str, Any]] = {}
         for point in contestants.points if plan.policy is not None else ():
-            self._gardeners[point.index] = {"checkpoint": str(plan.policy), "trained_on": "given"}
+            self._controllers[point.index] = {"checkpoint": str(plan.policy), "trained_on": "given"}
         for index, point in enumerate(self._before().get("points", ())):
-            if point["gardener"] is not None:
-                self._gardeners[index] = point["gardener"]
+            if point["controller"] is not None:
+                self._controllers[index] = point["controller"]
         self._stages = Stages(
             contestants,
             self._log,
@@ -245,13 +245,13 @@ class Sweep:
         """Everything that is missing; how many trials failed."""
         parent = self._parent
         parent.artifact(self._job.out / "spec.json")
-        for index, found in self._gardeners.items():
+        for index, found in self._controllers.items():
             if found["trained_on"] != "given":  # MLflow may have been away when it was trained
                 self._keep_policy(index)
         try:
             self._stages.run()
         finally:
-            sent = self._log.close() and self._send_gardeners()
+            sent = self._log.close() and self._send_controllers()
             self._keep()
         tests = [trial for trial in self._stages.trials.values() if trial.purpose == "test"]
         found = [(trial, self._log.summary(trial)) for trial in tests]
@@ -276,7 +276,7 @@ class Sweep:
         return told | dict.fromkeys(missing, "it has not been run to its end")
 
     def _train(self, point: Point, spec: RunSpec, tuning: Any) -> Path:
-        out = self._gardener_folder(point.index)
+        out = self._controller_folder(point.index)
         found = trained_policy(
             self._job,
             spec,
@@ -288,27 +288,29 @@ class Sweep:
             parent=self._parent,
             check=self._check,
         )
-        self._gardeners[point.index] = found
+        self._controllers[point.index] = found
         self._keep_policy(point.index)
         return Path(found["checkpoint"])
 
     def _keep_policy(self, point: int) -> None:
-        """Put a trained gardener into MLflow's registry, or where there are several with the sweep's run."""
-        found = self._gardeners[point]
+        """Put a trained controller into MLflow's registry, or where there are several with the sweep's run."""
+        found = self._controllers[point]
         policy = Path(found["checkpoint"]) / "policy"
         if self._contestants.several:  # a run has one version of a model
             self._parent.artifact(policy, f"policy-point{point}")
         else:
             tags = {"trained_on": found["trained_on"]}
-            self._parent.register(f"esper-gardener-{self._job.spec.preset}", policy, tags)
+            self._parent.register(f"esper-controller-{self._job.spec.preset}", policy, tags)
 
-    def _send_gardeners(self) -> bool:
+    def _send_controllers(self) -> bool:
         """Give MLflow what it has not had of their trainings; whether it has had everything."""
-        trained = [self._gardener_folder(i) for i, found in self._gardeners.items() if found["trained_on"] != "given"]
+        trained = [
+            self._controller_folder(i) for i, found in self._controllers.items() if found["trained_on"] != "given"
+        ]
         left = [out for out in trained if tracked_by(out) != self._parent.uri]
         return all(send_again(out, self._parent) for out in left)
 
-    def _gardener_folder(self, point: int) -> Path:
+    def _controller_folder(self, point: int) -> Path:
         return self._job.out / (f"ppo-{point}" if self._contestants.several else "ppo")
 
     def _before(self) -> dict[str, Any]:
@@ -328,7 +330,7 @@ class Sweep:
                 "curve": settled.curve and vars(settled.curve),
                 "size": settled.size,
                 "schedule": settled.schedule,
-                "gardener": self._gardeners.get(point.index),
+                "controller": self._controllers.get(point.index),
             }
             for point, settled in zip(c.points, self._stages.settled, strict=True)
         ]
@@ -339,7 +341,7 @@ class Sweep:
             "tuning_seeds": list(c.tuning_seeds),
             "rates_tuned": all(settled.bracketed for settled in self._stages.settled),
             "points": points,
-            "gardener": next(iter(self._gardeners.values()), None),
+            "controller": next(iter(self._controllers.values()), None),
             "command": self._plan.command,
             "trials": self._before().get("trials", {})
             | self._stages.impossible

@@ -17,16 +17,16 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.arguments import CommonArguments, check_only_resume, main_guard
-from esper.pipelines.job import open_job, resolve_spec
-from esper.pipelines.play import metrics, play, unplayed
-from esper.pipelines.progress import RunProgress
-from esper.pipelines.stopping import Stopped, StopSignals
+from esper.pipelines.common.arguments import CommonArguments, check_only_resume, main_guard
+from esper.pipelines.common.play import metrics, play, unplayed
+from esper.pipelines.common.progress import RunProgress
+from esper.pipelines.common.run_folder import open_job, resolve_spec
+from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.platform.checkpoint import Checkpoints
 from esper.platform.console import duration, say
 from esper.platform.contracts import GraftAction, GrowthPolicy, Stateful, Transition
 from esper.platform.errors import UserError
-from esper.platform.model import Frozen
+from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.telemetry import Telemetry
@@ -67,7 +67,7 @@ class Plan(Frozen):
     key: str  # of its MLflow run
 
     def make_policy(self, spec: RunSpec) -> GrowthPolicy:
-        """The arm's gardener."""
+        """The arm's controller."""
         blueprints = tuple(spec.growth.blueprints)
         return make_policy(self.arm, ArmInputs(self.seed, self.policy, self.schedule, self.match, blueprints))
 

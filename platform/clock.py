@@ -12,8 +12,8 @@ from typing import Literal
 from pydantic import Field
 
 from esper.platform.contracts import HostShape
+from esper.platform.frozen import Frozen
 from esper.platform.ledger import Axis
-from esper.platform.model import Frozen
 
 
 class ClockSpec(Frozen):

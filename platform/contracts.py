@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import numpy as np
 from pydantic import Field, model_validator
 
-from esper.platform.model import Frozen
+from esper.platform.frozen import Frozen
 from esper.platform.telemetry import Telemetry
 
 SiteKind = Literal["pre_attention", "post_ffn", "residual_stream"]
@@ -147,7 +147,7 @@ class HostProtocol(Protocol):
 
 @dataclass(frozen=True)
 class GraftAction:
-    """The gardener's reply: a row of `Telemetry.candidates`.
+    """The controller's reply: a row of `Telemetry.candidates`.
 
     Attributes:
         index: the row; 0 is WAIT.
@@ -196,7 +196,7 @@ class Instance(Frozen):
 
 
 class Run(Protocol):
-    """One host's training run as a gardener sees it: an episode. `GrowthRun` trains, `SurrogateRun` computes."""
+    """One host's training run as a controller sees it: an episode. `GrowthRun` trains, `SurrogateRun` computes."""
 
     def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
         """Start an episode and return the first observation."""

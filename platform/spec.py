@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from esper.platform.clock import ClockSpec
 from esper.platform.errors import UserError, unknown
+from esper.platform.frozen import Frozen
 from esper.platform.ledger import Axis
-from esper.platform.model import Frozen
 from esper.platform.storage import read_json
 
 PRESETS = Path(__file__).parent / "presets"
@@ -137,7 +137,7 @@ class OptimizerSpec(Frozen):
 
 
 class BudgetSpec(Frozen):
-    """How much a run may use, and how often the gardener decides."""
+    """How much a run may use, and how often the controller decides."""
 
     axis: Axis = "parameter_seconds"
     amount: float = Field(default=1e6, gt=0, description="in the axis's own unit")
@@ -164,7 +164,7 @@ class GrowthSpec(Frozen):
     probation_steps: int = Field(
         default=200, ge=1, description="optimizer steps over which a seed's learning rate warms up"
     )
-    cooling_decisions: int = Field(
+    lockout_decisions: int = Field(
         default=4, ge=0, description="decisions for which a graft that was rolled back is not allowed again"
     )
     blueprints: dict[str, dict[str, Any]] = Field(

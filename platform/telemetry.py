@@ -1,4 +1,4 @@
-"""Telemetry: what a worker tells the gardener at each decision. Fixed order, versioned, always finite.
+"""Telemetry: what a worker tells the controller at each decision. Fixed order, versioned, always finite.
 
 The column names below are the one list of fields; everything is read and written by name. A quantity that may be
 unmeasured has a `…_measured` flag beside it: 0 in the quantity means nothing unless its flag is 1. Rows beyond the
@@ -16,7 +16,7 @@ GLOBALS = (
     "budget_used",  # fraction of the budget spent
     "decisions_left",  # fraction of the decisions still to come
     "growth_left",  # fraction of the budget left before the rate decays, when growing ends
-    "moments_left",  # log10(1 + decisions still to come before that, this one included)
+    "growth_decisions_left",  # log10(1 + decisions still to come before that, this one included)
     "decaying",  # 1 once the learning rate decays: no more grafts
     "rate",  # learning rate at this moment and size over the highest the spec allows
     "loss",  # validation loss over ln(vocabulary)
@@ -53,7 +53,7 @@ SITE = (
     "established",  # a seed at the site has left probation
     "grafts",  # ln(1 + grafts at the site)
     "since_graft",  # decisions since the last graft here over all decisions; 1 if there was none
-    "cooling",  # grafts here are blocked for a while after a rollback
+    "lockout",  # grafts here are blocked for a while after a rollback
     "contribution",  # loss with the newest seed masked minus loss with it, in nats
     "contribution_measured",
 )

@@ -1,4 +1,4 @@
-"""The arms: every gardener by name. The one list; the command line, the sweep and the docs derive from it."""
+"""The arms: every controller by name. The one list; the command line, the sweep and the docs derive from it."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def arm_name(name: str) -> str:
 
 
 def make_policy(arm: str, inputs: ArmInputs) -> GrowthPolicy:
-    """The gardener of an arm.
+    """The controller of an arm.
 
     Raises:
         UserError: no such arm, or it lacks what it needs.

@@ -1,4 +1,4 @@
-"""Schedules by name: the fixed growth plans that any gardener has to beat.
+"""Schedules by name: the fixed growth plans that any controller has to beat.
 
 Fractions are of the budget. Depth by one jump or by few: Du et al. 2024 (2405.15319) and 2511.04981; several kinds in
 turn: MSG (Yao et al. 2023, 2305.02869). The numbers were chosen on `tinystories-char`, before any sweep's test seeds.

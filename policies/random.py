@@ -1,4 +1,4 @@
-"""Random: grafts without looking. The control that tells a gardener's judgement from growth itself.
+"""Random: grafts without looking. The control that tells a controller's judgement from growth itself.
 
 Either by a rate (each decision, with probability `rate`, one of the legal grafts), or matched to another run: the
 same number of grafts of the same blueprints, in random order, at random moments before the rate decays, at random
@@ -38,7 +38,7 @@ class RandomPolicy:
         else:
             nxt = self._pending[0] if self._pending else None
             wanted = [i for i in grafts if telemetry.actions[i].blueprint == nxt]
-            chance = len(self._pending) / max(1, self._moments_left(telemetry))
+            chance = len(self._pending) / max(1, self._growth_decisions_left(telemetry))
         if not wanted or random.random() >= chance:
             return GraftAction(0, telemetry.sequence, "drew wait")
         if self._matched is not None:
@@ -58,6 +58,6 @@ class RandomPolicy:
         return self.state()
 
     @staticmethod
-    def _moments_left(telemetry: Telemetry) -> int:
+    def _growth_decisions_left(telemetry: Telemetry) -> int:
         """Decisions before the rate decays, this one included: with chance pending / moments, all get their turn."""
-        return round(10 ** telemetry.get("moments_left") - 1)
+        return round(10 ** telemetry.get("growth_decisions_left") - 1)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from esper.platform.contracts import GraftAction, Probe
 from esper.platform.errors import UserError, unknown
-from esper.platform.model import Frozen
+from esper.platform.frozen import Frozen
 from esper.platform.storage import read_json
 from esper.platform.telemetry import Telemetry
 

@@ -1,4 +1,4 @@
-"""Tamiyo (alias `heuristic`): the rule-based gardener.
+"""Tamiyo (alias `heuristic`): the rule-based controller.
 
 1. Wait while the loss still falls fast: while slope_fast × (budget left before the rate decays) > `flat`.
 2. Wait until `patience` of all decisions have passed since the last graft: a young seed has not shown what it does.

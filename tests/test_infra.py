@@ -25,7 +25,7 @@ import jsonschema
 import pytest
 import yaml
 
-from esper.pipelines.arguments import parse
+from esper.pipelines.common.arguments import parse
 from esper.pipelines.ppo import PPOArguments
 from esper.platform.spec import load_spec
 

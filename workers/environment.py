@@ -1,4 +1,4 @@
-"""GrowthEnv: an episode as a Gymnasium environment, so that any RL library can train a gardener.
+"""GrowthEnv: an episode as a Gymnasium environment, so that any RL library can train a controller.
 
     import gymnasium as gym
 
@@ -33,8 +33,8 @@ from esper.platform.spaces import action_space, observation, observation_space
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.episode import Episode
 from esper.workers.instances import SIZES, instance_set
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
-from esper.workers.surrogate import SurrogateRun
 from esper.workers.tolaria.data import TokenData
 
 Instances = Mapping[int, Instance] | str

@@ -54,7 +54,7 @@ class Episode(ABC):
         self.annealed: list[dict[str, float | None]] = []
         self.failure: str | None = None
         self._grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
-        self._cooling: dict[tuple[str, str], int] = {}  # (site, blueprint) → boundaries passed when it may come again
+        self._lockout: dict[tuple[str, str], int] = {}  # (site, blueprint) → boundaries passed when it may come again
         self._slice: tuple[float, float] | None = None  # loss and parameter-seconds at the start of a slice under way
         self._sequence = 0
         self._last: Priced | None = None
@@ -204,7 +204,7 @@ class Episode(ABC):
             "loss": self.loss,
             **{name: getattr(self, name) for name in RECORDS},
             "grafted": self._grafted,
-            "cooling": [[*key, until] for key, until in self._cooling.items()],
+            "lockout": [[*key, until] for key, until in self._lockout.items()],
             "slice": self._slice,
             "sequence": self._sequence,
         }
@@ -217,7 +217,7 @@ class Episode(ABC):
         for name in RECORDS:
             setattr(self, name, books[name])
         self._grafted = [(passed, site) for passed, site in books["grafted"]]
-        self._cooling = {(site, blueprint): until for site, blueprint, until in books["cooling"]}
+        self._lockout = {(site, blueprint): until for site, blueprint, until in books["lockout"]}
         self._slice = books["slice"] and tuple(books["slice"])
         self._sequence = books["sequence"]
 
@@ -293,7 +293,7 @@ class Episode(ABC):
 
     def _cool(self, site: str, blueprint: str) -> None:
         """Allow no such graft for a while."""
-        self._cooling[site, blueprint] = self.clock.passed + 1 + self.spec.growth.cooling_decisions
+        self._lockout[site, blueprint] = self.clock.passed + 1 + self.spec.growth.lockout_decisions
 
     def _observe(self) -> Telemetry:
         """Note the point reached, and make the observation there."""
@@ -325,7 +325,7 @@ class Episode(ABC):
             losses=self._seen(),
             grafts=self._grafted,
             outcome=outcomes.get(self.grafts[-1]["outcome"]) if self.grafts else None,
-            cooling={key for key, until in self._cooling.items() if self.clock.passed < until},
+            lockout={key for key, until in self._lockout.items() if self.clock.passed < until},
             reference=self.reference,
         )
         return observe(self.spec, moment, self._priced(), self._measure())
@@ -343,7 +343,7 @@ class Episode(ABC):
         return self._last
 
     def _seen(self) -> list[tuple[float, float]]:
-        """(Budget fraction, validation loss) at the decisions so far, as a gardener sees them."""
+        """(Budget fraction, validation loss) at the decisions so far, as a controller sees them."""
         return [(point["budget_fraction"], point["val_loss"]) for point in self.curve]
 
     def _reference(self) -> float:

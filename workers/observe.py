@@ -57,7 +57,7 @@ class Moment:
         losses: (budget fraction, validation loss in nats) at every decision so far, the first at 0.
         grafts: (decision, site id) of every graft so far.
         outcome: of the last graft: 1 kept, −1 rolled back, None while it is on probation.
-        cooling: (site id, blueprint) of the grafts that are blocked for a while after a rollback.
+        lockout: (site id, blueprint) of the grafts that are blocked for a while after a rollback.
     """
 
     sequence: int
@@ -70,7 +70,7 @@ class Moment:
     losses: Sequence[tuple[float, float]]
     grafts: Sequence[tuple[int, str]]
     outcome: float | None
-    cooling: Collection[tuple[str, str]]
+    lockout: Collection[tuple[str, str]]
     reference: float  # parameter-seconds that cost the rent
 
 
@@ -175,7 +175,7 @@ class Priced:
         whole_steps: optimizer steps that the whole budget holds at this size.
         whole_cost: their parameter-seconds.
         candidates: the layout's, complete but for the sites' rows, float32 (A, Fc).
-        fits: which candidates are legal while the rate does not decay, cooling left out, bool (A,).
+        fits: which candidates are legal while the rate does not decay, lockout left out, bool (A,).
     """
 
     layout: Layout
@@ -231,7 +231,9 @@ def _globals(spec: RunSpec, moment: Moment, priced: Priced, measured: Measured) 
         "budget_used": moment.budget_used,
         "decisions_left": 1 - moment.decision / moment.decisions,
         "growth_left": max(0.0, decay_from - moment.budget_used),
-        "moments_left": math.log10(1 + max(0, math.ceil(decay_from * moment.decisions - 1e-9) - moment.decision)),
+        "growth_decisions_left": math.log10(
+            1 + max(0, math.ceil(decay_from * moment.decisions - 1e-9) - moment.decision)
+        ),
         "decaying": float(moment.decaying),
         "rate": rate(spec.optimizer, moment.budget_used, layout.non_embedding) / spec.optimizer.rate_max,
         "loss": loss / math.log(moment.vocab_size),
@@ -297,8 +299,8 @@ def _sites(moment: Moment, layout: Layout, measured: Measured) -> np.ndarray:
         values[site, "grafts"] = math.log1p(count)
     for decision, site in moment.grafts:  # the last one counts
         values[site, "since_graft"] = (moment.decision - decision) / moment.decisions
-    for site, _ in moment.cooling:
-        values[site, "cooling"] = 1.0
+    for site, _ in moment.lockout:
+        values[site, "lockout"] = 1.0
     for (site, name), value in values.items():
         if site in ids:
             table[ids.index(site), _SITE[name]] = value
@@ -337,8 +339,8 @@ def _candidate_rows(pricing: Pricing, found: Options, split: bool, parameters: i
 def _mask(moment: Moment, priced: Priced) -> np.ndarray:
     mask = np.zeros_like(priced.fits) if moment.decaying else priced.fits.copy()
     mask[0] = True
-    if moment.cooling:
+    if moment.lockout:
         for i, action in enumerate(priced.layout.actions):
-            if action.operation == "graft" and (action.site, action.blueprint) in moment.cooling:
+            if action.operation == "graft" and (action.site, action.blueprint) in moment.lockout:
                 mask[i] = False
     return mask

@@ -326,7 +326,7 @@ class GrowthRun(Episode):
     def _contributions(self, steps: int) -> dict[str, float]:
         """Of each site's newest seed, as last measured; those measured longest ago are measured anew.
 
-        As many as a slice of `steps` optimizer steps can pay for: only a gardener reads them, so they are charged.
+        As many as a slice of `steps` optimizer steps can pay for: only a controller reads them, so they are charged.
         """
         kasmina = self.trainer.kasmina
         newest = {seed.site: seed.number for seed in kasmina.seeds}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from esper import __version__
-from esper.pipelines.comparison import Interval
+from esper.pipelines.controllers.comparison import Interval
 from esper.pipelines.reports.store import Sweep
 from esper.pipelines.reports.tables import AXES, Tables
 from esper.pipelines.reports.verdict import ArmRow, Verdict
@@ -31,7 +31,7 @@ QUESTIONS = {
     "best static size, and than the best fixed schedule?",
     "Transfer": "Does what was learnt hold for another kind of network?",
 }
-GARDENED = ("ppo", "openloop")  # arms that a gardener's training has to be paid for
+GARDENED = ("ppo", "openloop")  # arms that a controller's training has to be paid for
 EQUAL = 1.02  # costs are equal up to the overshoot of the last optimizer step
 UNKNOWN = "not recorded"
 NONE = "–"
@@ -243,12 +243,12 @@ def troubles_table(report: Report) -> Table:
 
 def payback(report: Report, section: Section) -> list[str]:
     """What training the policy cost, and after how many uses it has paid; nothing where none was trained."""
-    gardener = section.point.get("gardener", report.record.get("gardener"))  # each grid point trains one of its own
+    controller = section.point.get("controller", report.record.get("controller"))
     rows = [row for row in section.verdict.rows if row.arm in GARDENED]
-    if not gardener or not rows:
+    if not controller or not rows:
         return []
-    cost, seconds = gardener.get("parameter_seconds"), gardener.get("wall_seconds")
-    on = {"laws": "on loss laws", "text": "on text"}.get(gardener.get("trained_on", ""))
+    cost, seconds = controller.get("parameter_seconds"), controller.get("wall_seconds")
+    on = {"laws": "on loss laws", "text": "on text"}.get(controller.get("trained_on", ""))
     if on is None or cost is None:
         return [
             "The policy was given ready-made, or what its training cost was not recorded: after how many uses it has "

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.arm_names import NOT_GROWN, RANDOM, SCHEDULES, STATIC
 from esper.pipelines.reports.claims import Claim, Pairs, pair, settle
 from esper.pipelines.reports.envelope import Seeds, TrialRun, best_size, sound
+from esper.pipelines.sweeps.arm_names import NOT_GROWN, RANDOM, SCHEDULES, STATIC
 
 FINAL_SIZE, ENVELOPE, SCHEDULE = OPPONENTS = ("final size", "envelope", "schedule")
 EQUAL_COST = {"steps": "tokens"}  # a step takes the same tokens in every arm

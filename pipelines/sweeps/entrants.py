@@ -7,7 +7,7 @@ the same kinds as Tamiyo did on the same seed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from esper.pipelines.arm_names import FOLLOWERS, MADE_HERE
+from esper.pipelines.sweeps.arm_names import FOLLOWERS, MADE_HERE
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec
 from esper.policies.arms import ALIASES, ARMS

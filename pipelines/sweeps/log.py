@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from esper.pipelines.play import metrics, unplayed
+from esper.pipelines.common.play import metrics, unplayed
 from esper.pipelines.sweeps.trial import Trial
 from esper.platform.console import Eta, say
 from esper.platform.errors import UserError

@@ -1,6 +1,6 @@
 """A sweep's plan: what was asked for, and who takes part in it on which seeds.
 
-The plan lies in the sweep's folder (`plan.json`), beside the spec and copies of what its gardeners need, so a resumed
+The plan lies in the sweep's folder (`plan.json`), beside the spec and copies of what its controllers need, so a resumed
 sweep asks for nothing.
 """
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from esper.pipelines.arm_names import LRPATH, OPENLOOP, SCHEDULES
+from esper.pipelines.sweeps.arm_names import LRPATH, OPENLOOP, SCHEDULES
+from esper.pipelines.sweeps.controller import TrainedOn
 from esper.pipelines.sweeps.entrants import Entrant, parse_arms
-from esper.pipelines.sweeps.gardener import TrainedOn
 from esper.pipelines.sweeps.grid import Point, parse_grid
 from esper.platform.errors import UserError
-from esper.platform.model import Frozen
+from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.policies.arms import ARMS, ArmInputs, make_policy
 from esper.policies.simic.policy import policy_folder
@@ -36,7 +36,7 @@ class Contestants:
         seeds: that are compared on.
         tuning_seeds: that everything is chosen on.
         tune_rates: whether the static sizes' rates are looked for.
-        files: what the gardeners need.
+        files: what the controllers need.
     """
 
     entrants: Sequence[Entrant]
@@ -102,7 +102,7 @@ class Plan(Frozen):
         return found
 
     def trains(self) -> bool:
-        """Whether a gardener is trained first."""
+        """Whether a controller is trained first."""
         return self.policy is None and "ppo" in self._arms()
 
     def _arms(self) -> list[str]:
@@ -118,9 +118,9 @@ class Plan(Frozen):
                         "arm 'openloop' replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
                         "--arms, which trains one first."
                     )
-                gardener = "ppo" if entrant.arm == OPENLOOP else entrant.arm
-                if gardener in ARMS and not (gardener == "ppo" and self.policy is None):
-                    make_policy(gardener, inputs)
+                controller = "ppo" if entrant.arm == OPENLOOP else entrant.arm
+                if controller in ARMS and not (controller == "ppo" and self.policy is None):
+                    make_policy(controller, inputs)
         plays = contestants.has("ppo") or contestants.has(OPENLOOP)
         for flag, arm, given, used in (
             ("--policy", "ppo", self.policy, plays),
@@ -146,7 +146,7 @@ class Plan(Frozen):
 
 
 def with_own_inputs(plan: Plan, out: Path) -> Plan:
-    """With copies, in the sweep's folder, of what gardeners need: nobody changes them while it runs."""
+    """With copies, in the sweep's folder, of what controllers need: nobody changes them while it runs."""
     if plan.policy is not None:
         shutil.copytree(policy_folder(plan.policy), out / "inputs" / "policy", dirs_exist_ok=True)
         plan = plan.model_copy(update={"policy": out / "inputs" / "policy"})

@@ -1,7 +1,7 @@
 """A sweep's stages: what is run after what, and what is settled in between.
 
 1. rates: the learning rate of each static size, on tuning seeds (`--tune-lr`).
-2. tuning: the best static size and the best schedule, on tuning seeds; then the gardener is trained where one has to
+2. tuning: the best static size and the best schedule, on tuning seeds; then the controller is trained where one has to
    be, and its own runs on tuning seeds give `openloop` its schedule.
 3. test: every arm that follows no other, on test seeds.
 4. followers: those that need another arm's run of the same seed.
@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from esper.pipelines.arm_names import FINAL, LRPATH, OPENLOOP, SCHEDULES
-from esper.pipelines.contest import median_grafts
+from esper.pipelines.controllers.contest import median_grafts
+from esper.pipelines.sweeps.arm_names import FINAL, LRPATH, OPENLOOP, SCHEDULES
 from esper.pipelines.sweeps.entrants import Entrant
 from esper.pipelines.sweeps.grid import Point
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
@@ -36,7 +36,7 @@ from esper.pipelines.sweeps.trial import (
 )
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.model import Frozen
+from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.policies.arms import ArmInputs
@@ -55,7 +55,7 @@ class Settled(Frozen):
         curve: the rate by size that all other arms follow; None means the spec's own.
         size: the best static size; None where nobody has chosen.
         schedule: label of the best schedule, likewise.
-        policy: the trained gardener.
+        policy: the trained controller.
         no_policy: why there is none.
         openloop: file of its median schedule.
     """
@@ -70,7 +70,7 @@ class Settled(Frozen):
     openloop: Path | None = None
 
 
-Gardener = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], Path]
+Controller = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], Path]
 """Gives a trained policy for a grid point: its spec with the rates found, and the summaries of its tuning runs."""
 
 
@@ -89,14 +89,14 @@ class Stages:
         contestants: who takes part.
         log: of the sweep.
         execute: runs trials; their results are in `log` afterwards.
-        gardener: trains one, where one has to be trained; None where it is given or not needed.
+        controller: trains one, where one has to be trained; None where it is given or not needed.
         keep: called after each stage.
     """
 
     contestants: Contestants
     log: SweepLog
     execute: Callable[[Sequence[Trial]], None]
-    gardener: Gardener | None
+    controller: Controller | None
     keep: Callable[[], None]
     settled: list[Settled] = field(default_factory=list)
     over: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ class Stages:
         if self.contestants.tune_rates:
             self._find_rates()
         self._choose()
-        self._train_gardener()
+        self._train_controller()
         self._distill()
         alone = [entrant for entrant in self.contestants.entrants if not entrant.follows]
         self._do("test", [trial for p in self.contestants.points for trial in self._tests(p, alone)])
@@ -178,8 +178,8 @@ class Stages:
                 say(f"tuning  {_at(point)}best: {', '.join(what)}")
         self._end("tuning")
 
-    def _train_gardener(self) -> None:
-        if self.gardener is None or "gardener" in self.over:
+    def _train_controller(self) -> None:
+        if self.controller is None or "controller" in self.over:
             return
         for point in self.contestants.points:
             tuning = [
@@ -189,11 +189,11 @@ class Stages:
                 if (summary := self.log.summary(trial)) is not None and not summary["diverged"]
             ]
             try:
-                self._settle(point, policy=self.gardener(point, self._spec(point), tuning))
+                self._settle(point, policy=self.controller(point, self._spec(point), tuning))
             except UserError as error:  # the other arms need none
                 self._settle(point, no_policy=str(error))
-                say(f"ppo     {_at(point)}no gardener: {error}")
-        self._end("gardener")
+                say(f"ppo     {_at(point)}no controller: {error}")
+        self._end("controller")
 
     def _distill(self) -> None:
         """The policy's median schedule, from its own runs on tuning seeds."""
@@ -239,7 +239,7 @@ class Stages:
         inputs = ArmInputs(seed, settled.policy, files.schedule, blueprints=tuple(spec.growth.blueprints))
         followed: dict[str, Any] = {}
         if entrant.arm == "ppo" and settled.policy is None:
-            return f"there is no gardener: {settled.no_policy}"
+            return f"there is no controller: {settled.no_policy}"
         if entrant.of is not None:
             leader = self._trial(point, Entrant(entrant.of), purpose, seed)
             found = self.log.summary(leader) if isinstance(leader, Trial) else None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from esper.pipelines.arm_names import FINAL, LRPATH, OPENLOOP
+from esper.pipelines.sweeps.arm_names import FINAL, LRPATH, OPENLOOP
 from esper.pipelines.sweeps.entrants import Entrant
 from esper.pipelines.sweeps.grid import Point
 from esper.platform.spec import RunSpec
@@ -34,7 +34,7 @@ class Trial:
         seed: of the run.
         point: where.
         spec: everything that decides its numbers.
-        inputs: files that its gardener needs.
+        inputs: files that its controller needs.
         note: tells it from others of the same label and seed.
         several: whether there are several points.
     """
@@ -60,7 +60,7 @@ class Trial:
 
     @property
     def arm(self) -> str:
-        """The gardener that plays it."""
+        """The controller that plays it."""
         arm = self.entrant.arm
         return {FINAL: "static", LRPATH: "static", OPENLOOP: "schedule"}.get(arm, arm)
 

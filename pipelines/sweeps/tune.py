@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import tune
 
-from esper.pipelines.play import play
+from esper.pipelines.common.play import play
 from esper.pipelines.sweeps.log import SweepLog
 from esper.pipelines.sweeps.trial import Trial
 from esper.platform import cluster

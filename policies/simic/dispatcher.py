@@ -45,7 +45,7 @@ from esper.policies.simic.fleet import Fleet, Joined, process_lost, sentence
 from esper.policies.simic.flight import Choice, Flight
 from esper.policies.simic.inference import infer
 from esper.policies.simic.journal import Journal
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import draw
 from esper.policies.simic.view import WorkerView
 
@@ -78,7 +78,7 @@ class Dispatcher:
     def __init__(
         self,
         fleet: Fleet,
-        net: GardenerNet,
+        net: ControllerNet,
         space: TelemetrySpace,
         *,
         seed: int,

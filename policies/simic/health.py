@@ -95,9 +95,9 @@ def choice_collapsed(history: History) -> str | None:
         rest = [(1 - share) * length for share, length in zip(shares, lengths, strict=False)]
         if all_of(shares, lambda share: share > 0.98) and all(others < 0.5 for others in rest):
             return (
-                f"the gardener always chooses the same ({kind}, {shares[-1]:.1%} of its decisions): look at the shares "
-                "of the actions and at the return; unless that is the best there is, as `esper sweep` with the arms "
-                "static and lag would show, start again with a higher ppo.entropy or a lower ppo.learning_rate."
+                f"the controller always chooses the same ({kind}, {shares[-1]:.1%} of its decisions): look at the "
+                "shares of the actions and at the return; unless that is the best there is, as `esper sweep` with the "
+                "arms static and lag would show, start again with a higher ppo.entropy or a lower ppo.learning_rate."
             )
     return None
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from esper.platform.telemetry import Telemetry
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import batch
 
 
-def infer(net: GardenerNet, telemetries: list[Telemetry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def infer(net: ControllerNet, telemetries: list[Telemetry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits (B, A), log-probabilities (B, A) and values (B,), all float32, of a network in float64."""
     with torch.no_grad():
         logits, values = net({name: array.double() for name, array in batch(telemetries).items()})

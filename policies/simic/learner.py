@@ -35,7 +35,7 @@ from esper.platform.telemetry import TelemetrySpace
 from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.fleet import Fleet
 from esper.policies.simic.module import SimicModule
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import FOLDER, SimicPolicy
 from esper.policies.simic.runner import SIMIC, SimicEnvRunner, Source
 
@@ -147,7 +147,7 @@ def current_policy(algorithm: PPO) -> SimicPolicy:
     assert algorithm.learner_group is not None
     state = algorithm.learner_group.get_state(components=module)[COMPONENT_LEARNER][COMPONENT_RL_MODULE]
     weights = {name.removeprefix("net."): torch.tensor(value) for name, value in state[DEFAULT_MODULE_ID].items()}
-    net = GardenerNet(cast(Any, algorithm.config).model_config["hidden"])
+    net = ControllerNet(cast(Any, algorithm.config).model_config["hidden"])
     net.load_state_dict(weights)
     return SimicPolicy(net)
 

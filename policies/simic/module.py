@@ -1,4 +1,4 @@
-"""SimicModule: GardenerNet as RLlib's RLModule."""
+"""SimicModule: ControllerNet as RLlib's RLModule."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 
 
 class SimicModule(TorchRLModule, ValueFunctionAPI):
@@ -15,7 +15,7 @@ class SimicModule(TorchRLModule, ValueFunctionAPI):
 
     def setup(self) -> None:
         """Make the network."""
-        self.net = GardenerNet(self.model_config["hidden"])
+        self.net = ControllerNet(self.model_config["hidden"])
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         return {Columns.ACTION_DIST_INPUTS: self.net.logits(batch[Columns.OBS])}

@@ -1,4 +1,4 @@
-"""GardenerNet: a policy that scores candidate rows, and a value. Pure torch; knows nothing of Ray.
+"""ControllerNet: a policy that scores candidate rows, and a value. Pure torch; knows nothing of Ray.
 
 A set encoder in the manner of Deep Sets (Zaheer et al. 2017, 1703.06114): every row goes through the same encoder, so
 a new blueprint, another site or another host adds rows, never outputs, and the parameter count depends on no padded
@@ -14,7 +14,7 @@ size. Details, with where they come from:
 - Columns whose differences are small are raised by a constant each (`SCALES`), so that the norm leaves them visible.
 - Only legal rows are computed: most of a padded table is not (256 observations, a third of their rows legal, forward
   and backward of `logits`: 29 ms instead of 62).
-- WAIT's prior: WAIT_PRIOR at the start, whether 1 graft is legal or 40 (`GardenerNet.logits`).
+- WAIT's prior: WAIT_PRIOR at the start, whether 1 graft is legal or 40 (`ControllerNet.logits`).
 
 B batch, S site rows, A candidate rows, H hidden.
 """
@@ -40,7 +40,7 @@ _SITE_PRESENT = SITE.index("present")
 _IS_WAIT = CANDIDATE.index("is_wait")
 
 
-class GardenerNet(nn.Module):
+class ControllerNet(nn.Module):
     """Scores each candidate on (its row, pooled sites, globals); illegal rows get ILLEGAL.
 
     Inputs are a mapping of `globals` float32 (B, G), `sites` float32 (B, S, F), `candidates` float32 (B, A, Fc) and

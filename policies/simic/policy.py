@@ -1,4 +1,4 @@
-"""SimicPolicy: a trained GardenerNet as a GrowthPolicy, and its files. Pure torch; loads in a process without Ray.
+"""SimicPolicy: a trained ControllerNet as a GrowthPolicy, and its files. Pure torch; loads in a process without Ray.
 
 A saved policy is a folder of two files: `policy.json` (what it is) and the safetensors it names by their hash. The
 weights are written first and the JSON, whole or absent, last: a reader finds the old policy or the new one.
@@ -20,7 +20,7 @@ from esper.platform.contracts import GraftAction, Probe
 from esper.platform.errors import UserError
 from esper.platform.storage import write_json
 from esper.platform.telemetry import VERSION, Telemetry
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 
 CARD = "policy.json"
 CHECKPOINTS = "checkpoints"  # inside a `ppo` run's folder, each named by its iteration
@@ -82,7 +82,7 @@ class SimicPolicy:
 
     def __init__(
         self,
-        net: GardenerNet,
+        net: ControllerNet,
         *,
         sample: bool = False,
         rng: np.random.Generator | None = None,
@@ -138,7 +138,7 @@ class SimicPolicy:
         folder = policy_folder(path)
         card = _read_card(folder)
         state = _read_weights(folder, card)
-        net = GardenerNet(card["hidden"])
+        net = ControllerNet(card["hidden"])
         own = net.state_dict()
         if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
             raise UserError(f"policy {folder} holds another network than this version's: train it again.")

@@ -36,7 +36,7 @@ from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet
 from esper.policies.simic.journal import Journal
-from esper.policies.simic.net import GardenerNet, entropy
+from esper.policies.simic.net import ControllerNet, entropy
 from esper.policies.simic.view import WorkerView
 
 NEXT_EPISODE = "next_episode"
@@ -148,7 +148,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
         """
         logits = [e.get_extra_model_outputs(Columns.ACTION_DIST_INPUTS)[:n] for e, n in self._sampled]
         before = torch.from_numpy(np.concatenate(logits)).log_softmax(dim=-1)
-        net = GardenerNet(self._hidden)
+        net = ControllerNet(self._hidden)
         net.load_state_dict(self._net_weights())
         seen = [episode.get_observations(slice(0, n)) for episode, n in self._sampled]
         rows = {name: torch.from_numpy(np.concatenate([each[name] for each in seen])) for name in seen[0]}
@@ -252,7 +252,7 @@ class SimicEnvRunner(EnvRunner, Checkpointable):
             assert self._source.fleet is not None, "a Source from a checkpoint has no fleet"
             self._dispatcher = Dispatcher(
                 self._source.fleet,
-                GardenerNet(self._hidden),
+                ControllerNet(self._hidden),
                 self._source.space,
                 seed=self._source.seed,
                 ahead=AHEAD * self.config.total_train_batch_size,

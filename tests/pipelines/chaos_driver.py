@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from esper.pipelines.gardener import make_run
+from esper.pipelines.controllers.training import make_run
 from esper.platform.spec import RunSpec
 from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet, RayFleet
 from esper.policies.simic.journal import Journal
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
 
@@ -35,7 +35,7 @@ def ray_fleet(spec: RunSpec, shards: Path, folder: Path) -> RayFleet:
 def dispatcher(spec: RunSpec, fleet: Fleet, folder: Path | None) -> Dispatcher:
     """A policy that grafts a lot, chosen by a seed; `folder` keeps the episodes."""
     torch.manual_seed(SEED)
-    net = GardenerNet(16)
+    net = ControllerNet(16)
     with torch.no_grad():
         net.score[-1].weight.normal_(std=0.3)
     return Dispatcher(

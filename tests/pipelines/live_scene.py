@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from esper.pipelines.live import TrainingView
+from esper.pipelines.controllers.live import TrainingView
 from esper.platform.console import say
 from esper.policies.simic.view import WorkerView
 

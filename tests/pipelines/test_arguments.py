@@ -12,7 +12,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.arguments import Arguments, CommonArguments, main_guard, parse
+from esper.pipelines.common.arguments import Arguments, CommonArguments, main_guard, parse
 from esper.platform.errors import UserError
 from esper.platform.storage import write_text
 
@@ -169,7 +169,6 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_neither_torch_nor_ray_is_imported():
-    code = (
-        "import sys, esper.pipelines.arguments; sys.exit(bool({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))"
-    )
+    code = "import sys\nimport esper.pipelines.common.arguments\n"
+    code += "sys.exit(bool({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import esper
-from esper.pipelines.cli import COMMANDS, main
+from esper.pipelines.common.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ def test_every_command_is_a_pipeline():
 
 def test_the_help_imports_no_pipeline():
     code = (
-        "import sys; from esper.pipelines.cli import main; main(['--help']);"
+        "import sys; from esper.pipelines.common.cli import main; main(['--help']);"
         "loaded = {'torch', 'ray', 'mlflow', 'pydantic', 'numpy'} & set(sys.modules);"
         "sys.exit(str(loaded) if loaded else 0)"
     )

@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.pipelines.fixed_schedule import Simulator, best_fixed_schedule, simulated_losses
+from esper.pipelines.controllers.best_schedule import Simulator, best_fixed_schedule, simulated_losses
 from esper.platform.contracts import Instance
 from esper.platform.spec import load_spec
 from esper.platform.storage import write_json
 from esper.policies.schedule import SchedulePolicy
-from esper.workers.clairvoyant import bound
 from esper.workers.instances import instance_set
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.oracle import bound
+from esper.workers.laws.surrogate import SurrogateRun
 
 
 def played(run: SurrogateRun, policy: SchedulePolicy, instance: Instance) -> float:

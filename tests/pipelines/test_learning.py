@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import ray
 
-from esper.pipelines.fixed_schedule import best_fixed_schedule, simulated_losses
+from esper.pipelines.controllers.best_schedule import best_fixed_schedule, simulated_losses
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec, load_spec
 from esper.policies.simic.fleet import LocalFleet
 from esper.policies.simic.learner import build_algorithm, current_policy
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import SimicPolicy
 from esper.workers.candidates import telemetry_space
-from esper.workers.clairvoyant import bound
 from esper.workers.instances import instance_set
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.oracle import bound
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.worker import EpisodeWorker
 
 WORKERS = 64
@@ -39,7 +39,7 @@ def local_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def trained(spec: RunSpec, seed: int) -> GardenerNet:
+def trained(spec: RunSpec, seed: int) -> ControllerNet:
     """What PPO learns on the training instances."""
     instances = list(instance_set("train", spec).values())
     algorithm = build_algorithm(
@@ -77,7 +77,7 @@ class Ruler:
             losses.append(run.loss)
         return float((self.fixed - np.mean(losses)) / (self.fixed - self.bound))
 
-    def shares(self, net: GardenerNet) -> tuple[float, float]:
+    def shares(self, net: ControllerNet) -> tuple[float, float]:
         """Of the likeliest actions, and of drawn ones."""
         drawn = SimicPolicy(net, sample=True, rng=np.random.default_rng(0))
         return self.share(SimicPolicy(net)), self.share(drawn)

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from esper.pipelines.live import TrainingView, plain_line
-from esper.pipelines.live_panel import Progress, bar, count, panel, sparkline
+from esper.pipelines.controllers.live import TrainingView, plain_line
+from esper.pipelines.controllers.live_panel import Progress, bar, count, panel, sparkline
 from esper.platform.console import said_to, say
 from esper.policies.simic.view import STATES, WorkerView
 

@@ -13,13 +13,13 @@ import torch
 from scipy import stats
 
 from esper.pipelines import policy as pipeline
-from esper.pipelines.comparison import Comparison, Interval
-from esper.pipelines.evaluation import Played
-from esper.pipelines.play import play
+from esper.pipelines.common.play import play
+from esper.pipelines.controllers.comparison import Comparison, Interval
+from esper.pipelines.controllers.evaluation import Played
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import SchedulePolicy
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import CARD, SimicPolicy
 from esper.workers.run import GrowthRun
 
@@ -35,7 +35,7 @@ def trained(tmp_path, monkeypatch):
     torch.manual_seed(2)
     run = tmp_path / "ppo"
     for iteration in (1, 2):
-        net = GardenerNet(16)
+        net = ControllerNet(16)
         with torch.no_grad():
             net.score[-1].weight.normal_(0, SCALE)
         SimicPolicy(net).save(run / "checkpoints" / f"{iteration:06d}" / "policy", {**EXTRA, "iterations": iteration})
@@ -60,7 +60,7 @@ def test_info_says_what_it_is(trained, capsys):
     assert told == {
         "format": "simic-2, telemetry version 1",
         "width": "16",
-        "parameters": f"{sum(p.numel() for p in GardenerNet(16).parameters()):,}",
+        "parameters": f"{sum(p.numel() for p in ControllerNet(16).parameters()):,}",
         "on": "loss laws (surrogate)",
         "preset": "tinystories-char",
         "iterations": "2",

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from esper.pipelines import gardener, ppo, train
-from esper.pipelines.job import Job
+from esper.pipelines import ppo, train
+from esper.pipelines.common.run_folder import Job
+from esper.pipelines.controllers import training
 from esper.platform.storage import alone
 from esper.policies.simic import runner as runners
 
@@ -62,7 +63,7 @@ def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd
     assert ppo.main(["--resume", str(out)]) == 0
     assert "MLflow has had everything" in capfd.readouterr().err
     other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
-    found = other.search_runs([other.get_experiment_by_name("esper-gardeners").experiment_id])[0].info
+    found = other.search_runs([other.get_experiment_by_name("esper-controllers").experiment_id])[0].info
     run = found.run_id
     assert found.end_time == after["history"][-1]["time"]
     assert points(lambda: other, run, "return_mean") == points(client, after["mlflow"], "return_mean")
@@ -104,7 +105,7 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, ti
     """Two real workers train GPTs; one is killed in mid-episode and another takes its episode up."""
     import ray
 
-    class Deadly(gardener.RayFleet):
+    class Deadly(training.RayFleet):
         calls = 0
 
         def submit(self, worker, order):
@@ -121,7 +122,7 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, ti
         learned.extend((int(episode.id_), k) for episode in episodes for k in range(len(episode)))
         return episodes
 
-    monkeypatch.setattr(gardener, "RayFleet", Deadly)
+    monkeypatch.setattr(training, "RayFleet", Deadly)
     monkeypatch.setattr(runners.SimicEnvRunner, "sample", noting)
     spec = tiny_spec.model_copy(
         update={
@@ -131,7 +132,7 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, ti
     )
     job = Job(spec, shards, tmp_path / "out")
     job.begin()
-    summary = gardener.train_gardener(job, job.out, seed=0)
+    summary = training.train_controller(job, job.out, seed=0)
     last = summary["history"][-1]
     assert summary["iterations"] == len(summary["history"]) == 2
     assert last["failures"] == 1

@@ -259,7 +259,7 @@ def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_a_gardener_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_path, monkeypatch):
+def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_path, monkeypatch):
     out = tmp_path / "sweep"
     flags = ["--arms", "static,ppo,openloop,static_final:ppo", "--sizes", "1,2,3", "--tuning-seeds", "1"]
     ppo = [
@@ -267,24 +267,24 @@ def test_a_gardener_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_pat
     ]
     assert sweep.main([*flags, "--train-on", "laws", *ppo, *tiny, "--out", str(out)]) == 0
     found = states(out)
-    assert found["gardener"]["trained_on"] == "laws"
+    assert found["controller"]["trained_on"] == "laws"
     tuned = [s for name, s in read_summaries(out) if name.startswith("static") and name.endswith("2000000")]
-    assert found["gardener"]["parameter_seconds"] == pytest.approx(sum(s["parameter_seconds"] for s in tuned))
+    assert found["controller"]["parameter_seconds"] == pytest.approx(sum(s["parameter_seconds"] for s in tuned))
     laws = json.loads((out / "ppo" / "spec.json").read_text())["laws"]
     assert laws["floor"] != [0.3, 0.3]
     assert {trial["label"] for trial in found["trials"].values()} >= {"ppo", "openloop", "static_final:ppo"}
-    versions = client().search_model_versions("name = 'esper-gardener-tiny'")
+    versions = client().search_model_versions("name = 'esper-controller-tiny'")
     assert len(versions) == 1
     assert sweep.main(["--resume", str(out)]) == 0
-    assert len(client().search_model_versions("name = 'esper-gardener-tiny'")) == 1
+    assert len(client().search_model_versions("name = 'esper-controller-tiny'")) == 1
 
-    # A store that has had nothing yet gets it all, the gardener's training and its policy too.
+    # A store that has had nothing yet gets it all, the controller's training and its policy too.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     assert sweep.main(["--resume", str(out)]) == 0
     other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
     check_tracked(lambda: other, out)
-    assert len(other.search_model_versions("name = 'esper-gardener-tiny'")) == 1
-    [run] = other.search_runs([other.get_experiment_by_name("esper-gardeners").experiment_id])
+    assert len(other.search_model_versions("name = 'esper-controller-tiny'")) == 1
+    [run] = other.search_runs([other.get_experiment_by_name("esper-controllers").experiment_id])
     assert [point.step for point in other.get_metric_history(run.info.run_id, "return_mean")] == [1, 2]
     assert other.get_run(run.data.tags["mlflow.parentRunId"]).data.tags["kind"] == "sweep"
 

@@ -1,4 +1,4 @@
-"""A gardener's log outlives its process, what is not finite in it too.
+"""A controller's log outlives its process, what is not finite in it too.
 
 Alone: `pytest tests/pipelines/test_training_log.py`.
 """
@@ -6,8 +6,8 @@ Alone: `pytest tests/pipelines/test_training_log.py`.
 import json
 import math
 
-from esper.pipelines.training_log import FILE, TrainingLog, as_json
-from esper.pipelines.training_picture import training_picture
+from esper.pipelines.controllers.training_log import FILE, TrainingLog, as_json
+from esper.pipelines.controllers.training_picture import training_picture
 
 
 def test_read_again_without_what_no_checkpoint_knows_of(tmp_path):

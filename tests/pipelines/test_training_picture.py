@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from esper.pipelines.training_picture import COLUMNS, PANELS, training_picture
+from esper.pipelines.controllers.training_picture import COLUMNS, PANELS, training_picture
 from esper.policies.simic.health import KINDS, LOSSES
 
 FULL = {name: 0.5 for panel in PANELS for name in panel.lines} | {"return_min": 0.0, "return_max": 1.0}

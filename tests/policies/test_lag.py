@@ -12,9 +12,9 @@ from esper.platform.ledger import AXES
 from esper.platform.spec import load_spec
 from esper.policies.affordable import decision, trial_cost
 from esper.policies.lag import LagPolicy, Limits
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
-from esper.workers.surrogate import SurrogateRun
 
 LIMITS = Limits(steps=6, patience=0.1, cost=0.05, tokens_per_parameter=0.0)
 

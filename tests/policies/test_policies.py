@@ -1,4 +1,4 @@
-"""The hand-written gardeners do what their docstrings say. Runs are SurrogateRuns: real episodes, no training."""
+"""The hand-written controllers do what their docstrings say. Runs are SurrogateRuns: real episodes, no training."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from esper.policies.random import RandomPolicy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.static import StaticPolicy
 from esper.policies.tamiyo import TamiyoPolicy
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.surrogate import SurrogateRun
 
 
 @pytest.fixture(scope="module")

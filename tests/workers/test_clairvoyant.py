@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.spec import RunSpec, load_spec
-from esper.workers.clairvoyant import NONE, ClairvoyantPolicy, Classes, bound, classes, plan, slices_of
 from esper.workers.episode import RECORDS
 from esper.workers.instances import instance_set
-from esper.workers.law import VOCABULARY, Law
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.oracle import NONE, ClairvoyantPolicy, Classes, bound, classes, plan, slices_of
+from esper.workers.laws.scaling_law import VOCABULARY, Law
+from esper.workers.laws.surrogate import SurrogateRun
 
 AMOUNTS = {"parameter_seconds": 2e5, "seconds": 10, "flops": 1.5e11, "tokens": 1.5e6, "steps": 1501}
 AXES = st.sampled_from(list(AMOUNTS))

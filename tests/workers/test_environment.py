@@ -18,7 +18,7 @@ from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.workers.environment import GrowthEnv, growth_env, growth_surrogate_env
 from esper.workers.instances import instance_set
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.surrogate import SurrogateRun
 
 SURROGATE, TEXT = "Esper/GrowthSurrogate-v0", "Esper/Growth-v0"
 CLOCKS = ("wall_seconds", "validation_seconds")

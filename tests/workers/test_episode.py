@@ -9,7 +9,7 @@ from esper.platform.contracts import GraftAction, Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.telemetry import CANDIDATE, SITE
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.surrogate import SurrogateRun
 
 AXES = st.sampled_from(["parameter_seconds", "steps", "tokens", "seconds", "flops"])
 AMOUNTS = {"parameter_seconds": 5e5, "steps": 4000, "tokens": 4e6, "seconds": 30, "flops": 4e11}

@@ -65,7 +65,7 @@ def spec(tiny_spec):
     return tiny_spec.model_copy(
         update={
             "budget": tiny_spec.budget.model_copy(update={"amount": 240}),
-            "growth": tiny_spec.growth.model_copy(update={"probation_steps": 50, "cooling_decisions": 2}),
+            "growth": tiny_spec.growth.model_copy(update={"probation_steps": 50, "lockout_decisions": 2}),
         }
     )
 
@@ -131,13 +131,13 @@ def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, fault):
     # The lost time is charged, and the data's cursor went back: fewer batches were learned from than paid for.
     assert run.ledger.steps == 90
     assert run.trainer.steps - steps == 90 - rollback["optimizer_step"]
-    # The gardener is told, and may not do it again for a while.
+    # The controller is told, and may not do it again for a while.
     telemetry = transition.telemetry
     assert (telemetry.get("last_graft_outcome"), telemetry.get("last_graft_outcome_measured")) == (-1, 1)
     site = telemetry.site_ids.index("h0.ffn")
     masks = []
     for _ in range(4):
-        masks.append((run.telemetry.sites[site, SITE.index("cooling")], run.telemetry.mask[graft(run, "ffn")]))
+        masks.append((run.telemetry.sites[site, SITE.index("lockout")], run.telemetry.mask[graft(run, "ffn")]))
         run.step(GraftAction(0, run.telemetry.sequence))
     assert masks == [(1, False), (1, False), (0, True), (0, True)]
     while not run.ended:

@@ -8,7 +8,7 @@ import pytest
 
 from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, load_spec, saved_spec
-from esper.workers.law import Law
+from esper.workers.laws.scaling_law import Law
 
 # (size, size_exponent, data, data_exponent, heads, width, layer, reference) of tinystories-char, E = 0.3
 DEFAULT = {

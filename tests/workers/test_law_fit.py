@@ -9,11 +9,11 @@ import pytest
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec, load_spec
-from esper.workers.clairvoyant import bound
 from esper.workers.instances import instance_set
-from esper.workers.law import Law, budget_tokens, start_of
-from esper.workers.law_fit import BOUNDS, CONSTANTS, LawFit, StaticPoint, fit_laws, law_distance, points_of, predicted
-from esper.workers.surrogate import SurrogateRun
+from esper.workers.laws.fit import BOUNDS, CONSTANTS, LawFit, StaticPoint, fit_laws, law_distance, points_of, predicted
+from esper.workers.laws.oracle import bound
+from esper.workers.laws.scaling_law import Law, budget_tokens, start_of
+from esper.workers.laws.surrogate import SurrogateRun
 
 SPEC = load_spec("tinystories-char")
 NOISE = 0.005  # nats
@@ -103,7 +103,7 @@ def test_a_surrogate_that_stays_at_a_size_ends_where_it_was_seen_to(fitted):
         assert points_of(run.summary()) == [StaticPoint(layers, run.ledger.tokens, run.loss, 3)]
 
 
-def test_gardeners_train_on_it(fitted):
+def test_controllers_train_on_it(fitted):
     _, _, fit = fitted
     run, random = SurrogateRun(with_laws(fit)), np.random.default_rng(0)
     for instance in list(instance_set("train", SPEC).values())[:12]:

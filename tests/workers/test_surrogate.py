@@ -15,9 +15,9 @@ from esper.platform.spec import load_spec
 from esper.platform.telemetry import Telemetry
 from esper.policies.lag import LagPolicy, Limits
 from esper.workers.instances import instance_set
-from esper.workers.law import CONTINUOUS, Law, Size
+from esper.workers.laws.scaling_law import CONTINUOUS, Law, Size
+from esper.workers.laws.surrogate import LOSS_NOISE, VOCABULARY, SurrogateRun
 from esper.workers.probe import ChargedProbe
-from esper.workers.surrogate import LOSS_NOISE, VOCABULARY, SurrogateRun
 
 AMOUNTS = {"parameter_seconds": 5e5, "seconds": 30, "flops": 4e11, "tokens": 4e6, "steps": 4000}
 

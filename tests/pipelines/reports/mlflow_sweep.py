@@ -97,7 +97,7 @@ def fill(
     budget: tuple[str, float] = ("parameter_seconds", BUDGET),
     rates_tuned: bool = True,
     interior: list[float] | None = None,
-    gardener: dict[str, Any] | None = None,
+    controller: dict[str, Any] | None = None,
     failed: Sequence[str] = (),
     diverged: Sequence[str] = (),
     missing: Sequence[str] = (),
@@ -117,7 +117,7 @@ def fill(
         budget: axis (parameter_seconds or steps) and amount.
         rates_tuned: what sweep.json says of it.
         interior: `spec["budget"]["interior"]`.
-        gardener: sweep.json's.
+        controller: sweep.json's.
         failed: names of trials that ended in the middle.
         diverged: names of trials that the governor gave up.
         missing: names of trials that never started.
@@ -162,7 +162,7 @@ def fill(
         "tuning_seeds": list(tuning_seeds),
         "rates_tuned": rates_tuned,
         "points": points,
-        "gardener": gardener,
+        "controller": controller,
         "command": ["esper", "sweep", "--arms", "static,ppo & more"],
         "trials": trials,
     }
@@ -371,4 +371,4 @@ def add_foreign(client: MlflowClient, experiment: str, parent: str | None = None
 if __name__ == "__main__":
     store = MlflowClient(sys.argv[1])
     grown = {"checkpoint": "runs/ppo", "trained_on": "laws", "parameter_seconds": 3e6, "wall_seconds": 5400.0}
-    print(fill(store, Path("mlruns/esper-tinystories"), interior=[2e5, 3e6], gardener=grown).parent)
+    print(fill(store, Path("mlruns/esper-tinystories"), interior=[2e5, 3e6], controller=grown).parent)

@@ -122,7 +122,7 @@ class SyntheticSweep:
             "tuning_seeds": list(self.tuning_seeds),
             "rates_tuned": True,
             "points": [self.point()],
-            "gardener": None,
+            "controller": None,
             "trials": {},
         }
 

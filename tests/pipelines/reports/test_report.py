@@ -31,7 +31,7 @@ import mlflow_sweep
 from mlflow_sweep import Arm, Logged
 
 from esper.pipelines import report
-from esper.pipelines.comparison import Interval
+from esper.pipelines.controllers.comparison import Interval
 from esper.pipelines.reports.content import Report, count, payback, short
 from esper.pipelines.reports.envelope import EnvelopePoint
 from esper.pipelines.reports.figures import PALETTE, draw_differences, draw_losses, looks, report_looks
@@ -47,13 +47,13 @@ ARMS = (
     Arm("tamiyo", "tamiyo", 1, ((0.2, "ffn", "layer 0"), (0.35, "block", "<b>layer</b> 1")), 0.03),
     Arm("static_final:ppo", "static_final", None, layers=2),
 )
-GARDENER = {"checkpoint": "runs/ppo", "trained_on": "laws", "parameter_seconds": 3e6, "wall_seconds": 5400.0}
+CONTROLLER = {"checkpoint": "runs/ppo", "trained_on": "laws", "parameter_seconds": 3e6, "wall_seconds": 5400.0}
 SWEEP = {
     "static": mlflow_sweep.STATIC[:2],
     "arms": ARMS,
     "seeds": (0, 1, 2),
     "tuning_seeds": (100,),
-    "gardener": GARDENER,
+    "controller": CONTROLLER,
     "failed": ["onejump-test-seed2"],
     "diverged": ["random:tamiyo-test-seed1"],
     "missing": ["ppo-test-seed0"],
@@ -408,9 +408,9 @@ def whole(store: Store) -> Report:
     return report.build(client, shown, experiment, EXPERIMENT, sweep)
 
 
-def paid(whole: Report, gardener: dict[str, Any] | None, losses: list[tuple[float, float]], ppo: float) -> list[str]:
+def paid(whole: Report, controller: dict[str, Any] | None, losses: list[tuple[float, float]], ppo: float) -> list[str]:
     """For an envelope of (cost, loss) and a policy's mean final loss."""
-    whole = replace(whole, sweep=replace(whole.sweep, record=whole.record | {"gardener": gardener}))
+    whole = replace(whole, sweep=replace(whole.sweep, record=whole.record | {"controller": controller}))
     [section] = whole.sections
     rows = tuple(replace(row, loss=Interval(ppo, 0.01)) for row in section.verdict.rows if row.arm == "ppo")
     points = tuple(EnvelopePoint(cost, loss, 1) for cost, loss in losses)
@@ -429,7 +429,7 @@ def paid(whole: Report, gardener: dict[str, Any] | None, losses: list[tuple[floa
     ],
 )
 def test_after_how_many_uses_the_policy_has_paid(whole: Report, losses, ppo, told):
-    cost, one = paid(whole, GARDENER, losses, ppo)
+    cost, one = paid(whole, CONTROLLER, losses, ppo)
     assert "trained on loss laws for 3,000,000 parameter-seconds in 5,400 s" in cost
     assert re.search(told, one), one
 
@@ -441,11 +441,11 @@ def test_a_policy_that_was_given_has_no_known_cost(whole: Report):
     assert paid(whole, None, [(1e6, 1.5)], 1.45) == []
 
 
-def test_each_grid_point_tells_what_its_own_gardener_cost(whole: Report):
+def test_each_grid_point_tells_what_its_own_controller_cost(whole: Report):
     [section] = whole.sections
-    own = replace(section, point=section.point | {"gardener": GARDENER | {"parameter_seconds": 7e6}})
+    own = replace(section, point=section.point | {"controller": CONTROLLER | {"parameter_seconds": 7e6}})
     assert "for 7,000,000 parameter-seconds" in payback(whole, own)[0]
-    assert payback(whole, replace(section, point=section.point | {"gardener": None})) == []
+    assert payback(whole, replace(section, point=section.point | {"controller": None})) == []
 
 
 # -- Figures -----------------------------------------------------------------------------------------------------------

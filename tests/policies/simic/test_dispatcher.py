@@ -23,14 +23,14 @@ from esper.policies.simic import fleet as fleets
 from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import LocalFleet, RayFleet
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.workers.actor import GrowthWorker
 from esper.workers.worker import EpisodeWorker
 
 
-def make_net(seed: int = 0) -> GardenerNet:
+def make_net(seed: int = 0) -> ControllerNet:
     torch.manual_seed(seed)
-    net = GardenerNet(8)
+    net = ControllerNet(8)
     with torch.no_grad():
         net.score[-1].weight.normal_()
     return net

@@ -1,11 +1,11 @@
-"""GardenerNet: set properties, the mask, the prior, and no size built in."""
+"""ControllerNet: set properties, the mask, the prior, and no size built in."""
 
 import numpy as np
 import pytest
 import torch
 
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
-from esper.policies.simic.net import ILLEGAL, WAIT_PRIOR, GardenerNet, entropy
+from esper.policies.simic.net import ILLEGAL, WAIT_PRIOR, ControllerNet, entropy
 from esper.policies.simic.policy import draw
 
 
@@ -29,16 +29,16 @@ def inputs(b: int, s: int, a: int, *, sites: int | None = None, legal: int | Non
 
 
 @pytest.fixture
-def net() -> GardenerNet:
+def net() -> ControllerNet:
     """A network that has opinions: one fresh from its initialisation scores all rows about equal."""
     torch.manual_seed(0)
-    made = GardenerNet(32)
+    made = ControllerNet(32)
     with torch.no_grad():
         made.score[-1].weight.normal_()
     return made
 
 
-def test_shapes_and_types(net: GardenerNet):
+def test_shapes_and_types(net: ControllerNet):
     logits, values = net(inputs(3, 4, 6))
     assert logits.shape == (3, 6)
     assert values.shape == (3,)
@@ -46,7 +46,7 @@ def test_shapes_and_types(net: GardenerNet):
     assert torch.isfinite(entropy(logits)).all()
 
 
-def test_permuting_candidates_permutes_logits(net: GardenerNet):
+def test_permuting_candidates_permutes_logits(net: ControllerNet):
     x = inputs(2, 4, 6, legal=3)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     y = x | {"candidates": x["candidates"][:, order], "mask": x["mask"][:, order]}
@@ -54,7 +54,7 @@ def test_permuting_candidates_permutes_logits(net: GardenerNet):
     torch.testing.assert_close(net.value(y), net.value(x))
 
 
-def test_site_order_does_not_matter(net: GardenerNet):
+def test_site_order_does_not_matter(net: ControllerNet):
     x = inputs(2, 4, 6)
     y = x | {"sites": x["sites"][:, [2, 0, 3, 1]]}
     torch.testing.assert_close(net.logits(y), net.logits(x))
@@ -62,7 +62,7 @@ def test_site_order_does_not_matter(net: GardenerNet):
 
 
 @pytest.mark.parametrize(("s", "a"), [(4, 6), (9, 6), (4, 50), (100, 200)])
-def test_padding_changes_nothing(net: GardenerNet, s: int, a: int):
+def test_padding_changes_nothing(net: ControllerNet, s: int, a: int):
     x = inputs(2, 4, 6)
     y = {
         "globals": x["globals"],
@@ -75,7 +75,7 @@ def test_padding_changes_nothing(net: GardenerNet, s: int, a: int):
     torch.testing.assert_close(net.value(y), net.value(x))
 
 
-def test_a_row_is_independent_of_its_batch(net: GardenerNet):
+def test_a_row_is_independent_of_its_batch(net: ControllerNet):
     x = inputs(7, 4, 6, legal=3)
     logits, values = net(x)
     for row in range(7):
@@ -84,13 +84,13 @@ def test_a_row_is_independent_of_its_batch(net: GardenerNet):
         torch.testing.assert_close(alone[1][0], values[row])
 
 
-def test_no_sites_and_no_grafts_are_fine(net: GardenerNet):
+def test_no_sites_and_no_grafts_are_fine(net: ControllerNet):
     logits, values = net(inputs(2, 4, 6, sites=0, legal=0))
     assert torch.isfinite(values).all()
     np.testing.assert_array_equal(logits.softmax(-1).detach().numpy(), np.eye(6)[[0, 0]])
 
 
-def test_masked_rows_are_never_drawn(net: GardenerNet):
+def test_masked_rows_are_never_drawn(net: ControllerNet):
     x = inputs(1, 4, 30, legal=5)
     logits = net.logits(x)[0].detach().numpy()
     mask = x["mask"][0].numpy() > 0
@@ -100,7 +100,7 @@ def test_masked_rows_are_never_drawn(net: GardenerNet):
     assert drawn == set(range(6))
 
 
-def test_draws_follow_the_probabilities(net: GardenerNet):
+def test_draws_follow_the_probabilities(net: ControllerNet):
     x = inputs(1, 4, 6)
     logits = net.logits(x)[0].detach()
     uniform = (np.arange(20000) + 0.5) / 20000
@@ -111,11 +111,11 @@ def test_draws_follow_the_probabilities(net: GardenerNet):
 @pytest.mark.parametrize("legal", [1, 3, 40])
 def test_wait_starts_at_its_prior(legal: int):
     torch.manual_seed(0)
-    chance = GardenerNet(64).logits(inputs(50, 4, 41, legal=legal)).softmax(-1)[:, 0]
+    chance = ControllerNet(64).logits(inputs(50, 4, 41, legal=legal)).softmax(-1)[:, 0]
     np.testing.assert_allclose(chance.detach().numpy(), WAIT_PRIOR, atol=0.02)
 
 
-def test_gradients_are_finite_under_the_mask(net: GardenerNet):
+def test_gradients_are_finite_under_the_mask(net: ControllerNet):
     logits, values = net(inputs(4, 4, 6, sites=0, legal=2))
     (entropy(logits).sum() + logits.log_softmax(-1)[:, 1].sum() + values.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)

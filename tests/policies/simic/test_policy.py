@@ -11,14 +11,14 @@ import torch
 from simic_toy import ToyRun
 
 from esper.platform.errors import UserError
-from esper.policies.simic.net import GardenerNet
+from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import CARD, SimicPolicy, likeliest
 
 
 @pytest.fixture
 def policy() -> SimicPolicy:
     torch.manual_seed(0)
-    net = GardenerNet(16)
+    net = ControllerNet(16)
     with torch.no_grad():
         net.score[-1].weight.normal_()
     return SimicPolicy(net)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from esper.platform.errors import UserError
-from esper.platform.model import Frozen
+from esper.platform.frozen import Frozen
 
 VERSION = 1
 FILE = "manifest.json"

@@ -1,4 +1,4 @@
-"""Training a gardener: PPO iterations over a fleet, with a live view, tracking, checkpoints and a summary.
+"""Training a controller: PPO iterations over a fleet, with a live view, tracking, checkpoints and a summary.
 
 A checkpoint follows every iteration, and the journal every decision, so a training that is stopped or killed goes on
 from its last decision (`esper ppo --resume`).
@@ -14,15 +14,15 @@ from typing import Any, Self
 from pydantic import Field
 from ray.rllib.algorithms.ppo import PPO
 
-from esper.pipelines.job import Job
-from esper.pipelines.live import TrainingView
-from esper.pipelines.training_log import TrainingLog, as_json
-from esper.pipelines.training_picture import training_picture
+from esper.pipelines.common.run_folder import Job
+from esper.pipelines.controllers.live import TrainingView
+from esper.pipelines.controllers.training_log import TrainingLog, as_json
+from esper.pipelines.controllers.training_picture import training_picture
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.contracts import Instance, Run
 from esper.platform.errors import UserError
-from esper.platform.model import Frozen
+from esper.platform.frozen import Frozen
 from esper.platform.saves import Saves, below
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import write_json
@@ -35,8 +35,8 @@ from esper.policies.simic.policy import CHECKPOINTS, SimicPolicy, checkpoints
 from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
-from esper.workers.surrogate import SurrogateRun
 from esper.workers.tolaria.data import TokenData
 from esper.workers.worker import EpisodeWorker
 
@@ -87,7 +87,7 @@ class ResumePoint(Frozen):
         return self.model_copy(update={"iterations": self.iterations + 1, **done})
 
 
-def train_gardener(
+def train_controller(
     job: Job,
     out: Path,
     *,
@@ -182,7 +182,7 @@ def _tracker(spec: RunSpec, out: Path, point: ResumePoint, parent: Tracker | Non
     """That of the training's run; the log's points have to be sent to it first."""
     (out / JOURNAL).unlink(missing_ok=True)  # it may know of iterations that will be done again
     return Tracker.start(
-        "esper-gardeners",
+        "esper-controllers",
         out.name if parent is None else f"{out.parent.name}-{out.name}",
         tags={"kind": "ppo", "arm": "ppo", "seed": point.seed, "preset": spec.preset},
         params=spec.model_dump(mode="json"),

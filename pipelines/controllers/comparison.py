@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import stdtrit  # the t distribution's quantiles; scipy.stats takes a second to import
 
 if TYPE_CHECKING:
-    from esper.pipelines.evaluation import Played  # imports torch
+    from esper.pipelines.controllers.evaluation import Played  # imports torch
 
 CONFIDENCE = 0.95
 BOUND = "bound"  # the row of the clairvoyant bound

@@ -1,4 +1,4 @@
-"""A training of a gardener as it goes: a live view in a terminal, else a plain line per iteration.
+"""A training of a controller as it goes: a live view in a terminal, else a plain line per iteration.
 
     esper ppo …            # in a terminal: the view, four times a second, messages above it
     esper ppo … 2> log     # plain lines; so too with TERM=dumb or unset
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from esper.pipelines.live_panel import Progress, panel
+from esper.pipelines.controllers.live_panel import Progress, panel
 from esper.platform.console import Eta, said_to, say
 from esper.policies.simic.view import WorkerView
 

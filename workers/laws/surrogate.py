@@ -5,7 +5,7 @@ a prune raises it by what the size was worth. On budgets of parameter-seconds, s
 its very end, with parts of a step (the ledger's steps and tokens are the rounded sums), so that the state at a decision
 is its number, the shape and the loss, and the best that can be done is known (`workers/clairvoyant.py`).
 
-What a gardener sees is noisy; rewards and records are exact. Losses (and slopes with them) are off by some millinats.
+What a controller sees is noisy; rewards and records are exact. Losses (and slopes with them) are off by some millinats.
 Once something has been trained, a site's gradient norm tells, up to a factor of noise, how many nats a graft there
 takes off what training cannot remove: a law's heads, neurons and layers count for much or for little, and this is where
 it shows.
@@ -27,7 +27,7 @@ from esper.platform.ledger import Ledger
 from esper.platform.seeding import stream
 from esper.workers.candidates import Options, Planted
 from esper.workers.episode import Episode, as_json
-from esper.workers.law import CONTINUOUS, VOCABULARY, Law, Size, start_of, whole_steps
+from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, Law, Size, start_of, whole_steps
 from esper.workers.observe import SLOW, Measured, batch_tokens
 from esper.workers.tolaria.model.shape import TransformerShape
 

@@ -1,4 +1,4 @@
-"""Fitting loss laws to static runs, so that a gardener is trained on laws like those of the text it will meet.
+"""Fitting loss laws to static runs, so that a controller is trained on laws like those of the text it will meet.
 
 Fitted are E, A, α, B and β of `workers/law.py` to the annealed losses that static sizes end at, by the method of
 Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the logarithm of the loss, the best of a grid of starts.
@@ -8,10 +8,10 @@ infinity, and so a few tokens ahead.
 
 Static sizes differ in depth only. With it attention, other parameters and layers grow alike, so that N/N₀ is the number
 of layers (but for a final norm's few parameters) whatever each of them counts. How much they count separately cannot be
-told from such runs: `heads`, `width` and `layer` keep their wide ranges, and a gardener must find out by looking.
+told from such runs: `heads`, `width` and `layer` keep their wide ranges, and a controller must find out by looking.
 
 A loss counts the less the further it lies above the lowest of all, by half at `NEAR`: a text's loss first falls faster
-than any power law, and a gardener's choice is between sizes that are good, not between bad ones. Fitted to 8 runs of
+than any power law, and a controller's choice is between sizes that are good, not between bad ones. Fitted to 8 runs of
 500,000 and 1,000,000 parameter-seconds of `tinystories-char` it foretells 9 of 3,000,000 to 0.026 nats with this, and
 to 0.038 without, where seeds differ by 0.015; `NEAR` was chosen on these runs, so that on others it may help less.
 
@@ -30,7 +30,7 @@ from scipy.optimize import least_squares, nnls
 
 from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, Range, RunSpec
-from esper.workers.law import VOCABULARY, Law, Size, start_of
+from esper.workers.laws.scaling_law import VOCABULARY, Law, Size, start_of
 
 CONSTANTS: tuple[str, ...] = ("floor", "size", "size_exponent", "data", "data_exponent")
 BOUNDS: dict[str, Range] = {
@@ -113,7 +113,7 @@ def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
 
 
 def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
-    """Fit a law to static runs on the spec's host, and the ranges around it that gardeners are trained on.
+    """Fit a law to static runs on the spec's host, and the ranges around it that controllers are trained on.
 
     A range reaches as far to both sides as the greater of two: twice the constant's standard error over seeds
     (jackknife: Efron 1982, of refits without one seed), and `SHARE`. Seeds tell what chance does; the share is for what

@@ -1,4 +1,4 @@
-"""The best fixed schedule on a set of surrogate instances: what a gardener reaches that decides without looking.
+"""The best fixed schedule on a set of surrogate instances: what a controller reaches that decides without looking.
 
 Chosen on training instances by local search, and played as `policies/schedule.py` plays it: an entry is due from its
 decision on, one a decision, in order, and one that is not legal waits (and holds those behind it). The simulator plays
@@ -19,8 +19,8 @@ from esper.platform.contracts import Instance
 from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.policies.schedule import Entry
-from esper.workers.clairvoyant import NONE, Classes, classes, legal, slices_of, spans
-from esper.workers.law import VOCABULARY, Law
+from esper.workers.laws.oracle import NONE, Classes, classes, legal, slices_of, spans
+from esper.workers.laws.scaling_law import VOCABULARY, Law
 
 STARTS = 4  # words that the search sets out from: none, and some at random
 MOVES = (1, 2, 4)  # decisions by which a letter is moved

@@ -1,4 +1,4 @@
-"""TrainingLog: the metrics of a gardener's iterations, a line each in `history.jsonl`, with the time each was made at.
+"""TrainingLog: the metrics of a controller's iterations, a line each in `history.jsonl` with its time.
 
 It outlives its process: a resumed training reads it, takes out what its checkpoint does not know of yet, and sends the
 rest to MLflow again, where a point with its own time stamp is the same point.

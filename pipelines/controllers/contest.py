@@ -1,4 +1,4 @@
-"""A trained gardener against the other arms on one instance set."""
+"""A trained controller against the other arms on one instance set."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.comparison import BOUND, Comparison
-from esper.pipelines.evaluation import Played, Progress, Stage
-from esper.pipelines.fixed_schedule import best_fixed_schedule
+from esper.pipelines.controllers.best_schedule import best_fixed_schedule
+from esper.pipelines.controllers.comparison import BOUND, Comparison
+from esper.pipelines.controllers.evaluation import Played, Progress, Stage
 from esper.platform.console import duration, say
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.errors import UserError, unknown
@@ -17,7 +17,7 @@ from esper.policies.arms import ALIASES, ArmInputs, make_policy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.distill import Taken, median_schedule
 from esper.policies.simic.policy import SimicPolicy
-from esper.workers.clairvoyant import bound
+from esper.workers.laws.oracle import bound
 
 TRAINED = "ppo"  # the row of the policy itself
 ANYWHERE = ("static", "random", "tamiyo", "lag")
@@ -58,7 +58,7 @@ class Contest:
 
     Attributes:
         stage: where the arms are compared.
-        policy: the trained gardener.
+        policy: the trained controller.
         training: where schedules are chosen; None on text, where that would take days.
         schedules: arm → entries, of the arms that play a schedule; one that is given is not chosen anew.
     """

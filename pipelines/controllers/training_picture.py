@@ -1,4 +1,4 @@
-"""The picture of a gardener's training: a small panel per question, over the iterations."""
+"""The picture of a controller's training: a small panel per question, over the iterations."""
 
 import math
 from collections.abc import Callable

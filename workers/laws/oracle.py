@@ -1,6 +1,6 @@
 """The clairvoyant bound: the lowest final loss that a surrogate instance allows, by dynamic programming.
 
-What a gardener who knew the law could reach. A surrogate's state is (decision, shape, loss): noise is in observations
+What a controller who knew the law could reach. A surrogate's state is (decision, shape, loss): noise is in observations
 only. Law and costs know a shape by its totals, its *class* (layers, heads, neurons, experts), and at an equal decision
 and class a lower loss stays lower whatever is done, so that keeping the least loss of each (decision, class) is exact:
 
@@ -27,7 +27,7 @@ from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Telemetry
 from esper.workers.candidates import within_caps
 from esper.workers.kasmina.registry import Blueprint, make_blueprints
-from esper.workers.law import CONTINUOUS, VOCABULARY, Law, Size, start_of, whole_steps
+from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, Law, Size, start_of, whole_steps
 from esper.workers.observe import SEGMENTS, batch_tokens
 from esper.workers.tolaria.model.shape import TransformerShape
 
@@ -157,7 +157,7 @@ def slices_of(spec: RunSpec, instance: Instance) -> Slices:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a clairvoyant gardener does.
+    """What a clairvoyant controller does.
 
     Attributes:
         loss: the lowest final loss, nats: the bound.
@@ -169,7 +169,7 @@ class Plan:
 
 
 def bound(spec: RunSpec, instance: Instance, seed: int = 0) -> float:
-    """The lowest final loss, nats per token, that any gardener can reach on a surrogate's instance.
+    """The lowest final loss, nats per token, that any controller can reach on a surrogate's instance.
 
     Args:
         spec: of the runs.

@@ -1,4 +1,4 @@
-"""The gardener of a sweep that is given none: trained on what no arm is compared on, and gone on with if interrupted.
+"""The controller of a sweep that is given none: trained on what no arm is compared on, and gone on with if interrupted.
 
 Either on text, with seeds of its own, or on loss laws fitted to the static runs of the tuning seeds (`workers/
 law_fit.py`): minutes instead of days, and zero-shot on text.
@@ -11,16 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from esper.pipelines.gardener import ON_LAWS, ResumePoint, checkpoints, train_gardener
-from esper.pipelines.job import Job
+from esper.pipelines.common.run_folder import Job
+from esper.pipelines.controllers.training import ON_LAWS, ResumePoint, checkpoints, train_controller
 from esper.platform.console import say
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import read_json
 from esper.platform.tracking import Tracker
-from esper.workers.law_fit import fit_laws, points_of
+from esper.workers.laws.fit import fit_laws, points_of
 
 TrainedOn = Literal["text", "laws"]
-TRAINING_SEED = 1_000_000  # gardeners are trained on seeds that no arm is compared on
+TRAINING_SEED = 1_000_000  # controllers are trained on seeds that no arm is compared on
 
 
 def trained_policy(
@@ -35,7 +35,7 @@ def trained_policy(
     parent: Tracker,
     check: Callable[[], None],
 ) -> dict[str, Any]:
-    """Train a gardener in `out`, or go on with it, or take the one that is there.
+    """Train a controller in `out`, or go on with it, or take the one that is there.
 
     Args:
         job: the sweep's text.
@@ -71,7 +71,7 @@ def trained_policy(
         start = ResumePoint.newest(out) if checkpoints(out) else None
         own_job = replace(job, spec=spec, out=out)
         own_job.begin()
-        train_gardener(
+        train_controller(
             own_job,
             out,
             seed=TRAINING_SEED + seed,
@@ -80,7 +80,7 @@ def trained_policy(
             start=start,
             check=check,
         )
-    summary = read_json(done, str(done), "the summary of a gardener's training")
+    summary = read_json(done, str(done), "the summary of a controller's training")
     times = [line["time"] / 1000 for line in summary["history"]]
     each = median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
     axis, amount = spec.budget.axis, spec.budget.amount

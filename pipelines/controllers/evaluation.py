@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.play import play
+from esper.pipelines.common.play import play
 from esper.platform.console import Eta, say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
-from esper.workers.surrogate import SurrogateRun
 
 TOLD_EVERY = 5.0  # seconds between two lines of progress
 
@@ -65,7 +65,7 @@ class Stage:
         return derive(self.seed, "evaluate", id)
 
     def play(self, arm: str, make_policy: Callable[[int], GrowthPolicy]) -> Played:
-        """Play an arm on every instance; `make_policy` makes its gardener from an episode's seed."""
+        """Play an arm on every instance; `make_policy` makes its controller from an episode's seed."""
         run, summaries = self.make_run(), {}
         progress = Progress(arm, len(self.instances))
         for id, instance in self.instances.items():

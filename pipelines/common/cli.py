@@ -13,8 +13,8 @@ from esper.platform.errors import unknown
 COMMANDS = {
     "prepare": "turn text into a tokenizer and token shards",
     "train": "train one GPT under one policy",
-    "ppo": "train a gardener with PPO over a fleet of workers",
-    "policy": "look at a trained gardener, hold it against other arms, distill it to a schedule",
+    "ppo": "train a controller with PPO over a fleet of workers",
+    "policy": "look at a trained controller, hold it against other arms, distill it to a schedule",
     "sweep": "compare arms at an equal budget with Ray Tune",
     "report": "write the report on a sweep: the verdict, figures and tables, from MLflow",
     "export": "write a trained GPT as files for transformers, or for Esper itself",

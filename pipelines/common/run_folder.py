@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from esper.pipelines.arguments import CommonArguments
+from esper.pipelines.common.arguments import CommonArguments
 from esper.platform.console import say
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, load_spec
