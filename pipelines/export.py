@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
-from esper.pipelines.common.arguments import Arguments, main_guard
+from esper.pipelines.common.arguments import Arguments, Positional, main_guard
 from esper.pipelines.train import CHECKPOINTS
 from esper.platform.checkpoint import Checkpoints
 from esper.platform.console import say
@@ -56,7 +55,7 @@ FORMATS = {
 class ExportArguments(Arguments):
     """Write a trained GPT as files that others can load."""
 
-    run: CliPositionalArg[Path] = Field(description="The output folder of `esper train`.")
+    run: Positional[Path] = Field(description="The output folder of `esper train`.")
     out: Annotated[Path, Field(title="DIR", description="A new or empty folder for the files; must be given.")]
     format: Annotated[
         Literal["native", "gpt2"],

@@ -21,16 +21,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.common.arguments import Arguments, CommonArguments, main_guard
+from esper.pipelines.common.arguments import Arguments, CommonArguments, Positional, choose, main_guard
 from esper.pipelines.common.run_folder import describe, law_job, open_job, resolve_spec
 from esper.pipelines.controllers.comparison import Comparison, Interval
 from esper.pipelines.controllers.contest import ARMS, TRAINED, Contest, median_entries, parse_arms
 from esper.pipelines.controllers.evaluation import Stage
 from esper.platform.console import say
 from esper.platform.contracts import Instance
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
 from esper.platform.storage import check_new_file, read_json, write_json
 from esper.policies.arms import ArmInputs, make_policy
@@ -40,10 +39,9 @@ from esper.workers.instances import SetName, instance_set
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 
-HELP = "`esper policy ACTION --help` lists an action's arguments."
 ON_TEXT = 4  # instances that are played where the user does not say how many
 
-Checkpoint = CliPositionalArg[Path]
+Checkpoint = Positional[Path]
 CHECKPOINT = "A trained policy: the folder of an `esper ppo` run, or a checkpoint in it."
 PRESET = Annotated[
     str | None,
@@ -265,17 +263,11 @@ ACTIONS: dict[str, tuple[Callable[..., None], type[Arguments], str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    action = arguments[0] if arguments else "--help"
-    if action in ("-h", "--help"):
-        lines = [f"  {name:<9} {summary}" for name, (_, _, summary) in ACTIONS.items()]
-        print("\n".join(["usage: esper policy ACTION CHECKPOINT [ARGUMENTS]", "", *lines, "", HELP]))
-        return 0
-    if action not in ACTIONS:
-        say(f"error: {unknown('action', action, ACTIONS)}")
-        return 2
-    work, model, _ = ACTIONS[action]
-    return main_guard(work, model, f"esper policy {action}", arguments[1:])
+    actions = {
+        name: (summary, partial(main_guard, work, model, f"esper policy {name}"))
+        for name, (work, model, summary) in ACTIONS.items()
+    }
+    return choose("esper policy", "action", actions, argv)
 
 
 if __name__ == "__main__":

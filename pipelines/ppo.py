@@ -19,7 +19,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from esper.pipelines.common.arguments import CommonArguments, check_only_resume, main_guard
+from esper.pipelines.common.arguments import ResumableArguments, main_guard
 from esper.pipelines.common.run_folder import Job, law_job, open_job, resolve_spec
 from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.pipelines.controllers.training import ON_LAWS, ResumePoint, gpus_needed, send_again, train_controller
@@ -34,8 +34,10 @@ from esper.platform.tracking_store import tracking_uri
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
 
 
-class PPOArguments(CommonArguments):
+class PPOArguments(ResumableArguments):
     """Train a controller with PPO over a fleet of workers."""
+
+    beside_resume = ("set",)
 
     surrogate: Annotated[
         bool, Field(description="Train on loss laws instead of on text: minutes, and no proof of anything on text.")
@@ -64,7 +66,6 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     Raises:
         UserError: other arguments are given, there is nothing to go on with, or nothing left to do.
     """
-    check_only_resume(arguments, out, "set")
     for override in arguments.set:
         if override.split(".")[0] not in OTHERS or override.startswith("ppo.hidden"):
             raise UserError(

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.common.arguments import Arguments, main_guard
+from esper.pipelines.common.arguments import Arguments, Positional, main_guard
 from esper.pipelines.reports.content import Report, Section
 from esper.pipelines.reports.figures import save_picture
 from esper.pipelines.reports.markdown import markdown
@@ -48,7 +47,7 @@ KEPT_UNDER = "report"  # artifact folder of the parent run
 class ReportArguments(Arguments):
     """Write the report on a sweep, from what MLflow holds."""
 
-    experiment: CliPositionalArg[str] = Field("esper-tinystories", description="MLflow's experiment.")
+    experiment: Positional[str] = Field("esper-tinystories", description="MLflow's experiment.")
     sweep: Annotated[
         str | None,
         Field(title="RUN_ID|NAME", description="The sweep's parent run (default: the newest of the experiment)."),

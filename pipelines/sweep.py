@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from esper.pipelines.common.arguments import CommonArguments, check_only_resume, main_guard
+from esper.pipelines.common.arguments import ResumableArguments, main_guard
 from esper.pipelines.common.run_folder import Job, open_job, resolve_spec
 from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.pipelines.controllers.training import gpus_needed, send_again
@@ -54,7 +54,7 @@ ANOTHER_PROBLEM = ("host.", "data.", "clock.", "budget.axis", "optimizer.")
 """Settings under which a preset's range of budgets says nothing."""
 
 
-class SweepArguments(CommonArguments):
+class SweepArguments(ResumableArguments):
     """Compare arms at an equal budget."""
 
     arms: Annotated[
@@ -83,9 +83,6 @@ class SweepArguments(CommonArguments):
         TrainedOn, Field(description="Where no --policy is given: on text, or on loss laws fitted to static runs.")
     ] = "text"
     schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
-    resume: Annotated[
-        Path | None, Field(title="DIR", description="Go on with the sweep in this folder; takes nothing else.")
-    ] = None
 
 
 def run(arguments: SweepArguments) -> int:
@@ -140,7 +137,6 @@ def resume(arguments: SweepArguments, out: Path) -> int:
     Raises:
         UserError: other arguments are given, or there is no sweep.
     """
-    check_only_resume(arguments, out)
     plan = Plan.checked(read_json(out / PLAN, f"--resume {out}", "the folder of an `esper sweep`"), str(out / PLAN))
     spec = saved_spec(out / "spec.json")
     job = Job(spec, plan.data, out.absolute())

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
-from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.common.arguments import CommonArguments, check_only_resume, main_guard
+from esper.pipelines.common.arguments import Positional, ResumableArguments, main_guard
 from esper.pipelines.common.play import metrics, play, unplayed
 from esper.pipelines.common.progress import RunProgress
 from esper.pipelines.common.run_folder import open_job, resolve_spec
@@ -39,18 +38,15 @@ from esper.workers.tolaria.data import TokenData
 CHECKPOINTS = "checkpoints"  # in a run's output folder
 
 
-class TrainArguments(CommonArguments):
+class TrainArguments(ResumableArguments):
     """Train one GPT under one arm."""
 
-    arm: CliPositionalArg[str] = Field(default="static", description=f"One of {', '.join([*ARMS, *ALIASES])}.")
+    arm: Positional[str] = Field(default="static", description=f"One of {', '.join([*ARMS, *ALIASES])}.")
     policy: Annotated[Path | None, Field(description="For ppo: a policy that `esper ppo` trained.")] = None
     schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
     match: Annotated[
         Path | None,
         Field(title="FILE", description="For random: a summary.json, to graft as often and the same kinds."),
-    ] = None
-    resume: Annotated[
-        Path | None, Field(title="DIR", description="Go on with the run in this folder; takes nothing else.")
     ] = None
 
 
@@ -97,7 +93,6 @@ def resume(arguments: TrainArguments, out: Path) -> int:
     Raises:
         UserError: other arguments are given, the run has ended, or it cannot be restored.
     """
-    check_only_resume(arguments, out)
     if (out / "summary.json").exists():
         raise UserError(f"the run in {out} has ended: its results are in {out / 'summary.json'}.")
     out = out.absolute()

@@ -1,38 +1,36 @@
 """Command lines from frozen pydantic models: a field is a flag, its description the help, its rules the checks.
 
-A pipeline states its arguments once, as a model, and ends in two lines:
-
     def main(argv: list[str] | None = None) -> int:
         return main_guard(run, TrainArguments, "esper train", argv)
 
-`pydantic-settings` turns the fields into argparse's arguments (kebab-case flags, `CliPositionalArg` for positionals);
-only the command line feeds them, never the environment. A field's `title` is its placeholder in the help. Imports are
-kept light (no torch, no ray), so that `--help` answers at once.
+Parsing must answer at once: a module that states arguments imports torch, Ray and MLflow inside its `run` only.
 """
 
 import errno
-import re
 import sys
-from argparse import ArgumentParser
-from collections.abc import Callable
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
-from pydantic_settings import CliSettingsSource
+from pydantic_core import ErrorDetails
 
 from esper.platform.console import say
 from esper.platform.errors import UserError, unknown
 
-PLACEHOLDERS = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH"}  # type, as pydantic-settings writes it: ours
+PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """Errors of a place for files rather than of Esper."""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+POSITIONAL = object()
 
+V = TypeVar("V")
 T = TypeVar("T", bound=BaseModel)
+Positional = Annotated[V, POSITIONAL]
+"""`arm: Positional[str]` is an argument without a flag."""
 
 
 class Arguments(BaseModel):
@@ -63,6 +61,24 @@ class CommonArguments(Arguments):
     ] = []
 
 
+class ResumableArguments(CommonArguments):
+    """What a command takes whose work can be gone on with: `--resume`, and beside it `beside_resume` only."""
+
+    beside_resume: ClassVar[tuple[str, ...]] = ()
+
+    resume: Annotated[
+        Path | None, Field(title="DIR", description="Go on with the work in this folder, which has all that it takes.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _takes_all_from_the_folder(self) -> Self:
+        given = sorted(self.model_fields_set - {"resume", *self.beside_resume})
+        if self.resume is not None and given:
+            shown = ", ".join(_shown(name, type(self).model_fields[name]) for name in given)
+            raise UserError(f"--resume takes everything from {self.resume}: leave out {shown}.")
+        return self
+
+
 def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "esper") -> T:
     """Read a command line into `model_class`.
 
@@ -76,35 +92,18 @@ def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "espe
         SystemExit: With code 0, after `--help` was printed.
     """
     parser = _Parser(prog=prog, description=model_class.__doc__, allow_abbrev=False)
-    CliSettingsSource(
-        model_class,  # pyright: ignore[reportArgumentType]  (it reads fields and config only; any model has them)
-        root_parser=parser,
-        cli_kebab_case=True,
-        cli_implicit_flags="toggle",
-        add_argument_method=lambda parser, *names, **keywords: parser.add_field(model_class, *names, **keywords),
-    )
-    # The source's own reading of the values would take `[0.9,0.95]` and `a,b` apart: here they stay what was typed.
-    typed = vars(parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv))
-    given = {name: value for name, value in typed.items() if value is not PydanticUndefined}
+    for name, field in model_class.model_fields.items():
+        parser.add_argument(*_names(name, field), **_keywords(field), help=_help(field), default=SUPPRESS)
+    given = vars(parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv))
+    given = {name: value for name, value in given.items() if value is not None}  # a positional that was left out
     for name, value in given.items():
         if value == "":
-            raise UserError(f"{parser.shown[name]} is empty: give it a value or leave it out.")
+            shown = _shown(name, model_class.model_fields[name])
+            raise UserError(f"{shown} is empty: give it a value or leave it out.")
     try:
         return model_class.model_validate(given)
     except ValidationError as error:
         raise _first_error(error.errors(include_url=False)[0], model_class, parser) from None
-
-
-def check_only_resume(arguments: CommonArguments, out: Path, *allowed: str) -> None:
-    """Refuse what is given beside `--resume`, but for fields that are allowed.
-
-    Raises:
-        UserError: something is.
-    """
-    given = sorted(arguments.model_fields_set - {"resume", *allowed})
-    shown = [name if name == "arm" else f"--{name.replace('_', '-')}" for name in given]  # the one positional
-    if shown:
-        raise UserError(f"--resume takes everything from {out}: leave out {', '.join(shown)}.")
 
 
 def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, argv: list[str] | None = None) -> int:
@@ -138,32 +137,40 @@ def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, 
         return 0
 
 
+def choose(
+    prog: str, what: str, commands: Mapping[str, tuple[str, Callable[[list[str]], int]]], argv: list[str] | None
+) -> int:
+    """Run the one of several commands that the line begins with; without one, print what there is.
+
+    Args:
+        prog: How the user calls them together: `esper`.
+        what: What one of them is called: `command`.
+        commands: Name → a line on it, and what takes the rest of the line and returns the exit code.
+        argv: The line; None for the process's own.
+    """
+    line = sys.argv[1:] if argv is None else argv
+    name = line[0] if line else "--help"
+    if name in ("-h", "--help"):
+        width = max(map(len, commands)) + 1
+        lines = [f"  {name:<{width}} {summary}" for name, (summary, _) in commands.items()]
+        end = f"`{prog} {what.upper()} --help` lists what one of them takes."
+        print("\n".join([f"usage: {prog} {what.upper()} [ARGUMENTS]", "", *lines, "", end]))
+        return 0
+    if name not in commands:
+        say(f"error: {unknown(what, name, commands)}")
+        return 2
+    return commands[name][1](line[1:])
+
+
 class _Parser(ArgumentParser):
     """argparse's parser, whose errors are one sentence and an exception instead of a usage text and an exit."""
 
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__(**keywords)
-        self.shown: dict[str, str] = {}  # field name → how the user writes it: `--seed`, `arm`
-
-    def add_field(self, model_class: type[BaseModel], *names: str, **keywords: Any) -> None:
-        """Add one field as pydantic-settings describes it, with our placeholders and defaults in the help."""
-        name = keywords.get("dest", names[0])
-        field = model_class.model_fields[name]
-        self.shown[name] = names[0]
-        text = re.sub(r" ?\(default: (null|\[\]|True|False)\)$", "", keywords["help"])  # says nothing to a person
-        if "metavar" in keywords:
-            plain = re.sub(r"^\{(.*),null\}$|^list\[(.*)\]$", r"\1\2", keywords["metavar"])
-            keywords["metavar"] = field.title or PLACEHOLDERS.get(plain, plain)
-        if names[0] == name and _choices(field):  # a positional shows only its name
-            text = f"One of {', '.join(_choices(field))}. {text}"
-        self.add_argument(*names, **{**keywords, "help": text})
-
     def error(self, message: str) -> NoReturn:
-        """Argparse's own complaints (unknown flag, missing value or positional) as a UserError."""
         stray = message.removeprefix("unrecognized arguments: ")
         if stray != message:
             first = stray.split()[0]
-            close = get_close_matches(first.split("=")[0], self.shown.values(), n=1)
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            close = get_close_matches(first.split("=")[0], flags, n=1)
             message = f"unknown argument {first}" + (f", did you mean {close[0]}" if close else "")
         raise UserError(f"{message}: {self.advice()}")
 
@@ -172,9 +179,45 @@ class _Parser(ArgumentParser):
         return f"`{self.prog} --help` lists what is allowed."
 
 
+def _names(name: str, field: FieldInfo) -> list[str]:
+    return [name] if POSITIONAL in field.metadata else [_shown(name, field)]
+
+
+def _shown(name: str, field: FieldInfo) -> str:
+    """How the user writes a field: `--tune-lr`, `arm`."""
+    return name if POSITIONAL in field.metadata else f"--{name.replace('_', '-')}"
+
+
+def _kind(field: FieldInfo) -> Any:
+    """Its type, without `| None`."""
+    parts = get_args(field.annotation)
+    return parts[0] if type(None) in parts else field.annotation
+
+
 def _choices(field: FieldInfo) -> list[str]:
     """The words a field accepts where it is a Literal, else none."""
-    return [str(choice) for choice in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
+    kind = _kind(field)
+    return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+
+
+def _keywords(field: FieldInfo) -> dict[str, Any]:
+    """What argparse is told of a field beside its help."""
+    if _kind(field) is bool:
+        return {"action": "store_true"}
+    choices = _choices(field)
+    shown = field.title or (f"{{{','.join(choices)}}}" if choices else PLACEHOLDERS.get(_kind(field), "TEXT"))
+    if POSITIONAL in field.metadata:
+        return {} if field.is_required() else {"nargs": "?"}
+    return {"metavar": shown, "action": "append" if get_origin(_kind(field)) is list else "store"}
+
+
+def _help(field: FieldInfo) -> str:
+    text = field.description or ""
+    if POSITIONAL in field.metadata and _choices(field):
+        text = f"One of {', '.join(_choices(field))}. {text}"
+    if not field.is_required() and str(field.default) not in ("None", "False", "[]"):
+        text += f" (default: {field.default})"
+    return text.replace("%", "%%")
 
 
 def _first_error(error: ErrorDetails, model_class: type[BaseModel], parser: _Parser) -> UserError:
@@ -185,11 +228,11 @@ def _first_error(error: ErrorDetails, model_class: type[BaseModel], parser: _Par
     if not error["loc"]:  # a rule over several fields
         return UserError(f"{cause or error['msg']}: {parser.advice()}")
     name = str(error["loc"][0])
-    shown = parser.shown[name]
+    field = model_class.model_fields[name]
+    shown = _shown(name, field)
     if error["type"] == "missing":
         return UserError(f"{shown} is missing: {parser.advice()}")
-    choices = _choices(model_class.model_fields[name])
-    if choices:
+    if choices := _choices(field):
         return unknown(shown, error["input"], choices)
     rule = str(cause) if cause else error["msg"].removeprefix("Input should be ").split(", unable")[0]
     wanted = rule if cause else f"it must be {rule}"

@@ -1,14 +1,11 @@
-"""The `esper` command: `esper train …` is `python pipelines/train.py …`.
-
-Only the pipeline that was asked for is imported, so that `esper --help` answers at once.
-"""
+"""The `esper` command: `esper train …` is `python pipelines/train.py …`. Only the pipeline asked for is imported."""
 
 import sys
+from functools import partial
 from importlib import import_module
 
 from esper import __version__
-from esper.platform.console import say
-from esper.platform.errors import unknown
+from esper.pipelines.common.arguments import choose
 
 COMMANDS = {
     "prepare": "turn text into a tokenizer and token shards",
@@ -24,42 +21,17 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Command and its arguments; None for the process's own.
-
-    Returns:
-        The exit code: the pipeline's own, or 2 where no such command exists.
-    """
-    arguments = sys.argv[1:] if argv is None else argv
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(_help())
-        return 0
-    if command in ("-V", "--version"):
+    """Run one command; returns its exit code, or 2 where there is no such command."""
+    line = sys.argv[1:] if argv is None else argv
+    if line[:1] in (["-V"], ["--version"]):
         print(f"esper {__version__}")
         return 0
-    if command not in COMMANDS:
-        say(f"error: {unknown('command', command, COMMANDS)}")
-        return 2
-    return import_module(f"esper.pipelines.{command}").main(arguments[1:])
+    commands = {name: (summary, partial(_run, name)) for name, summary in COMMANDS.items()}
+    return choose("esper", "command", commands, line)
 
 
-def _help() -> str:
-    """The list of commands."""
-    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: esper COMMAND [ARGUMENTS]",
-            "",
-            "Grow GPTs while they train, on Ray.",
-            "",
-            *lines,
-            "",
-            "`esper COMMAND --help` lists a command's arguments; `esper --version` prints the version.",
-        ]
-    )
+def _run(name: str, rest: list[str]) -> int:
+    return import_module(f"esper.pipelines.{name}").main(rest)
 
 
 if __name__ == "__main__":

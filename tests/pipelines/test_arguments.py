@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import CliPositionalArg
 
-from esper.pipelines.common.arguments import Arguments, CommonArguments, main_guard, parse
+from esper.pipelines.common.arguments import Arguments, CommonArguments, Positional, main_guard, parse
 from esper.platform.errors import UserError
 from esper.platform.storage import write_text
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 class Toy(CommonArguments):
     """Water one plant."""
 
-    arm: Annotated[CliPositionalArg[Literal["wait", "tamiyo"]], Field(description="Who decides.")] = "wait"
+    arm: Annotated[Positional[Literal["wait", "tamiyo"]], Field(description="Who decides.")] = "wait"
     rate: Annotated[float | None, Field(gt=0, description="At 50 % or more.")] = None
     dry_run: Annotated[bool, Field(description="Only say what would be done.")] = False
 
@@ -30,7 +29,7 @@ class Toy(CommonArguments):
 class Needy(Arguments):
     """Needs a name."""
 
-    name: Annotated[CliPositionalArg[str], Field(description="A name.")]
+    name: Annotated[Positional[str], Field(description="A name.")]
     low: int = 0
     high: int = 1
 
@@ -87,7 +86,7 @@ def test_arguments_are_read_only():
         (Toy, ["wait", "more"], "unknown argument more: `esper toy --help` lists"),
         (Toy, ["tamyo"], "unknown arm 'tamyo': it must be one of tamiyo, wait. Did you mean 'tamiyo'?"),
         (Toy, ["--data="], "--data is empty: give it a value or leave it out."),
-        (Needy, [], "the following arguments are required: NAME: `esper toy --help` lists"),
+        (Needy, [], "the following arguments are required: name: `esper toy --help` lists"),
         (Flagged, [], "--out is missing: `esper toy --help` lists"),
         (Needy, ["x", "--low", "3"], "--low must not be above --high: swap them."),
     ],
