@@ -10,7 +10,6 @@ from esper.platform.errors import UserError, unknown
 from esper.platform.storage import read_json
 from esper.policies.lag import LagPolicy
 from esper.policies.named_schedules import NAMED
-from esper.policies.random import RandomPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.static import StaticPolicy
 from esper.policies.tamiyo import TamiyoPolicy
@@ -67,6 +66,8 @@ def _named(name: str, inputs: ArmInputs) -> GrowthPolicy:
 
 
 def _random(inputs: ArmInputs) -> GrowthPolicy:
+    from esper.policies.random import RandomPolicy  # imports torch: seconds that `esper train --help` does not take
+
     if inputs.match is None:
         return RandomPolicy(inputs.seed)
     summary = read_json(inputs.match, f"--match {inputs.match}", "a summary.json that `esper train` left")
