@@ -24,7 +24,8 @@ from pydantic import Field
 
 from esper.pipelines.common.arguments import Arguments, CommonArguments, Positional, choose, main_guard
 from esper.pipelines.common.run_folder import describe, law_job, open_job, resolve_spec
-from esper.pipelines.controllers.comparison import Comparison, Interval
+from esper.pipelines.common.statistics import Interval
+from esper.pipelines.controllers.comparison import Comparison
 from esper.pipelines.controllers.contest import ARMS, TRAINED, Contest, median_entries, parse_arms
 from esper.pipelines.controllers.evaluation import Stage
 from esper.platform.console import say

@@ -5,33 +5,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import stdtrit  # the t distribution's quantiles; scipy.stats takes a second to import
+
+from esper.pipelines.common.statistics import Interval
 
 if TYPE_CHECKING:
     from esper.pipelines.controllers.evaluation import Played  # imports torch
 
-CONFIDENCE = 0.95
 BOUND = "bound"  # the row of the clairvoyant bound
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean of paired differences, and half the width of its 95 % t interval (None for fewer than two pairs)."""
-
-    mean: float
-    half: float | None
-
-    @classmethod
-    def of(cls, differences: np.ndarray) -> "Interval":
-        """From differences (n,)."""
-        n = len(differences)
-        if n < 2:
-            return cls(float(differences.mean()), None)
-        error = differences.std(ddof=1) / np.sqrt(n)
-        return cls(float(differences.mean()), float(error * stdtrit(n - 1, (1 + CONFIDENCE) / 2)))
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
 
 
 @dataclass(frozen=True)
@@ -58,8 +38,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        interval = self.difference and {"mean": self.difference.mean, "half_width_95": self.difference.half}
-        return {**vars(self), "difference": interval}
+        return {**vars(self), "difference": self.difference and self.difference.as_dict()}
 
 
 @dataclass(frozen=True)

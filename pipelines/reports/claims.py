@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr
 
-from esper.pipelines.controllers.comparison import CONFIDENCE, Interval
+from esper.pipelines.common.statistics import CONFIDENCE, Interval
 from esper.pipelines.reports.envelope import NEAR, Seeds, sound
 
 BETTER, WORSE, TIE, NOT_BETTER, CANNOT_SAY = "better", "worse", "tie", "not better", "cannot say"

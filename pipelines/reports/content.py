@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from esper import __version__
-from esper.pipelines.controllers.comparison import Interval
+from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.store import Sweep
 from esper.pipelines.reports.tables import AXES, Tables
 from esper.pipelines.reports.verdict import ArmRow, Verdict

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.controllers.comparison import CONFIDENCE
+from esper.pipelines.common.statistics import CONFIDENCE
 from esper.pipelines.reports.claims import BETTER, CANNOT_SAY, NOT_BETTER, TIE, WORSE, Claim, holm, in_words
 from esper.pipelines.reports.envelope import TrialRun, sound
 from esper.pipelines.reports.opponents import ENVELOPE, FINAL_SIZE, SCHEDULE, Bench, best

@@ -27,7 +27,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from esper.pipelines.controllers.comparison import Interval
+from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.content import AXIS_NAMES, Report, Section, short
 from esper.pipelines.reports.envelope import EnvelopePoint
 from esper.pipelines.reports.tables import AXES

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.controllers.comparison import Interval
+from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.claims import CANNOT_SAY, Claim, interval_dict, pair
 from esper.pipelines.reports.criteria import Criterion, efficiency, find_caveats, mechanics
 from esper.pipelines.reports.envelope import EnvelopePoint, draw_envelope, read_runs, sound

@@ -14,7 +14,8 @@ from scipy import stats
 
 from esper.pipelines import policy as pipeline
 from esper.pipelines.common.play import play
-from esper.pipelines.controllers.comparison import Comparison, Interval
+from esper.pipelines.common.statistics import Interval
+from esper.pipelines.controllers.comparison import Comparison
 from esper.pipelines.controllers.evaluation import Played
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
@@ -201,7 +202,7 @@ def test_the_gap_closed_is_between_the_reference_and_the_bound():
     ("command", "says"),
     [
         ("inform {run}", "unknown action 'inform': it must be one of distill, evaluate, info. Did you mean 'info'?"),
-        ("info", "arguments are required: CHECKPOINT"),
+        ("info", "arguments are required: checkpoint"),
         ("info nowhere", "policy nowhere does not exist"),
         ("info .", "policy . holds no trained policy"),
         ("evaluate nowhere", "policy nowhere does not exist"),

@@ -31,7 +31,7 @@ import mlflow_sweep
 from mlflow_sweep import Arm, Logged
 
 from esper.pipelines import report
-from esper.pipelines.controllers.comparison import Interval
+from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.content import Report, count, payback, short
 from esper.pipelines.reports.envelope import EnvelopePoint
 from esper.pipelines.reports.figures import PALETTE, draw_differences, draw_losses, looks, report_looks
