@@ -11,36 +11,31 @@ A checkpoint is the folder of a `ppo` run (its newest is taken), one in its `che
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-import numpy as np
-import torch
 from pydantic import Field
 
 from esper.pipelines.common.arguments import Arguments, CommonArguments, Positional, choose, main_guard
-from esper.pipelines.common.run_folder import describe, law_job, open_job, resolve_spec
-from esper.pipelines.common.statistics import Interval
-from esper.pipelines.controllers.comparison import Comparison
-from esper.pipelines.controllers.contest import ARMS, TRAINED, Contest, median_entries, parse_arms
-from esper.pipelines.controllers.evaluation import Stage
 from esper.platform.console import say
-from esper.platform.contracts import Instance
-from esper.platform.errors import UserError
-from esper.platform.spec import RunSpec
+from esper.platform.errors import UserError, unknown
 from esper.platform.storage import check_new_file, read_json, write_json
-from esper.policies.arms import ArmInputs, make_policy
-from esper.policies.schedule import Entry, SchedulePolicy
-from esper.policies.simic.policy import CHECKPOINTS, FOLDER, SimicPolicy, policy_folder
-from esper.workers.instances import SetName, instance_set
-from esper.workers.laws.surrogate import SurrogateRun
-from esper.workers.run import GrowthRun
+from esper.policies.arms import ALIASES
+
+if TYPE_CHECKING:  # they import torch
+    from esper.platform.contracts import Instance
+    from esper.platform.spec import RunSpec
+    from esper.policies.schedule import Entry
 
 ON_TEXT = 4  # instances that are played where the user does not say how many
+TRAINED = "ppo"  # the policy itself, which always plays
+ANYWHERE = ("static", "random", "tamiyo", "lag")
+ARMS = (*ANYWHERE, "schedule", "openloop", "bound")
+"""The last three need loss laws: best fixed schedule and the policy's median one, on training instances; the oracle."""
 
 Checkpoint = Positional[Path]
 CHECKPOINT = "A trained policy: the folder of an `esper ppo` run, or a checkpoint in it."
@@ -48,6 +43,8 @@ PRESET = Annotated[
     str | None,
     Field(title="NAME|FILE", description="A preset's name or a JSON file (default: what it was trained on)."),
 ]
+SETS = Literal["train", "test"]
+SET = "The instance set: train, or test."
 EPISODES = Annotated[int | None, Field(ge=1, description="Play only the first N instances of the set.")]
 
 
@@ -62,7 +59,7 @@ class EvaluateArguments(CommonArguments):
 
     checkpoint: Checkpoint = Field(description=CHECKPOINT)
     preset: PRESET = None
-    instances: Annotated[SetName, Field(description="The instance set: train, or test.")] = "test"
+    instances: Annotated[SETS, Field(description=SET)] = "test"
     episodes: EPISODES = None
     arms: Annotated[
         str | None, Field(title="A,B,C", description=f"Of {', '.join(ARMS)} (default: all that can be had).")
@@ -81,7 +78,7 @@ class DistillArguments(Arguments):
     checkpoint: Checkpoint = Field(description=CHECKPOINT)
     out: Annotated[Path, Field(title="FILE", description="A new file for the schedule; must be given.")]
     preset: PRESET = None
-    instances: Annotated[SetName, Field(description="The instance set: train, or test.")] = "train"
+    instances: Annotated[SETS, Field(description=SET)] = "train"
     episodes: EPISODES = None
     seed: Annotated[int, Field(ge=0, description="Seed of every random stream; 0 or more.")] = 0
     set: Annotated[
@@ -90,137 +87,158 @@ class DistillArguments(Arguments):
     ] = []  # noqa: RUF012  (pydantic copies it)
 
 
-# -- info ------------------------------------------------------------------------------------------------------------
-
-
 def info(arguments: InfoArguments) -> None:
     """Print what the checkpoint says of itself."""
+    from esper.policies.simic.policy import SimicPolicy, policy_folder
+
     folder = policy_folder(arguments.checkpoint)
     policy = SimicPolicy.load(folder)
-    for name, value in described(policy, folder).items():
-        print(f"{name:<12} {value}")
-
-
-def described(policy: SimicPolicy, folder: Path) -> dict[str, str]:
-    """What a policy is, as names and texts; only what is known."""
     card, own = policy.card, spec_beside(folder)
     extra = {key: value for key, value in card["extra"].items() if value is not None}
-    preset = extra.get("preset") or (own and read_json(own, str(own), "the spec.json of a run").get("preset"))
-    surrogate = {True: "loss laws (surrogate)", False: "text"}.get(extra.get("surrogate", ""))
     counts = {name: f"{extra[name]:,.0f}" for name in ("iterations", "episodes", "decisions") if name in extra}
     known = {
         "format": f"{card['format']}, telemetry version {card['telemetry_version']}",
-        "hidden width": str(card["hidden"]),
+        "hidden width": card["hidden"],
         "parameters": f"{sum(p.numel() for p in policy.net.parameters()):,}",
-        "trained on": surrogate,
-        "preset": preset,
+        "trained on": {True: "loss laws (surrogate)", False: "text"}.get(extra.get("surrogate", "")),
+        "preset": extra.get("preset") or (own and read_json(own, str(own), "the spec.json of a run").get("preset")),
         **counts,
-        "seed": str(extra["seed"]) if "seed" in extra else None,
+        "seed": extra.get("seed"),
         "weights": f"sha256 {card['sha256']}",
-        "folder": str(folder.absolute()),
+        "folder": folder.absolute(),
     }
-    return {name: value for name, value in known.items() if value is not None}
+    for name, value in known.items():
+        if value is not None:
+            print(f"{name:<12} {value}")
+
+
+def evaluate(arguments: EvaluateArguments) -> None:
+    """Settle, play, compare, report."""
+    from esper.pipelines.common.run_folder import law_job, open_job
+    from esper.pipelines.controllers.evaluation import Evaluation, compare
+    from esper.policies.arms import ArmInputs, make_policy
+    from esper.policies.schedule import SchedulePolicy
+    from esper.policies.simic.policy import SimicPolicy, policy_folder
+    from esper.workers.instances import instance_set
+    from esper.workers.laws.surrogate import SurrogateRun
+    from esper.workers.run import GrowthRun
+
+    folder = policy_folder(arguments.checkpoint)
+    policy = SimicPolicy.load(folder)
+    on_text = arguments.data is not None
+    spec = spec_for(arguments, folder, on_text=on_text)
+    given = {}
+    if arguments.schedule is not None:
+        named = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
+        given["schedule"] = cast(SchedulePolicy, make_policy("schedule", named)).entries
+    arms = parse_arms(arguments.arms, on_text=on_text, given=given)
+    chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None))
+    job = open_job(arguments, spec, "evaluate") if on_text else law_job(arguments, spec, "evaluate")
+    make_run = partial(GrowthRun, spec, job.open_data()) if on_text else partial(SurrogateRun, spec)
+    here = Evaluation(spec, chosen, make_run, arguments.seed)
+    training = None if on_text else replace(here, instances=instance_set("train", spec))
+    job.begin()
+    where = "text" if on_text else "loss laws"
+    say(f"policy  {folder}, on {len(chosen)} {arguments.instances} instances, {where}")
+    found = compare(arms, policy, here, training, given)
+    record = {
+        "policy": {"folder": str(folder.absolute()), **policy.card},
+        "on": where,
+        "preset": spec.preset,
+        "set": arguments.instances,
+        "seed": arguments.seed,
+        "reference": found.reference,
+        "rows": [row | {"difference": row["difference"] and row["difference"].as_dict()} for row in found.rows()],
+        "schedules": {arm: as_json(entries) for arm, entries in found.schedules.items()},
+        "instances": {
+            id: {"instance": instance.model_dump(mode="json"), "seed": here.seed_of(id), **found.reached(i)}
+            for i, (id, instance) in enumerate(chosen.items())
+        },
+    }
+    write_json(job.out / "evaluation.json", record)
+    print(found.table())
+    say("means over the instances, in nats per token; ± is half of a 95 % interval (paired t)")
+    say(f"results: {job.out / 'evaluation.json'}")
+
+
+def distill(arguments: DistillArguments) -> None:
+    """Play the policy, take its median schedule, play that, report."""
+    import numpy as np
+
+    from esper.pipelines.common.run_folder import describe
+    from esper.pipelines.common.statistics import Interval
+    from esper.pipelines.controllers.evaluation import Evaluation
+    from esper.policies.schedule import SchedulePolicy
+    from esper.policies.simic.policy import SimicPolicy, policy_folder
+    from esper.workers.laws.surrogate import SurrogateRun
+
+    check_new_file(arguments.out)
+    out = arguments.out.absolute()
+    folder = policy_folder(arguments.checkpoint)
+    policy = SimicPolicy.load(folder)
+    spec = spec_for(CommonArguments(preset=arguments.preset, set=arguments.set), folder, on_text=False)
+    chosen = instances(spec, arguments.instances, arguments.episodes)
+    say(f"preset  {spec.preset}: {describe(spec)}")
+    say(f"policy  {folder}, on {len(chosen)} {arguments.instances} instances, loss laws")
+    here = Evaluation(spec, chosen, partial(SurrogateRun, spec), arguments.seed)
+    entries, by_policy = here.median_schedule(policy)
+    write_json(out, as_json(entries))
+    by_schedule = here.play("openloop", lambda seed: SchedulePolicy(entries))
+    for entry in entries:
+        print(f"{entry.at:6.1%}  {entry.blueprint}" + (f" at {entry.site}" if entry.site else ""))
+    grafts, prunes = [len(run["grafts"]) for run in by_policy], sum(len(run["prunes"]) for run in by_policy)
+    many = f"{min(grafts)} to {max(grafts)}, {np.mean(grafts):.1f} on average"
+    say(f"grafts  {len(entries)} in the schedule; the policy's episodes have {many}")
+    if prunes:
+        say(f"        and {prunes} prunes in all, which a schedule cannot hold")
+    looking, blind = (np.array([run["val_loss"] for run in runs]) for runs in (by_policy, by_schedule))
+    say(f"loss    {looking.mean():.4f} by the policy, {blind.mean():.4f} by the schedule: not looking at the run costs")
+    say(f"        {Interval.of(blind - looking)} nats (95 % interval, paired t)")
+    say(f"wrote   {out}; play it with: esper train schedule --schedule {out}")
+
+
+def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ()) -> list[str]:
+    """The arms that a comma-separated list names, or all that can be had; never the policy itself.
+
+    Args:
+        names: the list, if there is one.
+        on_text: whether GPTs are trained.
+        given: arms whose schedule is given.
+
+    Raises:
+        UserError: no arm, an unknown one, or one that cannot be had.
+    """
+    here = [arm for arm in ARMS if not on_text or arm in ANYWHERE or arm in given]
+    if names is None:
+        return here
+    arms = list(dict.fromkeys(ALIASES.get(name.strip(), name.strip()) for name in names.split(",") if name.strip()))
+    if not arms:
+        raise UserError(f"--arms names no arm: give one or more of {', '.join(ARMS)}.")
+    for arm in arms:
+        if arm not in (*ARMS, TRAINED):
+            raise unknown("arm", arm, [*ARMS, TRAINED, *ALIASES])
+        if arm not in (*here, TRAINED):
+            mend = "give --schedule FILE, or leave it out" if arm == "schedule" else "leave it out"
+            raise UserError(f"arm {arm!r} is worked out on loss laws only, not on text: {mend}.")
+    return [arm for arm in arms if arm != TRAINED]
 
 
 def spec_beside(folder: Path) -> Path | None:
     """The `spec.json` of the `ppo` run that a policy's folder lies in; None where it lies elsewhere."""
+    from esper.policies.simic.policy import CHECKPOINTS, FOLDER
+
     checkpoint = folder.absolute().parent
     inside = folder.absolute().name == FOLDER and checkpoint.parent.name == CHECKPOINTS
     path = checkpoint.parents[1] / "spec.json" if inside else None
     return path if path is not None and path.is_file() else None
 
 
-# -- evaluate --------------------------------------------------------------------------------------------------------
+def spec_for(arguments: CommonArguments, folder: Path, *, on_text: bool) -> "RunSpec":
+    """What is played: the preset that is named, else the policy's own, with overrides."""
+    import torch
 
+    from esper.pipelines.common.run_folder import resolve_spec
 
-def evaluate(arguments: EvaluateArguments) -> None:
-    """Settle, play, compare, report."""
-    folder = policy_folder(arguments.checkpoint)
-    policy = SimicPolicy.load(folder)
-    on_text = arguments.data is not None
-    spec = spec_for(arguments, folder, on_text=on_text)
-    schedules = {}
-    if arguments.schedule is not None:
-        inputs = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
-        schedules["schedule"] = schedule_of(inputs)
-    arms = parse_arms(arguments.arms, on_text=on_text, schedules=schedules)
-    episodes = ON_TEXT if on_text and arguments.episodes is None else arguments.episodes
-    chosen = instances(spec, arguments.instances, episodes)
-    job = open_job(arguments, spec, "evaluate") if on_text else law_job(arguments, spec, "evaluate")
-    make_run = partial(GrowthRun, spec, job.open_data()) if on_text else partial(SurrogateRun, spec)
-    stage = Stage(spec, chosen, make_run, arguments.seed)
-    training = None if on_text else replace(stage, instances=instance_set("train", spec))
-    contest = Contest(stage, policy, training, schedules)
-    job.begin()
-    where = "text" if on_text else "loss laws"
-    say(f"policy  {folder}, on {len(stage.instances)} {arguments.instances} instances, {where}")
-    comparison = contest.compare(arms)
-    write_json(job.out / "evaluation.json", record(arguments, folder, contest, comparison))
-    print(comparison.table())
-    say("means over the instances, in nats per token; ± is half of a 95 % interval (paired t)")
-    say(f"results: {job.out / 'evaluation.json'}")
-
-
-def record(arguments: EvaluateArguments, folder: Path, contest: Contest, comparison: Comparison) -> dict[str, Any]:
-    """`evaluation.json`: the table's rows, and what every arm reached on every instance."""
-    stage = contest.stage
-    return {
-        "policy": {"folder": str(folder.absolute()), **contest.policy.card},
-        "on": "text" if contest.training is None else "loss laws",
-        "preset": stage.spec.preset,
-        "set": arguments.instances,
-        "seed": arguments.seed,
-        "reference": comparison.reference,
-        "rows": [row.as_dict() for row in comparison.rows()],
-        "schedules": {arm: as_json(entries) for arm, entries in contest.schedules.items()},
-        "instances": {
-            id: {"instance": stage.instances[id].model_dump(mode="json"), "seed": stage.seed_of(id), **reached}
-            for id, reached in comparison.instances().items()
-        },
-    }
-
-
-# -- distill ---------------------------------------------------------------------------------------------------------
-
-
-def distill(arguments: DistillArguments) -> None:
-    """Play the policy, take its median schedule, play that, report."""
-    check_new_file(arguments.out)
-    out = arguments.out.absolute()
-    folder = policy_folder(arguments.checkpoint)
-    policy = SimicPolicy.load(folder)
-    common = CommonArguments(preset=arguments.preset, set=arguments.set)
-    spec = spec_for(common, folder, on_text=False)
-    chosen = instances(spec, arguments.instances, arguments.episodes)
-    stage = Stage(spec, chosen, partial(SurrogateRun, spec), arguments.seed)
-    say(f"preset  {spec.preset}: {describe(spec)}")
-    say(f"policy  {folder}, on {len(chosen)} {arguments.instances} instances, loss laws")
-    by_policy = stage.play(TRAINED, lambda seed: policy)
-    entries = median_entries(by_policy, stage)
-    write_json(out, as_json(entries))
-    by_schedule = stage.play("openloop", lambda seed: SchedulePolicy(entries))
-    for entry in entries:
-        print(f"{entry.at:6.1%}  {entry.blueprint}" + (f" at {entry.site}" if entry.site else ""))
-    grafts, prunes = by_policy.grafts(), sum(len(summary["prunes"]) for summary in by_policy.summaries.values())
-    many = f"{min(grafts)} to {max(grafts)}, {np.mean(grafts):.1f} on average"
-    say(f"grafts  {len(entries)} in the schedule; the policy's episodes have {many}")
-    if prunes:
-        say(f"        and {prunes} prunes in all, which a schedule cannot hold")
-    losses, blind = by_policy.losses(), by_schedule.losses()
-    say(f"loss    {losses.mean():.4f} by the policy, {blind.mean():.4f} by the schedule: not looking at the run costs")
-    say(f"        {Interval.of(blind - losses)} nats (95 % interval, paired t)")
-    say(f"wrote   {out}; play it with: esper train schedule --schedule {out}")
-
-
-# -- Shared ----------------------------------------------------------------------------------------------------------
-
-
-def spec_for(arguments: CommonArguments, folder: Path, *, on_text: bool) -> RunSpec:
-    """What is played: the preset that is named, else the policy's own, with overrides.
-
-    Raises:
-        UserError: no such preset, or a value that is not allowed.
-    """
     own = spec_beside(folder)
     if arguments.preset is None and own is not None:
         arguments = arguments.model_copy(update={"preset": str(own)})
@@ -229,31 +247,20 @@ def spec_for(arguments: CommonArguments, folder: Path, *, on_text: bool) -> RunS
     return spec
 
 
-def instances(spec: RunSpec, name: SetName, first: int | None) -> dict[int, Instance]:
-    """An instance set, or its first instances.
+def instances(spec: "RunSpec", name: SETS, first: int | None) -> "dict[int, Instance]":
+    """An instance set, or its first instances; a UserError where it has not so many."""
+    from esper.workers.instances import instance_set
 
-    Raises:
-        UserError: it has not so many.
-    """
     whole = instance_set(name, spec)
     if first is not None and first > len(whole):
         raise UserError(f"--episodes is {first}, but the {name} set has {len(whole)} instances: ask for fewer.")
     return dict(islice(whole.items(), first))
 
 
-def schedule_of(inputs: ArmInputs) -> list[Entry]:
-    """The entries of a schedule's file, checked."""
-    policy = make_policy("schedule", inputs)
-    assert isinstance(policy, SchedulePolicy)
-    return policy.entries
-
-
-def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
+def as_json(entries: "list[Entry]") -> list[dict[str, Any]]:
     """A schedule as `policies/schedule.py` reads it."""
     return [entry.model_dump(mode="json", exclude_none=True) for entry in entries]
 
-
-# -- Command ---------------------------------------------------------------------------------------------------------
 
 ACTIONS: dict[str, tuple[Callable[..., None], type[Arguments], str]] = {
     "info": (info, InfoArguments, "say what a trained policy is"),

@@ -1,58 +1,43 @@
-"""Playing an arm on an instance set: every instance once, from a seed of its own that is the same for all arms."""
+"""A trained controller beside the other arms: every arm plays every instance of a set once, from the same seeds."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from esper.pipelines.common.play import play
-from esper.platform.console import Eta, say
+from esper.pipelines.common.statistics import Interval
+from esper.platform.console import Eta, duration, say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
+from esper.policies.arms import ArmInputs, make_policy
+from esper.policies.schedule import Entry, SchedulePolicy
+from esper.policies.simic.distill import Taken, median_schedule
+from esper.policies.simic.policy import SimicPolicy
+from esper.workers.laws.oracle import bound
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 
+TRAINED, BOUND = "ppo", "bound"  # the rows of the policy itself and of the clairvoyant bound
 TOLD_EVERY = 5.0  # seconds between two lines of progress
+REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens")
+
+Summaries = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Played:
-    """What an arm reached.
-
-    Attributes:
-        arm: its name.
-        summaries: id of the instance → the episode's summary, in the set's order.
-    """
-
-    arm: str
-    summaries: dict[int, dict[str, Any]]
-
-    def losses(self) -> np.ndarray:
-        """Final validation losses, nats per token, float64 (instances,)."""
-        return np.array([summary["val_loss"] for summary in self.summaries.values()])
-
-    def grafts(self) -> list[int]:
-        """How many grafts each episode has."""
-        return [len(summary["grafts"]) for summary in self.summaries.values()]
-
-    def diverged(self) -> int:
-        """Episodes that had to be given up."""
-        return sum(summary["diverged"] for summary in self.summaries.values())
-
-
-@dataclass(frozen=True)
-class Stage:
+class Evaluation:
     """Where arms are compared.
 
     Attributes:
         spec: what is played.
         instances: id → instance.
         make_run: makes the run that an arm plays on.
-        seed: from which each instance's own is derived.
+        seed: from which each instance's own is derived, whatever the arm.
     """
 
     spec: RunSpec
@@ -61,37 +46,168 @@ class Stage:
     seed: int = 0
 
     def seed_of(self, id: int) -> int:
-        """The seed of an instance's episodes, whatever the arm."""
+        """The seed of an instance's episodes."""
         return derive(self.seed, "evaluate", id)
 
-    def play(self, arm: str, make_policy: Callable[[int], GrowthPolicy]) -> Played:
-        """Play an arm on every instance; `make_policy` makes its controller from an episode's seed."""
-        run, summaries = self.make_run(), {}
-        progress = Progress(arm, len(self.instances))
-        for id, instance in self.instances.items():
-            seed = self.seed_of(id)
-            run.reset(instance, seed)
-            summaries[id] = play(run, make_policy(seed), arm=arm, probe=ChargedProbe(run))
-            progress.tick()
-        return Played(arm, summaries)
+    def play(self, arm: str, make_policy: Callable[[int], GrowthPolicy]) -> Summaries:
+        """An arm's summary of each instance; `make_policy` makes its controller from an episode's seed."""
+        run = self.make_run()
 
-    def first_sites(self) -> set[str]:
-        """Ids of the sites that every instance starts with."""
+        def episode(id: int) -> dict[str, Any]:
+            run.reset(self.instances[id], self.seed_of(id))
+            return play(run, make_policy(self.seed_of(id)), arm=arm, probe=ChargedProbe(run))
+
+        return self._each(arm, episode)
+
+    def bounds(self) -> np.ndarray:
+        """The lowest loss that can be reached on each instance, nats, float64 (instances,)."""
+        return np.array(self._each(BOUND, lambda id: bound(self.spec, self.instances[id], seed=self.seed_of(id))))
+
+    def median_schedule(self, policy: SimicPolicy) -> tuple[list[Entry], Summaries]:
+        """The median schedule of what a policy plays here, and the summaries of that."""
         shallow = min(self.instances, key=lambda id: self.instances[id].n_layer or self.spec.host.n_layer)
-        return set(self.make_run().reset(self.instances[shallow], self.seed_of(shallow)).site_ids)
+        sites = self.make_run().reset(self.instances[shallow], self.seed_of(shallow)).site_ids
+        played = self.play(TRAINED, lambda seed: policy)
+        return median_grafts(played, self.spec.budget.decisions, set(sites)), played
+
+    def _each(self, what: str, of: Callable[[int], Any]) -> list[Any]:
+        """`of` each instance, with a line every few seconds on how many are done."""
+        found, eta, told = [], Eta(), time.perf_counter()
+        for done, id in enumerate(self.instances):
+            if time.perf_counter() - told >= TOLD_EVERY:
+                told = time.perf_counter()
+                say(f"  {what}: {done} of {len(self.instances)}, {eta.left(done / len(self.instances))} left")
+            found.append(of(id))
+        return found
 
 
-class Progress:
-    """A line every few seconds on how many of something are done; none for what takes less."""
+@dataclass(frozen=True)
+class Comparison:
+    """What arms reached on the same instances.
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
-        self._eta, self._told = Eta(), time.perf_counter()
+    Attributes:
+        played: arm → a summary per instance.
+        schedules: arm → entries, of the arms that play a schedule.
+        bounds: lowest loss of each instance, nats, float64 (instances,); None where nobody knows it.
+    """
 
-    def tick(self) -> None:
-        """One more is done."""
-        self._done += 1
-        if time.perf_counter() - self._told >= TOLD_EVERY and self._done < self._total:
-            self._told = time.perf_counter()
-            left = self._eta.left(self._done / self._total)
-            say(f"  {self._what}: {self._done} of {self._total}, {left} left")
+    played: dict[str, Summaries]
+    schedules: dict[str, list[Entry]]
+    bounds: np.ndarray | None = None
+
+    @property
+    def reference(self) -> str | None:
+        """The arm that the others are held against."""
+        return next((arm for arm in ("schedule", "static") if arm in self.played), None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per arm, then the bound; None where there is nothing to hold it against.
+
+        `loss`, `to_bound` and `difference` (an Interval: to the reference, in pairs) are means in nats per token;
+        `closed` is the share of the gap between the reference and the bound; `grafts` of an episode; `diverged` counts
+        episodes.
+        """
+        losses = {arm: np.array([run["val_loss"] for run in runs]) for arm, runs in self.played.items()}
+        bounds, reference = self.bounds, losses.get(self.reference or "")
+        gap = 0.0 if bounds is None or reference is None else float((reference - bounds).mean())
+        rows = []
+        for arm, reached in (losses if bounds is None else losses | {BOUND: bounds}).items():
+            runs = self.played.get(arm)
+            apart = None if reference is None or arm == self.reference else Interval.of(reached - reference)
+            row = {
+                "arm": arm,
+                "loss": float(reached.mean()),
+                "to_bound": None if bounds is None or arm == BOUND else float((reached - bounds).mean()),
+                "difference": apart,
+                "closed": float((reference - reached).mean()) / gap if reference is not None and gap > 0 else None,
+                "grafts": runs and float(np.mean([len(run["grafts"]) for run in runs])),
+                "diverged": sum(run["diverged"] for run in runs or ()),
+            }
+            rows.append(row)
+        return rows
+
+    def table(self) -> str:
+        """The rows as text; a column without any number is left out."""
+        import pandas
+
+        columns: dict[str, Callable[[dict[str, Any]], str]] = {
+            "arm": lambda row: row["arm"],
+            "mean final loss": lambda row: f"{row['loss']:.4f}",
+            "to the bound": lambda row: _cell(row["to_bound"], "{:.4f}"),
+            f"against {self.reference}": lambda row: _cell(row["difference"], "{}"),
+            "gap closed": lambda row: _cell(row["closed"], "{:.0%}"),
+            "grafts": lambda row: _cell(row["grafts"], "{:.1f}"),
+            "diverged": lambda row: _cell(row["diverged"] or None, "{}"),
+        }
+        rows = self.rows()
+        cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+        told = {name: column for name, column in cells.items() if any(column)}
+        return pandas.DataFrame(told).to_string(index=False)
+
+    def reached(self, i: int) -> dict[str, Any]:
+        """What each arm reached on the i-th instance, and its bound, as JSON values."""
+        arms = {arm: _reached(runs[i]) for arm, runs in self.played.items()}
+        return {BOUND: None if self.bounds is None else float(self.bounds[i]), "arms": arms}
+
+
+def compare(
+    arms: Sequence[str],
+    policy: SimicPolicy,
+    on: Evaluation,
+    training: Evaluation | None,
+    given: Mapping[str, list[Entry]],
+) -> Comparison:
+    """Play these arms and then the policy, telling how it goes.
+
+    Args:
+        arms: names; `schedule` and `openloop` are chosen on training instances, where they are not given.
+        policy: the trained controller.
+        on: where the arms are compared.
+        training: where schedules are chosen; None on text, where that would take days.
+        given: arm → the entries of its schedule.
+    """
+    from esper.pipelines.controllers.best_schedule import best_fixed_schedule
+
+    played, schedules, bounds = {}, dict(given), None
+
+    def schedule(arm: str) -> list[Entry]:
+        assert training is not None
+        say(f"  {arm}: choosing on {len(training.instances)} training instances")
+        if arm == "schedule":
+            return best_fixed_schedule(training.spec, training.instances.values())
+        return training.median_schedule(policy)[0]
+
+    for arm in (*arms, TRAINED):
+        begun = time.perf_counter()
+        if arm == BOUND:
+            bounds = on.bounds()
+        elif arm == TRAINED:
+            played[arm] = on.play(arm, lambda seed: policy)
+        elif arm in ("schedule", "openloop"):
+            entries = schedules[arm] = schedules[arm] if arm in schedules else schedule(arm)
+            played[arm] = on.play(arm, lambda seed, entries=entries: SchedulePolicy(entries))
+        else:
+            played[arm] = on.play(arm, lambda seed, arm=arm: make_policy(arm, ArmInputs(seed)))
+        say(f"  {arm}: {duration(time.perf_counter() - begun)}")
+    return Comparison(played, schedules, bounds)
+
+
+def median_grafts(summaries: Iterable[dict[str, Any]], decisions: int, sites: Collection[str]) -> list[Entry]:
+    """The median schedule of runs, by their summaries (`policies/simic/distill.py`)."""
+    episodes = [
+        [Taken(graft["budget_fraction"], graft["blueprint"], graft["site"]) for graft in summary["grafts"]]
+        for summary in summaries
+    ]
+    return median_schedule(episodes, decisions, sites)
+
+
+def _reached(summary: dict[str, Any]) -> dict[str, Any]:
+    grafts = [
+        {"at": graft["budget_fraction"], "blueprint": graft["blueprint"], "site": graft["site"]}
+        for graft in summary["grafts"]
+    ]
+    return {**{key: summary[key] for key in REACHED}, "grafts": grafts, "prunes": len(summary["prunes"])}
+
+
+def _cell(value: object | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from esper.pipelines.controllers.contest import median_grafts
+from esper.pipelines.controllers.evaluation import median_grafts
 from esper.pipelines.sweeps.arm_names import FINAL, LRPATH, OPENLOOP, SCHEDULES
 from esper.pipelines.sweeps.entrants import Entrant
 from esper.pipelines.sweeps.grid import Point

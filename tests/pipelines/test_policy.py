@@ -15,8 +15,7 @@ from scipy import stats
 from esper.pipelines import policy as pipeline
 from esper.pipelines.common.play import play
 from esper.pipelines.common.statistics import Interval
-from esper.pipelines.controllers.comparison import Comparison
-from esper.pipelines.controllers.evaluation import Played
+from esper.pipelines.controllers.evaluation import Comparison
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import SchedulePolicy
@@ -98,7 +97,7 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert pipeline.main(["evaluate", str(trained), *FEW, "--out", str(out)]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[2:]] == [
+    assert [line.split()[0] for line in table[1:]] == [
         "static",
         "random",
         "tamiyo",
@@ -171,8 +170,8 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
 # -- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def played(arm, *losses):
-    return Played(arm, {i: {"val_loss": loss, "grafts": [], "diverged": False} for i, loss in enumerate(losses)})
+def played(*losses):
+    return [{"val_loss": loss, "grafts": [], "diverged": False} for loss in losses]
 
 
 def test_the_interval_is_the_paired_t_tests():
@@ -187,12 +186,12 @@ def test_the_interval_is_the_paired_t_tests():
 
 def test_the_gap_closed_is_between_the_reference_and_the_bound():
     bounds = np.array([1.0, 2.0])
-    arms = [played("schedule", 2.0, 4.0), played("ppo", 1.5, 3.25)]
-    rows = Comparison(arms, "schedule", bounds).rows()
-    assert [row.closed for row in rows] == pytest.approx([0, 1.25 / 3, 1])
-    assert [row.to_bound for row in rows] == pytest.approx([1.5, 0.875, None])
-    assert [row.closed for row in Comparison(arms, "schedule", np.array([2.0, 4.0])).rows()] == [None] * 3  # no gap
-    assert "against" not in Comparison(arms).table()
+    arms = {"schedule": played(2.0, 4.0), "ppo": played(1.5, 3.25)}
+    rows = Comparison(arms, {}, bounds).rows()
+    assert [row["closed"] for row in rows] == pytest.approx([0, 1.25 / 3, 1])
+    assert [row["to_bound"] for row in rows] == pytest.approx([1.5, 0.875, None])
+    assert [row["closed"] for row in Comparison(arms, {}, np.array([2.0, 4.0])).rows()] == [None] * 3  # no gap
+    assert "against" not in Comparison({"ppo": arms["ppo"]}, {}).table()
 
 
 # -- Bad input ------------------------------------------------------------------------------------------------------
