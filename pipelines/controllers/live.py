@@ -1,33 +1,49 @@
-"""A training of a controller as it goes: a live view in a terminal, else a plain line per iteration.
+"""A training of a controller as it goes: a live view in a terminal, else a plain line an iteration.
 
     esper ppo …            # in a terminal: the view, four times a second, messages above it
     esper ppo … 2> log     # plain lines; so too with TERM=dumb or unset
 
 The view must never cost a training anything: what fails while it is drawn is shown in its place, and a terminal that
-cannot be written to is left alone. It is drawn by a thread of its own, which asks for the workers *before* it takes the
-terminal's lock, since whoever says something while he holds the dispatcher's lock waits for the terminal's. The cursor
-stays visible, so that a killed process leaves a sane terminal.
+cannot be written to is left alone. A thread of its own asks for the workers *before* it takes the terminal's lock, for
+whoever says something while holding the dispatcher's lock waits for the terminal's. The cursor stays visible, so that
+a killed process leaves a sane terminal.
 """
 
 import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
-from esper.pipelines.controllers.live_panel import Progress, panel
-from esper.platform.console import Eta, said_to, say
+from esper.platform.console import Eta, duration, said_to, say
 from esper.policies.simic.view import WorkerView
 
 REFRESH_SECONDS = 0.25
-RATE_OVER = 5  # iterations over which decisions per second are averaged
+COURSE = 16  # iterations that a sparkline shows
+BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=*#"
+METRICS = (
+    ("return", "return_mean", "+.3f"),
+    ("explained variance", "explained_variance", "+.2f"),
+    ("entropy", "entropy", ".2f"),
+    ("KL", "kl", ".4f"),
+    ("waits", "wait", ".0%"),
+    ("clip fraction", "clip_fraction", ".0%"),
+)
+COUNTS = (
+    ("episodes", "episodes", ".0f"),
+    ("workers busy", "busy", ".0%"),
+    ("policy lag", "lag_mean", ".1f"),
+    *((name, name, ".0f") for name in ("failures", "refused", "dropped")),
+)
+STYLES = {"starting": "yellow", "resting": "dim"}
 
 
 class TrainingView:
@@ -40,14 +56,9 @@ class TrainingView:
     """
 
     def __init__(self, iterations: int, begin: int, workers: Callable[[], list[WorkerView]]) -> None:
-        self._iterations, self._begin, self._workers = iterations, begin, workers
-        self._eta = Eta()
-        self._started = time.monotonic()
-        self._ends: list[float] = []  # when each iteration ended
+        self._iterations, self._begin, self._number, self._workers = iterations, begin, begin, workers
+        self._eta, self._started, self._left = Eta(), time.monotonic(), "?"
         self._history: list[dict[str, float]] = []
-        self._number = begin
-        self._seen: list[WorkerView] | str = []  # a text says why there is none
-        self._over = False
         self._live: Live | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="training-view", daemon=True)
@@ -55,117 +66,137 @@ class TrainingView:
 
     def iteration(self, number: int, metrics: dict[str, float]) -> None:
         """To be called after each iteration with its number, from 1, and `iteration_metrics`."""
-        self._ends.append(time.monotonic())
-        self._history.append(metrics)
-        self._number = number
-        left = self._eta.left(self._done())
+        self._number, self._history = number, [*self._history, metrics]
+        self._left = self._eta.left(self._done())
         if self._live is None:
-            say(f"  {plain_line(number, self._iterations, metrics)}, {left} left")
+            say(f"  {plain_line(number, self._iterations, metrics)}, {self._left} left")
 
     def __enter__(self) -> Self:
         self._eta, self._started = Eta(), time.monotonic()
-        if not is_live():
-            return self
-        console = _Console()
-        live = Live(
-            get_renderable=self.drawing,
-            console=console,
-            auto_refresh=False,
-            redirect_stdout=sys.stdout.isatty(),  # results that go elsewhere go there untouched
-            vertical_overflow="crop",
-        )
-        try:
-            with console:  # always before rich's own lock
-                live.start(refresh=True)
+        if is_live():
+            console = _Console()
+            self._live = Live(
+                self.drawing([]),
+                console=console,
+                auto_refresh=False,
+                redirect_stdout=sys.stdout.isatty(),  # results that go elsewhere go there untouched
+                vertical_overflow="crop",
+            )
+            with suppress(OSError, ValueError), console:  # always before rich's own lock
+                self._live.start(refresh=True)
                 console.show_cursor(True)
-        except Exception as error:
-            with suppress(Exception):
-                live.stop()
-            say(f"no live view ({_one_line(error)}): plain lines instead")
-            return self
-        self._live = live
-        self._exit.enter_context(said_to(self._say))
-        self._thread.start()
+            self._exit.enter_context(said_to(self._say))
+            self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leave the head as it stood, without the workers, and the terminal as it was."""
         if self._live is None:
             return
-        self._over = True
         self._stop.set()
         try:
             self._thread.join(timeout=2)  # it may wait for the workers' lock: then it is left to itself
-            with suppress(Exception), self._live.console:
+            with suppress(OSError, ValueError), self._live.console:
+                self._live.update(self.drawing([]))
                 self._live.stop()
         finally:
             self._exit.close()
 
-    def drawing(self) -> "_Guarded":
-        """The view as it stands, for rich to print."""
-        return _Guarded(self._panel)
-
-    # -- The thread's side ---------------------------------------------------------------------------------------
+    def drawing(self, workers: list[WorkerView]) -> RenderableType:
+        """The view as it stands, at most a line less high than the terminal; or why it cannot be drawn."""
+        try:
+            console = self._live.console if self._live is not None else Console(stderr=True)
+            parts = [self._head(), *_metrics(self._history, console.options.ascii_only)]
+            room = console.height - 1 - sum(len(console.render_lines(part)) for part in parts)
+            return Group(*parts, *_workers(workers, room))
+        except Exception as error:
+            return Text(f"live view: {_one_line(error)}")
 
     def _refresh(self) -> None:
         assert self._live is not None
         while not self._stop.is_set():
-            self._look()
+            try:
+                drawing = self.drawing(self._workers())
+            except Exception as error:
+                drawing = Group(self.drawing([]), Text(f"workers cannot be seen: {_one_line(error)}", "yellow"))
             with suppress(OSError, ValueError), self._live.console:  # a terminal that is gone is no reason to complain
-                self._live.refresh()
+                self._live.update(drawing, refresh=True)
             self._stop.wait(REFRESH_SECONDS)
-
-    def _look(self) -> None:
-        try:
-            self._seen = list(self._workers())
-        except Exception as error:
-            self._seen = f"workers cannot be seen: {_one_line(error)}"
-
-    def _panel(self, width: int, height: int, ascii_only: bool) -> list[Text]:
-        now = time.monotonic()
-        progress = Progress(
-            number=self._number,
-            iterations=self._iterations,
-            fraction=self._done(),
-            elapsed=now - self._started,
-            left=self._left(now),
-            rate=self._rate(),
-            over=self._over,
-        )
-        return panel(progress, list(self._history), self._seen, width, height, ascii_only=ascii_only)
 
     def _say(self, message: str) -> None:
         assert self._live is not None
-        try:
+        with suppress(OSError, ValueError):
             self._live.console.print(Text(message), soft_wrap=True)  # unbroken: it is copied whole
-        except Exception:
-            with suppress(OSError, ValueError):  # the terminal is gone
-                print(message, file=sys.__stderr__, flush=True)
-
-    # -- Numbers -------------------------------------------------------------------------------------------------
 
     def _done(self) -> float:
         """Fraction of the iterations to do, of which a resumed training has fewer."""
         return (self._number - self._begin) / max(1, self._iterations - self._begin)
 
-    def _left(self, now: float) -> float | None:
-        """Seconds left, counting down between iterations; none before the first ends."""
-        done = self._done()
-        if not self._ends or done <= 0:
-            return None
-        spent = self._ends[-1] - self._started
-        return max(0.0, spent * (1 - done) / done - (now - self._ends[-1]))
+    def _head(self) -> Text:
+        """`iteration 7/20, 1m12s, 2m05s left, 12.3 decisions/s`."""
+        elapsed = time.monotonic() - self._started
+        told = [f" {self._done():.0%}", duration(elapsed), f"{self._left} left"]
+        if self._history:
+            told.append(f"{sum(m.get('decisions', 0) for m in self._history) / max(1e-9, elapsed):.3g} decisions/s")
+        else:
+            told.append("first episodes under way")
+        return Text(f"iteration {self._number}/{self._iterations}", "bold", no_wrap=True).append(
+            ", ".join(told), "not bold"
+        )
 
-    def _rate(self) -> float | None:
-        """Decisions learned from per second, over the last iterations."""
-        if not self._ends:
-            return None
-        starts = [self._started, *self._ends]
-        last = min(RATE_OVER, len(self._ends))
-        decisions = sum(metrics.get("decisions", 0.0) for metrics in self._history[-last:])
-        return decisions / max(1e-9, starts[-1] - starts[-1 - last])
+
+def _metrics(history: list[dict[str, float]], ascii_only: bool) -> list[RenderableType]:
+    """Metrics with their latest course, and a line of counts."""
+    if not history:
+        return []
+    grid, now = Table.grid(padding=(0, 2)), history[-1]
+    for name, key, form in METRICS:
+        if key in now:
+            course = sparkline([metrics[key] for metrics in history if key in metrics], ascii_only)
+            grid.add_row(Text(name, "dim"), f"{now[key]:{form}}", Text(course, "cyan"))
+    counts = [f"{name} {now[key]:{form}}" for name, key, form in COUNTS if now.get(key)]
+    return [grid, Text(", ".join(counts), "dim", no_wrap=True)]
+
+
+def _workers(workers: list[WorkerView], room: int) -> list[RenderableType]:
+    """The first that fit into `room` lines as a table, and a line that sums up all where some do not."""
+    if not workers or room < 3:
+        return []
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("worker", "state", "episode", "decision", "budget", "loss", "params", "s/decision"):
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    table.add_column(Text("last action", no_wrap=True), overflow="crop")  # gives way first
+    shown = workers if len(workers) < room else workers[: room - 2]
+    for one in shown:
+        table.add_row(
+            _told(one.worker if one.worker >= 0 else None, "d"),
+            one.state,
+            _told(one.episode, "d"),
+            _told(one.decision, "d"),
+            _told(one.budget_used, ".0%"),
+            _told(one.loss, ".4f"),
+            _told(one.parameters, ",d"),
+            _told(one.seconds, ".3g"),
+            Text((one.action or "").replace("\n", " "), no_wrap=True),
+            style=STYLES.get(one.state),
+        )
+    states = ", ".join(f"{count:,} {state}" for state, count in Counter(one.state for one in workers).items())
+    rest = Text(f"and {len(workers) - len(shown):,} more; of all {len(workers):,}: {states}", "dim", no_wrap=True)
+    return [table] if len(shown) == len(workers) else [table, rest]
+
+
+def sparkline(values: list[float], ascii_only: bool = False) -> str:
+    """A character for each of the latest values, from the least to the greatest of them; `!` for one not finite."""
+    values, blocks = values[-COURSE:], ASCII_BLOCKS if ascii_only else BLOCKS
+    finite = [value for value in values if abs(value) < float("inf")]  # leaves out NaN too
+    low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
+
+    def block(value: float) -> str:
+        if not abs(value) < float("inf"):
+            return "!"
+        return blocks[min(len(blocks) - 1, int((value - low) / spread * len(blocks)))] if spread else blocks[0]
+
+    return "".join(map(block, values))
 
 
 def is_live() -> bool:
@@ -198,31 +229,15 @@ class _Console(Console):
         super().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         try:
-            super().__exit__(kind, error, traceback)  # writes what is buffered
+            super().__exit__(*error)  # writes what is buffered
         finally:
             self._writing.release()
 
 
-class _Guarded:
-    """Lines drawn to fit the terminal as it is now, or why they cannot be."""
-
-    def __init__(self, draw: Callable[[int, int, bool], list[Text]]) -> None:
-        self._draw = draw
-
-    def __rich_console__(self, console: Console, options: object):
-        width, height = console.size
-        try:
-            lines = self._draw(width, height, console.options.ascii_only)
-        except Exception as error:
-            lines = [Text(f"live view: {_one_line(error)}")]
-        for line in lines[: max(1, height - 1)]:
-            line.rstrip()
-            line.truncate(width - 1, overflow="crop")  # a full line would wrap in some terminals
-            yield line
+def _told(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _one_line(error: Exception) -> str:
