@@ -37,7 +37,7 @@ def trained(tmp_path, monkeypatch):
     for iteration in (1, 2):
         net = ControllerNet(16)
         with torch.no_grad():
-            net.score[-1].weight.normal_(0, SCALE)
+            net.score[-1].weight.normal_(0, SCALE)  # pyright: ignore[reportCallIssue]
         SimicPolicy(net).save(run / "checkpoints" / f"{iteration:06d}" / "policy", {**EXTRA, "iterations": iteration})
     (run / "spec.json").write_text(load_spec("tinystories-char").model_dump_json())
     return run
