@@ -217,6 +217,9 @@ class PPOSpec(Frozen):
     hidden: int = Field(default=64, ge=4, description="width of the policy network")
     learners: int = Field(default=0, ge=0, description="learner processes; 0 learns in the driver")
     learner_gpus: float = Field(default=0.0, ge=0, description="GPUs of a learner")
+    held_out: int = Field(
+        default=4, ge=0, le=64, description="episodes by which the best policy is chosen; 0 takes the last"
+    )
 
 
 class LawSpec(Frozen):

@@ -1,7 +1,7 @@
-"""Instance sets: what varies between episodes, drawn once and for all, some to learn on and others to be tested on.
+"""Instance sets: what varies between episodes, drawn once and for all: to learn on, to choose by, and to be tested on.
 
 The conventions are DACBench's (Eimer et al. 2021, 2105.08541): an instance set maps ids to instances, and no instance
-of the test set is in the training set.
+is in two sets.
 """
 
 from typing import Literal
@@ -10,10 +10,10 @@ from esper.platform.contracts import Instance
 from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 
-SetName = Literal["train", "test"]
-SIZES: dict[SetName, int] = {"train": 128, "test": 64}
+SetName = Literal["train", "test", "tuning"]
+SIZES: dict[SetName, int] = {"train": 128, "test": 64, "tuning": 64}
 BUDGETS = (0.25, 4.0)  # factors on the spec's budget, drawn evenly in the logarithm
-LAWS = 1_000_000  # laws of the test set start here
+LAWS: dict[SetName, int] = {"train": 0, "test": 1_000_000, "tuning": 2_000_000}  # number of a set's first law
 
 
 def instance_set(name: SetName, spec: RunSpec) -> dict[int, Instance]:
@@ -25,6 +25,6 @@ def instance_set(name: SetName, spec: RunSpec) -> dict[int, Instance]:
         instances[i] = Instance(
             budget=round(float(low * (high / low) ** random.random()), 3),
             n_layer=int(random.integers(1, max(2, spec.growth.max_layers // 2 + 1))),
-            law=i + (LAWS if name == "test" else 0),
+            law=LAWS[name] + i,
         )
     return instances
