@@ -26,7 +26,7 @@ from fleet import bench_busy, bench_dispatch, bench_driver_memory, bench_start
 from plain_gpt import PlainConfig, PlainTrainer
 from trials import bench_sweep
 
-from esper.platform.checkpoint import Checkpoints
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.kasmina.registry import make_blueprints
@@ -134,7 +134,7 @@ def bench_overhead() -> None:
         inner(rate)
         steps.append(time.perf_counter() - begun)
 
-    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder) / "checkpoints") as checkpoints:
+    with tempfile.TemporaryDirectory() as folder, CheckpointStore(Path(folder) / "checkpoints") as checkpoints:
         begun = time.perf_counter()
         while not run.ended:
             run.trainer.step = timed
@@ -143,7 +143,7 @@ def bench_overhead() -> None:
             row = next((i for i, a in rows if (a.operation, a.site, a.blueprint) == ("graft", site, blueprint)), 0)
             run.step(GraftAction(row, run.telemetry.sequence))
             saved = time.perf_counter()
-            checkpoints.save(run.ledger.steps, *run.state())
+            checkpoints.save("run", *run.state())
             saves.append(time.perf_counter() - saved)
         whole = time.perf_counter() - begun - run.ledger.validation_seconds
     rest = whole - sum(steps) - sum(saves)

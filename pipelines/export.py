@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
-from esper.pipelines.train import CHECKPOINTS
-from esper.platform.checkpoint import Checkpoints
+from esper.pipelines.train import CHECKPOINTS, RUN
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.storage import check_unused
@@ -67,11 +67,11 @@ def run(arguments: ExportArguments) -> None:
     """Read, rebuild, write, report."""
     check_unused(arguments.out)
     out = arguments.out.absolute()
-    step, values, tensors = newest(arguments.run)
+    values, tensors = newest(arguments.run)
     host = host_of(values, tensors)
     how = FORMATS[arguments.format]
     shape = host.shape
-    say(f"run     {arguments.run}, at optimizer step {step:,}")
+    say(f"run     {arguments.run}, at optimizer step {values['books']['ledger']['steps']:,}")
     say(f"host    {shape.parameters_count():,} parameters in {shape.depth()} layer(s)")
     tokenizer = tokenizer_of(values)
     how.write(host, out, tokenizer)
@@ -82,19 +82,15 @@ def run(arguments: ExportArguments) -> None:
         say(f"    {line.format(str(out))}")
 
 
-def newest(folder: Path) -> tuple[int, Any, dict[str, Tensor]]:
-    """Number, state and tensors of a run's newest checkpoint.
+def newest(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """State and tensors of a run's newest checkpoint.
 
     Raises:
         UserError: the folder is no run's, or has no checkpoint, or a damaged one.
     """
     if not (folder / "spec.json").is_file():
         raise UserError(f"{folder} is no output folder of `esper train` (it has no spec.json): name one.")
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
-    try:
-        return checkpoints.latest()
-    except UserError:
-        return checkpoints.latest()  # of a run that goes on, and has put a newer one in its place meanwhile
+    return CheckpointStore(folder / CHECKPOINTS).load(RUN)
 
 
 def tokenizer_of(values: dict[str, Any]) -> Tokenizer | None:

@@ -37,10 +37,10 @@ from esper.pipelines.sweeps.table import arm_table
 from esper.pipelines.sweeps.trial import Trial
 from esper.pipelines.sweeps.tune import run_trials
 from esper.platform import cluster
+from esper.platform.checkpoint import below
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.provenance import commit, provenance
-from esper.platform.saves import below
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, read_json, write_json
 from esper.platform.tracking import Tracker, new_key

@@ -21,7 +21,7 @@ from esper.pipelines.common.play import metrics, play, unplayed
 from esper.pipelines.common.progress import RunProgress
 from esper.pipelines.common.run_folder import open_job, resolve_spec
 from esper.pipelines.common.stopping import Stopped, StopSignals
-from esper.platform.checkpoint import Checkpoints
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import duration, say
 from esper.platform.contracts import GraftAction, GrowthPolicy, Stateful, Transition
 from esper.platform.errors import UserError
@@ -35,7 +35,7 @@ from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 
-CHECKPOINTS = "checkpoints"  # in a run's output folder
+CHECKPOINTS, RUN = "checkpoints", "run"  # in a run's output folder, and the name there
 
 
 class TrainArguments(ResumableArguments):
@@ -96,7 +96,7 @@ def resume(arguments: TrainArguments, out: Path) -> int:
     if (out / "summary.json").exists():
         raise UserError(f"the run in {out} has ended: its results are in {out / 'summary.json'}.")
     out = out.absolute()
-    _, values, tensors = Checkpoints(out / CHECKPOINTS).latest()
+    values, tensors = CheckpointStore(out / CHECKPOINTS).load(RUN)
     kept = values["train"]
     plan = Plan.checked(kept["plan"], f"the checkpoint in {out}")
     spec = RunSpec.checked(values["books"]["spec"], f"the checkpoint in {out}")
@@ -117,7 +117,7 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path) -> int
     params = spec.model_dump(mode="json")
     with (
         StopSignals() as signals,
-        Checkpoints(out / CHECKPOINTS) as checkpoints,
+        CheckpointStore(out / CHECKPOINTS) as checkpoints,
         Tracker.start(f"esper-{plan.task}", out.name, tags=tags, params=params, key=plan.key) as tracker,
     ):
 
@@ -127,7 +127,7 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path) -> int
                 "plan": plan.model_dump(mode="json"),
                 "policy": policy.state() if isinstance(policy, Stateful) else None,
             }
-            checkpoints.save(growth.ledger.steps, values, tensors)
+            checkpoints.save(RUN, values, tensors)
 
         def on_step(growth: GrowthRun) -> None:
             progress.on_step(growth)
@@ -139,7 +139,7 @@ def train(growth: GrowthRun, policy: GrowthPolicy, plan: Plan, out: Path) -> int
             save()
 
         growth.on_step = on_step
-        save()  # a resumed run's state lies there already, and is not written again
+        save()
         try:
             summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
         except Stopped as stopped:

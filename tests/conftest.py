@@ -1,11 +1,13 @@
 """Fixtures that many tests need: a small text as prepared shards, and a spec that trains in seconds."""
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import TokenData, prepare
@@ -85,6 +87,9 @@ def pytest_configure(config):
     import torch
 
     torch.set_num_threads(1)
+    settings.register_profile("default", max_examples=15, deadline=None)
+    settings.register_profile("all", max_examples=200, deadline=None)
+    settings.load_profile("all" if os.environ.get("ESPER_TEST_ALL") == "1" else "default")
 
 
 @pytest.fixture(scope="session")

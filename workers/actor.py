@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import ray
 
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import Order, Reply, Run
-from esper.platform.saves import Saves
 from esper.workers.worker import EpisodeWorker
 
 
@@ -19,7 +19,7 @@ class GrowthWorker:
     """
 
     def __init__(self, make_run: Callable[[], Run], storage: str | None = None) -> None:
-        self._worker = EpisodeWorker(make_run, None if storage is None else Saves(storage))
+        self._worker = EpisodeWorker(make_run, None if storage is None else CheckpointStore(storage))
 
     def up(self) -> None:
         """Answers once the process is there and its run is made."""

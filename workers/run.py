@@ -106,9 +106,9 @@ class GrowthRun(Episode):
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path) -> None:
-        """Save as a new folder, whole or not at all (`platform/checkpoint.py`)."""
-        checkpoint.write(folder, *self.state())
+    def save(self, path: Path) -> None:
+        """Save as a file, whole or not at all (`platform/checkpoint.py`)."""
+        checkpoint.write(path, *self.state())
 
     @classmethod
     def restore(

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction, Order, Reply, Run, Transition
 from esper.platform.errors import UserError
-from esper.platform.saves import Saves
 from esper.platform.telemetry import Telemetry
 
 KEY = "order"  # in a save's values: where in which episode it was made, and the answer given there
@@ -27,7 +27,7 @@ class EpisodeWorker:
         saves: where it is saved at each decision; none saves nothing.
     """
 
-    def __init__(self, make_run: Callable[[], Run], saves: Saves | None = None) -> None:
+    def __init__(self, make_run: Callable[[], Run], saves: CheckpointStore | None = None) -> None:
         self._run = make_run()
         self._saves = saves
         self._at: Order | None = None  # the last order carried out; none where the run cannot be gone on with
@@ -44,7 +44,9 @@ class EpisodeWorker:
         begun = time.perf_counter()
         waited = begun - self._answered
         if self._saves is not None and self._at is not None and self._at.episode != order.episode:
-            self._saves.drop(self._at.episode)  # its last answer has arrived: else it would have been asked for again
+            self._saves.drop(
+                save_name(self._at.episode)
+            )  # its last answer has arrived: else it would have been asked for again
         answer, redone = self._carry_out(order)
         self._at = order
         if self._saves is not None:
@@ -82,27 +84,32 @@ class EpisodeWorker:
         assert self._saves is not None
         values, tensors = self._run.state()
         values[KEY] = {"seed": order.seed, "actions": list(order.actions), "answer": _outcome(answer)}
-        self._saves.save(order.episode, len(order.actions), values, tensors)
+        self._saves.save(save_name(order.episode), values, tensors)
 
     def _restored(self, order: Order) -> tuple[int, Telemetry | Transition | None]:
         """Take up the order's episode from a save: (actions done there, the answer given there); (0, None) without."""
         if self._saves is None:
             return 0, None
         if not order.actions or order.fresh:
-            self._saves.drop(order.episode)  # an earlier way through an episode of this number, or a spoilt one
+            self._saves.drop(save_name(order.episode))  # an earlier way through it, or a spoilt one
             return 0, None
-        found = self._saves.load(order.episode)
+        found = self._saves.find(save_name(order.episode))
         if found is None:
             return 0, None
         values, tensors = found
         kept = values.get(KEY, {})
         actions = tuple(kept.get("actions", ()))
         if kept.get("seed") != order.seed or order.actions[: len(actions)] != actions:
-            self._saves.drop(order.episode)  # of another way through this episode
+            self._saves.drop(save_name(order.episode))  # of another way through this episode
             return 0, None
         self._run.load(values, tensors)
         telemetry, outcome = self._run.telemetry, kept["answer"]
         return len(actions), telemetry if outcome is None else Transition(telemetry, **outcome)
+
+
+def save_name(episode: int) -> str:
+    """The name of an episode's checkpoint."""
+    return f"episode-{episode:09d}"
 
 
 def _step_from(at: Order, order: Order) -> bool:

@@ -19,11 +19,11 @@ from esper.pipelines.controllers.live import TrainingView
 from esper.pipelines.controllers.training_log import TrainingLog, as_json
 from esper.pipelines.controllers.training_picture import training_picture
 from esper.platform import cluster
+from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import say
 from esper.platform.contracts import Instance, Run
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.saves import Saves, below
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker, new_key
@@ -38,7 +38,7 @@ from esper.workers.instances import instance_set
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
-from esper.workers.worker import EpisodeWorker
+from esper.workers.worker import EpisodeWorker, save_name
 
 SURROGATES = 16  # surrogate runs side by side in the driver
 KEPT = 5  # every so many iterations a checkpoint stays; of the others only the newest
@@ -154,7 +154,8 @@ def train_controller(
             "history": [as_json(line) for line in log.lines],
         }
         if not surrogate:
-            Saves(storage).keep_only(summary["in_flight"])
+            with CheckpointStore(storage) as saves:
+                saves.keep_only(map(save_name, summary["in_flight"]))
         write_json(out / "summary.json", summary)
         training_picture(log.lines, out / "training.png")
         _keep_with_run(tracker, out, checkpoint)
@@ -255,7 +256,7 @@ def fleet_maker(job: Job, storage: str, *, surrogate: bool) -> Callable[[], Flee
     """Makes the workers: Ray actors that train, or surrogate runs in this process."""
     if surrogate:
         return partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, job.spec)), SURROGATES)
-    Saves(job.spec.fleet.storage or storage)  # a place that cannot be is told of here, not by each worker
+    CheckpointStore(job.spec.fleet.storage or storage)  # a place that cannot be is told of here, not by each worker
     return partial(_ray_fleet, job.spec, job.data, storage)
 
 

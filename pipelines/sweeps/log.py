@@ -15,10 +15,10 @@ from ray import tune
 
 from esper.pipelines.common.play import metrics, unplayed
 from esper.pipelines.sweeps.trial import Trial
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import Eta, say
 from esper.platform.errors import UserError
 from esper.platform.provenance import commit
-from esper.platform.saves import Saves, below
 from esper.platform.storage import read_json, write_json, write_text
 from esper.platform.tracking import Status, Tracker
 from esper.platform.tracking_journal import JOURNAL, note_tracked, tracked_by
@@ -60,7 +60,7 @@ class SweepLog(tune.Callback):
         self.out = out
         self.failures: dict[str, str] = {}
         self._experiment, self._parent, self._key, self._manifest = experiment, parent, key, manifest
-        self._storage, self._check = storage, check
+        self._saves, self._check = CheckpointStore(storage), check
         self._trials: dict[str, Trial] = {}
         self._weights: dict[str, float] = {}
         self._fractions: dict[str, float] = {}
@@ -165,7 +165,7 @@ class SweepLog(tune.Callback):
         if "summary" in result:
             summary = result["summary"]
             write_json(self.folder(planned) / SUMMARY, summary)
-            Saves(below(self._storage, name)).drop(0)
+            self._saves.drop(name)
             self._finish(planned, self._open.pop(name), summary)
             self._note_end(planned, summary)
         self._show(planned, result)

@@ -17,9 +17,9 @@ from esper.pipelines.common.play import play
 from esper.pipelines.sweeps.log import SweepLog
 from esper.pipelines.sweeps.trial import Trial
 from esper.platform import cluster
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction, Stateful, Transition
 from esper.platform.errors import UserError
-from esper.platform.saves import Saves, below
 from esper.platform.spec import FleetSpec
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
@@ -89,22 +89,22 @@ def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, storage
 def _play(trial: Trial, data: Path, storage: str) -> None:
     run = GrowthRun(trial.spec, TokenData.open(data, verify=False))
     policy = make_policy(trial.arm, trial.inputs)
-    saves = Saves(below(storage, trial.name))
-    found = saves.load(0)
+    saves = CheckpointStore(storage)
+    found = saves.find(trial.name)
     if found is not None and found[0]["books"]["spec"] == trial.spec.model_dump(mode="json"):
         values, tensors = found
         run.load(values, tensors)
         if isinstance(policy, Stateful):
             policy.resume(values["policy"])
     else:
-        saves.drop(0)  # another version's, or damaged
+        saves.drop(trial.name)  # another version's, or damaged
         run.reset(seed=trial.seed)
     tune.report({"points": run.curve})  # the driver knows those it has had before its own death
 
     def on_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
         values, tensors = run.state()
         values["policy"] = policy.state() if isinstance(policy, Stateful) else None
-        saves.save(0, run.ledger.steps, values, tensors)
+        saves.save(trial.name, values, tensors)
         if trial.spec.clock.kind == "wall":
             saves.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
         decided = {"action": str(telemetry.actions[action.index]), "at": float(telemetry.get("budget_used"))}

@@ -11,7 +11,7 @@ import torch
 
 from esper.pipelines import train
 from esper.pipelines.export import main
-from esper.platform.checkpoint import Checkpoints
+from esper.platform.checkpoint import CheckpointStore
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.export import load_native, load_native_tokenizer
@@ -25,8 +25,7 @@ def trained(tiny, tmp_path, *arguments, arm="static"):
 
 def logits_of(run, tokens):
     """What the run's host makes of some text, its newest checkpoint restored: (text, logits)."""
-    (checkpoint,) = (run / "checkpoints").glob("number-*")
-    restored = GrowthRun.restore(checkpoint, tokens)
+    restored = GrowthRun.restore(run / "checkpoints" / "run.safetensors", tokens)
     assert restored.ended
     idx = torch.arange(16)[None]
     with torch.no_grad():
@@ -102,13 +101,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     host = tiny_spec.host.model_copy(update={"n_head": 3, "head_dim": 8})
     run, growth = tmp_path / "run", GrowthRun(tiny_spec.model_copy(update={"host": host}), tokens)
     growth.reset()
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        checkpoints.save(0, *growth.state())
+    with CheckpointStore(run / "checkpoints") as checkpoints:
+        checkpoints.save("run", *growth.state())
     (run / "spec.json").write_text(growth.spec.model_dump_json())
     (tmp_path / "bare").mkdir()
     shutil.copy(run / "spec.json", tmp_path / "bare")
     shutil.copytree(run, tmp_path / "damaged")
-    next((tmp_path / "damaged").glob("checkpoints/*/tensors.safetensors")).write_bytes(b"")
+    (tmp_path / "damaged" / "checkpoints" / "run.safetensors").write_bytes(b"")
     before = sorted(path.name for path in tmp_path.iterdir())
     capfd.readouterr()
     assert main(arguments) == 2

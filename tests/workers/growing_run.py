@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from esper.platform.checkpoint import Checkpoints
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction
 from esper.platform.spec import saved_spec
 from esper.workers.run import GrowthRun
@@ -44,15 +44,14 @@ def outcome(run):
 def main(spec: Path, shards: Path, folder: Path) -> None:
     """See above."""
     run = GrowthRun(saved_spec(spec), TokenData.open(shards))
-    with Checkpoints(folder) as checkpoints:
-        if any(folder.glob("[!.]*")):
-            _, values, tensors = checkpoints.latest()
-            run.load(values, tensors)
+    with CheckpointStore(folder) as checkpoints:
+        if folder.is_dir() and any(folder.glob("[!.]*")):
+            run.load(*checkpoints.load("run"))
         else:
             run.reset(seed=5)
         while not run.ended:
             run.step(choose(run.telemetry))
-            checkpoints.save(run.ledger.steps, *run.state())
+            checkpoints.save("run", *run.state())
     (folder.parent / "outcome.json").write_text(json.dumps(outcome(run)))
 
 

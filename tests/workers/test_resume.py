@@ -109,9 +109,10 @@ def test_killed_at_random_moments_it_ends_the_same(spec, shards, tmp_path, kills
     command = [sys.executable, growing_run.__file__, str(tmp_path / "spec.json"), str(shards), str(folder)]
     draws = random.Random(0)
     for _ in range(kills):
-        before = {path.name for path in folder.glob("[!.]*")}
+        saved = folder / "run.safetensors"
+        before = saved.stat().st_ino if saved.exists() else None
         process = subprocess.Popen(command)
-        while {path.name for path in folder.glob("[!.]*")} <= before and process.poll() is None:
+        while (saved.stat().st_ino if saved.exists() else None) == before and process.poll() is None:
             time.sleep(0.005)
         time.sleep(draws.uniform(0, 0.3))
         process.kill()

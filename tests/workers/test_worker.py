@@ -6,9 +6,9 @@ Alone: `pytest tests/workers/test_worker.py`.
 import numpy as np
 import pytest
 
+from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import Instance, Order, Reply, Transition
 from esper.platform.errors import UserError
-from esper.platform.saves import Saves
 from esper.workers.run import GrowthRun
 from esper.workers.worker import EpisodeWorker
 
@@ -19,7 +19,7 @@ INSTANCE = Instance(budget=1.5, data=(0.1, 0.9))
 def make(tiny_spec, tokens):
     """Makes workers over the same text."""
 
-    def worker(saves: Saves | None = None) -> EpisodeWorker:
+    def worker(saves: CheckpointStore | None = None) -> EpisodeWorker:
         return EpisodeWorker(lambda: GrowthRun(tiny_spec, tokens), saves)
 
     return worker
@@ -62,14 +62,17 @@ def without_wall(value):
 
 
 def test_every_order_gets_the_same_answer_from_any_worker(make, tmp_path):
-    saves = Saves(str(tmp_path / "saves"))
+    saves = CheckpointStore(str(tmp_path / "saves"))
     first = make(saves)
     done = []
     for order, reply in orders(make()):
         mine = first.advance(order)
         equal(mine, reply)
         saves.flush()
-        for other, redone in ((make(), max(0, len(order.actions) - 1)), (make(Saves(str(tmp_path / "saves"))), 0)):
+        for other, redone in (
+            (make(), max(0, len(order.actions) - 1)),
+            (make(CheckpointStore(str(tmp_path / "saves"))), 0),
+        ):
             theirs = other.advance(order)
             equal(theirs, reply)
             assert theirs.redone == redone
@@ -85,7 +88,7 @@ def test_every_order_gets_the_same_answer_from_any_worker(make, tmp_path):
 def saved(make, tmp_path, n: int) -> list[tuple[Order, Reply]]:
     """A whole episode, of which a worker that is gone has done the first `n` orders, and saved each."""
     done = orders(make())
-    saves = Saves(str(tmp_path))
+    saves = CheckpointStore(str(tmp_path))
     worker = make(saves)
     for order, _ in done[:n]:
         worker.advance(order)
@@ -95,7 +98,7 @@ def saved(make, tmp_path, n: int) -> list[tuple[Order, Reply]]:
 
 def test_what_is_not_saved_is_done_again_from_the_last_save(make, tmp_path):
     done = saved(make, tmp_path, 4)
-    late = make(Saves(str(tmp_path))).advance(done[6][0])
+    late = make(CheckpointStore(str(tmp_path))).advance(done[6][0])
     equal(late, done[6][1])
     assert late.redone == 2  # decisions 4 and 5; the sixth was asked for
 
@@ -103,7 +106,7 @@ def test_what_is_not_saved_is_done_again_from_the_last_save(make, tmp_path):
 def test_a_save_of_another_way_through_the_episode_is_not_taken(make, tmp_path):
     saved(make, tmp_path, 5)
     other = Order(3, 77, INSTANCE, (0, 0, 0))  # a resumed training that chose otherwise
-    reply, expected = (make(s).advance(other) for s in (Saves(str(tmp_path)), None))
+    reply, expected = (make(s).advance(other) for s in (CheckpointStore(str(tmp_path)), None))
     equal(reply, expected)
     assert reply.redone == 2
 
@@ -113,29 +116,29 @@ def test_what_lies_there_of_another_training_or_spoilt_is_not_used(make, tmp_pat
     """An order that starts an episode, or is not to use a save, finds one of a higher number in its place."""
     saved(make, tmp_path, 6)
     anew = Order(3, 78, None, actions, fresh=True)
-    second = make(Saves(str(tmp_path)))
+    second = make(CheckpointStore(str(tmp_path)))
     reply = second.advance(anew)
     equal(reply, make().advance(anew))
     assert reply.unsaved is None
     second._saves.flush()
-    found = Saves(str(tmp_path)).load(3)
+    found = CheckpointStore(str(tmp_path)).find("episode-000000003")
     assert found is not None
     assert found[0]["order"]["seed"] == 78
 
 
 def test_an_episode_that_is_over_leaves_no_save(make, tmp_path):
-    saves = Saves(str(tmp_path))
+    saves = CheckpointStore(str(tmp_path))
     worker = make(saves)
     orders(worker, episode=3)
-    assert saves.load(3) is not None  # its last answer may have been lost on the way
+    assert saves.find("episode-000000003") is not None  # its last answer may have been lost on the way
     worker.advance(Order(4, 1, None))
     saves.flush()
-    assert [path.name for path in tmp_path.iterdir()] == ["episode-000000004"]
+    assert [path.name for path in tmp_path.iterdir()] == ["episode-000000004.safetensors"]
 
 
 def test_a_full_disk_costs_nothing_but_the_save(make, tmp_path, files_of_at_most):
     done = orders(make())
-    worker = make(Saves(str(tmp_path)))
+    worker = make(CheckpointStore(str(tmp_path)))
     with files_of_at_most(2**10):
         replies = [worker.advance(order) for order, _ in done[:3]]
         worker._saves.flush()

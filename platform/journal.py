@@ -1,0 +1,109 @@
+"""Journal: an append-only file of JSON lines that outlives its process.
+
+A line is written whole, in one piece, or not at all. A last line without its end, of a process that died writing it, is
+cut off when the file is opened again.
+"""
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+from esper.platform.errors import UserError
+from esper.platform.storage import naming
+
+Entry = dict[str, Any]
+
+
+class Journal:
+    """The journal in a file, written by one process; its threads may share it.
+
+    Args:
+        path: made, with its folders, where it is missing.
+        identity: what tells an entry from others; of those with one identity only the first is kept. Entries whose
+            identity is None are all kept.
+
+    Attributes:
+        entries: found in the file.
+
+    Raises:
+        OSError: it cannot be read or written.
+        UserError: a line before its end is damaged.
+    """
+
+    def __init__(self, path: Path, identity: Callable[[Entry], Hashable] | None = None) -> None:
+        self.path = path
+        self._identity = identity or (lambda entry: None)
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.entries, whole = _read(path)
+        self._known = {self._identity(entry) for entry in self.entries} - {None}
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._file, whole)
+
+    def add(self, entry: Entry) -> bool:
+        """Append an entry; False where one of its identity is there already, or the journal is closed.
+
+        Raises:
+            OSError: it cannot be written; nothing of it is.
+        """
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"  # NaN stays NaN: only Python reads this
+        with self._lock:
+            identity = self._identity(entry)
+            if self._file is None or identity in self._known:
+                return False
+            with naming(self.path):
+                _append(self._file, line)
+            if identity is not None:
+                self._known.add(identity)
+        return True
+
+    def close(self) -> None:
+        """Let go of the file. Closing twice does no harm."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+            self._file = None
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The whole entries in a journal; none where there is no file.
+
+    Raises:
+        UserError: it cannot be read, or a line before its end is damaged.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[Entry], int]:
+    """The entries, and the length in bytes of the whole lines."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it a file that may be read.") from None
+    whole = content.rfind(b"\n") + 1
+    entries = []
+    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path} is damaged in line {number}: restore it from a copy, or delete that line.")
+        entries.append(entry)
+    return entries, whole
+
+
+def _append(file: int, line: bytes) -> None:
+    before = os.fstat(file).st_size
+    try:
+        if os.write(file, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.ftruncate(file, before)
+        raise

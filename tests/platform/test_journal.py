@@ -1,0 +1,70 @@
+"""An entry in a journal is whole, and there once, whatever was cut off."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper.platform.errors import UserError
+from esper.platform.journal import Journal, read_entries
+
+
+def test_what_is_added_is_read_again_and_once_for_each_identity(tmp_path: Path):
+    path = tmp_path / "run" / "points.jsonl"
+
+    def open_journal() -> Journal:
+        return Journal(path, lambda entry: entry.get("step"))
+
+    journal = open_journal()
+    assert journal.entries == []
+    first = {"step": 4, "loss": math.inf, "name": "é\n"}
+    assert journal.add(first)
+    assert not journal.add({"step": 4, "loss": 1.0})
+    assert journal.add({"tag": "a"})
+    assert journal.add({"tag": "a"})  # of no identity
+    journal.close()
+    assert not journal.add({"step": 5})
+    again = open_journal()
+    assert again.entries == read_entries(path) == [first, {"tag": "a"}, {"tag": "a"}]
+    assert not again.add({"step": 4})
+    again.close()
+
+
+@given(kept=st.integers(0, 60))
+def test_cut_anywhere_the_whole_lines_are_kept_and_the_rest_is_gone(kept: int, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cut") / "points.jsonl"
+    entries = [{"step": step} for step in range(5)]
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(5))[:kept])
+    whole = path.read_bytes().count(b"\n")
+    journal = Journal(path)
+    assert journal.entries == entries[:whole]
+    journal.add({"step": 9})
+    journal.close()
+    assert read_entries(path) == [*entries[:whole], {"step": 9}]
+
+
+@pytest.mark.parametrize("line", [b"\0\0\0", b"[1]", b"", b"{", b"[" * 100_000, b"1" * 5000, b"\xff"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes):
+    path = tmp_path / "points.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    for open_it in (read_entries, Journal):
+        with pytest.raises(UserError, match=r"points\.jsonl is damaged in line 2: restore"):
+            open_it(path)
+
+
+def test_no_file_is_no_entries_and_a_folder_is_told_of(tmp_path: Path):
+    assert read_entries(tmp_path / "nothing") == []
+    with pytest.raises(UserError, match="cannot be read"):
+        read_entries(tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_not_half_a_line(tmp_path: Path, files_of_at_most):
+    journal = Journal(tmp_path / "points.jsonl")
+    journal.add({"step": 1})
+    with files_of_at_most(journal.path.stat().st_size + 5), pytest.raises(OSError, match="points"):
+        journal.add({"step": 2})
+    journal.add({"step": 3})
+    journal.close()
+    assert read_entries(journal.path) == [{"step": 1}, {"step": 3}]
