@@ -10,9 +10,7 @@ https://arrow.apache.org/docs/python/filesystems.html). A path is written by one
 import contextlib
 import hashlib
 import json
-import os
 import threading
-import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.storage import sync
+from esper.platform.storage import write_bytes
 
 VERSION = 2  # 1 was a folder of three files
 SUFFIX = ".safetensors"
@@ -280,32 +278,12 @@ def _located(place: str | Path) -> tuple[fs.FileSystem, str]:
 
 def _write(system: fs.FileSystem, path: str, data: bytes) -> None:
     if isinstance(system, fs.LocalFileSystem):
-        _write_local(Path(path), data)
+        for left in Path(path).parent.glob(f".{Path(path).name}.*.partial"):  # of a dead process; the disk may be full
+            left.unlink(missing_ok=True)
+        write_bytes(Path(path), data)
         return
     with system.open_output_stream(path) as stream:  # it is there once it is closed
         stream.write(data)
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename; the new names are synced too, up to the folder that stood before."""
-    standing = next(parent for parent in path.parents if parent.exists())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.partial"):  # of a dead process; first, for the disk may be full
-        left.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    for parent in path.parents:
-        sync(parent)
-        if parent == standing:
-            break
 
 
 def _read(system: fs.FileSystem, path: str, name: str) -> Content:

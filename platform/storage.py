@@ -24,24 +24,34 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, on the disk when this returns: a reader sees the old file or the new one, never a part.
 
     Raises:
         OSError: it cannot be written; its `filename` is `path`, and nothing is left of what was begun.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with naming(path):
+        standing = next(parent for parent in path.absolute().parents if parent.exists())
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except OSError:
+        except BaseException:
             partial.unlink(missing_ok=True)
             raise
+        for parent in path.absolute().parents:  # the new names, up to the folder that stood before
+            sync(parent)
+            if parent == standing:
+                break
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,6 +74,8 @@ def read_json(path: Path, what: str, example: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror}): name {example}.") from None
+    except RecursionError:
+        raise UserError(f"{what} is not valid JSON (nested too deeply): mend it, or name another.") from None
     except ValueError as error:
         raise UserError(f"{what} is not valid JSON ({error}): mend it, or name another.") from None
 

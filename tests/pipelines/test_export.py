@@ -84,7 +84,7 @@ def test_without_its_text_the_tokenizer_is_left_out(tiny, shards, tmp_path, capf
     ("arguments", "sentence"),
     [
         (["nowhere", "--out", "out"], "nowhere is no output folder of `esper train`"),
-        (["bare", "--out", "out"], "holds no checkpoint"),
+        (["bare", "--out", "out"], "run.safetensors is not there"),
         (["damaged", "--out", "out"], "is damaged"),
         (["run", "--out", "run"], "--out run already holds another run"),
         (["run", "--out", "run/spec.json"], "is a file"),

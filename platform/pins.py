@@ -1,0 +1,120 @@
+"""Pins: what a result rests on, by content, so that a run that is resumed goes on from nothing else.
+
+`OUT/spec.json` is the resolved spec, `OUT/inputs/` holds copies of the files that were named (a policy, a schedule).
+`OUT/pins.json` holds their SHA-256, the text's fingerprint, a digest of the code that numbers depend on, and torch's
+version.
+"""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
+from esper.platform.provenance import commit
+from esper.platform.spec import RunSpec
+from esper.platform.storage import read_json, write_bytes, write_text
+
+PINS, SPEC, INPUTS = "pins.json", "spec.json", "inputs"  # in a run's folder
+CODE = ("platform", "workers", "policies")  # the folders that numbers depend on
+
+
+class Pins(Frozen):
+    """What `pins.json` holds; digests are SHA-256 in hexadecimal digits."""
+
+    files: dict[str, str]  # path in the run's folder → digest
+    inputs: dict[str, str]  # name of an input → path in the run's folder
+    data: str | None  # fingerprint of the text; None where there is none
+    code: str
+    torch: str
+    commit: str
+
+
+def pin(out: Path, spec: RunSpec, *, data: str | None, inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Note in `out` what a run rests on; `pins.json` comes last.
+
+    Args:
+        out: the run's folder.
+        spec: resolved.
+        data: fingerprint of the text.
+        inputs: files that were named, by what they are for.
+
+    Returns:
+        The copies of the inputs, which the run is to read.
+
+    Raises:
+        UserError: an input cannot be read.
+        OSError: something cannot be written.
+    """
+    copies = {name: out / INPUTS / f"{name}{path.suffix}" for name, path in inputs.items()}
+    contents = {copies[name]: _content(path, f"the {name} {path}") for name, path in inputs.items()}
+    contents[out / SPEC] = (spec.model_dump_json(indent=2) + "\n").encode()
+    for path, content in contents.items():
+        write_bytes(path, content)
+    pins = Pins(
+        files={str(path.relative_to(out)): hashlib.sha256(content).hexdigest() for path, content in contents.items()},
+        inputs={name: str(path.relative_to(out)) for name, path in copies.items()},
+        data=data,
+        code=code_digest(),
+        torch=version("torch"),
+        commit=commit() or "unknown",
+    )
+    write_text(out / PINS, pins.model_dump_json(indent=2) + "\n")
+    return copies
+
+
+def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
+    """Make sure that a run would go on from what it began with.
+
+    Args:
+        out: the run's folder.
+        data: fingerprint of the text as it is now.
+
+    Returns:
+        The copies of its inputs.
+
+    Raises:
+        UserError: naming the first thing that differs.
+    """
+    pins = Pins.checked(read_json(out / PINS, str(out / PINS), "the folder of a run that was begun"), str(out / PINS))
+    for name, digest in pins.files.items():
+        if hashlib.sha256(_content(out / name, str(out / name))).hexdigest() != digest:
+            raise UserError(f"{out / name} was changed since the run began: restore it, or start the run anew.")
+    if data != pins.data:
+        raise UserError(
+            f"the text has changed since the run in {out} began (fingerprint {_short(data)} instead of "
+            f"{_short(pins.data)}): give it the same text, or start the run anew."
+        )
+    if (found := version("torch")) != pins.torch:
+        raise UserError(
+            f"the run in {out} began with torch {pins.torch}, and this is {found}: install that, or begin anew."
+        )
+    if code_digest() != pins.code:
+        raise UserError(
+            f"the run in {out} was begun at commit {pins.commit}, and this code (commit {commit() or 'unknown'}) may "
+            "give other numbers: go on with that one, or start the run anew."
+        )
+    return {name: out / path for name, path in pins.inputs.items()}
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the sources that numbers depend on."""
+    root, found = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (root / folder).rglob("*.py")):
+        found.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def _content(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror}): it must be a file that is there.") from None
+
+
+def _short(fingerprint: str | None) -> str:
+    return fingerprint[:12] if fingerprint else "of no text"
