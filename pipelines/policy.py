@@ -37,30 +37,29 @@ ANYWHERE = ("static", "random", "tamiyo", "lag")
 ARMS = (*ANYWHERE, "schedule", "openloop", "bound")
 """The last three need loss laws: best fixed schedule and the policy's median one, on training instances; the oracle."""
 
-Checkpoint = Positional[Path]
-CHECKPOINT = "A trained policy: the folder of an `esper ppo` run, or a checkpoint in it."
-PRESET = Annotated[
-    str | None,
-    Field(title="NAME|FILE", description="A preset's name or a JSON file (default: what it was trained on)."),
-]
 SETS = Literal["train", "test"]
-SET = "The instance set: train, or test."
-EPISODES = Annotated[int | None, Field(ge=1, description="Play only the first N instances of the set.")]
 
 
 class InfoArguments(Arguments):
     """Say what a trained policy is."""
 
-    checkpoint: Checkpoint = Field(description=CHECKPOINT)
+    checkpoint: Positional[Path] = Field(description="A trained policy: an `esper ppo` run, or a checkpoint in it.")
 
 
-class EvaluateArguments(CommonArguments):
+class PlayArguments(InfoArguments):
+    """What is played."""
+
+    preset: Annotated[
+        str | None,
+        Field(title="NAME|FILE", description="A preset's name or a JSON file (default: what it was trained on)."),
+    ] = None
+    instances: Annotated[SETS, Field(description="The instance set: train, or test.")] = "test"
+    episodes: Annotated[int | None, Field(ge=1, description="Play only the first N instances of the set.")] = None
+
+
+class EvaluateArguments(PlayArguments, CommonArguments):
     """Play a trained policy and other arms on an instance set, on loss laws or (with --data) on text."""
 
-    checkpoint: Checkpoint = Field(description=CHECKPOINT)
-    preset: PRESET = None
-    instances: Annotated[SETS, Field(description=SET)] = "test"
-    episodes: EPISODES = None
     arms: Annotated[
         str | None, Field(title="A,B,C", description=f"Of {', '.join(ARMS)} (default: all that can be had).")
     ] = None
@@ -72,14 +71,11 @@ class EvaluateArguments(CommonArguments):
     ] = None
 
 
-class DistillArguments(Arguments):
+class DistillArguments(PlayArguments):
     """Write a trained policy's median schedule over an instance set of loss laws."""
 
-    checkpoint: Checkpoint = Field(description=CHECKPOINT)
     out: Annotated[Path, Field(title="FILE", description="A new file for the schedule; must be given.")]
-    preset: PRESET = None
-    instances: Annotated[SETS, Field(description=SET)] = "train"
-    episodes: EPISODES = None
+    instances: Annotated[SETS, Field(description="The instance set: train, or test.")] = "train"
     seed: Annotated[int, Field(ge=0, description="Seed of every random stream; 0 or more.")] = 0
     set: Annotated[
         list[str],

@@ -120,7 +120,7 @@ class Comparison:
                 "to_bound": None if bounds is None or arm == BOUND else float((reached - bounds).mean()),
                 "difference": apart,
                 "closed": float((reference - reached).mean()) / gap if reference is not None and gap > 0 else None,
-                "grafts": runs and float(np.mean([len(run["grafts"]) for run in runs])),
+                "grafts": None if runs is None else float(np.mean([len(run["grafts"]) for run in runs])),
                 "diverged": sum(run["diverged"] for run in runs or ()),
             }
             rows.append(row)
@@ -130,19 +130,14 @@ class Comparison:
         """The rows as text; a column without any number is left out."""
         import pandas
 
-        columns: dict[str, Callable[[dict[str, Any]], str]] = {
-            "arm": lambda row: row["arm"],
-            "mean final loss": lambda row: f"{row['loss']:.4f}",
-            "to the bound": lambda row: _cell(row["to_bound"], "{:.4f}"),
-            f"against {self.reference}": lambda row: _cell(row["difference"], "{}"),
-            "gap closed": lambda row: _cell(row["closed"], "{:.0%}"),
-            "grafts": lambda row: _cell(row["grafts"], "{:.1f}"),
-            "diverged": lambda row: _cell(row["diverged"] or None, "{}"),
-        }
-        rows = self.rows()
-        cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-        told = {name: column for name, column in cells.items() if any(column)}
-        return pandas.DataFrame(told).to_string(index=False)
+        names = {"loss": "mean final loss", "to_bound": "to the bound", "closed": "gap closed"}
+        names["difference"] = f"against {self.reference}"
+        forms = {"loss": "{:.4f}", "to_bound": "{:.4f}", "closed": "{:.0%}", "grafts": "{:.1f}"}
+        frame = pandas.DataFrame(self.rows()).replace({"diverged": {0: None}}).dropna(axis="columns", how="all")
+        for column in frame:
+            form = forms.get(column, "{}")
+            frame[column] = ["" if pandas.isna(value) else form.format(value) for value in frame[column]]
+        return frame.rename(columns=names).to_string(index=False)
 
     def reached(self, i: int) -> dict[str, Any]:
         """What each arm reached on the i-th instance, and its bound, as JSON values."""
@@ -207,7 +202,3 @@ def _reached(summary: dict[str, Any]) -> dict[str, Any]:
         for graft in summary["grafts"]
     ]
     return {**{key: summary[key] for key in REACHED}, "grafts": grafts, "prunes": len(summary["prunes"])}
-
-
-def _cell(value: object | None, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -72,21 +72,15 @@ class TrainingView:
             say(f"  {plain_line(number, self._iterations, metrics)}, {self._left} left")
 
     def __enter__(self) -> Self:
-        self._eta, self._started = Eta(), time.monotonic()
-        if is_live():
-            console = _Console()
-            self._live = Live(
-                self.drawing([]),
-                console=console,
-                auto_refresh=False,
-                redirect_stdout=sys.stdout.isatty(),  # results that go elsewhere go there untouched
-                vertical_overflow="crop",
-            )
-            with suppress(OSError, ValueError), console:  # always before rich's own lock
-                self._live.start(refresh=True)
-                console.show_cursor(True)
-            self._exit.enter_context(said_to(self._say))
-            self._thread.start()
+        if not is_live():
+            return self
+        results_too = sys.stdout.isatty()  # results that go elsewhere go there untouched
+        self._live = Live(console=_Console(), auto_refresh=False, redirect_stdout=results_too, vertical_overflow="crop")
+        with suppress(OSError, ValueError), self._live.console as console:  # always before rich's own lock
+            self._live.start()
+            console.show_cursor(True)
+        self._exit.enter_context(said_to(self._say))
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -103,14 +97,11 @@ class TrainingView:
             self._exit.close()
 
     def drawing(self, workers: list[WorkerView]) -> RenderableType:
-        """The view as it stands, at most a line less high than the terminal; or why it cannot be drawn."""
-        try:
-            console = self._live.console if self._live is not None else Console(stderr=True)
-            parts = [self._head(), *_metrics(self._history, console.options.ascii_only)]
-            room = console.height - 1 - sum(len(console.render_lines(part)) for part in parts)
-            return Group(*parts, *_workers(workers, room))
-        except Exception as error:
-            return Text(f"live view: {_one_line(error)}")
+        """The view as it stands, at most a line less high than the terminal."""
+        assert self._live is not None
+        console = self._live.console
+        head = Group(self._head(), *_metrics(self._history, console.options.ascii_only))
+        return Group(head, *_workers(workers, console.height - 1 - len(console.render_lines(head))))
 
     def _refresh(self) -> None:
         assert self._live is not None
@@ -118,7 +109,7 @@ class TrainingView:
             try:
                 drawing = self.drawing(self._workers())
             except Exception as error:
-                drawing = Group(self.drawing([]), Text(f"workers cannot be seen: {_one_line(error)}", "yellow"))
+                drawing = Text(" ".join(f"live view: {type(error).__name__}: {error}".split()))
             with suppress(OSError, ValueError), self._live.console:  # a terminal that is gone is no reason to complain
                 self._live.update(drawing, refresh=True)
             self._stop.wait(REFRESH_SECONDS)
@@ -135,14 +126,10 @@ class TrainingView:
     def _head(self) -> Text:
         """`iteration 7/20, 1m12s, 2m05s left, 12.3 decisions/s`."""
         elapsed = time.monotonic() - self._started
-        told = [f" {self._done():.0%}", duration(elapsed), f"{self._left} left"]
-        if self._history:
-            told.append(f"{sum(m.get('decisions', 0) for m in self._history) / max(1e-9, elapsed):.3g} decisions/s")
-        else:
-            told.append("first episodes under way")
-        return Text(f"iteration {self._number}/{self._iterations}", "bold", no_wrap=True).append(
-            ", ".join(told), "not bold"
-        )
+        decisions = sum(metrics.get("decisions", 0) for metrics in self._history)
+        rate = f"{decisions / max(1e-9, elapsed):.3g} decisions/s" if decisions else "first episodes under way"
+        told = f" {self._done():.0%}, {duration(elapsed)}, {self._left} left, {rate}"
+        return Text(f"iteration {self._number}/{self._iterations}", "bold", no_wrap=True).append(told, "not bold")
 
 
 def _metrics(history: list[dict[str, float]], ascii_only: bool) -> list[RenderableType]:
@@ -168,18 +155,12 @@ def _workers(workers: list[WorkerView], room: int) -> list[RenderableType]:
     table.add_column(Text("last action", no_wrap=True), overflow="crop")  # gives way first
     shown = workers if len(workers) < room else workers[: room - 2]
     for one in shown:
-        table.add_row(
-            _told(one.worker if one.worker >= 0 else None, "d"),
-            one.state,
-            _told(one.episode, "d"),
-            _told(one.decision, "d"),
-            _told(one.budget_used, ".0%"),
-            _told(one.loss, ".4f"),
-            _told(one.parameters, ",d"),
-            _told(one.seconds, ".3g"),
-            Text((one.action or "").replace("\n", " "), no_wrap=True),
-            style=STYLES.get(one.state),
-        )
+        number = one.worker if one.worker >= 0 else None
+        values = (number, one.state, one.episode, one.decision, one.budget_used, one.loss, one.parameters, one.seconds)
+        forms = ("d", "", "d", "d", ".0%", ".4f", ",d", ".3g")
+        cells = ["" if value is None else f"{value:{form}}" for value, form in zip(values, forms, strict=True)]
+        action = Text((one.action or "").replace("\n", " "), no_wrap=True)
+        table.add_row(*cells, action, style=STYLES.get(one.state))
     states = ", ".join(f"{count:,} {state}" for state, count in Counter(one.state for one in workers).items())
     rest = Text(f"and {len(workers) - len(shown):,} more; of all {len(workers):,}: {states}", "dim", no_wrap=True)
     return [table] if len(shown) == len(workers) else [table, rest]
@@ -234,11 +215,3 @@ class _Console(Console):
             super().__exit__(*error)  # writes what is buffered
         finally:
             self._writing.release()
-
-
-def _told(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

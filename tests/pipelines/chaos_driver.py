@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from esper.pipelines.controllers.training import make_run
+from esper.pipelines.controllers.workers import make_run
 from esper.platform.spec import RunSpec
 from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher

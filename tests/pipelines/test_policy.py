@@ -47,9 +47,6 @@ def evaluation_of(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-# -- info -----------------------------------------------------------------------------------------------------------
-
-
 def test_info_says_what_it_is(trained, capsys):
     assert pipeline.main(["info", str(trained)]) == 0
     told = dict(
@@ -88,9 +85,6 @@ def test_a_checkpoint_loads_in_a_plain_process_whichever_folder_is_named(trained
         [sys.executable, "-W", "error", "-c", code, *paths], check=True, capture_output=True, text=True
     )
     assert done.stdout.count("iterations   2") == 4
-
-
-# -- evaluate -------------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
@@ -147,9 +141,6 @@ def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys):
     assert "bound" not in capsys.readouterr().out
 
 
-# -- distill --------------------------------------------------------------------------------------------------------
-
-
 def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens, tmp_path, capfd):
     plan = tmp_path / "plan.json"
     assert pipeline.main(["distill", str(trained), "--episodes", "12", "--out", str(plan)]) == 0
@@ -167,21 +158,8 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
     assert "is there already" in capfd.readouterr().err
 
 
-# -- Numbers --------------------------------------------------------------------------------------------------------
-
-
 def played(*losses):
     return [{"val_loss": loss, "grafts": [], "diverged": False} for loss in losses]
-
-
-def test_the_interval_is_the_paired_t_tests():
-    random = np.random.default_rng(0)
-    a, b = random.normal(2, 1, 9), random.normal(1, 1, 9)
-    low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
-    interval = Interval.of(a - b)
-    assert interval.half is not None
-    assert (interval.mean - interval.half, interval.mean + interval.half) == pytest.approx((low, high))
-    assert str(Interval.of(np.array([0.5]))) == "+0.5000"
 
 
 def test_the_gap_closed_is_between_the_reference_and_the_bound():
@@ -192,9 +170,7 @@ def test_the_gap_closed_is_between_the_reference_and_the_bound():
     assert [row["to_bound"] for row in rows] == pytest.approx([1.5, 0.875, None])
     assert [row["closed"] for row in Comparison(arms, {}, np.array([2.0, 4.0])).rows()] == [None] * 3  # no gap
     assert "against" not in Comparison({"ppo": arms["ppo"]}, {}).table()
-
-
-# -- Bad input ------------------------------------------------------------------------------------------------------
+    assert str(Interval.of(np.array([0.5]))) == "+0.5000"
 
 
 @pytest.mark.parametrize(
@@ -240,11 +216,3 @@ def test_a_damaged_checkpoint_is_told_by_every_action(trained, capsys):
     card.write_text("{")
     assert pipeline.main(["info", str(trained)]) == 2
     assert "is damaged" in capsys.readouterr().err
-
-
-def test_the_help_lists_the_actions(capsys):
-    assert pipeline.main([]) == 0
-    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]} == set(pipeline.ACTIONS)
-    for action in pipeline.ACTIONS:
-        assert pipeline.main([action, "--help"]) == 0
-        assert f"usage: esper policy {action}" in capsys.readouterr().out

@@ -1,0 +1,66 @@
+"""The workers that a controller is trained over: Ray actors that train GPTs, or surrogate runs in this process."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from esper.platform import cluster
+from esper.platform.checkpoint import CheckpointStore
+from esper.platform.console import say
+from esper.platform.contracts import Run
+from esper.platform.errors import UserError
+from esper.platform.spec import RunSpec
+from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
+from esper.workers.actor import GrowthWorker
+from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.run import GrowthRun
+from esper.workers.tolaria.data import TokenData
+from esper.workers.worker import EpisodeWorker
+
+SURROGATES = 16  # surrogate runs side by side in the driver
+
+
+def fleet_maker(spec: RunSpec, data: Path | None, storage: str) -> Callable[[], Fleet]:
+    """Makes the workers, which save their runs in `storage`; without data they are surrogates, and save nothing."""
+    if data is None:
+        return partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, spec)), SURROGATES)
+    CheckpointStore(storage).close()  # a place that cannot be is told of here, not by each worker
+    return partial(_ray_fleet, spec, data, storage)
+
+
+def make_run(spec: RunSpec, data: Path | None) -> Run:
+    """A worker's run, made in its own process."""
+    return SurrogateRun(spec) if data is None else GrowthRun(spec, TokenData.open(data, verify=False))
+
+
+def gpus_needed(spec: RunSpec) -> int | None:
+    """GPUs that a cluster must have, for one worker or trial and for learners; None for none, or where it grows."""
+    needed = math.ceil(spec.fleet.gpus + spec.ppo.learners * spec.ppo.learner_gpus)
+    return None if _grows(spec) else needed or None
+
+
+def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
+    fleet, ppo = spec.fleet, spec.ppo
+    taken = (0 if ppo.learner_gpus else ppo.learners, ppo.learners * ppo.learner_gpus)  # as RLlib asks for them
+    room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus, taken)
+    count = room if fleet.workers is None else fleet.workers
+    if count > room and not cluster.attached():
+        raise UserError(
+            f"fleet.workers is {count}, but this machine holds {room} of them: set it lower, or leave it out."
+        )
+    each = f"{fleet.cpus:g} core(s)" + (f", {fleet.gpus:g} GPU" if fleet.gpus else "")
+    say(f"fleet   {count} workers, each with {each}; saved in {storage}")
+    if count > room:
+        say(f"        the cluster has room for {room}; the others join as nodes do")
+
+    def make_worker():
+        options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus)
+        return options.remote(partial(make_run, spec, data), storage)
+
+    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus, taken), cluster.cores)
+
+
+def _grows(spec: RunSpec) -> bool:
+    """Whether the cluster may have no node for workers yet: a number of them that is asked for makes it grow."""
+    return cluster.attached() and spec.fleet.workers is not None
