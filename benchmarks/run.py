@@ -28,7 +28,7 @@ from trials import bench_sweep
 
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction, Instance
-from esper.platform.spec import RunSpec, load_spec
+from esper.platform.spec import DataSpec, RunSpec, load_spec
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, ensure, prepare
@@ -72,7 +72,7 @@ def bench_step() -> None:
     print("training step, speed of ours over a plain GPT of the same shape (goal: 0.98x or more)")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        source = ensure("python-docs", "char")
+        source = ensure(DataSpec(source="python-docs"))
         for name, (steps, spec) in SHAPES.items():
             data = _data(spec, source, Path(folder))
             vocabulary = data.manifest.vocab_size
@@ -96,7 +96,7 @@ def bench_growth() -> None:
     """A step of a host grown by a seed of each kind, on probation and fused, against one born that shape."""
     print("training step, speed of a grown host over one born that shape (goals: fused 0.98x, on probation 0.93x)")
     torch.set_num_threads(1)
-    data = TokenData.open(ensure("python-docs", "char"))
+    data = TokenData.open(ensure(DataSpec(source="python-docs")))
     for name, (steps, spec) in list(SHAPES.items())[:3]:
         blueprints = make_blueprints(spec.growth.blueprints)
         young = Trainer(spec, data, blueprints, 0, Instance())
@@ -122,7 +122,7 @@ def bench_overhead() -> None:
     print("a whole run of 3,000 steps of tinystories-char that grafts three times: what is not an optimizer step")
     torch.set_num_threads(1)
     spec = load_spec("tinystories-char", ["budget.axis=steps", "budget.amount=3000", "budget.decisions=12"])
-    run = GrowthRun(spec, TokenData.open(ensure("python-docs", "char")))
+    run = GrowthRun(spec, TokenData.open(ensure(DataSpec(source="python-docs"))))
     run.reset(seed=0)
     plan: dict[int, tuple[str, str]] = dict(zip((1, 3, 5), GRAFTS, strict=True))
     steps: list[float] = []
@@ -156,7 +156,7 @@ def bench_overhead() -> None:
 def bench_memory() -> None:
     """Peak resident memory during a graft against what is there after it."""
     print("peak memory during a graft over that after it (goal: 1.1x or less)")
-    data = TokenData.open(ensure("python-docs", "char"))
+    data = TokenData.open(ensure(DataSpec(source="python-docs")))
     spec = load_spec("tinystories-char", ["host.n_layer=4", "host.n_embd=512", "host.n_head=8", "data.batch_size=1"])
     trainer = Trainer(spec, data, make_blueprints(spec.growth.blueprints), 0, Instance())
     trainer.step(1e-4)
@@ -181,7 +181,8 @@ def _data(spec: RunSpec, source: Path, folder: Path) -> TokenData:
         return TokenData.open(source)
     out = folder / spec.data.tokenizer.replace(":", "-")
     if not out.exists():
-        prepare("python-docs", spec.data.tokenizer if spec.data.tokenizer != "gpt2" else "bpe:4096", out)
+        tokenizer = spec.data.tokenizer if spec.data.tokenizer != "gpt2" else "bpe:4096"
+        prepare(DataSpec(source="python-docs", tokenizer=tokenizer), out)
     return TokenData.open(out)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from esper.pipelines import sweep
 from esper.platform.cluster import cores
 from esper.platform.contracts import GraftAction
-from esper.platform.spec import load_spec
+from esper.platform.spec import DataSpec, load_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
 
@@ -22,7 +22,7 @@ def bench_sweep() -> None:
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         shards = Path(folder) / "shards"
-        prepare("python-docs", "char", shards, max_bytes=500_000)
+        prepare(DataSpec(source="python-docs", max_bytes=500_000), shards)
         run = GrowthRun(load_spec("demo", SETTINGS), TokenData.open(shards))
         begun = time.perf_counter()
         for seed in range(TRIALS):

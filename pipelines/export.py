@@ -8,8 +8,6 @@ and `model.safetensors` in the output folder, with the tokenizer of the run's te
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,31 +23,21 @@ from esper.platform.storage import check_unused
 from esper.workers.tolaria.data import TokenData, Tokenizer
 from esper.workers.tolaria.export import export_gpt2, export_native, host_of
 
-
-@dataclass(frozen=True)
-class Format:
-    """How a host is written, and the lines of Python that load it and its tokenizer from a folder."""
-
-    write: Callable[..., None]
-    imports: str
-    host: str
-    tokenizer: str
-
-
 FORMATS = {
-    "native": Format(
+    "native": (
         export_native,
-        "from esper.workers.tolaria.export import load_native, load_native_tokenizer",
-        "host = load_native({!r})",
-        "tokenizer = load_native_tokenizer({!r})",
+        """from esper.workers.tolaria.export import load_native, load_native_tokenizer
+    host = load_native({0!r})""",
+        "\n    tokenizer = load_native_tokenizer({0!r})",
     ),
-    "gpt2": Format(
+    "gpt2": (
         export_gpt2,
-        "from transformers import AutoTokenizer, GPT2LMHeadModel",
-        "model = GPT2LMHeadModel.from_pretrained({!r})",
-        "tokenizer = AutoTokenizer.from_pretrained({!r})",
+        """from transformers import AutoTokenizer, GPT2LMHeadModel
+    model = GPT2LMHeadModel.from_pretrained({0!r})""",
+        "\n    tokenizer = AutoTokenizer.from_pretrained({0!r})",
     ),
 }
+"""How a host is written, and the lines of Python that load it, and its tokenizer, from a folder."""
 
 
 class ExportArguments(Arguments):
@@ -69,17 +57,14 @@ def run(arguments: ExportArguments) -> None:
     out = arguments.out.absolute()
     values, tensors = newest(arguments.run)
     host = host_of(values, tensors)
-    how = FORMATS[arguments.format]
-    shape = host.shape
+    write, load_host, load_tokenizer = FORMATS[arguments.format]
     say(f"run     {arguments.run}, at optimizer step {values['books']['ledger']['steps']:,}")
-    say(f"host    {shape.parameters_count():,} parameters in {shape.depth()} layer(s)")
+    say(f"host    {host.shape.parameters_count():,} parameters in {host.shape.depth()} layer(s)")
     tokenizer = tokenizer_of(values)
-    how.write(host, out, tokenizer)
+    write(host, out, tokenizer)
     with_tokenizer = f" with the tokenizer {tokenizer.name}" if tokenizer else ""
     say(f"wrote   {out}: the host in the {arguments.format} format{with_tokenizer}")
-    say("load it with:")
-    for line in (how.imports, how.host, *([how.tokenizer] if tokenizer else [])):
-        say(f"    {line.format(str(out))}")
+    say(f"load it with:\n    {load_host}{load_tokenizer if tokenizer else ''}".format(str(out)))
 
 
 def newest(folder: Path) -> tuple[Any, dict[str, Tensor]]:

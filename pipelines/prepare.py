@@ -28,20 +28,11 @@ class PrepareArguments(CommonArguments):
 
 def run(arguments: PrepareArguments) -> None:
     """Settle, prepare, report."""
-    spec = resolve_spec(arguments)
-    out = output_folder(arguments, "data")
-    data = spec.data
-    say(f"preset  {spec.preset}: {data.source}, {arguments.tokenizer or data.tokenizer}; out {out}")
-    manifest = prepare(
-        data.source,
-        arguments.tokenizer or data.tokenizer,
-        out,
-        valid_fraction=data.valid_fraction,
-        max_bytes=data.max_bytes,
-    )
+    spec, out = resolve_spec(arguments), output_folder(arguments, "data")
+    data = spec.data if arguments.tokenizer is None else spec.data.model_copy(update={"tokenizer": arguments.tokenizer})
+    say(f"preset  {spec.preset}: {data.source}, {data.tokenizer}; out {out}")
+    manifest = prepare(data, out)
     write_json(out / "summary.json", manifest.model_dump(mode="json"))
-    for name, split in manifest.splits.items():
-        say(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.unseen:,} unseen characters")
     say(f"results: {out}; use it with --data {out} --set data.tokenizer={manifest.tokenizer}")
 
 

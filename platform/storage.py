@@ -99,6 +99,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """`whole_folder` for a place that a user named.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with whole_folder(path.absolute()) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}): name one where you may write."
+        ) from None
+
+
+@contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock file, which is let go with the process however that ends.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from esper.platform.spec import RunSpec
+from esper.platform.spec import DataSpec, RunSpec
 from esper.workers.tolaria.data import TokenData, prepare
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
@@ -55,7 +55,7 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, text_file) -> Path:
     out = tmp_path_factory.mktemp("shards") / "char"
-    prepare(str(text_file), "char", out)
+    prepare(DataSpec(source=str(text_file)), out)
     return out
 
 

@@ -5,10 +5,10 @@
 then the factor while segments are separate, and the seconds of an expert, of a graft and of fusing.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from scipy.optimize import nnls
@@ -28,21 +28,13 @@ BURN_IN = 5  # steps not counted: allocator, caches, lazy initialisation
 
 @dataclass(frozen=True)
 class Measurement:
-    """One shape, timed.
-
-    Attributes:
-        layers: depth.
-        mlp_width: neurons of each MLP.
-        flops: of an optimizer step.
-        wall: median seconds of a step.
-        predicted: seconds that the fitted formula gives.
-    """
+    """One shape, timed: FLOPs of an optimizer step, and its seconds: their median, and by the fitted formula."""
 
     layers: int
     mlp_width: int
     flops: float
     wall: float
-    predicted: float = 0.0
+    predicted: float
 
     @property
     def error(self) -> float:
@@ -56,93 +48,68 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[Clock
     Sizes run from one layer to the spec's deepest, with the spec's MLP and with one twice as wide; the passes over
     them are interleaved, so that a drift of the machine's speed does not pass for a difference of shapes.
     """
-    trainers, keys = [], []
-    for layers in sorted({1, 2, (1 + spec.growth.max_layers) // 2, spec.growth.max_layers}):
-        for factor in (1, 2):
-            width = factor * (spec.host.mlp_width or 4 * spec.host.n_embd)
-            host = spec.host.model_copy(update={"n_layer": layers, "mlp_width": width})
-            sized = spec.model_copy(update={"host": host})
-            trainers.append(Trainer(sized, data, make_blueprints(spec.growth.blueprints), 0, Instance()))
-            keys.append((layers, width))
-    times: list[list[float]] = [[] for _ in trainers]
+    width, deepest = spec.host.mlp_width or 4 * spec.host.n_embd, spec.growth.max_layers
+    shapes = [(n, factor * width) for n in sorted({1, 2, (1 + deepest) // 2, deepest}) for factor in (1, 2)]
+    trainers = [_born(spec, data, n_layer=n, mlp_width=width) for n, width in shapes]
+    times: list[list[float]] = []
     for i in range(steps + BURN_IN):
-        for trainer, taken in zip(trainers, times, strict=True):
-            taken.append(_timed_step(trainer))
+        times.append([_step(trainer) for trainer in trainers])
         if i % 10 == 9:
             say(f"calibrate: {i + 1} of {steps + BURN_IN} rounds over {len(trainers)} shapes")
-    tokens = batch_tokens(spec)
-    rows = [
-        Measurement(layers, width, tokens * trainer.host.flops_per_token(), statistics.median(taken[BURN_IN:]))
-        for (layers, width), trainer, taken in zip(keys, trainers, times, strict=True)
-    ]
-    wall = np.array([row.wall for row in rows])
-    design = np.array([[1.0, row.layers, row.flops] for row in rows]) / wall[:, None]
-    scale = design.max(axis=0)
-    base, layer, per_flop = nnls(design / scale, np.ones(len(rows)))[0] / scale
-    costs = _growth_costs(spec, data, steps)
+    wall = np.median(times[BURN_IN:], axis=0)
+    flops = batch_tokens(spec) * np.array([trainer.host.flops_per_token() for trainer in trainers], float)
+    design = np.stack([np.ones(len(shapes)), [n for n, _ in shapes], flops], axis=1)
+    scale = (design / wall[:, None]).max(axis=0)
+    constants = nnls(design / wall[:, None] / scale, np.ones(len(shapes)))[0] / scale
     clock = ClockSpec(
         kind=spec.clock.kind,
-        base_seconds=float(base),
-        layer_seconds=float(layer),
-        flops_per_second=float(1 / max(per_flop, 1e-18)),
-        expert_seconds=costs.expert,
-        split_factor=costs.split,
-        graft_seconds=costs.graft,
-        fuse_seconds=costs.fuse,
+        base_seconds=float(constants[0]),
+        layer_seconds=float(constants[1]),
+        flops_per_second=float(1 / max(constants[2], 1e-18)),
+        **_growth_costs(spec, data, steps),
         measured_on=f"{trainers[0].device.type}, {spec.threads} thread(s), {spec.dtype}, `esper calibrate`",
     )
-    predicted = design * wall[:, None] @ np.array([base, layer, per_flop])
-    return clock, [
-        Measurement(row.layers, row.mlp_width, row.flops, row.wall, float(p))
-        for row, p in zip(rows, predicted, strict=True)
-    ]
+    rows = zip(shapes, flops.tolist(), wall.tolist(), (design @ constants).tolist(), strict=True)
+    return clock, [Measurement(*shape, *measured) for shape, *measured in rows]
 
 
-@dataclass(frozen=True)
-class _GrowthCosts:
-    """Factor of a step while segments are separate; seconds of a graft, of fusing a seed, of an expert in a step."""
-
-    split: float
-    graft: float
-    fuse: float
-    expert: float
-
-
-def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> _GrowthCosts:
+def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float]:
     """A young seed of units at every site that takes one, and an expert a layer, each against a host born without."""
     blueprints = make_blueprints(None)
-    grown = Trainer(spec, data, blueprints, 0, Instance())
-    grafts = []
-    for site in grown.host.injection_specs():
-        for name in site.blueprints:
-            if blueprints[name].units:
-                grafts.append(_timed(grown, lambda site=site, name=name: grown.kasmina.graft(site.id, name)))
-    layer = grown.host.shape.layers[0]
-    head_dim = spec.host.head_dim or spec.host.n_embd // spec.host.n_head
-    host = spec.host.model_copy(update={"n_head": layer.heads, "head_dim": head_dim, "mlp_width": layer.width})
-    born = Trainer(spec.model_copy(update={"host": host}), data, blueprints, 0, Instance())
-    split = statistics.median(first / second for first, second in _paired_steps(grown, born, steps))
+    grown, plain, gated = (_born(spec, data) for _ in range(3))
+    grafts = [
+        _timed(grown, lambda site=site, name=name: grown.kasmina.graft(site.id, name))
+        for site in grown.host.injection_specs()
+        for name in site.blueprints
+        if blueprints[name].units
+    ]
+    layer, head_dim = grown.host.shape.layers[0], spec.host.head_dim or spec.host.n_embd // spec.host.n_head
+    born = _born(spec, data, n_head=layer.heads, head_dim=head_dim, mlp_width=layer.width)
+    split = _paired_steps(grown, born, steps)
     fuses = [_timed(grown, lambda seed=seed: grown.kasmina.fuse(seed)) for seed in grown.kasmina.seeds]
-
-    gated, plain = (Trainer(spec, data, blueprints, 0, Instance()) for _ in range(2))
     for site in gated.host.injection_specs():
         if site.kind == "post_ffn":
             gated.kasmina.graft(site.id, "expert")
-    extra = statistics.median(first - second for first, second in _paired_steps(gated, plain, steps))
-    return _GrowthCosts(
-        split=max(1.0, split),
-        graft=statistics.median(grafts),
-        fuse=statistics.median(fuses),
-        expert=max(0.0, extra / gated.host.experts()),
-    )
+    extra = median(first - second for first, second in _paired_steps(gated, plain, steps))
+    return {
+        "split_factor": max(1.0, median(first / second for first, second in split)),
+        "graft_seconds": median(grafts),
+        "fuse_seconds": median(fuses),
+        "expert_seconds": max(0.0, extra / gated.host.experts()),
+    }
+
+
+def _born(spec: RunSpec, data: TokenData, **host: int) -> Trainer:
+    sized = spec.model_copy(update={"host": spec.host.model_copy(update=host)})
+    return Trainer(sized, data, make_blueprints(None), 0, Instance())
 
 
 def _paired_steps(a: Trainer, b: Trainer, steps: int) -> list[tuple[float, float]]:
     """Seconds of a step of each, in turn."""
-    return [(_timed_step(a), _timed_step(b)) for _ in range(steps + BURN_IN)][BURN_IN:]
+    return [(_step(a), _step(b)) for _ in range(steps + BURN_IN)][BURN_IN:]
 
 
-def _timed_step(trainer: Trainer) -> float:
+def _step(trainer: Trainer) -> float:
     return _timed(trainer, lambda: trainer.step(1e-4))
 
 

@@ -13,9 +13,11 @@ from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import check_unused, write_text
 from esper.workers.candidates import telemetry_space
+from esper.workers.laws.scaling_law import budget_tokens
 from esper.workers.tolaria.data import TokenData, ensure
 from esper.workers.tolaria.data.sources import SOURCES
 from esper.workers.tolaria.device import pick_device
+from esper.workers.tolaria.hosts import start_shape
 
 TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}
 """Task → device → preset."""
@@ -60,8 +62,7 @@ def open_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
         UserError: either is not good, or the text is too short for the spec's context.
     """
     out = output_folder(arguments, what)
-    source = spec.data
-    data = ensure(source.source, source.tokenizer, valid_fraction=source.valid_fraction, max_bytes=source.max_bytes)
+    data = ensure(spec.data)
     job = Job(spec, data, out)
     manifest = job.open_data().manifest
     for name, split in manifest.splits.items():
@@ -73,7 +74,10 @@ def open_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
     unseen = sum(split.unseen for split in manifest.splits.values())
     say(f"preset  {spec.preset}: {describe(spec)}")
     train = manifest.splits["train"].tokens
-    say(f"data    {manifest.source}, {source.tokenizer}: {train:,} training tokens in {data}")
+    say(f"data    {manifest.source}, {manifest.tokenizer}: {train:,} training tokens in {data}")
+    epochs = budget_tokens(spec, start_shape(spec, manifest.vocab_size)) / train
+    if epochs > 1:
+        say(f"        of which a run that stays at its starting size sees each {epochs:.1f} times (epochs)")
     if unseen:
         say(f"        {unseen:,} characters of the validation text are not in the training text: one reserved id")
     say(f"out     {out}")

@@ -17,6 +17,7 @@ from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.distill import Taken, median_schedule
 from esper.policies.simic.policy import SimicPolicy
+from esper.workers.laws.best_schedule import best_fixed_schedule
 from esper.workers.laws.oracle import bound
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.probe import ChargedProbe
@@ -161,15 +162,14 @@ def compare(
         training: where schedules are chosen; None on text, where that would take days.
         given: arm → the entries of its schedule.
     """
-    from esper.pipelines.controllers.best_schedule import best_fixed_schedule
-
     played, schedules, bounds = {}, dict(given), None
 
     def schedule(arm: str) -> list[Entry]:
         assert training is not None
         say(f"  {arm}: choosing on {len(training.instances)} training instances")
         if arm == "schedule":
-            return best_fixed_schedule(training.spec, training.instances.values())
+            best = best_fixed_schedule(training.spec, training.instances.values())
+            return [Entry(at=at, blueprint=blueprint) for at, blueprint in best]
         return training.median_schedule(policy)[0]
 
     for arm in (*arms, TRAINED):

@@ -63,9 +63,10 @@ def trained_policy(
         spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in own})
         fit = fit_laws(spec, [point for run in tuning for point in points_of(run)])
         spec = spec.model_copy(update={"laws": fit.laws})
-        size = f"{fit.size:.3f}·n^-{fit.size_exponent:.2f}"
-        data = f"{fit.data:.3f}·d^-{fit.data_exponent:.2f}"
-        say(f"laws    {fit.floor:.3f} + {size} + {data} nats at n layers, d of what one layer sees in the budget")
+        law = fit.law
+        size = f"{law.size:.3f}·n^-{law.size_exponent:.2f}"
+        data = f"{law.data:.3f}·d^-{law.data_exponent:.2f}"
+        say(f"laws    {law.floor:.3f} + {size} + {data} nats at n layers, d of what one layer sees in the budget")
         say(f"        off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
     if not done.exists():
         start = ResumePoint.newest(out) if checkpoints(out) else None

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import ray
 
-from esper.pipelines.controllers.best_schedule import best_fixed_schedule, simulated_losses
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec, load_spec
+from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.fleet import LocalFleet
 from esper.policies.simic.learner import build_algorithm, current_policy
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import SimicPolicy
 from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
+from esper.workers.laws.best_schedule import best_fixed_schedule
 from esper.workers.laws.oracle import bound
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.worker import EpisodeWorker
@@ -63,19 +64,23 @@ class Ruler:
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         self.instances = list(instance_set("test", spec).values())
-        schedule = best_fixed_schedule(spec, instance_set("train", spec).values())
-        self.fixed = simulated_losses(spec, schedule, self.instances).mean()
+        best = best_fixed_schedule(spec, instance_set("train", spec).values())
+        self.fixed = self.loss(SchedulePolicy([Entry(at=at, blueprint=blueprint) for at, blueprint in best]))
         self.bound = np.mean([bound(spec, instance) for instance in self.instances])
 
-    def share(self, policy: GrowthPolicy) -> float:
-        """Of the gap, that a policy closes: 0 is the best fixed schedule, 1 the bound."""
+    def loss(self, policy: GrowthPolicy) -> float:
+        """The mean final loss, nats."""
         run, losses = SurrogateRun(self.spec), []
         for number, instance in enumerate(self.instances):
             telemetry = run.reset(instance, derive(0, "test", number))
             while not run.ended:
                 telemetry = run.step(policy.act(telemetry)).telemetry
             losses.append(run.loss)
-        return float((self.fixed - np.mean(losses)) / (self.fixed - self.bound))
+        return float(np.mean(losses))
+
+    def share(self, policy: GrowthPolicy) -> float:
+        """Of the gap, that a policy closes: 0 is the best fixed schedule, 1 the bound."""
+        return float((self.fixed - self.loss(policy)) / (self.fixed - self.bound))
 
     def shares(self, net: ControllerNet) -> tuple[float, float]:
         """Of the likeliest actions, and of drawn ones."""

@@ -8,7 +8,7 @@ import pytest
 
 from esper.platform.contracts import GraftAction
 from esper.platform.seeding import stream
-from esper.platform.spec import load_spec
+from esper.platform.spec import DataSpec, load_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
 
@@ -16,7 +16,7 @@ from esper.workers.tolaria.data import TokenData, prepare
 @pytest.fixture(scope="module")
 def real(tinystories, tmp_path_factory):
     out = tmp_path_factory.mktemp("tinystories") / "char"
-    prepare(str(tinystories), "char", out)
+    prepare(DataSpec(source=str(tinystories)), out)
     return TokenData.open(out)
 
 

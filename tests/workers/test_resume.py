@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from esper.platform.checkpoint import read
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
+from esper.platform.spec import DataSpec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
 
@@ -95,7 +96,7 @@ def test_other_text_is_refused(spec, tokens, tmp_path):
     run.reset(seed=0)
     run.save(tmp_path / "checkpoint")
     (tmp_path / "other.txt").write_text("\n<|endoftext|>\n".join(f"{i} and another text {i}" * 9 for i in range(90)))
-    prepare(str(tmp_path / "other.txt"), "char", tmp_path / "other")
+    prepare(DataSpec(source=str(tmp_path / "other.txt")), tmp_path / "other")
     with pytest.raises(UserError, match="other text or another tokenizer"):
         GrowthRun.restore(tmp_path / "checkpoint", TokenData.open(tmp_path / "other"))
 

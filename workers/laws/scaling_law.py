@@ -1,13 +1,11 @@
-"""Law: the formula by which a surrogate's loss falls, and what of it is drawn.
+"""The formula by which a surrogate's loss falls, and what of it is drawn.
 
     L(N, D) = E + A·(N/N₀)^(−α) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2)
 
 N effective parameters, D effective tokens. N₀ is N at one layer of the born shape, and D₀ the tokens that it would see
 in the spec's whole budget, so that A and B are nats and a law is as hard at every preset. The state is the loss: D is
-the tokens that the size now would have needed for it, so that L is continuous through a graft.
-
-At equal sizes everything here rises with the loss: `trained` and `shrunk` are monotone in it. On that the clairvoyant
-bound rests (`workers/clairvoyant.py`).
+the tokens that the size now would have needed for it, so that L is continuous through a graft. At equal sizes
+everything rises with the loss; on that the oracle's bound rests.
 """
 
 import math
@@ -50,7 +48,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Law:
+class ScalingLaw:
     """The constants of an episode.
 
     Attributes:
@@ -66,16 +64,16 @@ class Law:
         tokens: D₀.
     """
 
-    floor: float
-    size: float
-    size_exponent: float
-    data: float
-    data_exponent: float
-    heads: float
-    width: float
-    layer: float
-    reference: float
-    tokens: float
+    floor: Array
+    size: Array
+    size_exponent: Array
+    data: Array
+    data_exponent: Array
+    heads: Array
+    width: Array
+    layer: Array
+    reference: Array
+    tokens: Array
 
     @classmethod
     def drawn(cls, seed: int, spec: RunSpec) -> Self:
@@ -124,11 +122,6 @@ class Law:
         """The loss after that many more tokens at a size. `loss` > `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
-
-    @staticmethod
-    def shrunk(loss: Array, size_loss: Array, size_loss_after: Array) -> Array:
-        """The loss after a prune: what tokens have not removed stays, and the smaller size's own loss comes."""
-        return loss + (size_loss_after - size_loss)
 
 
 def start_of(spec: RunSpec, n_layer: int) -> TransformerShape:

@@ -1,14 +1,13 @@
 """SurrogateRun: an episode that computes its loss by a law instead of training; a fraction of a millisecond a decision.
 
-The law is in `workers/law.py`. A graft leaves the loss where it is, and from there on it falls as the new size's does;
-a prune raises it by what the size was worth. On budgets of parameter-seconds, seconds and FLOPs a slice is trained to
-its very end, with parts of a step (the ledger's steps and tokens are the rounded sums), so that the state at a decision
-is its number, the shape and the loss, and the best that can be done is known (`workers/clairvoyant.py`).
+A graft leaves the loss where it is, and from there on it falls as the new size's does; a prune raises it by what the
+size was worth. On budgets of parameter-seconds, seconds and FLOPs a slice is trained to its very end, with parts of a
+step (the ledger's steps and tokens are the rounded sums), so that the state at a decision is its number, the shape and
+the loss, and the best that can be done is known (`oracle.py`).
 
 What a controller sees is noisy; rewards and records are exact. Losses (and slopes with them) are off by some millinats.
 Once something has been trained, a site's gradient norm tells, up to a factor of noise, how many nats a graft there
-takes off what training cannot remove: a law's heads, neurons and layers count for much or for little, and this is where
-it shows.
+takes off what training cannot remove: this is where it shows for how much a law's heads, neurons and layers count.
 
 It stands in for GrowthRun wherever learning to decide is what is tried, and shows nothing about real growth.
 """
@@ -27,7 +26,7 @@ from esper.platform.ledger import Ledger
 from esper.platform.seeding import stream
 from esper.workers.candidates import Options, Planted
 from esper.workers.episode import Episode, as_json
-from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, Law, Size, start_of, whole_steps
+from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, Size, start_of, whole_steps
 from esper.workers.observe import SLOW, Measured, batch_tokens
 from esper.workers.tolaria.model.shape import TransformerShape
 
@@ -42,7 +41,7 @@ class SurrogateRun(Episode):
     """The Run contract over a loss law. Same spec, ledger, candidates, telemetry and reward as GrowthRun."""
 
     def _start(self) -> None:
-        self.law = Law.drawn(self.seed if self.instance.law is None else self.instance.law, self.spec)
+        self.law = ScalingLaw.drawn(self.seed if self.instance.law is None else self.instance.law, self.spec)
         self.shape = start_of(self.spec, self.instance.n_layer or self.spec.host.n_layer)
         self._seeds: list[Planted] = []
         self._loss = math.log(VOCABULARY)
@@ -153,7 +152,7 @@ class SurrogateRun(Episode):
         sites = {site.id for site in shape.injection_specs()}
         self._seeds = [planted for planted in self._seeds if planted.site in sites]
         self._resized()
-        self._loss = self.law.shrunk(self._loss, before, self._size_loss)
+        self._loss += self._size_loss - before  # what tokens have not removed stays
         self._charge(self.spec.clock.graft_seconds)
 
     def _train(self, boundary: float) -> float:

@@ -3,29 +3,26 @@
 Either is a folder that appears whole or not at all: `config.json`, `model.safetensors`, and the tokenizer where one is
 given. Young segments are joined, which changes no bit, so whether a seed was fused makes no difference.
 
-GPT-2's layout (Radford et al. 2019; `GPT2LMHeadModel` of transformers) computes what our host does and stores it
-otherwise: every linear as a `Conv1D`, (in, out); QKV as all of Q, then K, then V, not head by head; one head count and
-one MLP width for all layers, heads filling C.
-
 C embedding, H heads, D head dimension, W neurons of an MLP.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from torch import Tensor
 
 from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
-from esper.platform.storage import whole_folder, write_json
+from esper.platform.storage import check_unused, new_folder, write_json
 from esper.workers.tolaria.data import Tokenizer, tokenizer
 from esper.workers.tolaria.export_tokenizer import save_hugging_face
 from esper.workers.tolaria.hosts import host_config
@@ -33,8 +30,20 @@ from esper.workers.tolaria.model.linear import GrowableLinear
 from esper.workers.tolaria.model.shape import TransformerShape
 from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
 
-FORMAT, VERSION = "esper-transformer", 1
 CONFIG, MODEL = "config.json", "model.safetensors"  # names that transformers expects, too
+NO_HOST = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
+"""What values raise that describe no host, or another one than the tensors'."""
+
+
+class NativeConfig(Frozen):
+    """`config.json` of Esper's own format."""
+
+    format: Literal["esper-transformer"] = "esper-transformer"
+    version: Literal[1] = 1
+    config: dict[str, Any]
+    sha256: str
+    tokenizer: str | None = None
+
 
 # -- From a checkpoint -----------------------------------------------------------------------------------------------
 
@@ -54,11 +63,11 @@ def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transfo
     try:
         spec = RunSpec.checked(values["books"]["spec"], "the checkpoint")
         config = replace(host_config(spec, len(state["wte.weight"])), attention="sdpa")  # flash needs the run's machine
-        host = TransformerHost.with_layout(config, values["trainer"]["now"]["layout"])
-        return _loaded(host, state)
-    except (KeyError, TypeError, RuntimeError) as error:
+        layout = values["trainer"]["now"]["layout"]
+        return _loaded(lambda: TransformerHost.with_layout(config, layout), state)
+    except NO_HOST as error:
         raise UserError(
-            f"the checkpoint holds no host that is in training ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            f"the checkpoint holds no host that is in training ({type(error).__name__}: {_first_line(error)}): "
             "name one of a run of `esper train`."
         ) from None
 
@@ -70,8 +79,7 @@ def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | No
     """Write a host of any shape as a new folder, for `load_native`.
 
     `model.safetensors` is the state dict of a host born in this shape (a tied head is left out: it is `wte.weight`);
-    `config.json` holds the format, its version, the `TransformerConfig` that this host is born with, and the weights'
-    SHA-256. Which kernel computes attention is not part of the model.
+    `config.json` is a `NativeConfig`. Which kernel computes attention is not part of the model.
 
     Args:
         host: fused or not; not changed.
@@ -84,13 +92,13 @@ def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | No
     shape = host.shape
     config = asdict(replace(host.config, n_layer=shape.depth(), layers=shape.layers))
     del config["attention"]
-    _check_vocabulary(host, tokenizer)
-    with _new_folder(folder) as partial:
+    _check(host, folder, tokenizer)
+    with new_folder(Path(folder)) as partial:
         digest = _write_model(partial, fused_state(host))
-        values = {"format": FORMAT, "version": VERSION, "config": config, "sha256": digest}
         if tokenizer is not None:
             tokenizer.save(partial)
-        write_json(partial / CONFIG, {**values, "tokenizer": tokenizer and tokenizer.name})
+        values = NativeConfig(config=config, sha256=digest, tokenizer=tokenizer and tokenizer.name)
+        write_json(partial / CONFIG, values.model_dump(mode="json"))
 
 
 def load_native(folder: Path) -> TransformerHost:
@@ -105,31 +113,26 @@ def load_native(folder: Path) -> TransformerHost:
         data = (folder / MODEL).read_bytes()
     except OSError as error:
         raise _damaged(folder, f"{MODEL} cannot be read: {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != values.get("sha256"):
+    if hashlib.sha256(data).hexdigest() != values.sha256:
         raise _damaged(folder, f"the SHA-256 of {MODEL} is not the one in {CONFIG}")
     try:
-        config = values["config"]
-        layers = TransformerShape.layers_from_json(config["layers"])
-        host = TransformerHost(TransformerConfig(**{**config, "layers": layers}), torch.Generator())
-        return _loaded(host, safetensors.torch.load(data))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError):
+        layers = TransformerShape.layers_from_json(values.config["layers"])
+        config = TransformerConfig(**{**values.config, "layers": layers})
+        return _loaded(lambda: TransformerHost(config, torch.Generator()), safetensors.torch.load(data))
+    except NO_HOST:
         raise _damaged(folder, f"{CONFIG} does not describe the host in {MODEL}") from None
 
 
 def load_native_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `export_native` put beside the host.
+    """The tokenizer that `export_native` put beside the host: its `encode` and `decode`.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    folder = Path(folder)
-    name = _read_config(folder).get("tokenizer")
+    name = _read_config(Path(folder)).tokenizer
     if name is None:
         raise UserError(f"{folder} was exported without a tokenizer: load the one in the folder of its prepared text.")
-    try:
-        return tokenizer.kind(name).load(name, folder)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"its tokenizer cannot be read: {error}") from None
+    return tokenizer.load(name, Path(folder))
 
 
 def fused_state(host: TransformerHost) -> dict[str, Tensor]:
@@ -147,6 +150,9 @@ def fused_state(host: TransformerHost) -> dict[str, Tensor]:
 def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a host as a new folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
 
+    GPT-2's layers are alike, with heads that fill C: smaller ones are filled up with heads and neurons of zeros, which
+    add exactly nothing.
+
     Args:
         host: fused or not; not changed.
         folder: new or empty.
@@ -157,8 +163,8 @@ def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None
             tokenizer has another vocabulary.
     """
     check_gpt2(host.shape)
-    _check_vocabulary(host, tokenizer)
-    with _new_folder(folder) as partial:
+    _check(host, folder, tokenizer)
+    with new_folder(Path(folder)) as partial:
         _write_model(partial, gpt2_state(host))
         write_json(partial / CONFIG, _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
         if tokenizer is not None:
@@ -171,40 +177,47 @@ def check_gpt2(shape: TransformerShape) -> None:
     Raises:
         UserError: naming the first layer that is why.
     """
-    width = shape.layers[0].width
+    C, D = shape.n_embd, shape.head_dim
     for number, layer in enumerate(shape.layers, start=1):
-        inner = layer.heads * shape.head_dim
         if layer.experts:
             reason = f"has {len(layer.experts)} expert(s), and GPT-2 knows none"
-        elif inner != shape.n_embd:
-            reason = (
-                f"has {layer.heads} head(s) of {shape.head_dim} dimensions, {inner} together, "
-                f"and GPT-2's have as many as the embedding, {shape.n_embd}"
-            )
-        elif layer.width != width:
-            reason = f"has {layer.width} MLP neurons, unlike the first layer's {width}, and GPT-2's layers are alike"
+        elif C % D or layer.heads * D > C:
+            reason = f"has {layer.heads} head(s) of {D} dimensions, and GPT-2's have as many as the embedding, {C}"
         else:
             continue
         raise UserError(
-            f"layer {number} of {shape.depth()} (h{layer.uid}) {reason}: "
-            "export in the native format, which takes any shape."
+            f"layer {number} of {shape.depth()} (h{layer.uid}) {reason}: export in the native format, which takes any "
+            """shape, or train with --set 'growth.blueprints={"ffn": {}, "block": {}}'."""
         )
 
 
 def gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
-    """The host's tensors under transformers' names and in its order."""
-    D = host.shape.head_dim
+    """The host's tensors under transformers' names and in its order.
+
+    There every linear is a `Conv1D`, (in, out), and QKV is all of Q, then K, then V, not head by head.
+    """
+    D, H, W = host.shape.head_dim, host.shape.n_embd // host.shape.head_dim, _gpt2_width(host)
     state = {}
     for name, tensor in fused_state(host).items():
-        if name == "lm_head.weight":
-            state[name] = tensor
-            continue
-        if ".c_attn." in name:
-            tensor = tensor.unflatten(0, (-1, 3, D)).transpose(0, 1).flatten(0, 2)  # (H·3·D, …) → (3·H·D, …)
+        if ".attn.c_attn." in name:  # (H·3·D, …) → (3·H·D, …)
+            tensor = _padded(tensor.unflatten(0, (-1, 3, D)), 0, H).transpose(0, 1).flatten(0, 2)
+        elif ".mlp.c_fc." in name:
+            tensor = _padded(tensor, 0, W)
+        elif name.endswith(".c_proj.weight"):
+            tensor = _padded(tensor, 1, H * D if ".attn." in name else W)
         if ".c_" in name and name.endswith("weight"):
             tensor = tensor.t()  # (out, in) → (in, out)
-        state[f"transformer.{name}"] = tensor.contiguous()
+        state[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor.contiguous()
     return state
+
+
+def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """With zeros at the end of an axis, to this size."""
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 1 - axis) + (0, size - tensor.shape[axis]))
+
+
+def _gpt2_width(host: TransformerHost) -> int:
+    return max(layer.width for layer in host.shape.layers)
 
 
 def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
@@ -216,8 +229,8 @@ def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
         "n_positions": config.block_size,
         "n_embd": config.n_embd,
         "n_layer": shape.depth(),
-        "n_head": shape.layers[0].heads,
-        "n_inner": shape.layers[0].width,
+        "n_head": config.n_embd // shape.head_dim,
+        "n_inner": _gpt2_width(host),
         "activation_function": "gelu_new",  # GELU by its tanh formula
         "layer_norm_epsilon": host.ln_f.eps,
         "resid_pdrop": config.dropout,
@@ -233,32 +246,21 @@ def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
 # -- Helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _loaded(host: TransformerHost, state: dict[str, Tensor]) -> TransformerHost:
-    """The host with these tensors in place of its own, each in its own dtype: an expert's balance is always float32."""
+def _loaded(make: Callable[[], TransformerHost], state: Mapping[str, Tensor]) -> TransformerHost:
+    """A host with these tensors for its own, each in its own dtype; nothing is allocated for what does not fit them."""
+    with torch.device("meta"):
+        host = make()
     host.load_own_state(state, assign=True)
     return host.eval()
 
 
-def _check_vocabulary(host: TransformerHost, tokenizer: Tokenizer | None) -> None:
+def _check(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> None:
+    check_unused(Path(folder))
     if tokenizer is not None and tokenizer.vocab_size != host.config.vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.config.vocab_size}: "
             "give the one that its text was prepared with."
         )
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `folder` when the block ends without an error."""
-    folder = Path(folder)
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} already exists and is not an empty folder: name a new one, or delete it first.")
-        with whole_folder(folder.absolute()) as partial:
-            yield partial
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{folder} cannot be written ({reason}): name a folder you may write to.") from None
 
 
 def _write_model(folder: Path, state: dict[str, Tensor]) -> str:
@@ -268,22 +270,19 @@ def _write_model(folder: Path, state: dict[str, Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> NativeConfig:
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        values = from_json((folder / CONFIG).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no exported host (no {CONFIG}): name a folder that was exported.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(folder, f"{CONFIG} cannot be read: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise UserError(f"{folder} is not in Esper's own format: export the host again, in the native format.")
-    if values.get("version") != VERSION:
-        raise UserError(
-            f"{folder} is of version {values.get('version')} and this code reads version {VERSION}: "
-            "load it with the Esper that wrote it, or export the host again."
-        )
-    return values
+    return NativeConfig.checked(values, f"{folder / CONFIG}, of Esper's own format")
 
 
 def _damaged(folder: Path, what: str) -> UserError:
     return UserError(f"exported host {folder} is damaged ({what}): export it again, or restore it from a copy.")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

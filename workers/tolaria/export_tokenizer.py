@@ -2,10 +2,6 @@
 
 Both give the same ids for the same text, but that `<|endoftext|>` in a text is read as the end of a document, as in
 GPT-2's own tokenizer there; and an unseen character decodes to `<|unseen|>`.
-
-A byte-pair tokenizer is kept as ranks, as tiktoken reads them: it joins the two neighbours whose join has the lowest
-rank, however that token came to be. Hugging Face joins listed pairs in the order of the list, so every pair whose join
-is a token is listed, by the rank of the join.
 """
 
 from pathlib import Path
@@ -14,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from esper.platform.storage import write_json, write_text
-from esper.workers.tolaria.data.tokenizer import END, BytePairs, Tokenizer, _bytes_of_symbols
+from esper.workers.tolaria.data.tokenizer import END, BytePairs, Tokenizer, byte_symbols
 
 UNSEEN = "<|unseen|>"  # several characters, so none of the text's
 
@@ -22,10 +18,7 @@ UNSEEN = "<|unseen|>"  # several characters, so none of the text's
 def save_hugging_face(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
     """Write a tokenizer into `folder`, as of a model that reads `context` tokens at most."""
     converted = _byte_pairs(tokenizer) if isinstance(tokenizer, BytePairs) else _characters(tokenizer)
-    special = [END] if tokenizer.unseen_id is None else [UNSEEN, END]
-    converted.add_special_tokens(special)
-    assert converted.get_vocab_size() == tokenizer.vocab_size
-    assert converted.token_to_id(END) == tokenizer.end_id
+    converted.add_special_tokens([END] if tokenizer.unseen_id is None else [UNSEEN, END])
     write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -34,14 +27,14 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, *, context: int) -> No
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    write_json(folder / "tokenizer_config.json", config | ({"unk_token": UNSEEN} if UNSEEN in special else {}))
+    unseen = {} if tokenizer.unseen_id is None else {"unk_token": UNSEEN}
+    write_json(folder / "tokenizer_config.json", config | unseen)
 
 
 def _characters(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """A word of its own for every character."""
-    vocabulary = {tokenizer.decode([id]): id for id in range(tokenizer.vocab_size) if id != tokenizer.unseen_id}
-    if tokenizer.unseen_id is not None:
-        vocabulary[UNSEEN] = tokenizer.unseen_id
+    ids = range(tokenizer.vocab_size)
+    vocabulary = {UNSEEN if id == tokenizer.unseen_id else tokenizer.decode([id]): id for id in ids}
     converted = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNSEEN))
     converted.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     converted.decoder = decoders.Fuse()
@@ -49,9 +42,13 @@ def _characters(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _byte_pairs(tokenizer: BytePairs) -> tokenizers.Tokenizer:
-    """Byte-level BPE; what is a token as a whole is not taken apart, as in tiktoken."""
-    ranks = {tokenizer._encoding.decode_single_token_bytes(rank): rank for rank in range(tokenizer.end_id)}
-    symbols = {byte: symbol for symbol, byte in _bytes_of_symbols().items()}
+    """Byte-level BPE; what is a token as a whole is not taken apart, as in tiktoken.
+
+    tiktoken joins the two neighbours whose join has the lowest rank, however that token came to be; Hugging Face joins
+    listed pairs in the order of the list. So every pair whose join is a token is listed, by the rank of the join.
+    """
+    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
+    symbols = byte_symbols()
     spelled = {token: "".join(symbols[byte] for byte in token) for token in ranks}
     merges = []
     for token in ranks:

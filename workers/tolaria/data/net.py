@@ -1,13 +1,9 @@
-"""The network, asked in seconds: is a server there, and what does the hub's data set hold?
-
-The libraries below retry for up to minutes when nothing answers, so they are called only after a probe.
-"""
+"""The network, asked in seconds: the libraries retry for up to minutes when nothing answers, so we probe first."""
 
 import os
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import TypeVar
 
 from esper.platform.errors import UserError
@@ -18,57 +14,33 @@ T = TypeVar("T")
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, run in a thread that is left behind (a daemon) when it takes longer.
-
-    Timeouts of sockets do not cover name resolution, which can hang just as long.
+    """The result of `call`, run in a daemon thread: sockets' timeouts do not cover a name resolution that hangs.
 
     Raises:
         TimeoutError: no result after `seconds`. Whatever `call` raises is raised here too.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            results.append(call())
+            future.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return results[0]
-
-
-def answers(url: str) -> bool:
-    """Whether a working server answers at `url` within `PROBE_SECONDS`; proxies in the environment are honoured."""
-
-    def ask() -> bool:
-        with urllib.request.urlopen(url, timeout=PROBE_SECONDS):  # the headers; the body is not read
-            return True
-
-    try:
-        return within(PROBE_SECONDS, ask)
-    except urllib.error.HTTPError as error:
-        with error:  # which holds the connection
-            return error.code < 500  # a refusal is an answer: the library's own error says more about it
-    except (OSError, ValueError):  # unknown host, refused, TLS, timeout; a malformed HF_ENDPOINT
-        return False
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(seconds)
 
 
 def hub_answers(repo: str) -> bool:
-    """Whether the Hugging Face hub (or `$HF_ENDPOINT`) serves the data set `repo`; at once false when set offline."""
-    if any(
-        os.environ.get(name, "").lower() in {"1", "true", "yes", "on"}
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    ):
+    """Whether the Hugging Face hub (or `$HF_ENDPOINT`) knows the data set `repo`; at once false when set offline."""
+    import huggingface_hub  # half a second to import
+
+    hub = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        within(PROBE_SECONDS, lambda: hub.dataset_info(repo, timeout=PROBE_SECONDS))
+    except Exception:  # offline, an unknown host, refused, TLS, a timeout, a malformed endpoint: of several libraries
         return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return answers(f"{endpoint}/datasets/{repo}/resolve/main/README.md")
+    return True
 
 
 def hub_texts(repo: str, split: str) -> Iterator[str]:

@@ -9,13 +9,14 @@ import hashlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
+from esper.platform.errors import UserError
 from esper.workers.tolaria.data import tokenizer
-from esper.workers.tolaria.data.manifest import Manifest, Shard, damaged
+from esper.workers.tolaria.data.manifest import Manifest, Shard, Split, damaged
 
 SHARD_BYTES = 64 * 2**20
 COLUMN = "tokens"
@@ -57,14 +58,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _map(path: Path, shard: Shard) -> np.ndarray:
+def _map(path: Path, shard: Shard, *, verify: bool) -> np.ndarray:
     """A read-only view of the shard's ids, without a copy."""
     try:
+        if verify and _sha256(path) != shard.sha256:
+            raise damaged(path, "is corrupt (its SHA-256 is not the manifest's)")
         ids = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column(COLUMN).to_numpy(zero_copy_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise damaged(path, "is missing") from None
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise damaged(path, f"is corrupt ({error})") from None
+    if ids.dtype not in (np.uint16, np.uint32):
+        raise damaged(path, f"holds {ids.dtype} where token ids are uint16 or uint32")
     if len(ids) != shard.tokens:
         raise damaged(path, f"holds {len(ids)} tokens where the manifest says {shard.tokens}")
     return ids
@@ -77,7 +84,7 @@ class TokenSplit:
         self._arrays = arrays
         self._ends = np.cumsum([len(array) for array in arrays])
 
-    def __deepcopy__(self, memo: dict) -> "TokenSplit":
+    def __deepcopy__(self, memo: dict) -> Self:
         """Itself: the tokens are read-only, and a run that is forked must not copy its text."""
         return self
 
@@ -85,6 +92,10 @@ class TokenSplit:
     def tokens(self) -> int:
         """Count of tokens."""
         return int(self._ends[-1])
+
+    def largest(self) -> int:
+        """The largest id; reads all of them."""
+        return max(int(array.max()) for array in self._arrays)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of consecutive tokens.
@@ -116,37 +127,38 @@ class TokenSplit:
 class TokenData:
     """A folder of prepared shards, mapped into memory. Pickles as its path, and is mapped anew where it arrives."""
 
-    def __init__(self, path: Path, manifest: Manifest, splits: dict[str, TokenSplit]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, splits: dict[Split, TokenSplit]) -> None:
         self.path = path
         self.manifest = manifest
         self._splits = splits
 
     @classmethod
-    def open(cls, path: Path, *, verify: bool = True) -> "TokenData":
+    def open(cls, path: Path, *, verify: bool = True) -> Self:
         """Map the shards in `path`.
 
         Args:
             path: a folder written by `prepare`.
-            verify: read every shard once and compare its SHA-256; without, only presence and length are checked.
+            verify: read every shard once, compare its SHA-256, and hold its ids against the tokenizer; without, only
+                presence, type and length are checked.
 
         Raises:
-            UserError: no manifest or one of another version; a shard is missing, truncated or corrupt.
+            UserError: no manifest or one of another version; a file is missing, damaged or of another text.
         """
         path = Path(path)
         manifest = Manifest.read(path)
-        splits = {}
-        for name, split in manifest.splits.items():
-            arrays = [_map(path / shard.file, shard) for shard in split.shards]
-            splits[name] = TokenSplit(arrays)
-            for shard in split.shards if verify else ():
-                if _sha256(path / shard.file) != shard.sha256:
-                    raise damaged(path / shard.file, "is corrupt (its SHA-256 is not the manifest's)")
-        return cls(path, manifest, splits)
+        splits: dict[Split, TokenSplit] = {
+            name: TokenSplit([_map(path / shard.file, shard, verify=verify) for shard in split.shards])
+            for name, split in manifest.splits.items()
+        }
+        data = cls(path, manifest, splits)
+        if verify and (largest := max(split.largest() for split in splits.values())) >= data.tokenizer.vocab_size:
+            raise damaged(path, f"holds token {largest}, and its tokenizer has {data.tokenizer.vocab_size}")
+        return data
 
     def __reduce__(self) -> tuple:
         return _reopen, (self.path,)
 
-    def split(self, name: Literal["train", "valid"]) -> TokenSplit:
+    def split(self, name: Split) -> TokenSplit:
         """The training or the validation tokens."""
         return self._splits[name]
 
@@ -155,15 +167,11 @@ class TokenData:
         """The tokenizer that made these ids, read at first use.
 
         Raises:
-            UserError: its file is missing or damaged.
+            UserError: its file is missing, damaged, or not the one that made them.
         """
-        kind = tokenizer.kind(self.manifest.tokenizer)
-        try:
-            loaded = kind.load(self.manifest.tokenizer, self.path)
-        except (OSError, ValueError, TypeError) as error:
-            raise damaged(self.path / kind.FILE, f"cannot be read ({error})") from None
-        if loaded.fingerprint != self.manifest.tokenizer_fingerprint:
-            raise damaged(self.path / kind.FILE, "is not the one that made the shards")
+        loaded = tokenizer.load(self.manifest.tokenizer, self.path)
+        if (loaded.fingerprint, loaded.vocab_size) != (self.manifest.tokenizer_fingerprint, self.manifest.vocab_size):
+            raise damaged(self.path / loaded.FILE, "is not the tokenizer that made the shards")
         return loaded
 
 

@@ -26,8 +26,7 @@ class Source:
         load: gives training documents and validation documents, the latter None if it has no split of its own.
         fingerprint: changes when the text does; part of the cache's key.
         max_bytes: cap on the training text where the caller sets none.
-        ready: whether the text can be had now.
-        fallback: name of the source that stands in when it is not ready.
+        ready: whether the text can be had now; if not, python-docs stand in.
     """
 
     name: str
@@ -35,7 +34,6 @@ class Source:
     fingerprint: Callable[[], str] = str  # the empty string: the text under this name is always the same
     max_bytes: int | None = None
     ready: Callable[[], bool] = lambda: True
-    fallback: str = "python-docs"
 
 
 def _tinystories() -> Documents:
@@ -70,8 +68,8 @@ def available(source: Source) -> Source:
     """`source`, or its stand-in, said in one sentence, when its text cannot be had now."""
     if source.ready():
         return source
-    say(f"{source.name} needs the Hugging Face hub, which does not answer: using {source.fallback} instead.")
-    return find(source.fallback)
+    say(f"{source.name} needs the Hugging Face hub, which does not answer: using python-docs instead.")
+    return find("python-docs")
 
 
 def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:
@@ -79,7 +77,7 @@ def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple
 
     Args:
         source: which text.
-        valid_fraction: of the text, held out by whole documents where the source has no split of its own.
+        valid_fraction: of the text, held out (`hold_out`) where the source has no split of its own.
         max_bytes: cap on the training text in bytes of UTF-8; only the documents before it is reached are read.
     """
     limit = max_bytes or source.max_bytes
@@ -104,16 +102,32 @@ def cap(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
 
 
 def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Split off the documents with the smallest hashes until they have `fraction` of the characters.
+    """Split off `fraction` of the characters: whole documents, or the end of a running text as one block.
 
-    Which they are depends on the texts alone, and documents of equal text fall on the same side. They come in the
-    order of their hashes, so that any prefix is a fair sample; the others keep their order.
+    Which documents depends on the texts alone: those with the smallest hashes, so that equal ones fall on the same
+    side. They come in the order of their hashes, so that any prefix is a fair sample; the others keep their order.
+    Where that would take every document (there is one), it is cut as a running text is.
     """
-    hashed = [(hashlib.sha256(document.encode()).digest(), document) for document in documents]
-    wanted, total, last = fraction * sum(map(len, documents)), 0, b""
+    running = [document for document in documents if isinstance(document, files.Piece)]
+    hashed = [(hashlib.sha256(d.encode()).digest(), d) for d in documents if not isinstance(d, files.Piece)]
+    wanted, total, last = fraction * sum(len(document) for _, document in hashed), 0, b""
     for digest, document in sorted(hashed):
         if total >= wanted:
             break
         total, last = total + len(document), digest
     kept = [document for digest, document in hashed if digest > last]
-    return kept, [document for digest, document in sorted(hashed) if digest <= last]
+    held = [document for digest, document in sorted(hashed) if digest <= last]
+    if held and not kept:
+        running, held = [piece for document in documents for piece in files.pieces(document)], []
+    before, after = _last_block(running, fraction)
+    return kept + before, held + after
+
+
+def _last_block(pieces: list[files.Piece], fraction: float) -> tuple[list[str], list[str]]:
+    """The text before and after the point where `fraction` of the characters is left; the piece there is cut."""
+    before, after, left = [], [], round((1 - fraction) * sum(map(len, pieces)))
+    for piece in pieces:
+        before.append(piece[: max(0, left)])
+        after.append(piece[max(0, left) :])
+        left -= len(piece)
+    return [text for text in before if text.strip()], [text for text in after if text.strip()]

@@ -11,15 +11,15 @@ from typing import ClassVar, Self
 
 import numpy as np
 import tiktoken
+from pydantic_core import from_json
 
 from esper.platform.errors import UserError, unknown
-from esper.platform.storage import write_json, write_text
+from esper.platform.storage import write_text
 from esper.workers.tolaria.data import net
 
 END = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-GPT2_HOST = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-DOWNLOAD_SECONDS = 60.0
+DOWNLOAD_SECONDS = 30.0
 MIN_BPE = 257  # every byte, and the end of a document
 
 
@@ -31,8 +31,9 @@ class Tokenizer(ABC):
         vocab_size: count of ids, reserved ones included.
         end_id: stands after every document.
         unseen_id: stands for what cannot be encoded; None where everything can.
-        FILE: name of the file that `save` writes.
         fingerprint: first 16 hex digits of a SHA-256 of all that decides the encoding.
+        content: of the file that `save` writes.
+        FILE: its name.
     """
 
     name: str
@@ -40,21 +41,13 @@ class Tokenizer(ABC):
     end_id: int
     unseen_id: int | None = None
     fingerprint: str
+    content: str
     FILE: ClassVar[str]
 
     @classmethod
     @abstractmethod
-    def build(cls, name: str, documents: Sequence[str]) -> Self:
-        """Learn (or fetch) the tokenizer called `name` from the training documents."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls, name: str, folder: Path) -> Self:
-        """Read what `save` wrote."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write all that `load` needs."""
+    def parse(cls, name: str, content: bytes) -> Self:
+        """The tokenizer whose `content` this is. `ValueError` where it is none's."""
 
     @abstractmethod
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
@@ -62,7 +55,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; the end of a document reads `<|endoftext|>`."""
+        """The text of `ids`; the end of a document reads `<|endoftext|>`, what is no whole character `\\ufffd`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end."""
+        return self.encode_documents([text])[:-1].tolist()
+
+    def save(self, folder: Path) -> None:
+        """Write all that `load` needs, GPT-2's ranks too, so that its shards can be read offline."""
+        write_text(folder / self.FILE, self.content)
 
 
 class Characters(Tokenizer):
@@ -75,28 +76,27 @@ class Characters(Tokenizer):
     def __init__(self, characters: str) -> None:
         self.name = "char"
         self.vocab_size = len(characters) + 2
-        self.fingerprint = _fingerprint(self.name.encode(), characters.encode())
-        self._characters = characters
+        self.fingerprint = _fingerprint(self.name, characters)
+        self.content = json.dumps(characters) + "\n"
         self._texts = np.array(["\ufffd", END, *characters], dtype=object)
         self._ids = np.zeros(0x110000, dtype=np.int32)  # by code point
         self._ids[_code_points(characters)] = np.arange(2, self.vocab_size)
 
     @classmethod
-    def build(cls, name: str, documents: Sequence[str]) -> Self:
-        """See `Tokenizer.build`."""
+    def learned(cls, documents: Sequence[str]) -> Self:
+        """Of all characters in the documents."""
         seen = np.zeros(0x110000, dtype=bool)
         for document in documents:
             seen[_code_points(document)] = True
         return cls("".join(map(chr, np.flatnonzero(seen))))
 
     @classmethod
-    def load(cls, name: str, folder: Path) -> Self:
-        """See `Tokenizer.load`."""
-        return cls(json.loads((folder / cls.FILE).read_text(encoding="utf-8")))
-
-    def save(self, folder: Path) -> None:
-        """See `Tokenizer.save`."""
-        write_json(folder / self.FILE, self._characters)
+    def parse(cls, name: str, content: bytes) -> Self:
+        """See `Tokenizer.parse`."""
+        characters = from_json(content)
+        if not isinstance(characters, str) or sorted(set(characters)) != list(characters):
+            raise ValueError("it is no string of characters in order")
+        return cls(characters)
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """See `Tokenizer.encode_documents`."""
@@ -113,35 +113,32 @@ class BytePairs(Tokenizer):
 
     Args:
         name: `bpe:N` or `gpt2`.
-        ranks: bytes of each token to its id, which is also the order of merging.
+        tokens: bytes of each id, in order, which is also the order of merging.
     """
 
-    FILE: ClassVar = "ranks.tiktoken"
+    FILE: ClassVar = "ranks.tiktoken"  # in tiktoken's own format
 
-    def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
+    def __init__(self, name: str, tokens: Sequence[bytes]) -> None:
         self.name = name
-        self.end_id = len(ranks)
-        self.vocab_size = len(ranks) + 1
-        self._lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        self.fingerprint = _fingerprint(name.encode(), self._lines.encode())
+        self.tokens = tuple(tokens)
+        self.end_id = len(tokens)
+        self.vocab_size = len(tokens) + 1
+        self.content = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+        self.fingerprint = _fingerprint(name, self.content)
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError("it lacks a byte, or has a token twice")
         self._encoding = tiktoken.Encoding(
             name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END: self.end_id}
         )
 
     @classmethod
-    def build(cls, name: str, documents: Sequence[str]) -> Self:
-        """See `Tokenizer.build`."""
-        return cls(name, _gpt2_ranks() if name == "gpt2" else _learned_ranks(name, documents))
-
-    @classmethod
-    def load(cls, name: str, folder: Path) -> Self:
-        """See `Tokenizer.load`."""
-        pairs = (line.split() for line in (folder / cls.FILE).read_text(encoding="ascii").splitlines())
-        return cls(name, {base64.b64decode(token): int(rank) for token, rank in pairs})
-
-    def save(self, folder: Path) -> None:
-        """See `Tokenizer.save`. GPT-2's ranks too, so that its shards can be read offline."""
-        write_text(folder / self.FILE, self._lines)
+    def parse(cls, name: str, content: bytes) -> Self:
+        """See `Tokenizer.parse`."""
+        pairs = [line.split() for line in content.decode("ascii").splitlines()]
+        if [rank for _, rank in pairs] != [str(rank) for rank in range(len(pairs))]:
+            raise ValueError("its ranks are not 0, 1, 2, …")
+        return cls(name, [base64.b64decode(token) for token, _ in pairs])
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """See `Tokenizer.encode_documents`; on all cores, in tiktoken's threads."""
@@ -154,38 +151,55 @@ class BytePairs(Tokenizer):
         return self._encoding.decode(np.asarray(ids, dtype=np.int64).tolist())
 
 
-KINDS: dict[str, type[Tokenizer]] = {"char": Characters, "bpe:N": BytePairs, "gpt2": BytePairs}
-
-
-def kind(name: str) -> type[Tokenizer]:
-    """The class behind a tokenizer's name.
+def checked_name(name: str) -> str:
+    """`name`, if it is a tokenizer's.
 
     Raises:
-        UserError: there is none of this name, or N is not a whole number of at least 257.
+        UserError: it is not `char`, `gpt2` or `bpe:N` with a whole number N of at least 257.
     """
-    if name.startswith("bpe:") and name != "bpe:N":
-        _bpe_size(name)
-        return KINDS["bpe:N"]
-    if name not in KINDS or name == "bpe:N":
-        raise unknown("tokenizer", name, KINDS)
-    return KINDS[name]
+    kind, colon, size = name.partition(":")
+    if kind == "bpe" and colon and size != "N":
+        if not (size.isascii() and size.isdecimal()) or len(size) > 9 or int(size) < MIN_BPE or size[0] == "0":
+            raise UserError(
+                f"tokenizer {name!r}: N must be a whole number of at least {MIN_BPE} (every byte and the end of a "
+                "document), for example bpe:1024."
+            )
+    elif name not in ("char", "gpt2"):
+        raise unknown("tokenizer", name, ["char", "bpe:N", "gpt2"])
+    return name
 
 
-def _bpe_size(name: str) -> int:
-    text = name.removeprefix("bpe:")
-    if not (text.isascii() and text.isdecimal()) or int(text) < MIN_BPE or text[0] == "0":
+def build(name: str, documents: Sequence[str]) -> Tokenizer:
+    """Learn the tokenizer called `name` from the training documents, or fetch it.
+
+    Raises:
+        UserError: an unknown name, too little text for so many tokens, or no network.
+    """
+    if checked_name(name) == "char":
+        return Characters.learned(documents)
+    return BytePairs(name, _gpt2_tokens() if name == "gpt2" else _learned_tokens(name, documents))
+
+
+def load(name: str, folder: Path) -> Tokenizer:
+    """Read the tokenizer that `save` wrote.
+
+    Raises:
+        UserError: an unknown name, or the file is missing or damaged.
+    """
+    kind = Characters if checked_name(name) == "char" else BytePairs
+    try:
+        return kind.parse(name, (folder / kind.FILE).read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer {name!r}: N must be a whole number of at least {MIN_BPE} (every byte and the end of a "
-            "document), for example bpe:1024."
-        )
-    return int(text)
+            f"{folder / kind.FILE}, the tokenizer, cannot be read ({error}): make the folder anew."
+        ) from None
 
 
-def _learned_ranks(name: str, documents: Sequence[str]) -> dict[bytes, int]:
+def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
     """Learn merges until there are N − 1 tokens; a pair must occur twice to be merged."""
     import tokenizers  # needed for learning alone
 
-    size = _bpe_size(name) - 1
+    size = int(name.removeprefix("bpe:")) - 1
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -202,38 +216,32 @@ def _learned_ranks(name: str, documents: Sequence[str]) -> dict[bytes, int]:
             f"the training text is too small to learn {name}: it gives {len(learned) + 1} tokens, so ask for "
             f"bpe:{len(learned) + 1} at most, or give more text."
         )
-    byte = _bytes_of_symbols()
+    byte = {symbol: byte for byte, symbol in byte_symbols().items()}
     merged = [token for token in sorted(learned, key=learned.__getitem__) if len(token) > 1]
-    tokens = [bytes([b]) for b in range(256)] + [bytes(byte[symbol] for symbol in token) for token in merged]
-    return {token: rank for rank, token in enumerate(tokens)}
+    return [bytes([b]) for b in range(256)] + [bytes(byte[symbol] for symbol in token) for token in merged]
 
 
-def _bytes_of_symbols() -> dict[str, int]:
-    """GPT-2's spelling of bytes as visible characters, which `tokenizers` uses too, turned round."""
+def byte_symbols() -> dict[int, str]:
+    """GPT-2's spelling of bytes as visible characters, which `tokenizers` uses too."""
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def _gpt2_ranks() -> dict[bytes, int]:
+def _gpt2_tokens() -> list[bytes]:
     try:
-        try:
-            encoding = net.within(net.PROBE_SECONDS, lambda: tiktoken.get_encoding("gpt2"))
-        except TimeoutError:
-            if not net.answers(GPT2_HOST):
-                raise
-            encoding = net.within(DOWNLOAD_SECONDS, lambda: tiktoken.get_encoding("gpt2"))  # a slow line
+        encoding = net.within(DOWNLOAD_SECONDS, lambda: tiktoken.get_encoding("gpt2"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the gpt2 tokenizer is fetched from the network once, and {GPT2_HOST.split('/')[2]} does not answer "
-            f"({type(error).__name__}): connect once, or use char or bpe:N."
+            f"the gpt2 tokenizer is fetched from the network once, and that failed ({type(error).__name__}): "
+            "connect once, or use char or bpe:N."
         ) from None
-    return dict(sorted(encoding._mergeable_ranks.items(), key=lambda pair: pair[1]))
+    return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
 
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-def _fingerprint(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+def _fingerprint(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

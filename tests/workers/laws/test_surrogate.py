@@ -1,21 +1,19 @@
 """A surrogate's episode is what its docstring says: continuous, exact at its boundaries, noisy only to look at."""
 
 import copy
+import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.platform import checkpoint
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.spec import load_spec
 from esper.platform.telemetry import Telemetry
-from esper.policies.lag import LagPolicy, Limits
 from esper.workers.instances import instance_set
-from esper.workers.laws.scaling_law import CONTINUOUS, Law, Size
+from esper.workers.laws.scaling_law import CONTINUOUS, ScalingLaw, Size
 from esper.workers.laws.surrogate import LOSS_NOISE, VOCABULARY, SurrogateRun
 from esper.workers.probe import ChargedProbe
 
@@ -46,7 +44,7 @@ def same(one: Telemetry, other: Telemetry) -> bool:
     return one.actions == other.actions and all(np.array_equal(a, b) for a, b in arrays)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.sampled_from(CONTINUOUS), st.integers(0, 2**30), st.floats(0.25, 4))
 def test_every_decision_stands_exactly_on_its_boundary(axis, seed, budget):
     run, random = SurrogateRun(spec_for(axis)), np.random.default_rng(seed)
@@ -95,7 +93,7 @@ def test_a_graft_that_costs_more_than_a_slice_merges_decisions():
 def test_noise_is_in_what_is_seen_alone():
     run = SurrogateRun(spec_for())
     errors, random = [], np.random.default_rng(0)
-    for seed in range(30):
+    for seed in range(15):
         telemetry = run.reset(Instance(law=1), seed)
         while not run.ended:
             errors.append(telemetry.get("loss") * math.log(VOCABULARY) - run.loss)
@@ -140,7 +138,7 @@ def test_gradient_norms_tell_where_growing_is_of_use():
     assert hits >= 50
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.sampled_from(list(AMOUNTS)), st.integers(0, 2**30), st.integers(1, 20))
 def test_a_saved_run_goes_on_to_the_bit(axis, seed, decisions):
     run, restored = SurrogateRun(spec_for(axis)), SurrogateRun(spec_for(axis))
@@ -149,8 +147,7 @@ def test_a_saved_run_goes_on_to_the_bit(axis, seed, decisions):
     for _ in range(decisions):
         randomly(run, random)
     values, tensors = run.state()
-    checkpoint._state_text(values)  # JSON: raises for what would not come back as it is
-    restored.load(copy.deepcopy(values), tensors)
+    restored.load(json.loads(json.dumps(values)), tensors)
     assert same(run.telemetry, restored.telemetry)
     other = copy.deepcopy(random)
     while not run.ended:
@@ -158,16 +155,6 @@ def test_a_saved_run_goes_on_to_the_bit(axis, seed, decisions):
         assert ours.reward == theirs.reward
         assert same(ours.telemetry, theirs.telemetry)
     assert run.summary() == restored.summary()
-
-
-def test_a_saved_run_survives_the_disk(tmp_path: Path):
-    run, restored = SurrogateRun(spec_for()), SurrogateRun(spec_for())
-    run.reset(seed=3)
-    step(run, "graft", "block")
-    checkpoint.write(tmp_path / "save", *run.state())
-    restored.load(*checkpoint.read(tmp_path / "save"))
-    assert restored.state() == run.state()
-    assert step(restored).reward == step(run).reward
 
 
 def test_twins_are_charged_and_leave_the_run_as_it_was():
@@ -187,23 +174,13 @@ def test_twins_are_charged_and_leave_the_run_as_it_was():
     assert np.diff(detrended[0]).std() < 0.1 * np.diff(losses[0]).std()
 
 
-def test_lag_plays_on_a_law():
-    run = SurrogateRun(spec_for("parameter_seconds", "budget.amount=3000000"))
-    policy = LagPolicy(Limits())
-    run.reset(Instance(law=8, budget=4.0), seed=1)
-    while not run.ended:
-        run.step(policy.act(run.telemetry, ChargedProbe(run)))
-    assert run.grafts
-    assert run.reading() == pytest.approx(run.clock.amount)
-
-
 def test_training_and_test_instances_share_nothing():
     spec = spec_for()
     train, test = (instance_set(name, spec).values() for name in ("train", "test"))
     assert not {each.law for each in train} & {each.law for each in test}
     assert {each.n_layer for each in train} == {each.n_layer for each in test} == {1, 2, 3}
     assert instance_set("train", spec) == instance_set("train", spec)
-    laws = [Law.drawn(each.law or 0, spec) for each in train]
+    laws = [ScalingLaw.drawn(each.law or 0, spec) for each in train]
     heads = np.log([law.heads for law in laws])
     width = np.log([law.width for law in laws])
     assert abs(np.corrcoef(heads, width)[0, 1]) < 0.3  # each its own draw

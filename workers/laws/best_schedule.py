@@ -1,0 +1,140 @@
+"""The best fixed schedule on a set of surrogate instances: what a controller reaches that decides without looking.
+
+A schedule is an int64 array (K,): the blueprint to graft at each decision, or NONE. It is played as the schedule arm
+plays it: an entry is due from its decision on, one a decision, in order, and one that is not legal waits (and holds
+those behind it). Local search goes from several starts to the best neighbour while there is a better one: a schedule
+that differs at one decision, or has two decisions swapped.
+
+I instances, M schedules, K decisions, C classes, B blueprints.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+
+import numpy as np
+
+from esper.platform.contracts import Instance
+from esper.platform.seeding import stream
+from esper.platform.spec import RunSpec
+from esper.workers.laws.oracle import NONE, Course
+from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw
+
+STARTS = 4  # schedules that the search sets out from: none, and some at random
+MOVES = (1, 2, 4)  # decisions by which a graft is moved
+
+Entry = tuple[float, str]
+"""(Budget fraction from which it is due, blueprint): an entry of a schedule file without a site."""
+
+
+def best_fixed_schedule(spec: RunSpec, instances: Iterable[Instance], *, seed: int = 0) -> list[Entry]:
+    """The schedule with the lowest mean final loss over the instances that local search finds.
+
+    Args:
+        spec: of the runs.
+        instances: to choose it on.
+        seed: of the search's starts, and of the law of an instance that names none.
+    """
+    simulator = Simulator(spec, instances, seed)
+    decisions, blueprints = simulator.decisions, len(simulator.blueprints)
+    random = stream(seed, "schedule search")
+    found: list[tuple[float, np.ndarray]] = []
+    for start in range(STARTS):
+        dense = random.random(decisions) < start / STARTS
+        schedule = np.where(dense, random.integers(0, blueprints, decisions), NONE)
+        found.append(_climb(simulator, schedule))
+    return simulator.entries(min(found, key=lambda pair: pair[0])[1])
+
+
+def _climb(simulator: "Simulator", schedule: np.ndarray) -> tuple[float, np.ndarray]:
+    """The best schedule in reach, and its mean loss."""
+    value = float(simulator.losses(schedule[None]).mean())
+    while True:
+        others = _neighbours(schedule, len(simulator.blueprints))
+        values = simulator.losses(others).mean(axis=1)
+        best = int(values.argmin())
+        if values[best] >= value - 1e-6:
+            return value, schedule
+        value, schedule = float(values[best]), others[best]
+
+
+def _neighbours(schedule: np.ndarray, blueprints: int) -> np.ndarray:
+    """Schedules (M, K): another choice at one decision, or two decisions' choices swapped."""
+    others = []
+    for k in range(len(schedule)):
+        for choice in set(range(NONE, blueprints)) - {int(schedule[k])}:
+            others.append(schedule.copy())
+            others[-1][k] = choice
+        for move in MOVES:
+            if k + move < len(schedule) and schedule[k] != schedule[k + move]:
+                others.append(schedule.copy())
+                others[-1][[k, k + move]] = schedule[[k + move, k]]
+    return np.unique(np.array(others), axis=0)
+
+
+class Simulator:
+    """Plays schedules on instances.
+
+    Args:
+        spec: of the runs.
+        instances: to play on.
+        seed: of the law of an instance that names none.
+
+    Attributes:
+        blueprints: what a schedule's numbers stand for.
+        decisions: at which growing is allowed: the length of a schedule.
+    """
+
+    def __init__(self, spec: RunSpec, instances: Iterable[Instance], seed: int = 0) -> None:
+        self.blueprints = tuple(spec.growth.blueprints)
+        self._of = spec.budget.decisions
+        self.decisions = sum(k / self._of < spec.optimizer.decay_from for k in range(self._of))
+        self._count, alike = 0, {}  # instances of the same classes and the same number of decisions
+        for self._count, course in enumerate((Course.of(spec, instance, seed) for instance in instances), start=1):
+            alike.setdefault((id(course.classes), len(course.growing)), []).append((self._count - 1, course))
+        self._groups = [_stacked(*zip(*group, strict=True)) for group in alike.values()]
+
+    def losses(self, schedules: np.ndarray) -> np.ndarray:
+        """Final losses, nats, float64 (M, I), of schedules int64 (M, K)."""
+        found = np.zeros((len(schedules), self._count))
+        for places, courses in self._groups:
+            found[:, places] = self._played(courses, schedules)
+        return found
+
+    def _played(self, courses: Course, schedules: np.ndarray) -> np.ndarray:
+        known, law, used, last = courses.classes, courses.law, courses.used, courses.growing.shape[1]
+        due = np.searchsorted([self._at(k) for k in range(self.decisions)], courses.fractions, side="right")
+        order = np.argsort(schedules == NONE, axis=1, kind="stable")  # decisions with a graft first
+        grafts = np.pad(np.take_along_axis(schedules, order, 1), ((0, 0), (0, 1)), constant_values=NONE)  # (M, K + 1)
+        when = np.where(grafts == NONE, last + 1, np.pad(order, ((0, 0), (0, 1))))
+        rows, each = np.arange(len(schedules))[:, None], np.arange(len(used))
+        at, played, free_from = (np.zeros((len(rows), len(each)), int) for _ in range(3))
+        loss = np.full(at.shape, np.log(VOCABULARY))
+        for k in range(last):
+            free = free_from <= k
+            blueprint = grafts[rows, played]
+            to = known.target[blueprint, at]
+            grows = free & courses.growing[:, k] & (when[rows, played] < due[:, k])
+            grows &= (to != NONE) & courses.legal[each, blueprint, to]
+            at, played = np.where(grows, to, at), played + grows
+            ends = np.minimum(last, k + np.where(grows, courses.spans[each, at], 1))
+            amount = used[each, ends] - used[:, k] - np.where(grows, known.graft_cost[at], 0.0)
+            tokens = np.where(free, np.maximum(0.0, amount) * known.tokens_per_unit[at], 0.0)
+            loss = law.trained(loss, courses.size_loss[each, at], tokens)
+            free_from = np.where(free, ends, free_from)
+        return loss
+
+    def entries(self, schedule: np.ndarray) -> list[Entry]:
+        """The schedule as one plays it."""
+        return [(self._at(k), self.blueprints[graft]) for k, graft in enumerate(schedule) if graft != NONE]
+
+    def _at(self, k: int) -> float:
+        """Half a slice before decision k: a policy reads the budget's fraction in single precision."""
+        return round(max(0.0, (k - 0.5) / self._of), 6)
+
+
+def _stacked(places: Sequence[int], courses: Sequence[Course]) -> tuple[list[int], Course]:
+    """Courses of the same classes as one, with a first axis for I in every array."""
+    arrays = ("size_loss", "used", "fractions", "growing", "legal", "spans")
+    law = ScalingLaw(*np.array([astuple(course.law) for course in courses]).T)
+    stacked = {name: np.array([getattr(course, name) for course in courses]) for name in arrays}
+    return list(places), Course(courses[0].classes, law, **stacked)
