@@ -64,6 +64,11 @@ class Evaluation:
         """The lowest loss that can be reached on each instance, nats, float64 (instances,)."""
         return np.array(self._each(BOUND, lambda id: bound(self.spec, self.instances[id], seed=self.seed_of(id))))
 
+    def best_schedule(self) -> list[Entry]:
+        """The fixed schedule with the lowest mean loss here that local search finds, on loss laws."""
+        found = best_fixed_schedule(self.spec, self.instances.values())
+        return [Entry(at=at, blueprint=blueprint) for at, blueprint in found]
+
     def median_schedule(self, policy: SimicPolicy) -> tuple[list[Entry], Summaries]:
         """The median schedule of what a policy plays here, and the summaries of that."""
         shallow = min(self.instances, key=lambda id: self.instances[id].n_layer or self.spec.host.n_layer)
@@ -167,10 +172,7 @@ def compare(
     def schedule(arm: str) -> list[Entry]:
         assert training is not None
         say(f"  {arm}: choosing on {len(training.instances)} training instances")
-        if arm == "schedule":
-            best = best_fixed_schedule(training.spec, training.instances.values())
-            return [Entry(at=at, blueprint=blueprint) for at, blueprint in best]
-        return training.median_schedule(policy)[0]
+        return training.best_schedule() if arm == "schedule" else training.median_schedule(policy)[0]
 
     for arm in (*arms, TRAINED):
         begun = time.perf_counter()
