@@ -22,10 +22,10 @@ if [ -e "$out/summary.json" ]; then
     echo "$out is complete: for more iterations, python pipelines/ppo.py --resume $out --set ppo.iterations=N."
     exit 0
 fi
-if [ -d "$out/checkpoints" ] && [ -n "$(ls "$out/checkpoints")" ]; then
+if [ -e "$out/pins.json" ] || [ -n "$(ls "$out/checkpoints" 2>/dev/null)" ]; then
     exec python pipelines/ppo.py --resume "$out"
 fi
-if [ -d "$out" ] && [ -n "$(ls -A "$out")" ]; then # it died before its first checkpoint: kept, out of the way
+if [ -d "$out" ] && [ -n "$(ls -A "$out")" ]; then # it died while it began: kept, out of the way
     mv "$out" "$out.died-$(date +%Y%m%d-%H%M%S)"
 fi
 exec python pipelines/ppo.py --out "$out" "$@"

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
-from esper.pipelines.train import CHECKPOINTS, RUN
+from esper.pipelines.common.single_run import CHECKPOINTS, RUN
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import say
 from esper.platform.errors import UserError

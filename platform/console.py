@@ -28,6 +28,11 @@ def said_to(listener: Callable[[str], None]) -> Iterator[None]:
         _listener = before
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 seed`, `2 seeds`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: `8s`, `2m05s`, `1h12m`."""
     whole = max(0, round(seconds))

@@ -4,14 +4,11 @@ No docker, Kubernetes or cloud is needed, and none is tried; each file's head sa
 is a real cluster of two `ray start` nodes. Alone: `pytest tests/test_infra.py`.
 """
 
-import copy
-import fnmatch
 import json
 import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,76 +18,72 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
 from esper.pipelines.common.arguments import parse
 from esper.pipelines.ppo import PPOArguments
 from esper.platform.spec import load_spec
+from tests.mlflow_servers import free_port
 
 ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CLUSTERS = ["cluster.yaml", "cluster-aws.yaml"]
-PINNED = dict(
-    line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
-)
-CODE = ["esper", "platform", "workers", "policies", "pipelines"]
-
-
-def test_each_file_says_at_its_top_what_was_tried_and_what_never_was():
-    files = [path for path in INFRA.iterdir() if path.suffix != ".dockerignore"]
-    assert {path.name for path in files} >= {"README.md", "Dockerfile", "rayjob.yaml", "ppo.sh", *CLUSTERS}
-    for path in files:
-        text = path.read_text(encoding="utf-8")
-        head = text if path.suffix == ".md" else text[: re.search(r"^[^#\n]", text, re.MULTILINE).start()]  # pyright: ignore[reportOptionalMemberAccess]
-        said = re.sub(r"\n# ?", " ", head)
-        assert "Tried: " in said, path.name
-        assert "Never tried: " in said, path.name
+BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in INFRA.iterdir()}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CLAIM, JOB = yaml.safe_load_all(TEXTS["rayjob.yaml"])
+GROUPS = [JOB["spec"]["rayClusterSpec"]["headGroupSpec"], *JOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
 
 
 def cluster(name: str) -> dict[str, Any]:
-    return yaml.safe_load((INFRA / name).read_text(encoding="utf-8"))
+    return yaml.safe_load(TEXTS[name])
 
 
-def ray_checked(config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` makes of a configuration before it reaches for a machine, by Ray's own code."""
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions, continued lines joined, comments left out."""
+    lines = "\n".join(line for line in TEXTS["Dockerfile"].splitlines() if line.strip() and not line.startswith("#"))
+    found = [line.split(maxsplit=1) for line in lines.replace("\\\n", " ").splitlines()]
+    return [(word, re.sub(r"\s+", " ", rest)) for word, rest in found]
+
+
+IMAGE = dict(instructions())  # of several the last
+
+
+def assert_ray_start_knows(command: list[str]):
+    from ray.scripts.scripts import start
+
+    known = {name for parameter in start.params for name in parameter.opts}
+    options = [word.split("=")[0] for word in command if word.startswith("--")]
+    assert options
+    assert set(options) <= known
+
+
+@pytest.mark.parametrize("name", sorted(set(TEXTS) - {"Dockerfile.dockerignore"}))
+def test_each_file_says_at_its_top_what_was_tried_and_what_never_was(name: str):
+    head = TEXTS[name] if name.endswith(".md") else re.split(r"^[^#\n]", TEXTS[name], flags=re.MULTILINE)[0]
+    said = re.sub(r"\n# ?", " ", head)
+    assert "Tried: " in said
+    assert "Never tried: " in said
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_ray_accepts_the_cluster_and_what_a_node_gets_exists(name: str):
+    from ray._private.authentication.authentication_token_setup import _get_default_token_path
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    prepared = prepare_config(copy.deepcopy(config))
+    prepared = prepare_config(cluster(name))  # what `ray up` does before it reaches for a machine
     validate_config(prepared)
-    return prepared
-
-
-@pytest.mark.parametrize("name", CLUSTERS)
-def test_ray_accepts_the_cluster(name: str):
-    prepared = ray_checked(cluster(name))
     workers = [kind for kind in prepared["available_node_types"].values() if kind["max_workers"]]
     assert all(kind["min_workers"] >= 1 for kind in workers)  # PPO needs room for one worker when it starts
-    assert prepared["max_workers"] == sum(kind["max_workers"] for kind in workers)
-
-
-def test_ray_would_refuse_a_misspelt_key():
-    with pytest.raises(jsonschema.ValidationError, match="setup_command"):
-        ray_checked(cluster("cluster.yaml") | {"setup_command": ["true"]})
-
-
-@pytest.mark.parametrize("name", CLUSTERS)
-def test_what_a_node_gets_exists_and_the_token_lies_where_ray_looks(name: str):
-    from ray._private.authentication.authentication_token_setup import _get_default_token_path
-
     mounts = cluster(name)["file_mounts"]
     assert Path(mounts.pop("~/.ray/auth_token")).expanduser() == _get_default_token_path()
-    assert mounts
-    for remote, local in mounts.items():
-        assert (ROOT / local).is_file(), remote
+    assert all((ROOT / local).is_file() for local in mounts.values())
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_head_and_workers_start_with_token_authentication_and_the_same_environment(name: str):
-    config = cluster(name)
-    [head, worker] = [config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")]
+    head, worker = (cluster(name)[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
     exported = re.compile(r"export (.*?);")
     assert exported.findall(head) == exported.findall(worker)
     variables = dict(word.split("=", 1) for word in exported.findall(head)[0].split())
@@ -100,16 +93,7 @@ def test_head_and_workers_start_with_token_authentication_and_the_same_environme
     assert "ray start --head" in head
     assert "--address=$RAY_HEAD_IP:6379" in worker
     for command in (head, worker):
-        options = [word for word in command.partition("ray start")[2].split() if word.startswith("--")]
-        assert_ray_start_knows(options)
-
-
-def assert_ray_start_knows(options: list[str]):
-    from ray.scripts.scripts import start
-
-    known = {name for parameter in start.params for name in parameter.opts}
-    assert options
-    assert {option.split("=")[0] for option in options} <= known
+        assert_ray_start_knows(command.partition("ray start")[2].split())
 
 
 @pytest.mark.parametrize("name", [*CLUSTERS, "Dockerfile"])
@@ -121,232 +105,125 @@ def test_the_line_that_lists_the_dependencies_lists_them(name: str, tmp_path: Pa
         [line] = [line for line in cluster(name)["setup_commands"] if "tomllib" in line]
         command = line.split("&&")[1].replace(".venv/bin/python", "python")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PATH": path}, check=True)
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PATH": BIN}, check=True)
     assert (tmp_path / "requirements.txt").read_text(encoding="utf-8").splitlines() == PROJECT["dependencies"]
 
 
-def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's instructions, continued lines joined, comments left out."""
-    text = (INFRA / "Dockerfile").read_text(encoding="utf-8")
-    lines = "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    found = [line.split(maxsplit=1) for line in lines.replace("\\\n", " ").splitlines()]
-    return [(word, re.sub(r"\s+", " ", rest)) for word, rest in found]
-
-
-def copied() -> list[tuple[str, str]]:
-    """Source and target of everything that the Dockerfile copies."""
-    pairs = []
-    for word, rest in instructions():
-        if word == "COPY":
-            *sources, target = rest.split()
-            pairs += [(source, target) for source in sources]
-    return pairs
-
-
-def test_the_dockerfile_begins_with_the_base_image_and_ends_as_another_user():
-    words = [word for word, _ in instructions()]
-    assert set(words) <= {"ARG", "FROM", "ENV", "WORKDIR", "COPY", "RUN", "USER", "HEALTHCHECK", "CMD"}
-    assert words[:2] == ["ARG", "FROM"]
-    assert words.count("FROM") == words.count("CMD") == words.count("HEALTHCHECK") == words.count("USER") == 1
-    values = dict(instructions())
-    assert values["FROM"] == "${BASE}"
-    assert values["USER"] == "1000:1000"
-    last_install = max(place for place, (word, rest) in enumerate(instructions()) if "pip install" in rest)
-    assert words.index("USER") > last_install
-
-
-def test_the_base_image_has_a_python_that_the_project_allows():
-    base = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")["BASE"]
-    major, minor = re.fullmatch(r"python:(\d+)\.(\d+)-slim-bookworm", base).groups()  # pyright: ignore[reportOptionalMemberAccess]
-    least = PROJECT["requires-python"].removeprefix(">=").split(".")
-    assert (int(major), int(minor)) >= tuple(int(part) for part in least)
-    for name in CLUSTERS:
-        assert any(f"{major}.{minor}" in command for command in cluster(name)["setup_commands"])
-
-
-def test_the_images_command_and_health_check_are_lists_that_name_what_ray_offers():
-    values = dict(instructions())
-    command = json.loads(values["CMD"])
-    assert command[:3] == ["ray", "start", "--head"]
-    assert_ray_start_knows([word for word in command if word.startswith("--")])
-    check = json.loads(values["HEALTHCHECK"].partition("CMD ")[2])
-    compile(check[2], "healthcheck", "exec")
+def test_the_image_has_an_allowed_python_a_user_of_its_own_and_commands_that_ray_knows():
     from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
-    assert f"127.0.0.1:{DEFAULT_DASHBOARD_AGENT_LISTEN_PORT}/api/local_raylet_healthz" in check[2]
+    words = [word for word, _ in instructions()]
+    assert words[:2] == ["ARG", "FROM"]
+    assert (IMAGE["FROM"], IMAGE["USER"]) == ("${BASE}", "1000:1000")
+    assert words.index("USER") > max(i for i, (_, rest) in enumerate(instructions()) if "pip install" in rest)
+    base = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")["BASE"]
+    version = re.fullmatch(r"python:(\d+\.\d+)-slim-bookworm", base)[1]  # pyright: ignore[reportOptionalSubscript]
+    assert f">={version}" == PROJECT["requires-python"]
+    assert all(any(version in command for command in cluster(name)["setup_commands"]) for name in CLUSTERS)
+    command = json.loads(IMAGE["CMD"])
+    assert command[:3] == ["ray", "start", "--head"]
+    assert_ray_start_knows(command)
+    check = json.loads(IMAGE["HEALTHCHECK"].partition("CMD ")[2])[2]
+    compile(check, "healthcheck", "exec")
+    assert f"127.0.0.1:{DEFAULT_DASHBOARD_AGENT_LISTEN_PORT}/api/local_raylet_healthz" in check
 
 
-def test_the_image_is_whole(tmp_path: Path):
-    """The wheel that `RUN pip install .` builds from exactly what is copied has every module and preset."""
-    ignored = [line.removeprefix("**/") for line in (INFRA / "Dockerfile.dockerignore").read_text().split()]
-    tree = tmp_path / "tree"
-    for source, target in copied():
-        into = tree / target if source.endswith("/") else tree / target / Path(source).name
-        if (ROOT / source).is_dir():
-            drop = shutil.ignore_patterns(*ignored)
-            shutil.copytree(ROOT / source, into, symlinks=True, ignore=drop)
+def copied() -> list[str]:
+    """What the Dockerfile copies, a folder with a slash at its end."""
+    return [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
+
+
+def test_the_wheel_of_what_the_image_copies_holds_every_module_and_preset(tmp_path: Path):
+    ignored = [line.removeprefix("**/") for line in TEXTS["Dockerfile.dockerignore"].split()]
+    tree = tmp_path / "tree"  # a copy: building leaves traces
+    for source in copied():
+        if source.endswith("/"):
+            shutil.copytree(ROOT / source, tree / source, symlinks=True, ignore=shutil.ignore_patterns(*ignored))
         else:
-            assert not any(fnmatch.fnmatch(source, pattern) for pattern in ignored)
-            into.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / source, into)
-    assert (tree / "infra" / "ppo.sh").is_file()
+            (tree / source).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / source, tree / source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(tree)], check=True)
     [wheel] = tmp_path.glob("*.whl")
     wanted = {
         f"esper/{path.relative_to(ROOT)}"
-        for folder in CODE[1:]
+        for folder in ("platform", "workers", "policies", "pipelines")
         for path in (ROOT / folder).rglob("*")
         if path.suffix == ".py" or path.match("platform/presets/*.json")
-    }
+    } | {"esper/__init__.py"}
+    assert any(name.endswith(".json") for name in wanted)
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def rayjob() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The volume claim and the job."""
-    [claim, job] = yaml.safe_load_all((INFRA / "rayjob.yaml").read_text(encoding="utf-8"))
-    return claim, job
-
-
-def pods(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Pod specs of head and worker groups."""
-    groups = job["spec"]["rayClusterSpec"]
-    return [group["template"]["spec"] for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"])]
-
-
-def test_the_rayjob_has_what_kuberay_asks_for():
+def test_the_rayjob_has_what_kuberay_asks_for_and_its_pods_share_all():
     """What `ValidateRayJobSpec` of KubeRay 1.7.0 asks for, and the names that its CRD requires."""
-    _, job = rayjob()
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    spec = job["spec"]
-    assert set(spec) == {
-        "entrypoint",
-        "backoffLimit",
-        "submitterConfig",
-        "shutdownAfterJobFinishes",
-        "ttlSecondsAfterFinished",
-        "rayClusterSpec",
-    }
-    assert spec["shutdownAfterJobFinishes"] is True  # without it the next value must be 0
-    assert spec["ttlSecondsAfterFinished"] >= 0
-    assert spec["backoffLimit"] > 0
-    assert spec["submitterConfig"]["backoffLimit"] > 0
-    groups = spec["rayClusterSpec"]
-    assert groups["rayVersion"] == PINNED["ray"]  # 2.52 or newer is needed for the token
-    assert groups["authOptions"] == {"mode": "token", "secretName": "esper-ray-token"}
-    assert groups["enableInTreeAutoscaling"] is True
-    for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
+    assert (JOB["apiVersion"], JOB["kind"]) == ("ray.io/v1", "RayJob")
+    assert JOB["spec"]["shutdownAfterJobFinishes"] is True  # without it ttlSecondsAfterFinished must be 0
+    assert JOB["spec"]["backoffLimit"] > 0
+    assert JOB["spec"]["submitterConfig"]["backoffLimit"] > 0
+    ray = JOB["spec"]["rayClusterSpec"]
+    assert f"ray=={ray['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()  # the token needs 2.52
+    assert ray["authOptions"] == {"mode": "token", "secretName": "esper-ray-token"}
+    pods = [group["template"]["spec"] for group in GROUPS]
+    containers = [container for pod in pods for container in pod["containers"]]
+    for group, pod, container in zip(GROUPS, pods, containers, strict=True):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-    for group in groups["workerGroupSpecs"]:
-        assert (
-            1 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-        )  # PPO starts with one worker's room
-    for pod in pods(job):
         assert "restartPolicy" not in pod  # the autoscaler's second version refuses any but Never
         assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 1000  # the image's user
-
-
-def test_all_pods_share_image_environment_and_volume():
-    claim, job = rayjob()
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    images, environments = set(), []
-    for pod in pods(job):
-        [container] = pod["containers"]
-        images.add(container["image"])
-        environments.append(container["env"])
-        [volume] = pod["volumes"]
-        [mount] = container["volumeMounts"]
-        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        [volume], [mount] = pod["volumes"], container["volumeMounts"]
+        assert volume["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
         assert mount == {"name": volume["name"], "mountPath": "/esper"}
-    assert len(images) == 1
-    assert environments[0] == environments[1]
-    assert {variable["name"] for variable in environments[0]} == {"ESPER_CACHE", "MLFLOW_TRACKING_URI"}
+    assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert containers[0]["image"] == containers[1]["image"]
+    assert containers[0]["env"] == containers[1]["env"]
+    assert {variable["name"] for variable in containers[0]["env"]} == {"ESPER_CACHE", "MLFLOW_TRACKING_URI"}
+    assert 1 <= GROUPS[1]["minReplicas"] <= GROUPS[1]["replicas"] <= GROUPS[1]["maxReplicas"]
 
 
 def test_the_entry_point_survives_the_submitters_shell_and_names_what_exists():
     """KubeRay pastes it into `bash -c "… ray job submit … -- ENTRYPOINT ; …"`, and Ray into `sh -c` on the head."""
-    _, job = rayjob()
-    entrypoint = job["spec"]["entrypoint"].strip()
+    entrypoint = JOB["spec"]["entrypoint"].strip()
     assert re.fullmatch(r"[\w ./=:-]+", entrypoint)
     shell, script, folder, *rest = shlex.split(entrypoint)
     assert shell == "sh"
-    assert script in [source for source, _ in copied()]
+    assert script in copied()
     assert folder.startswith("/esper/")
-    arguments = parse(PPOArguments, ["--out", folder, *rest])
-    spec = load_spec("demo", list(arguments.set))
-    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    cores = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    spec = load_spec("demo", list(parse(PPOArguments, ["--out", folder, *rest]).set))
+    cores = int(GROUPS[1]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert spec.fleet.workers is not None
-    assert spec.fleet.workers * spec.fleet.cpus <= group["maxReplicas"] * cores
+    assert spec.fleet.workers * spec.fleet.cpus <= GROUPS[1]["maxReplicas"] * cores
 
 
-def chosen(folder: Path | None, *words: str) -> subprocess.CompletedProcess[str]:
-    """What `infra/ppo.sh` would run, printed: for it, `python` is `echo`."""
-    echo = shutil.which("echo")
-    assert echo is not None
-    with tempfile.TemporaryDirectory() as tools:
-        (Path(tools) / "python").symlink_to(echo)
-        return subprocess.run(
-            ["sh", "infra/ppo.sh", *([] if folder is None else [str(folder)]), *words],
-            cwd=ROOT,
-            env=os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-
-def test_ppo_sh_starts_in_a_new_or_an_empty_folder(tmp_path: Path):
-    for folder in (tmp_path / "new", tmp_path):
-        done = chosen(folder, "--set", "ppo.iterations=2")
-        assert done.stdout.split() == ["pipelines/ppo.py", "--out", str(folder), "--set", "ppo.iterations=2"]
-
-
-def test_ppo_sh_goes_on_where_a_checkpoint_is(tmp_path: Path):
-    (tmp_path / "checkpoints" / "000001").mkdir(parents=True)
-    done = chosen(tmp_path, "--seed", "1")  # which `--resume` refuses: the folder has it
-    assert done.stdout.split() == ["pipelines/ppo.py", "--resume", str(tmp_path)]
-
-
-def test_ppo_sh_moves_away_what_died_before_its_first_checkpoint(tmp_path: Path):
-    out = tmp_path / "run"
-    (out / "checkpoints").mkdir(parents=True)
-    (out / "spec.json").write_text("{}", encoding="utf-8")
-    assert chosen(out).stdout.split() == ["pipelines/ppo.py", "--out", str(out)]
-    [kept] = tmp_path.glob("run.died-*")
-    assert (kept / "spec.json").exists()
-    assert not out.exists()
-
-
-def test_ppo_sh_leaves_a_complete_run_alone(tmp_path: Path):
-    (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
-    done = chosen(tmp_path)
-    assert (done.returncode, done.stdout.count("is complete")) == (0, 1)
-    assert "--resume" in done.stdout
-
-
-def test_ppo_sh_without_a_folder_says_how_it_is_called():
-    done = chosen(None)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no folder named")
-
-
-def ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    found = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return found
+@pytest.mark.parametrize(
+    ("there", "printed"),
+    [
+        ([], "pipelines/ppo.py --out {out} --seed 1"),
+        (["pins.json"], "pipelines/ppo.py --resume {out}"),  # which takes nothing else
+        (["pins.json", "summary.json"], "{out} is complete"),
+        (["spec.json"], "pipelines/ppo.py --out {out} --seed 1"),  # it died while it began
+    ],
+)
+def test_ppo_sh_starts_or_goes_on_or_leaves_alone(tmp_path: Path, there: list[str], printed: str):
+    """What it would run, printed: for it, `python` is `echo`."""
+    out, tools = tmp_path / "run", tmp_path / "tools"
+    for folder in (out, tools):
+        folder.mkdir()
+    (tools / "python").symlink_to(str(shutil.which("echo")))
+    for name in there:
+        (out / name).write_text("{}")
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    command = ["sh", "infra/ppo.sh", str(out), "--seed", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(printed.format(out=out))
+    assert [path.name for path in tmp_path.glob("run.died-*/*")] == (["spec.json"] if there == ["spec.json"] else [])
 
 
 @pytest.mark.slow
 def test_two_nodes_with_a_token_run_the_entry_point_of_the_rayjob(tmp_path: Path, text_file: Path):
     """The image's command and a worker's, on ports of their own; PPO on text, a worker a node; given twice."""
-    gcs, dashboard, client, *rest = ports(3 + 2 * 3)
+    gcs, dashboard = free_port(), free_port()
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": BIN,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "of-this-test-alone-" + "0" * 45,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -355,45 +232,32 @@ def test_two_nodes_with_a_token_run_the_entry_point_of_the_rayjob(tmp_path: Path
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
     }
     environment.pop("RAY_ADDRESS", None)
-    image = dict(instructions())
-    head = [word for word in json.loads(image["CMD"]) if not word.startswith(("--port", "--dashboard-host"))]
-    head += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    head = [word for word in json.loads(IMAGE["CMD"]) if not word.startswith(("--port", "--dashboard-host"))]
+    head += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
     worker = ["ray", "start", f"--address=127.0.0.1:{gcs}", "--block"]
-    names = ["--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port"]
-    agents = [rest[:3], rest[3:]]
-    nodes = [
-        [
-            *command,
-            "--num-cpus=1",
-            "--node-ip-address=127.0.0.1",
-            *(f"{n}={p}" for n, p in zip(names, own, strict=True)),
-        ]
-        for command, own in zip((head, worker), agents, strict=True)
-    ]
-    check = json.loads(image["HEALTHCHECK"].partition("CMD ")[2])
+    agents = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port")
+    check = json.loads(IMAGE["HEALTHCHECK"].partition("CMD ")[2])
 
     def call(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     started = []
     try:
-        for command, (agent, *_) in zip(nodes, agents, strict=True):
-            with (tmp_path / f"node{len(started)}.log").open("w", encoding="utf-8") as log:
-                started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        for command in (head, worker):
+            ports = {name: free_port() for name in agents}
+            options = [f"{name}={port}" for name, port in ports.items()]
+            log = tmp_path / f"node{len(started)}.log"
+            node = [*command, "--num-cpus=1", "--node-ip-address=127.0.0.1", *options]
+            with log.open("w") as file:
+                started.append(subprocess.Popen(node, cwd=ROOT, env=environment, stdout=file, stderr=file))
             deadline = time.monotonic() + 90
-            while call(*check[:2], check[2].replace("52365", str(agent))).returncode:
-                assert time.monotonic() < deadline, (tmp_path / f"node{len(started) - 1}.log").read_text()
+            while call(*check[:2], check[2].replace("52365", str(ports[agents[0]]))).returncode:
+                assert time.monotonic() < deadline, log.read_text()
                 time.sleep(1)
         submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
-        small = [
-            "budget.amount=600",
-            "data.eval_tokens=512",
-            "ppo.decisions=16",
-            "ppo.minibatch=16",
-            "ppo.iterations=1",
-        ]
+        small = "budget.amount=600 data.eval_tokens=512 ppo.decisions=16 ppo.minibatch=16 ppo.iterations=1"
         entry = ["sh", "infra/ppo.sh", str(tmp_path / "run"), "--data", str(text_file)]
-        entry += [word for key in (*small, "fleet.workers=2") for word in ("--set", key)]
+        entry += [word for key in (*small.split(), "fleet.workers=2") for word in ("--set", key)]
         first = call(*submit, *entry)
         assert first.returncode == 0, first.stdout + first.stderr
         assert "2 workers" in first.stdout

@@ -80,10 +80,10 @@ class ResumableArguments(CommonArguments):
 
 
 def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "esper") -> T:
-    """Read a command line into `model_class`.
+    """Read a command line into `model_class`: its fields are the arguments, its docstring the head of the help.
 
     Args:
-        model_class: Its fields are the arguments, its docstring the head of the help.
+        model_class: Of the arguments.
         argv: The arguments, without the program's name; None for the process's own.
         prog: How the user calls it (`esper train`), for the help and the errors.
 
@@ -93,9 +93,9 @@ def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "espe
     """
     parser = _Parser(prog=prog, description=model_class.__doc__, allow_abbrev=False)
     for name, field in model_class.model_fields.items():
-        parser.add_argument(*_names(name, field), **_keywords(field), help=_help(field), default=SUPPRESS)
-    given = vars(parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv))
-    given = {name: value for name, value in given.items() if value is not None}  # a positional that was left out
+        parser.add_argument(_shown(name, field), **_keywords(field))
+    typed = vars(parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv))
+    given = {name: value for name, value in typed.items() if value is not None}  # a positional that was left out
     for name, value in given.items():
         if value == "":
             shown = _shown(name, model_class.model_fields[name])
@@ -166,21 +166,17 @@ class _Parser(ArgumentParser):
     """argparse's parser, whose errors are one sentence and an exception instead of a usage text and an exit."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse a line, with the closest flag beside one that is unknown."""
         stray = message.removeprefix("unrecognized arguments: ")
         if stray != message:
             first = stray.split()[0]
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            close = get_close_matches(first.split("=")[0], flags, n=1)
+            close = get_close_matches(first.split("=")[0], self._option_string_actions, n=1)
             message = f"unknown argument {first}" + (f", did you mean {close[0]}" if close else "")
         raise UserError(f"{message}: {self.advice()}")
 
     def advice(self) -> str:
         """Where the user finds what is allowed."""
         return f"`{self.prog} --help` lists what is allowed."
-
-
-def _names(name: str, field: FieldInfo) -> list[str]:
-    return [name] if POSITIONAL in field.metadata else [_shown(name, field)]
 
 
 def _shown(name: str, field: FieldInfo) -> str:
@@ -196,28 +192,22 @@ def _kind(field: FieldInfo) -> Any:
 
 def _choices(field: FieldInfo) -> list[str]:
     """The words a field accepts where it is a Literal, else none."""
-    kind = _kind(field)
-    return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    return [str(choice) for choice in get_args(_kind(field))] if get_origin(_kind(field)) is Literal else []
 
 
 def _keywords(field: FieldInfo) -> dict[str, Any]:
-    """What argparse is told of a field beside its help."""
-    if _kind(field) is bool:
-        return {"action": "store_true"}
-    choices = _choices(field)
-    shown = field.title or (f"{{{','.join(choices)}}}" if choices else PLACEHOLDERS.get(_kind(field), "TEXT"))
-    if POSITIONAL in field.metadata:
-        return {} if field.is_required() else {"nargs": "?"}
-    return {"metavar": shown, "action": "append" if get_origin(_kind(field)) is list else "store"}
-
-
-def _help(field: FieldInfo) -> str:
-    text = field.description or ""
-    if POSITIONAL in field.metadata and _choices(field):
-        text = f"One of {', '.join(_choices(field))}. {text}"
+    """How argparse reads a field: as text, or several; pydantic does the rest."""
+    kind, choices, text = _kind(field), _choices(field), field.description or ""
     if not field.is_required() and str(field.default) not in ("None", "False", "[]"):
         text += f" (default: {field.default})"
-    return text.replace("%", "%%")
+    keywords = {"help": text.replace("%", "%%"), "default": SUPPRESS}
+    if kind is bool:
+        return {**keywords, "action": "store_true"}
+    if POSITIONAL in field.metadata:
+        return {**keywords, **({} if field.is_required() else {"nargs": "?"})}
+    shown = "{" + ",".join(choices) + "}" if choices else PLACEHOLDERS.get(kind, "TEXT")
+    action = "append" if get_origin(kind) is list else "store"
+    return {**keywords, "metavar": field.title or shown, "action": action}
 
 
 def _first_error(error: ErrorDetails, model_class: type[BaseModel], parser: _Parser) -> UserError:
@@ -225,15 +215,11 @@ def _first_error(error: ErrorDetails, model_class: type[BaseModel], parser: _Par
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return cause
-    if not error["loc"]:  # a rule over several fields
-        return UserError(f"{cause or error['msg']}: {parser.advice()}")
     name = str(error["loc"][0])
     field = model_class.model_fields[name]
-    shown = _shown(name, field)
+    shown, rule = _shown(name, field), error["msg"].removeprefix("Input should be ").split(", unable")[0]
     if error["type"] == "missing":
         return UserError(f"{shown} is missing: {parser.advice()}")
     if choices := _choices(field):
         return unknown(shown, error["input"], choices)
-    rule = str(cause) if cause else error["msg"].removeprefix("Input should be ").split(", unable")[0]
-    wanted = rule if cause else f"it must be {rule}"
-    return UserError(f"{shown} {error['input']} is not allowed: {wanted}; {parser.advice()}")
+    return UserError(f"{shown} {error['input']} is not allowed: it must be {rule}; {parser.advice()}")

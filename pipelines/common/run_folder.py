@@ -1,41 +1,217 @@
-"""What every pipeline does first: choose the spec, find the data, name the output folder, and say so."""
+"""A command's results in a folder: one process at a time, what they rest on, and what it takes to go on.
 
+    folder = RunFolder.new(arguments, spec, "train-static")      # settled; nothing is written yet
+    with folder.begin("train", plan, {"schedule": path}) as inputs: ...
+
+    with RunFolder.reopen(out, "train", TrainPlan) as (folder, plan):      # `--resume`
+        inputs = folder.check()
+
+Text, spec, code and the `inputs` (copied into the folder) are pinned when work begins and checked when it is gone on
+with. `folder.track` is the run's MLflow tracker, whose journal lies in the folder too.
+"""
+
+import os
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import Any, Self, TypeVar
 
 from esper.pipelines.common.arguments import CommonArguments
-from esper.platform.console import say
-from esper.platform.errors import UserError, unknown
-from esper.platform.spec import RunSpec, load_spec
-from esper.platform.storage import check_unused, write_text
-from esper.workers.candidates import telemetry_space
+from esper.pipelines.common.preset import describe, resolve_spec
+from esper.platform.console import counted, say
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
+from esper.platform.pins import PINS, check_pins, pin
+from esper.platform.spec import RunSpec, saved_spec
+from esper.platform.storage import alone, check_unused, read_json, write_json, write_text
+from esper.platform.tracking import Tracker, new_key
+from esper.platform.tracking_journal import JOURNAL
+from esper.platform.tracking_store import tracking_uri
 from esper.workers.laws.scaling_law import budget_tokens
 from esper.workers.tolaria.data import TokenData, ensure
-from esper.workers.tolaria.data.sources import SOURCES
-from esper.workers.tolaria.device import pick_device
 from esper.workers.tolaria.hosts import start_shape
 
-TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}
-"""Task → device → preset."""
-LAWS = "tinystories-char"
-"""The preset of what runs on loss laws, where none is named."""
-FLEET_ON_CPU = "demo"
-"""The preset of pipelines that train GPTs by the hundred, where there is no GPU: minutes instead of hours."""
+__all__ = ["Job", "RunFolder", "describe", "law_job", "open_job", "output_folder", "resolve_spec"]
+
+PLAN = "inputs/plan.json"
+
+P = TypeVar("P", bound=Frozen)
+
+
+class Kept(Frozen):
+    """`inputs/plan.json`: what work goes on with, beside its spec."""
+
+    command: str
+    folder: dict[str, Any]
+    plan: dict[str, Any]
+
+
+class RunFolder(Frozen):
+    """A folder of results, and what its work is.
+
+    Attributes:
+        out: the folder.
+        spec: resolved; `spec.data.source` is the text that was asked for.
+        data: folder of the prepared shards; None on loss laws.
+        seed: of the run, or the first of several.
+        task: what is learned.
+        key: of its run in MLflow.
+        store: MLflow's, that resumed work goes on with unless it is told of another.
+    """
+
+    out: Path
+    spec: RunSpec
+    data: Path | None
+    seed: int
+    task: str
+    key: str
+    store: str
+
+    @classmethod
+    def new(cls, arguments: CommonArguments, spec: RunSpec, name: str, *, laws: bool = False) -> Self:
+        """Settle data and output folder, and say what was chosen.
+
+        Args:
+            arguments: the command line.
+            spec: what `resolve_spec` made of it.
+            name: of the folder in `runs/`, before the time, where the user names none.
+            laws: whether the work is on loss laws: there is no text.
+
+        Raises:
+            UserError: either is not good, or the text is too short for the spec's context.
+        """
+        out, data = output_folder(arguments, name), None if laws else ensure(spec.data)
+        common = {"seed": arguments.seed, "task": arguments.task, "key": new_key(), "store": tracking_uri()}
+        folder = cls(out=out, spec=spec, data=data, **common)
+        say(f"preset  {spec.preset}: {describe(spec)}")
+        if not laws:
+            folder._check_text()
+        say(f"out     {out}")
+        return folder
+
+    @contextmanager
+    def begin(
+        self, command: str, plan: Frozen, inputs: Mapping[str, Path | None] | None = None
+    ) -> Iterator[Mapping[str, Path]]:
+        """Make the folder, and be alone in it while the block lasts.
+
+        Args:
+            command: that can resume the work: `train`.
+            plan: what the command goes on with, beside what a RunFolder has.
+            inputs: files that the results rest on.
+
+        Yields:
+            the inputs' copies in the folder.
+
+        Raises:
+            UserError: the folder cannot be made, or another process works there.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out {self.out} cannot be made ({error.strerror}): name a folder you may write to."
+            ) from None
+        with alone(self.out):
+            kept = Kept(
+                command=command,
+                folder=self.model_dump(mode="json", exclude={"out", "spec"}),
+                plan=plan.model_dump(mode="json"),
+            )
+            write_json(self.out / PLAN, kept.model_dump())
+            given = {name: path for name, path in (inputs or {}).items() if path is not None}
+            yield self.pin({**given, "plan": self.out / PLAN})
+
+    @classmethod
+    @contextmanager
+    def reopen(cls, out: Path, command: str, plan_class: type[P]) -> Iterator[tuple[Self, P]]:
+        """Be alone in the folder of work that was begun, to go on with it.
+
+        Raises:
+            UserError: it is not such a folder, or another process works there.
+        """
+        out = out.resolve()
+        if not (out / PINS).exists():
+            raise UserError(f"--resume {out} holds no work to go on with: name the output folder of `esper {command}`.")
+        with alone(out):
+            path = out / PLAN
+            kept = Kept.checked(read_json(path, str(path), "a folder that `esper` made"), str(path))
+            if kept.command != command:
+                raise UserError(
+                    f"{out} holds the work of `esper {kept.command}`: go on with `esper {kept.command} --resume {out}`."
+                )
+            folder = cls.checked({**kept.folder, "out": out, "spec": saved_spec(out / "spec.json")}, str(path))
+            os.environ.setdefault("MLFLOW_TRACKING_URI", folder.store)
+            yield folder, plan_class.checked(kept.plan, str(path))
+
+    def check(self) -> dict[str, Path]:
+        """The inputs' copies, where everything that the work rests on is as it was when it began.
+
+        Raises:
+            UserError: something differs.
+        """
+        return check_pins(self.out, data=self._fingerprint)
+
+    def pin(self, inputs: Mapping[str, Path]) -> dict[str, Path]:
+        """Write `spec.json`, and pin it and all else: when work begins, or goes on under a changed spec."""
+        return pin(self.out, self.spec, data=self._fingerprint, inputs=inputs)
+
+    @cached_property
+    def tokens(self) -> TokenData:
+        """The shards, checksums verified."""
+        assert self.data is not None
+        return TokenData.open(self.data)
+
+    @property
+    def _fingerprint(self) -> str | None:
+        return None if self.data is None else self.tokens.manifest.fingerprint()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the work has been done to its end."""
+        return (self.out / "summary.json").exists()
+
+    def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
+        """The tracker of its MLflow run; `options` are those of `Tracker.start`."""
+        tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
+        named = {"experiment": f"esper-{self.task}", "run_name": self.out.name, **options}
+        params = self.spec.model_dump(mode="json")
+        return Tracker.start(key=self.key, tags=tags, params=params, journal=self.out / JOURNAL, **named)
+
+    def _check_text(self) -> None:
+        manifest, block = self.tokens.manifest, self.spec.host.block_size
+        for name, split in manifest.splits.items():
+            if split.tokens <= block + 1:
+                raise UserError(
+                    f"the {name} text has {counted(split.tokens, 'token')}, too few for a context of {block}: "
+                    "give more text, or set a smaller host.block_size."
+                )
+        unseen = sum(split.unseen for split in manifest.splits.values())
+        train = manifest.splits["train"].tokens
+        say(f"data    {manifest.source}, {manifest.tokenizer}: {train:,} training tokens in {self.data}")
+        epochs = budget_tokens(self.spec, start_shape(self.spec, manifest.vocab_size)) / train
+        if epochs > 1:
+            say(f"        of which a run that stays at its starting size sees each {epochs:.1f} times (epochs)")
+        if unseen:
+            say(f"        {unseen:,} characters of the validation text are not in the training text: one reserved id")
+
+
+def output_folder(arguments: CommonArguments, name: str) -> Path:
+    """`--out`, or `runs/<name>-<time>`; not yet made."""
+    out = arguments.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_unused(out)
+    return out.resolve()
+
+
+# What `ppo` and `sweep` start with until they have a RunFolder too.
 
 
 @dataclass(frozen=True)
 class Job:
-    """A pipeline's work, settled; nothing has been written yet.
-
-    Attributes:
-        spec: resolved; `spec.data.source` is what was asked for.
-        data: folder of the prepared shards.
-        out: where results go.
-    """
+    """A pipeline's work, settled: spec, folder of the prepared shards, output folder."""
 
     spec: RunSpec
     data: Path
@@ -46,94 +222,17 @@ class Job:
         return TokenData.open(self.data)
 
     def begin(self) -> None:
-        """Make the output folder, with the resolved spec in it: everything is known to be good."""
+        """Make the output folder, with the resolved spec in it."""
         write_text(self.out / "spec.json", self.spec.model_dump_json(indent=2) + "\n")
 
 
 def open_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
-    """Settle data and output folder, and say what was chosen.
-
-    Args:
-        arguments: the command line.
-        spec: what `resolve_spec` made of it.
-        what: the pipeline's name, for the output folder's.
-
-    Raises:
-        UserError: either is not good, or the text is too short for the spec's context.
-    """
-    out = output_folder(arguments, what)
-    data = ensure(spec.data)
-    job = Job(spec, data, out)
-    manifest = job.open_data().manifest
-    for name, split in manifest.splits.items():
-        if split.tokens <= spec.host.block_size + 1:
-            raise UserError(
-                f"the {name} text has {split.tokens:,} tokens, too few for a context of {spec.host.block_size}: "
-                "give more text, or set a smaller host.block_size."
-            )
-    unseen = sum(split.unseen for split in manifest.splits.values())
-    say(f"preset  {spec.preset}: {describe(spec)}")
-    train = manifest.splits["train"].tokens
-    say(f"data    {manifest.source}, {manifest.tokenizer}: {train:,} training tokens in {data}")
-    epochs = budget_tokens(spec, start_shape(spec, manifest.vocab_size)) / train
-    if epochs > 1:
-        say(f"        of which a run that stays at its starting size sees each {epochs:.1f} times (epochs)")
-    if unseen:
-        say(f"        {unseen:,} characters of the validation text are not in the training text: one reserved id")
-    say(f"out     {out}")
-    return job
+    """Settle data and output folder."""
+    folder = RunFolder.new(arguments, spec, what)
+    assert folder.data is not None
+    return Job(spec, folder.data, folder.out)
 
 
 def law_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
-    """`open_job` of what runs on loss laws: there is no data.
-
-    Raises:
-        UserError: the output folder is not good.
-    """
-    job = Job(spec, Path(), output_folder(arguments, what))
-    say(f"preset  {spec.preset}: {describe(spec)}")
-    say(f"out     {job.out}")
-    return job
-
-
-def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "laws"] = "here") -> RunSpec:
-    """The preset (by task and device where none is named) with overrides; blueprints and device are checked too.
-
-    Args:
-        arguments: the command line.
-        on: what GPTs are trained on: this process's device; a fleet's, by the hundred; or loss laws, which need none.
-
-    Raises:
-        UserError: an unknown task, preset, key or blueprint, a value that is not allowed, a GPU that is not there.
-    """
-    if arguments.task not in TASKS:
-        raise unknown("task", arguments.task, TASKS)
-    gpu = torch.cuda.is_available()
-    by_device = FLEET_ON_CPU if on == "fleet" and not gpu else TASKS[arguments.task]["cuda" if gpu else "cpu"]
-    preset = arguments.preset or (LAWS if on == "laws" else by_device)
-    overrides = list(arguments.set)
-    if arguments.data is not None:
-        named = str(arguments.data) in [source.name for source in SOURCES]
-        overrides.append(f"data.source={arguments.data if named else arguments.data.absolute()}")
-    spec = load_spec(preset, overrides)
-    telemetry_space(spec)  # resolves the blueprints
-    if on == "here":
-        pick_device(spec)
-    return spec
-
-
-def output_folder(arguments: CommonArguments, what: str) -> Path:
-    """`--out`, or `runs/<what>-<time>`; not yet made."""
-    out = arguments.out or Path("runs") / f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_unused(out)
-    return out.absolute()
-
-
-def describe(spec: RunSpec) -> str:
-    """A spec in a line."""
-    host, budget = spec.host, spec.budget
-    return (
-        f"GPT of {host.n_layer} layer(s), {host.n_head} heads, C = {host.n_embd}, T = {host.block_size}, "
-        f"up to {spec.growth.max_layers} layers; budget {budget.amount:,.0f} {budget.axis} "
-        f"({spec.clock.kind} clock) in {budget.decisions} decisions"
-    )
+    """`open_job` of what runs on loss laws: there is no data."""
+    return Job(spec, Path(), RunFolder.new(arguments, spec, what, laws=True).out)

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a request: the work stops where it can be taken up again, not in the middle of something."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,8 +43,6 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]

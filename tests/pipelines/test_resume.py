@@ -4,6 +4,7 @@ Real processes and signals. Alone: `pytest tests/pipelines/test_resume.py`.
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import time
 import pytest
 
 from esper.pipelines.train import main
-from esper.platform.checkpoint import read
+from esper.platform.storage import alone
+from esper.workers.tolaria.data import prepare
+from tests.mlflow_servers import free_port
 
 TRAIN = [sys.executable, "-m", "esper.pipelines.train"]
 LONG = ["--set", "budget.amount=900", "--set", "budget.decisions=30"]
+FIRST_CHECKPOINT, BEGUN = "checkpoints/run.safetensors", "pins.json"
 
 
 def summary_of(folder):
@@ -26,88 +30,116 @@ def summary_of(folder):
     return {k: v for k, v in summary.items() if k not in ("wall_seconds", "validation_seconds", "mlflow")}
 
 
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    entries = [
-        {"at": 0.05, "blueprint": "ffn"},
-        {"at": 0.1, "blueprint": "block"},
-        {"at": 0.5, "blueprint": "attention"},
-    ]
-    path.write_text(json.dumps(entries))
+@pytest.fixture
+def plan(tmp_path):
+    grafts = [(0.05, "ffn"), (0.1, "block"), (0.5, "attention")]
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps([{"at": at, "blueprint": blueprint} for at, blueprint in grafts]))
     return path
 
 
-def saved_step(out):
-    """Optimizer steps in the run's checkpoint; 0 before there is one."""
-    path = out / "checkpoints" / "run.safetensors"
-    return read(path)[0]["books"]["ledger"]["steps"] if path.exists() else 0
+@pytest.fixture
+def runs(client, tmp_path):
+    """Status and steps at which MLflow has a loss, of each run: they are to be there once each."""
+
+    def found():
+        store = client()
+        runs = store.search_runs([store.get_experiment_by_name("esper-tinystories").experiment_id])
+        histories = {run: store.get_metric_history(run.info.run_id, "val_loss") for run in runs}
+        return {run.info.run_name: (run.info.status, [p.step for p in history]) for run, history in histories.items()}
+
+    return found
 
 
-def begun(command, out):
-    """The process, once it has written a checkpoint past the first and trained on for a while."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not saved_step(out):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    time.sleep(0.1)
-    return process
+def finished(folder):
+    """What `runs` must say of it."""
+    return ("FINISHED", [point["steps"] for point in summary_of(folder)["val_curve"][1:]])
 
 
 @pytest.mark.parametrize(
-    "number",
-    # Ctrl-C takes the same way as SIGTERM.
-    [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL],
-    ids=lambda number: number.name,
+    ("number", "once"),
+    [
+        # Ctrl-C takes the same way as SIGTERM.
+        pytest.param(signal.SIGINT, FIRST_CHECKPOINT, marks=pytest.mark.slow),
+        (signal.SIGTERM, FIRST_CHECKPOINT),
+        (signal.SIGKILL, FIRST_CHECKPOINT),
+        (signal.SIGKILL, BEGUN),
+    ],
 )
-def test_stopped_or_killed_it_ends_the_same(tiny, plan, client, tmp_path, capfd, number):
+def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, number, once):
     flags = ["schedule", "--schedule", str(plan), *tiny, *LONG]
     out = tmp_path / "stopped"
-    process = begun([*TRAIN, *flags, "--out", str(out)], out)
+    process = subprocess.Popen([*TRAIN, *flags, "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    while not (out / once).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
     process.send_signal(number)
     _, printed = process.communicate(timeout=60)
     assert not (out / "summary.json").exists()
-    if number == signal.SIGKILL:
-        assert process.returncode == -number
-    else:
-        assert process.returncode == 128 + number
-        step = int(printed.split("saved at optimizer step ")[1].split(";")[0].replace(",", ""))
-        assert printed.strip().endswith(f"go on with: esper train --resume {out}")
-        assert saved_step(out) == step
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert f"go on with: esper train --resume {out}" in printed
+        step = printed.split("saved at optimizer step ")[1].split(";")[0]
 
+    plan.unlink()  # the run has its own
     assert main(["--resume", str(out)]) == 0
     resumed = capfd.readouterr().err
-    if number != signal.SIGKILL:
-        assert f"resume  {out}, schedule, at optimizer step {step:,}" in resumed
-    assert main([*flags, "--out", str(tmp_path / "undisturbed")]) == 0
+    assert f"resume  {out}, schedule, at optimizer step " + ("" if number == signal.SIGKILL else step) in resumed
+    again = ["schedule", "--schedule", str(out / "inputs" / "schedule.json"), *flags[3:]]
+    assert main([*again, "--out", str(tmp_path / "undisturbed")]) == 0
     assert summary_of(out) == summary_of(tmp_path / "undisturbed")
-    run_id = json.loads((out / "summary.json").read_text())["mlflow"]
-    run = client().get_run(run_id)
-    assert (run.info.status, run.info.run_name) == ("FINISHED", "stopped")
-    steps = {metric.step for metric in client().get_metric_history(run_id, "val_loss")}
-    if number != signal.SIGKILL:
-        assert steps == {point["steps"] for point in summary_of(out)["val_curve"][1:]}
-        assert len(client().search_runs([run.info.experiment_id])) == 2
+    assert runs() == {name: finished(tmp_path / name) for name in ("stopped", "undisturbed")}
 
 
-def test_what_cannot_be_resumed_is_refused(tiny, tmp_path, capfd):
-    out = tmp_path / "run"
+def test_what_mlflow_has_not_had_is_sent_at_resume(tiny, tmp_path, runs, monkeypatch, capfd):
+    store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     assert main(["static", *tiny, "--out", str(out)]) == 0
-    capfd.readouterr()
+    assert main(["--resume", str(out)]) == 2
+    assert "MLflow did not take everything" in capfd.readouterr().err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    assert main(["--resume", str(out)]) == 0
+    assert runs() == {"run": finished(out)}
     assert main(["--resume", str(out)]) == 2
     assert "has ended" in capfd.readouterr().err
-    (out / "summary.json").unlink()
-    assert main(["--resume", str(out), "--seed", "3"]) == 2
-    assert "leave out --seed" in capfd.readouterr().err
-    tensors = out / "checkpoints" / "run.safetensors"
-    data = bytearray(tensors.read_bytes())
-    data[len(data) // 2] ^= 1
-    tensors.write_bytes(data)
-    assert main(["--resume", str(out)]) == 2
-    printed = capfd.readouterr().err
-    assert "checksum" in printed
-    assert "Traceback" not in printed
-    data[len(data) // 2] ^= 1
-    tensors.write_bytes(data)
-    assert main(["--resume", str(out)]) == 0  # killed between its last checkpoint and its summary
+    assert runs() == {"run": finished(out)}
+
+
+def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, shards, text_file, tmp_path, capfd):
+    out, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(shards, data)
+    flags = ["schedule", "--schedule", str(plan), *tiny, "--data", str(data)]
+    assert main([*flags, "--out", str(out)]) == 0
+    ended = summary_of(out)
+    (out / "summary.json").unlink()  # as if killed before it was written
+
+    def refused(*argv):
+        assert main(["--resume", str(out), *argv]) == 2
+        printed = capfd.readouterr().err
+        assert "Traceback" not in printed
+        return printed
+
+    assert "leave out --seed" in refused("--seed", "3")
+    with alone(out):
+        assert "another process works in" in refused()
+    for name, old, new in (
+        ("spec.json", b'"batch_size": 4', b'"batch_size": 5'),
+        ("inputs/schedule.json", b"0.05", b"0.06"),
+        ("inputs/plan.json", b'"seed": 0', b'"seed": 1'),
+        ("inputs/plan.json", b'"command": "train"', b'"command": "sweep"'),
+        (FIRST_CHECKPOINT, b"now/", b"new/"),
+    ):
+        whole = (out / name).read_bytes()
+        assert old in whole
+        (out / name).write_bytes(whole.replace(old, new, 1))
+        assert "error: " in refused()
+        (out / name).write_bytes(whole)
+    shutil.rmtree(data)
+    (tmp_path / "other.txt").write_text(text_file.read_text().replace("cat", "dog"))
+    prepare(str(tmp_path / "other.txt"), "char", data)
+    assert "text" in refused()
+    shutil.rmtree(data)
+    shutil.copytree(shards, data)
     assert main(["--resume", str(tmp_path)]) == 2
+    assert main(["--resume", str(out)]) == 0
+    assert summary_of(out) == ended

@@ -1,0 +1,56 @@
+"""The spec that a command line asks for: a preset, chosen by task and device where none is named, with overrides."""
+
+from typing import Literal
+
+import torch
+
+from esper.pipelines.common.arguments import CommonArguments
+from esper.platform.console import counted
+from esper.platform.errors import unknown
+from esper.platform.spec import RunSpec, load_spec
+from esper.workers.candidates import telemetry_space
+from esper.workers.tolaria.data.sources import SOURCES
+from esper.workers.tolaria.device import pick_device
+
+TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}
+"""Task → device → preset."""
+LAWS = "tinystories-char"
+"""The preset of what runs on loss laws, where none is named."""
+FLEET_ON_CPU = "demo"
+"""The preset of pipelines that train GPTs by the hundred, where there is no GPU: minutes instead of hours."""
+
+
+def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "laws"] = "here") -> RunSpec:
+    """The preset (by task and device where none is named) with overrides; blueprints and device are checked too.
+
+    Args:
+        arguments: the command line.
+        on: what GPTs are trained on: this process's device; a fleet's, by the hundred; or loss laws, which need none.
+
+    Raises:
+        UserError: an unknown task, preset, key or blueprint, a value that is not allowed, a GPU that is not there.
+    """
+    if arguments.task not in TASKS:
+        raise unknown("task", arguments.task, TASKS)
+    gpu = torch.cuda.is_available()
+    by_device = FLEET_ON_CPU if on == "fleet" and not gpu else TASKS[arguments.task]["cuda" if gpu else "cpu"]
+    preset = arguments.preset or (LAWS if on == "laws" else by_device)
+    overrides = list(arguments.set)
+    if arguments.data is not None:
+        named = str(arguments.data) in [source.name for source in SOURCES]
+        overrides.append(f"data.source={arguments.data if named else arguments.data.resolve()}")
+    spec = load_spec(preset, overrides)
+    telemetry_space(spec)  # resolves the blueprints
+    if on == "here":
+        pick_device(spec)
+    return spec
+
+
+def describe(spec: RunSpec) -> str:
+    """A spec in a line."""
+    host, budget = spec.host, spec.budget
+    return (
+        f"GPT of {counted(host.n_layer, 'layer')}, {counted(host.n_head, 'head')}, C = {host.n_embd}, "
+        f"T = {host.block_size}, up to {counted(spec.growth.max_layers, 'layer')}; budget {budget.amount:,.0f} "
+        f"{budget.axis} ({spec.clock.kind} clock) in {counted(budget.decisions, 'decision')}"
+    )

@@ -1,0 +1,167 @@
+"""One run under one arm: begun or taken up again, saved at every decision, tracked, and told of."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from esper.pipelines.common.arguments import CommonArguments
+from esper.pipelines.common.play import metrics, play, unplayed
+from esper.pipelines.common.preset import resolve_spec
+from esper.pipelines.common.progress import RunProgress
+from esper.pipelines.common.run_folder import RunFolder
+from esper.pipelines.common.stopping import Stopped, StopSignals
+from esper.platform import checkpoint
+from esper.platform.checkpoint import CheckpointStore
+from esper.platform.console import counted, duration, say
+from esper.platform.contracts import GraftAction, GrowthPolicy, Stateful, Transition
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
+from esper.platform.spec import RunSpec
+from esper.platform.storage import write_json
+from esper.platform.telemetry import Telemetry
+from esper.platform.tracking import Tracker
+from esper.platform.tracking_journal import note_tracked, tracked_by
+from esper.platform.tracking_store import tracking_uri
+from esper.policies.arms import ArmInputs, make_policy
+from esper.policies.simic.policy import policy_folder
+from esper.workers.probe import ChargedProbe
+from esper.workers.run import GrowthRun
+
+CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
+
+
+class TrainPlan(Frozen):
+    """What a run goes on with, beside what its folder has."""
+
+    arm: str
+
+
+def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
+    """Settle, and train from the start; `files` are what the arm needs, by the names of `ArmInputs`."""
+    spec = resolve_spec(arguments)
+    policy_of(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
+    folder = RunFolder.new(arguments, spec, f"train-{arm}")
+    with folder.begin("train", TrainPlan(arm=arm), pinned(files)) as inputs:
+        growth = GrowthRun(spec, folder.tokens)
+        growth.reset(seed=folder.seed)
+        return train(folder, growth, policy_of(arm, spec, folder.seed, inputs), arm)
+
+
+def resume(out: Path) -> int:
+    """Go on with the run in `out` from its checkpoint, or send MLflow the rest of one that has ended.
+
+    Raises:
+        UserError: there is nothing to go on with, or what the run rests on has changed.
+    """
+    with RunFolder.reopen(out, "train", TrainPlan) as (folder, plan):
+        if folder.ended:
+            return send(folder, plan.arm)
+        policy = policy_of(plan.arm, folder.spec, folder.seed, folder.check())
+        growth = GrowthRun(folder.spec, folder.tokens)
+        saved = folder.out / CHECKPOINTS / f"{RUN}.safetensors"
+        if saved.exists():
+            state, tensors = checkpoint.read(saved)
+            if isinstance(policy, Stateful):
+                policy.resume(state["policy"])
+            growth.load(state, tensors)
+        else:  # killed before its first decision
+            growth.reset(seed=folder.seed)
+        where = f"at optimizer step {growth.ledger.steps:,} ({growth.fraction():.0%} of the budget)"
+        say(f"resume  {folder.out}, {plan.arm}, {where}")
+        return train(folder, growth, policy, plan.arm)
+
+
+def send(folder: RunFolder, arm: str) -> int:
+    """Give MLflow what it has not had of a run that has ended.
+
+    Raises:
+        UserError: it has had everything, or does not take it.
+    """
+    summary = folder.out / "summary.json"
+    if tracked_by(folder.out) == tracking_uri():
+        raise UserError(f"the run in {folder.out} has ended: its results are in {summary}.")
+    tracker = folder.track({"arm": arm})
+    keep(folder, tracker)
+    if not tracker.close(ended=int(summary.stat().st_mtime * 1000)):
+        raise UserError(f"MLflow did not take everything of the run in {folder.out}: try again once it is there.")
+    note_tracked(folder.out, tracker.uri)
+    say(f"MLflow has had everything of the run in {folder.out} now.")
+    return 0
+
+
+def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) -> int:
+    """Play the run from where it stands to its end, saving at every decision, and report."""
+    out = folder.out
+    progress = RunProgress(growth.fraction())
+    with (
+        StopSignals() as signals,
+        CheckpointStore(out / CHECKPOINTS) as checkpoints,
+        folder.track({"arm": arm}) as tracker,
+    ):
+
+        def save() -> None:
+            state, tensors = growth.state()
+            state["policy"] = policy.state() if isinstance(policy, Stateful) else None
+            checkpoints.save(RUN, state, tensors)
+
+        def on_step(growth: GrowthRun) -> None:
+            progress.on_step(growth)
+            signals.check()
+
+        def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
+            progress.on_decision(growth, telemetry, action, transition)
+            tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
+            save()
+
+        growth.on_step = on_step
+        try:
+            summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
+        except Stopped as stopped:
+            save()
+            checkpoints.close()
+            where = f"saved at optimizer step {growth.ledger.steps:,}; go on with: esper train --resume {out}"
+            raise Stopped(stopped.number, checkpoints.failed or where) from None
+        checkpoints.flush()
+        summary["mlflow"] = tracker.run_id
+        write_json(out / "summary.json", summary)
+        keep(folder, tracker)
+    if tracker.close():  # once more: what the first time has come to
+        note_tracked(out, tracker.uri)
+    if summary["failure"]:
+        say(f"given up at {growth.fraction():.0%} of the budget: {summary['failure']}; lower the learning rate.")
+        say(f"the last sound state is in {out / CHECKPOINTS}")
+    say(
+        f"{arm}: val loss {summary['val_loss']:.4f} nats per token (perplexity {summary['perplexity']:.2f}), "
+        f"{summary['parameters']:,} parameters, {counted(len(summary['grafts']), 'graft')}, "
+        f"{counted(summary['steps'], 'step')}, "
+        f"{summary['parameter_seconds']:,.0f} parameter-seconds, {duration(summary['wall_seconds'])} of training"
+    )
+    if told := unplayed(summary):
+        say(told)
+    for point in summary["annealed"]:
+        loss = "not finite" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
+        say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {loss}")
+    say(f"results: {out / 'summary.json'}")
+    say(f"compare: {tracker.where}")
+    return 1 if summary["failure"] else 0
+
+
+def keep(folder: RunFolder, tracker: Tracker) -> None:
+    """Keep the results with the run in MLflow."""
+    tracker.artifact(folder.out / "summary.json")
+    tracker.artifact(folder.out / "spec.json")
+
+
+def pinned(files: Mapping[str, Path | None]) -> dict[str, Path]:
+    """The single files of what the arm needs; a policy is a folder of several."""
+    found = {name: path for name, path in files.items() if path is not None}
+    if policy := found.pop("policy", None):
+        found |= {path.stem: path for path in policy_folder(policy).iterdir()}
+    return found
+
+
+def policy_of(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:
+    """The arm's controller, from the files that the user named or their copies."""
+    given = {name: files.get(name) for name in ("policy", "schedule", "match")}
+    if given["policy"] is not None:
+        given["policy"] = policy_folder(given["policy"].parent if given["policy"].is_file() else given["policy"])
+    return make_policy(arm, ArmInputs(seed=seed, blueprints=tuple(spec.growth.blueprints), **given))
