@@ -13,6 +13,7 @@ import time
 import pytest
 
 from esper.pipelines.train import main
+from esper.platform.spec import DataSpec
 from esper.platform.storage import alone
 from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port
@@ -136,7 +137,7 @@ def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, shards, text_file
         (out / name).write_bytes(whole)
     shutil.rmtree(data)
     (tmp_path / "other.txt").write_text(text_file.read_text().replace("cat", "dog"))
-    prepare(str(tmp_path / "other.txt"), "char", data)
+    prepare(DataSpec(source=str(tmp_path / "other.txt")), data)
     assert "text" in refused()
     shutil.rmtree(data)
     shutil.copytree(shards, data)
