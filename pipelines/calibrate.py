@@ -12,10 +12,8 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.common.arguments import CommonArguments, main_guard
-from esper.pipelines.common.run_folder import open_job, resolve_spec
 from esper.platform.console import say
 from esper.platform.storage import write_json
-from esper.workers.calibrate import calibrate
 
 
 class CalibrateArguments(CommonArguments):
@@ -26,17 +24,21 @@ class CalibrateArguments(CommonArguments):
 
 def run(arguments: CalibrateArguments) -> None:
     """Settle, time, fit, report."""
-    job = open_job(arguments, resolve_spec(arguments), "calibrate")
-    clock, rows = calibrate(job.spec, job.open_data(), steps=arguments.steps)
+    from esper.pipelines.common.preset import resolve_spec
+    from esper.pipelines.common.run_folder import RunFolder
+    from esper.workers.calibrate import calibrate
+
+    folder = RunFolder.new(arguments, resolve_spec(arguments), "calibrate")
+    clock, rows = calibrate(folder.spec, folder.tokens, steps=arguments.steps)
     say("layers  MLP width  wall ms  formula ms  error")
     for row in rows:
         say(f"{row.layers:6}  {row.mlp_width:9}  {1e3 * row.wall:7.2f}  {1e3 * row.predicted:10.2f}  {row.error:+5.1%}")
-    job.begin()
     worst = max(abs(row.error) for row in rows)
     constants = clock.model_dump(exclude={"kind"})
-    write_json(job.out / "clock.json", constants)
+    write_json(folder.out / "spec.json", folder.spec.model_dump(mode="json"))
+    write_json(folder.out / "clock.json", constants)
     write_json(
-        job.out / "summary.json",
+        folder.out / "summary.json",
         {
             "clock": constants,
             "worst_error": worst,
@@ -45,7 +47,7 @@ def run(arguments: CalibrateArguments) -> None:
     )
     say(f"constants for a preset's clock section, worst error {worst:.1%}:")
     print(json.dumps(constants, indent=2))
-    say(f"results: {job.out / 'summary.json'}")
+    say(f"results: {folder.out / 'summary.json'}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,35 +9,31 @@ and `model.safetensors` in the output folder, with the tokenizer of the run's te
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
-from esper.pipelines.common.single_run import CHECKPOINTS, RUN
-from esper.platform.checkpoint import CheckpointStore
-from esper.platform.console import say
+from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.storage import check_unused
-from esper.workers.tolaria.data import TokenData, Tokenizer
-from esper.workers.tolaria.export import export_gpt2, export_native, host_of
 
-FORMATS = {
+if TYPE_CHECKING:  # it imports torch
+    from esper.workers.tolaria.data import Tokenizer
+
+LOADING = {
     "native": (
-        export_native,
         """from esper.workers.tolaria.export import load_native, load_native_tokenizer
     host = load_native({0!r})""",
         "\n    tokenizer = load_native_tokenizer({0!r})",
     ),
     "gpt2": (
-        export_gpt2,
         """from transformers import AutoTokenizer, GPT2LMHeadModel
     model = GPT2LMHeadModel.from_pretrained({0!r})""",
         "\n    tokenizer = AutoTokenizer.from_pretrained({0!r})",
     ),
 }
-"""How a host is written, and the lines of Python that load it, and its tokenizer, from a folder."""
+"""Format → the lines of Python that load a host, and its tokenizer, from a folder."""
 
 
 class ExportArguments(Arguments):
@@ -53,40 +49,39 @@ class ExportArguments(Arguments):
 
 def run(arguments: ExportArguments) -> None:
     """Read, rebuild, write, report."""
+    from esper.pipelines.common.single_run import CHECKPOINTS, RUN
+    from esper.platform.checkpoint import CheckpointStore
+    from esper.workers.tolaria.export import export_gpt2, export_native, host_of
+
     check_unused(arguments.out)
-    out = arguments.out.absolute()
-    values, tensors = newest(arguments.run)
+    out = arguments.out.resolve()
+    if not (arguments.run / "spec.json").is_file():
+        raise UserError(f"{arguments.run} is no output folder of `esper train` (it has no spec.json): name one.")
+    values, tensors = CheckpointStore(arguments.run / CHECKPOINTS).load(RUN)
     host = host_of(values, tensors)
-    write, load_host, load_tokenizer = FORMATS[arguments.format]
     say(f"run     {arguments.run}, at optimizer step {values['books']['ledger']['steps']:,}")
-    say(f"host    {host.shape.parameters_count():,} parameters in {host.shape.depth()} layer(s)")
-    tokenizer = tokenizer_of(values)
+    say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")
+    tokenizer = tokenizer_of(arguments.run, values["data"])
+    write = {"native": export_native, "gpt2": export_gpt2}[arguments.format]
     write(host, out, tokenizer)
     with_tokenizer = f" with the tokenizer {tokenizer.name}" if tokenizer else ""
     say(f"wrote   {out}: the host in the {arguments.format} format{with_tokenizer}")
+    load_host, load_tokenizer = LOADING[arguments.format]
     say(f"load it with:\n    {load_host}{load_tokenizer if tokenizer else ''}".format(str(out)))
 
 
-def newest(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """State and tensors of a run's newest checkpoint.
-
-    Raises:
-        UserError: the folder is no run's, or has no checkpoint, or a damaged one.
-    """
-    if not (folder / "spec.json").is_file():
-        raise UserError(f"{folder} is no output folder of `esper train` (it has no spec.json): name one.")
-    return CheckpointStore(folder / CHECKPOINTS).load(RUN)
-
-
-def tokenizer_of(values: dict[str, Any]) -> Tokenizer | None:
+def tokenizer_of(run: Path, fingerprint: str) -> "Tokenizer | None":
     """The tokenizer of the text that a run was trained on; None, with a sentence, where it cannot be had."""
-    folder = values.get("train", {}).get("plan", {}).get("data")
+    from esper.pipelines.common.run_folder import RunFolder
+    from esper.pipelines.common.single_run import TrainPlan
+    from esper.workers.tolaria.data import TokenData
+
     try:
-        if folder is None:
-            raise UserError("the checkpoint does not say where its text is.")
-        data = TokenData.open(Path(folder), verify=False)
-        if data.manifest.fingerprint() != values["data"]:
-            raise UserError(f"{folder} holds other text, or another tokenizer, than when the run was trained.")
+        folder, _ = RunFolder.read(run, "train", TrainPlan)
+        assert folder.data is not None
+        data = TokenData.open(folder.data, verify=False)
+        if data.manifest.fingerprint() != fingerprint:
+            raise UserError(f"{folder.data} holds other text, or another tokenizer, than when the run was trained.")
         return data.tokenizer
     except UserError as error:
         say(f"the tokenizer is left out: {error}")

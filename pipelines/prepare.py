@@ -12,10 +12,8 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.common.arguments import CommonArguments, main_guard
-from esper.pipelines.common.run_folder import output_folder, resolve_spec
 from esper.platform.console import say
 from esper.platform.storage import write_json
-from esper.workers.tolaria.data import prepare
 
 
 class PrepareArguments(CommonArguments):
@@ -28,6 +26,10 @@ class PrepareArguments(CommonArguments):
 
 def run(arguments: PrepareArguments) -> None:
     """Settle, prepare, report."""
+    from esper.pipelines.common.preset import resolve_spec
+    from esper.pipelines.common.run_folder import output_folder
+    from esper.workers.tolaria.data import prepare
+
     spec, out = resolve_spec(arguments), output_folder(arguments, "data")
     data = spec.data if arguments.tokenizer is None else spec.data.model_copy(update={"tokenizer": arguments.tokenizer})
     say(f"preset  {spec.preset}: {data.source}, {data.tokenizer}; out {out}")

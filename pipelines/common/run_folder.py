@@ -24,7 +24,7 @@ from esper.pipelines.common.preset import describe, resolve_spec
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.pins import PINS, check_pins, pin
+from esper.platform.pins import PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json, write_text
 from esper.platform.tracking import Tracker, new_key
@@ -126,26 +126,33 @@ class RunFolder(Frozen):
             yield self.pin({**given, "plan": self.out / PLAN})
 
     @classmethod
+    def read(cls, out: Path, command: str, plan_class: type[P]) -> tuple[Self, P]:
+        """The folder of work that was begun, and its plan.
+
+        Raises:
+            UserError: it is no such folder, or another command's.
+        """
+        out, path = out.resolve(), out.resolve() / PLAN
+        if not (out / PINS).exists():
+            raise UserError(f"{out} holds no work of `esper {command}`: name the output folder of one.")
+        kept = Kept.checked(read_json(path, str(path), "a folder that `esper` made"), str(path))
+        if kept.command != command:
+            raise UserError(f"{out} holds the work of `esper {kept.command}`, and not of `esper {command}`.")
+        folder = cls.checked({**kept.folder, "out": out, "spec": saved_spec(out / SPEC)}, str(path))
+        return folder, plan_class.checked(kept.plan, str(path))
+
+    @classmethod
     @contextmanager
     def reopen(cls, out: Path, command: str, plan_class: type[P]) -> Iterator[tuple[Self, P]]:
         """Be alone in the folder of work that was begun, to go on with it.
 
         Raises:
-            UserError: it is not such a folder, or another process works there.
+            UserError: as for `read`, or another process works there.
         """
-        out = out.resolve()
-        if not (out / PINS).exists():
-            raise UserError(f"--resume {out} holds no work to go on with: name the output folder of `esper {command}`.")
-        with alone(out):
-            path = out / PLAN
-            kept = Kept.checked(read_json(path, str(path), "a folder that `esper` made"), str(path))
-            if kept.command != command:
-                raise UserError(
-                    f"{out} holds the work of `esper {kept.command}`: go on with `esper {kept.command} --resume {out}`."
-                )
-            folder = cls.checked({**kept.folder, "out": out, "spec": saved_spec(out / "spec.json")}, str(path))
+        folder, plan = cls.read(out, command, plan_class)
+        with alone(folder.out):
             os.environ.setdefault("MLFLOW_TRACKING_URI", folder.store)
-            yield folder, plan_class.checked(kept.plan, str(path))
+            yield folder, plan
 
     def check(self) -> dict[str, Path]:
         """The inputs' copies, where everything that the work rests on is as it was when it began.

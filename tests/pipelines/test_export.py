@@ -39,7 +39,7 @@ def test_a_grown_run_in_esper_s_own_format(tiny, tokens, tmp_path, capfd):
     assert main([str(run), "--out", str(tmp_path / "out")]) == 0
     printed = capfd.readouterr().err
     summary = json.loads((run / "summary.json").read_text())
-    assert f"{summary['parameters']:,} parameters in 2 layer(s)" in printed
+    assert f"{summary['parameters']:,} parameters in 2 layers" in printed
     assert f"host = load_native('{tmp_path / 'out'}')" in printed
     host = load_native(tmp_path / "out")
     idx, expected = logits_of(run, tokens)
@@ -91,7 +91,7 @@ def test_without_its_text_the_tokenizer_is_left_out(tiny, shards, tmp_path, capf
         (["run"], "--out is missing"),
         (["run", "--out", "out", "--format", "gguf"], "must be one of gpt2, native"),
         (["run", "--out", "out", "--format", "gpt2"], "layer 1 of 1 (h0) has 3 head(s)"),
-        (["--out", "out"], "the following arguments are required: RUN"),
+        (["--out", "out"], "the following arguments are required: run"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
