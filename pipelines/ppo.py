@@ -28,7 +28,7 @@ from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.storage import alone
-from esper.platform.tracking_journal import tracked_by
+from esper.platform.tracking import synced
 from esper.platform.tracking_store import tracking_uri
 
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
@@ -76,7 +76,7 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     point = start[1]
     spec = load_spec(str(out / "spec.json"), arguments.set)
     if point.iterations >= spec.ppo.iterations and (out / "summary.json").exists():
-        if not arguments.set and tracked_by(out) != tracking_uri():
+        if not arguments.set and not synced(out, tracking_uri()):
             return send(out)
         raise UserError(
             f"--resume {out} has its {point.iterations} iterations: ask for more, such as "

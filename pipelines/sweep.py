@@ -43,8 +43,7 @@ from esper.platform.errors import UserError
 from esper.platform.provenance import commit, provenance
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, read_json, write_json
-from esper.platform.tracking import Tracker, new_key
-from esper.platform.tracking_journal import JOURNAL, tracked_by
+from esper.platform.tracking import Tracker, new_key, synced
 from esper.platform.tracking_store import connect, tracking_uri
 from esper.policies.arms import ALIASES
 from esper.workers.tolaria.data import Manifest
@@ -158,12 +157,12 @@ def compare(job: Job, plan: Plan) -> int:
         stack.enter_context(cluster.session(gpus=gpus_needed(job.spec)))
         signals = stack.enter_context(StopSignals())  # last: `ray.init` puts in a handler of its own, in C, that aborts
         parent = Tracker.start(
+            job.out,
             f"esper-{plan.task}",
             job.out.name,
             tags={"kind": "sweep", "preset": job.spec.preset, "data": told_data(job), **provenance(), **begun(plan)},
             params=job.spec.model_dump(mode="json"),
             key=plan.key,
-            journal=job.out / JOURNAL,
             system_metrics=True,
         )
         try:
@@ -289,21 +288,16 @@ class Sweep:
         return Path(found["checkpoint"])
 
     def _keep_policy(self, point: int) -> None:
-        """Put a trained controller into MLflow's registry, or where there are several with the sweep's run."""
-        found = self._controllers[point]
-        policy = Path(found["checkpoint"]) / "policy"
-        if self._contestants.several:  # a run has one version of a model
-            self._parent.artifact(policy, f"policy-point{point}")
-        else:
-            tags = {"trained_on": found["trained_on"]}
-            self._parent.register(f"esper-controller-{self._job.spec.preset}", policy, tags)
+        """Keep a trained controller with the sweep's run in MLflow."""
+        policy = Path(self._controllers[point]["checkpoint"]) / "policy"
+        self._parent.artifact(policy, f"policy-point{point}" if self._contestants.several else "policy")
 
     def _send_controllers(self) -> bool:
         """Give MLflow what it has not had of their trainings; whether it has had everything."""
         trained = [
             self._controller_folder(i) for i, found in self._controllers.items() if found["trained_on"] != "given"
         ]
-        left = [out for out in trained if tracked_by(out) != self._parent.uri]
+        left = [out for out in trained if not synced(out, self._parent.uri)]
         return all(send_again(out, self._parent) for out in left)
 
     def _controller_folder(self, point: int) -> Path:

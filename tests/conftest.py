@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from esper.platform.spec import DataSpec, RunSpec
+from esper.platform.tracking_store import ENVIRONMENT
 from esper.workers.tolaria.data import TokenData, prepare
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
@@ -86,6 +87,7 @@ def tiny_spec() -> RunSpec:
 def pytest_configure(config):
     import torch
 
+    os.environ.update(ENVIRONMENT)  # tests import MLflow before a tracker does
     torch.set_num_threads(1)
     settings.register_profile("default", max_examples=15, deadline=None)
     settings.register_profile("all", max_examples=200, deadline=None)

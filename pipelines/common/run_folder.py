@@ -28,7 +28,6 @@ from esper.platform.pins import PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json, write_text
 from esper.platform.tracking import Tracker, new_key
-from esper.platform.tracking_journal import JOURNAL
 from esper.platform.tracking_store import tracking_uri
 from esper.workers.laws.scaling_law import budget_tokens
 from esper.workers.tolaria.data import TokenData, ensure
@@ -186,7 +185,7 @@ class RunFolder(Frozen):
         tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
         named = {"experiment": f"esper-{self.task}", "run_name": self.out.name, **options}
         params = self.spec.model_dump(mode="json")
-        return Tracker.start(key=self.key, tags=tags, params=params, journal=self.out / JOURNAL, **named)
+        return Tracker.start(self.out, key=self.key, tags=tags, params=params, **named)
 
     def _check_text(self) -> None:
         manifest, block = self.tokens.manifest, self.spec.host.block_size

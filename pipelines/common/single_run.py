@@ -18,8 +18,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.telemetry import Telemetry
-from esper.platform.tracking import Tracker
-from esper.platform.tracking_journal import note_tracked, tracked_by
+from esper.platform.tracking import Tracker, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.simic.policy import policy_folder
@@ -77,13 +76,12 @@ def send(folder: RunFolder, arm: str) -> int:
         UserError: it has had everything, or does not take it.
     """
     summary = folder.out / "summary.json"
-    if tracked_by(folder.out) == tracking_uri():
+    if synced(folder.out, tracking_uri()):
         raise UserError(f"the run in {folder.out} has ended: its results are in {summary}.")
     tracker = folder.track({"arm": arm})
     keep(folder, tracker)
     if not tracker.close(ended=int(summary.stat().st_mtime * 1000)):
         raise UserError(f"MLflow did not take everything of the run in {folder.out}: try again once it is there.")
-    note_tracked(folder.out, tracker.uri)
     say(f"MLflow has had everything of the run in {folder.out} now.")
     return 0
 
@@ -124,8 +122,6 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         summary["mlflow"] = tracker.run_id
         write_json(out / "summary.json", summary)
         keep(folder, tracker)
-    if tracker.close():  # once more: what the first time has come to
-        note_tracked(out, tracker.uri)
     if summary["failure"]:
         say(f"given up at {growth.fraction():.0%} of the budget: {summary['failure']}; lower the learning rate.")
         say(f"the last sound state is in {out / CHECKPOINTS}")

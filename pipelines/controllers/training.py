@@ -24,10 +24,9 @@ from esper.platform.console import say
 from esper.platform.contracts import Instance, Run
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.spec import RunSpec, saved_spec
+from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
-from esper.platform.tracking import Tracker, new_key
-from esper.platform.tracking_journal import JOURNAL, TRACKED, note_tracked
+from esper.platform.tracking import Tracker, new_key, sync
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.policies.simic.health import Health
 from esper.policies.simic.learner import build_algorithm, iteration_metrics, restore_algorithm, runner, save_algorithm
@@ -133,8 +132,7 @@ def train_controller(
                 _save(algorithm, out, point)
             else:  # it may have been given more iterations
                 job.begin()
-                for name in ("summary.json", TRACKED):
-                    (out / name).unlink(missing_ok=True)
+                (out / "summary.json").unlink(missing_ok=True)
             point = _iterate(algorithm, spec.ppo.iterations, out, point, log, tracker)
         finally:
             algorithm.stop()
@@ -159,7 +157,6 @@ def train_controller(
         write_json(out / "summary.json", summary)
         training_picture(log.lines, out / "training.png")
         _keep_with_run(tracker, out, checkpoint)
-    _note_tracked(tracker, out)
     if summary["in_flight"]:
         say(f"saved   {len(summary['in_flight'])} episodes in flight, for a training that goes on")
     if summary["dropped"]:
@@ -170,26 +167,19 @@ def train_controller(
 
 def send_again(out: Path, parent: Tracker | None = None) -> bool:
     """Send MLflow all of a training that ended while it was away; whether it has had everything now."""
-    checkpoint, point = ResumePoint.newest(out)
-    log = TrainingLog(out, point.iterations)
-    with _tracker(saved_spec(out / "spec.json"), out, point, parent) as tracker:
-        log.send(tracker)
-        _keep_with_run(tracker, out, checkpoint)
-        tracker.close(ended=int(log.lines[-1]["time"]))
-    return _note_tracked(tracker, out)
+    return sync(out)
 
 
 def _tracker(spec: RunSpec, out: Path, point: ResumePoint, parent: Tracker | None) -> Tracker:
     """That of the training's run; the log's points have to be sent to it first."""
-    (out / JOURNAL).unlink(missing_ok=True)  # it may know of iterations that will be done again
     return Tracker.start(
+        out,
         "esper-controllers",
         out.name if parent is None else f"{out.parent.name}-{out.name}",
         tags={"kind": "ppo", "arm": "ppo", "seed": point.seed, "preset": spec.preset},
         params=spec.model_dump(mode="json"),
         parent=parent,
         key=point.key,
-        journal=out / JOURNAL,
     )
 
 
@@ -197,13 +187,6 @@ def _keep_with_run(tracker: Tracker, out: Path, checkpoint: Path) -> None:
     tracker.artifact(out / "summary.json")
     tracker.artifact(out / "training.png")
     tracker.artifact(checkpoint / "policy", "policy")
-
-
-def _note_tracked(tracker: Tracker, out: Path) -> bool:
-    taken = tracker.close()  # the second time: what the first has come to
-    if taken:
-        note_tracked(out, tracker.uri)
-    return taken
 
 
 def _iterate(

@@ -1,8 +1,7 @@
 """What is kept of a sweep's trials, and told of them: a folder each, a run each in MLflow, and lines of progress.
 
-A trial's folder has `spec.json`, `points.jsonl` (the journal of what goes to MLflow, so that a server's outage loses
-nothing), and at its end `summary.json`, which makes it done. `tracked` lies beside it and names the MLflow store, once
-that has had everything.
+A trial's folder has `spec.json`, `tracking.jsonl` (the journal of what goes to MLflow, so that a server's outage loses
+nothing), and at its end `summary.json`, which makes it done.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +19,7 @@ from esper.platform.console import Eta, say
 from esper.platform.errors import UserError
 from esper.platform.provenance import commit
 from esper.platform.storage import read_json, write_json, write_text
-from esper.platform.tracking import Status, Tracker
-from esper.platform.tracking_journal import JOURNAL, note_tracked, tracked_by
+from esper.platform.tracking import Status, Tracker, synced
 from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.data import Manifest
 from esper.workers.tolaria.hosts import start_shape
@@ -189,13 +187,13 @@ class SweepLog(tune.Callback):
         folder = self.folder(trial)
         write_text(folder / SPEC, _spec_text(trial))
         tracker = Tracker.start(
+            folder,
             self._experiment,
             trial.name,
             tags=trial.tags() | {"commit": commit() or "unknown"},
             params=trial.spec.model_dump(mode="json"),
             parent=self._parent,
             key=f"{self._key}/{trial.name}",
-            journal=folder / JOURNAL,
         )
         manifest = self._manifest
         tracker.log_input(
@@ -227,7 +225,7 @@ class SweepLog(tune.Callback):
 
     def _tracked(self, trial: Trial) -> bool:
         """Whether the store that is used now has had everything."""
-        return tracked_by(self.folder(trial)) == self._parent.uri
+        return synced(self.folder(trial), self._parent.uri)
 
     def _untracked(self) -> list[tuple[Trial, dict[str, Any]]]:
         """Trials that are done, of which MLflow has not had everything."""
@@ -309,10 +307,7 @@ class _TrialLog:
         self._tracker.tag("diverged", str(summary["diverged"]).lower())
         self._tracker.artifact(self._folder / SUMMARY)
         self._tracker.artifact(self._folder / SPEC)
-        taken = self._tracker.close("FINISHED", seconds)
-        if taken:
-            note_tracked(self._folder, self._tracker.uri)
-        return taken
+        return self._tracker.close("FINISHED", seconds)
 
     def close(self, status: Status, seconds: float) -> bool:
         """End the run for now; whether MLflow has had everything."""

@@ -193,7 +193,7 @@ def test_deaths_of_a_trial_and_of_the_driver(longer, client, tmp_path):
     out = tmp_path / "sweep"
     process = command(out, "--arms", "static,onejump", "--seeds", "2", *longer, "--out", str(out))
     try:
-        wait_for(lambda: trial_processes(process.pid) and list(out.glob("saves/*/*/*")))
+        wait_for(lambda: trial_processes(process.pid) and list(out.glob("saves/*.safetensors")))
         os.kill(trial_processes(process.pid)[0], signal.SIGKILL)
         wait_for(lambda: list(out.glob("trials/*/summary.json")))
         assert "its process died; it is started again" in (tmp_path / "stderr").read_text()
@@ -211,7 +211,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(longer, client, tmp_path):
     out = tmp_path / "sweep"
     process = command(out, "--arms", "static,tamiyo", *longer, "--out", str(out))
     try:
-        wait_for(lambda: list(out.glob("saves/*/*/*")))
+        wait_for(lambda: list(out.glob("saves/*.safetensors")))
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 128 + signal.SIGTERM
     finally:
@@ -230,7 +230,7 @@ def test_a_server_that_is_killed_in_mid_sweep(longer, tmp_path, monkeypatch):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         process = command(out, "--arms", "static,onejump", *longer, "--out", str(out))
         try:
-            wait_for(lambda: list(out.glob("saves/*/*/*")))
+            wait_for(lambda: list(out.glob("saves/*.safetensors")))
             server.kill()
             time.sleep(20)
             server.start()
@@ -273,17 +273,13 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
     laws = json.loads((out / "ppo" / "spec.json").read_text())["laws"]
     assert laws["floor"] != [0.3, 0.3]
     assert {trial["label"] for trial in found["trials"].values()} >= {"ppo", "openloop", "static_final:ppo"}
-    versions = client().search_model_versions("name = 'esper-controller-tiny'")
-    assert len(versions) == 1
     assert sweep.main(["--resume", str(out)]) == 0
-    assert len(client().search_model_versions("name = 'esper-controller-tiny'")) == 1
 
     # A store that has had nothing yet gets it all, the controller's training and its policy too.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     assert sweep.main(["--resume", str(out)]) == 0
     other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
     check_tracked(lambda: other, out)
-    assert len(other.search_model_versions("name = 'esper-controller-tiny'")) == 1
     [run] = other.search_runs([other.get_experiment_by_name("esper-controllers").experiment_id])
     assert [point.step for point in other.get_metric_history(run.info.run_id, "return_mean")] == [1, 2]
     assert other.get_run(run.data.tags["mlflow.parentRunId"]).data.tags["kind"] == "sweep"
