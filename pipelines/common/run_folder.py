@@ -11,6 +11,7 @@ with. `folder.track` is the run's MLflow tracker, whose journal lies in the fold
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -180,10 +181,16 @@ class RunFolder(Frozen):
         """Whether the work has been done to its end."""
         return (self.out / "summary.json").exists()
 
+    @property
+    def experiment(self) -> str:
+        """MLflow's, named after the text: `esper-tinystories`."""
+        text = self.task if self.data is None else Path(self.tokens.manifest.source).stem
+        return f"esper-{re.sub(r'[^\w.-]+', '-', text)}"
+
     def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
         """The tracker of its MLflow run; `options` are those of `Tracker.start`."""
         tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
-        named = {"experiment": f"esper-{self.task}", "run_name": self.out.name, **options}
+        named = {"experiment": self.experiment, "run_name": self.out.name, **options}
         params = self.spec.model_dump(mode="json")
         return Tracker.start(self.out, key=self.key, tags=tags, params=params, **named)
 

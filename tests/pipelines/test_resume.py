@@ -45,7 +45,7 @@ def runs(client, tmp_path):
 
     def found():
         store = client()
-        runs = store.search_runs([store.get_experiment_by_name("esper-tinystories").experiment_id])
+        runs = store.search_runs([store.get_experiment_by_name("esper-stories").experiment_id])
         histories = {run: store.get_metric_history(run.info.run_id, "val_loss") for run in runs}
         return {run.info.run_name: (run.info.status, [p.step for p in history]) for run, history in histories.items()}
 
