@@ -185,7 +185,7 @@ class RunFolder(Frozen):
     def experiment(self) -> str:
         """MLflow's, named after the text: `esper-tinystories`."""
         text = self.task if self.data is None else Path(self.tokens.manifest.source).stem
-        return f"esper-{re.sub(r'[^\w.-]+', '-', text)}"
+        return "esper-" + re.sub(r"[^\w.-]+", "-", text)
 
     def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
         """The tracker of its MLflow run; `options` are those of `Tracker.start`."""
