@@ -5,11 +5,12 @@ plays it: an entry is due from its decision on, one a decision, in order, and on
 those behind it). Local search goes from several starts to the best neighbour while there is a better one: a schedule
 that differs at one decision, or has two decisions swapped.
 
-I instances, M schedules, K decisions, C classes, B blueprints.
+I instances, M schedules, K decisions at which growing is allowed.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
+from typing import Any
 
 import numpy as np
 
@@ -29,19 +30,14 @@ Entry = tuple[float, str]
 def best_fixed_schedule(spec: RunSpec, instances: Iterable[Instance], *, seed: int = 0) -> list[Entry]:
     """The schedule with the lowest mean final loss over the instances that local search finds.
 
-    Args:
-        spec: of the runs.
-        instances: to choose it on.
-        seed: of the search's starts, and of the law of an instance that names none.
+    `seed` is of the search's starts, and of the law of an instance that names none.
     """
-    simulator = Simulator(spec, instances, seed)
-    decisions, blueprints = simulator.decisions, len(simulator.blueprints)
-    random = stream(seed, "schedule search")
-    found: list[tuple[float, np.ndarray]] = []
+    simulator, random = Simulator(spec, instances, seed), stream(seed, "schedule search")
+    found = []
     for start in range(STARTS):
-        dense = random.random(decisions) < start / STARTS
-        schedule = np.where(dense, random.integers(0, blueprints, decisions), NONE)
-        found.append(_climb(simulator, schedule))
+        dense = random.random(simulator.decisions) < start / STARTS
+        grafts = random.integers(0, len(simulator.blueprints), simulator.decisions)
+        found.append(_climb(simulator, np.where(dense, grafts, NONE)))
     return simulator.entries(min(found, key=lambda pair: pair[0])[1])
 
 
@@ -61,28 +57,17 @@ def _neighbours(schedule: np.ndarray, blueprints: int) -> np.ndarray:
     """Schedules (M, K): another choice at one decision, or two decisions' choices swapped."""
     others = []
     for k in range(len(schedule)):
-        for choice in set(range(NONE, blueprints)) - {int(schedule[k])}:
+        for choice in range(NONE, blueprints):
             others.append(schedule.copy())
             others[-1][k] = choice
-        for move in MOVES:
-            if k + move < len(schedule) and schedule[k] != schedule[k + move]:
-                others.append(schedule.copy())
-                others[-1][[k, k + move]] = schedule[[k + move, k]]
+        for other in (k + move for move in MOVES if k + move < len(schedule)):
+            others.append(schedule.copy())
+            others[-1][[k, other]] = schedule[[other, k]]
     return np.unique(np.array(others), axis=0)
 
 
 class Simulator:
-    """Plays schedules on instances.
-
-    Args:
-        spec: of the runs.
-        instances: to play on.
-        seed: of the law of an instance that names none.
-
-    Attributes:
-        blueprints: what a schedule's numbers stand for.
-        decisions: at which growing is allowed: the length of a schedule.
-    """
+    """Plays schedules on instances; `blueprints` are what a schedule's numbers stand for, `decisions` is K."""
 
     def __init__(self, spec: RunSpec, instances: Iterable[Instance], seed: int = 0) -> None:
         self.blueprints = tuple(spec.growth.blueprints)
@@ -134,7 +119,7 @@ class Simulator:
 
 def _stacked(places: Sequence[int], courses: Sequence[Course]) -> tuple[list[int], Course]:
     """Courses of the same classes as one, with a first axis for I in every array."""
-    arrays = ("size_loss", "used", "fractions", "growing", "legal", "spans")
+    names = ("size_loss", "used", "fractions", "growing", "legal", "spans")
+    arrays: dict[str, Any] = {name: np.array([getattr(course, name) for course in courses]) for name in names}
     law = ScalingLaw(*np.array([astuple(course.law) for course in courses]).T)
-    stacked = {name: np.array([getattr(course, name) for course in courses]) for name in arrays}
-    return list(places), Course(courses[0].classes, law, **stacked)
+    return list(places), Course(courses[0].classes, law, **arrays)

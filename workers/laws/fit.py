@@ -1,12 +1,10 @@
 """Fitting scaling laws to static runs, so that a controller is trained on laws like those of the text it will meet.
 
-Fitted are E, A, α, B and β of `scaling_law.py` to the annealed losses that static sizes end at, by the method of
-Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the logarithm of the loss, the best of a grid of starts.
-Here it is scipy's `least_squares`, run until it converges (Besiroglu et al. 2024, 2404.10102: that fit stopped before
-it had). What is fitted is the loss that a surrogate run ends at, which starts at ln V.
-
-Static sizes differ in depth only: how much attention, other parameters and layers count separately cannot be told from
-such runs. `heads`, `width` and `layer` keep their wide ranges, and a controller must find out by looking.
+E, A, α, B and β of `scaling_law.py` are fitted to the annealed losses that static sizes end at, by the method of
+Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the logarithm of the loss, the best of a grid of starts,
+here run until it converges (Besiroglu et al. 2024, 2404.10102: that fit stopped before it had). Static sizes differ in
+depth only: how much attention, other parameters and layers count separately cannot be told from such runs. `heads`,
+`width` and `layer` keep their wide ranges, and a controller must find out by looking.
 
 A loss counts the less the further it lies above the lowest of all, by half at `NEAR`: a text's loss first falls faster
 than any power law, and a controller's choice is between sizes that are good. Fitted to 8 runs of 500,000 and 1,000,000
@@ -41,43 +39,29 @@ BOUNDS: dict[str, Range] = {
 STARTS = (0.25, 0.6, 1.3)  # exponents that the fit sets out from, each with each
 TOLERANCE = 0.01  # of a loss's logarithm: about what seeds differ by; what is further off counts linearly
 NEAR = 0.2  # nats above the lowest loss at which a loss counts half
-SHARE = 0.25  # by which each constant's range surrounds it at least
-WIDEST = 2.0  # and the factor by which it does at most
+SHARE, WIDEST = 0.25, 2.0  # by which each constant's range surrounds it at least, and the factor at most
 SIZES, APART = 3, 1.2  # sizes that it takes, and the factor between a size's token counts
-ROOM = 0.95  # of ln V, for the largest E + A
+START = math.log(VOCABULARY)  # nats, where a surrogate starts
+ROOM = 0.95  # of that, for the largest E + A
 
 
 @dataclass(frozen=True)
 class StaticPoint:
-    """An annealed loss of a static run: its last, or a cooldown fork's.
-
-    Attributes:
-        layers: of the host.
-        tokens: trained on until then.
-        loss: on validation, nats per token.
-        seed: of the run.
-    """
+    """An annealed loss of a static run: its last, or a cooldown fork's."""
 
     layers: int
-    tokens: float
-    loss: float
+    tokens: float  # trained on until then
+    loss: float  # on validation, nats per token
     seed: int
 
 
 @dataclass(frozen=True)
 class LawFit:
-    """What was fitted.
+    """What was fitted."""
 
-    Attributes:
-        law: with heads, width and layers counting as in the middle of their ranges; B is at the tokens that one layer
-            sees in the spec's whole budget.
-        laws: ranges around its constants; `heads`, `width` and `layer` are the spec's.
-        residual: nats, root mean square over the points.
-    """
-
-    law: ScalingLaw
-    laws: LawSpec
-    residual: float
+    law: ScalingLaw  # heads, width and layers count as in the middle of their ranges
+    laws: LawSpec  # ranges around its constants; `heads`, `width` and `layer` are the spec's
+    residual: float  # nats, root mean square over the points
 
 
 def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
@@ -108,31 +92,55 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
     middles = {name: math.sqrt(math.prod(getattr(spec.laws, name))) for name in ("heads", "width", "layer")}
     fixed = {name: (value, value) for name, value in (dict.fromkeys(BOUNDS, 1.0) | middles).items()}
     unfitted = ScalingLaw.drawn(0, spec.model_copy(update={"laws": LawSpec.model_validate(fixed)}))
+    size, tokens, losses = _arrays(spec, points)
+    weights = 1 / (1 + (losses - losses.min()) / NEAR)
+    bounds = np.log(np.array(list(BOUNDS.values())).T)
+
+    def with_constants(logs: np.ndarray) -> ScalingLaw:
+        return replace(unfitted, **dict(zip(BOUNDS, map(float, np.exp(logs)), strict=True)))
+
+    def start(alpha: float, beta: float) -> np.ndarray:
+        """With these exponents, and the E, A and B that equation 2, linear in them, fits best."""
+        size_part = replace(unfitted, floor=0.0, size_exponent=alpha).size_loss(size)
+        columns = [np.ones(len(points)), size_part, (tokens / unfitted.tokens) ** -beta]
+        floor, scale, data = nnls(np.stack(columns, axis=1), losses)[0]
+        return np.clip(np.log(np.maximum([floor, scale, alpha, data, beta], 1e-9)), bounds[0] + 1e-3, bounds[1] - 1e-3)
+
+    def search(begin: np.ndarray, kept: np.ndarray) -> Any:
+        """The best constants' logarithms for some of the points (bool) that are found from a start."""
+
+        def residuals(logs: np.ndarray) -> np.ndarray:
+            law = with_constants(logs)
+            if law.floor + law.size >= ROOM * START:
+                return np.full(kept.sum() + 2, 10.0)
+            ends = law.trained(START, law.size_loss(size), tokens)
+            pull = TOLERANCE * np.log([2 * law.size_exponent, 2 * law.data_exponent])
+            return np.append((weights * np.log(ends / losses))[kept], pull)
+
+        return least_squares(residuals, begin, bounds=tuple(bounds), loss="huber", f_scale=TOLERANCE, max_nfev=500)
+
     everything = np.ones(len(points), bool)
-    starts = [_start(unfitted, spec, points, *exponents) for exponents in product(STARTS, STARTS)]
-    logs = min((_search(unfitted, spec, points, start, everything) for start in starts), key=lambda fit: fit.cost).x
+    found = [search(start(alpha, beta), everything) for alpha, beta in product(STARTS, STARTS)]
+    best = min(found, key=lambda result: result.cost).x
     refits = []
     for seed in sorted({point.seed for point in points}):
-        kept = np.array([point.seed != seed for point in points])
         if lacking([point for point in points if point.seed != seed]) is None:
-            refits.append(_search(unfitted, spec, points, logs, kept).x)
-    law = _with(unfitted, logs)
+            refits.append(search(best, np.array([point.seed != seed for point in points])).x)
     errors = np.sqrt((len(refits) - 1) * np.var(refits, axis=0)) if len(refits) > 1 else np.zeros(len(BOUNDS))
-    laws = spec.laws.model_copy(update=_ranges(law, errors))
-    return LawFit(law, laws, law_distance(law, spec, points))
+    law = with_constants(best)
+    return LawFit(law, spec.laws.model_copy(update=_ranges(law, errors)), law_distance(law, spec, points))
 
 
 def lacking(points: Sequence[StaticPoint]) -> str | None:
     """Why no law can be fitted to the points, and how to mend it, in a sentence; None if one can."""
-    top = math.log(VOCABULARY)
     tokens: dict[int, list[float]] = {}
     for point in points:
         tokens.setdefault(point.layers, []).append(point.tokens)
-        if not (0 < point.loss < top and 0 < point.tokens < math.inf):
+        if not (0 < point.loss < START and 0 < point.tokens < math.inf):
             return (
                 f"a static run of {point.layers} layer(s) has loss {point.loss:.4g} at {point.tokens:.4g} tokens, but "
-                f"both must be above 0, and the loss below ln {VOCABULARY} = {top:.2f} nats, where a surrogate starts: "
-                "leave this point out."
+                f"both must be above 0, and the loss below ln {VOCABULARY} = {START:.2f} nats, where a surrogate "
+                "starts: leave this point out."
             )
     if len(tokens) < SIZES:
         found = ", ".join(map(str, sorted(tokens))) or "none"
@@ -151,8 +159,8 @@ def lacking(points: Sequence[StaticPoint]) -> str | None:
 
 def predicted(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> np.ndarray:
     """The loss that a law gives static runs at the points' layers and tokens, nats, float64 (points,)."""
-    tokens = np.array([float(point.tokens) for point in points])
-    return law.trained(math.log(VOCABULARY), law.size_loss(_sizes(spec, points)), tokens)
+    size, tokens, _ = _arrays(spec, points)
+    return law.trained(START, law.size_loss(size), tokens)
 
 
 def law_distance(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> float:
@@ -160,45 +168,12 @@ def law_distance(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) 
     return float(np.sqrt(np.mean(np.square(predicted(law, spec, points) - [point.loss for point in points]))))
 
 
-def _sizes(spec: RunSpec, points: Sequence[StaticPoint]) -> Size:
+def _arrays(spec: RunSpec, points: Sequence[StaticPoint]) -> tuple[Size, np.ndarray, np.ndarray]:
+    """Sizes, tokens and losses, each float64 (points,)."""
     sizes = {layers: Size.of(start_of(spec, layers)) for layers in {point.layers for point in points}}
     names = ("attention", "other", "layers")
-    return Size(*(np.array([getattr(sizes[point.layers], name) for point in points], float) for name in names))
-
-
-def _with(law: ScalingLaw, logs: np.ndarray) -> ScalingLaw:
-    """The law with these constants: logarithms, in the order of `BOUNDS`."""
-    return replace(law, **dict(zip(BOUNDS, map(float, np.exp(logs)), strict=True)))
-
-
-def _start(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint], alpha: float, beta: float) -> np.ndarray:
-    """With these exponents, and the E, A and B that equation 2, linear in them, fits best: logarithms."""
-    tokens = np.array([point.tokens for point in points])
-    size = replace(law, floor=0.0, size_exponent=alpha).size_loss(_sizes(spec, points))
-    columns = [np.ones(len(points)), size, (tokens / law.tokens) ** -beta]
-    floor, size, data = nnls(np.stack(columns, axis=1), np.array([point.loss for point in points]))[0]
-    low, high = np.log(np.array(list(BOUNDS.values())).T)
-    return np.clip(np.log(np.maximum([floor, size, alpha, data, beta], 1e-9)), low + 1e-3, high - 1e-3)
-
-
-def _search(
-    unfitted: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint], start: np.ndarray, of: np.ndarray
-) -> Any:
-    """The best constants for some of the points (bool) that are found from a start."""
-    losses, sizes = np.array([point.loss for point in points]), _sizes(spec, points)
-    tokens = np.array([float(point.tokens) for point in points])
-    weights = 1 / (1 + (losses - losses.min()) / NEAR)
-
-    def residuals(logs: np.ndarray) -> np.ndarray:
-        law = _with(unfitted, logs)
-        if law.floor + law.size >= ROOM * math.log(VOCABULARY):
-            return np.full(of.sum() + 2, 10.0)
-        ends = law.trained(math.log(VOCABULARY), law.size_loss(sizes), tokens)
-        pull = TOLERANCE * np.log([2 * law.size_exponent, 2 * law.data_exponent])
-        return np.append((weights * np.log(ends / losses))[of], pull)
-
-    bounds = tuple(np.log(np.array(list(BOUNDS.values())).T))
-    return least_squares(residuals, start, bounds=bounds, loss="huber", f_scale=TOLERANCE, max_nfev=500)
+    size = Size(*(np.array([getattr(sizes[point.layers], name) for point in points], float) for name in names))
+    return size, np.array([float(point.tokens) for point in points]), np.array([point.loss for point in points])
 
 
 def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:
@@ -208,7 +183,7 @@ def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:
         value, factor = getattr(law, name), min(WIDEST, max(1 + SHARE, math.exp(2 * error)))
         ranges[name] = max(lowest, value / factor), min(highest, value * factor)
     level, top = law.floor + law.size, ranges["floor"][1] + ranges["size"][1]
-    kept = min(1.0, (ROOM * math.log(VOCABULARY) - level) / (top - level))
+    kept = min(1.0, (ROOM * START - level) / (top - level))
     for name in ("floor", "size"):
         value = getattr(law, name)
         ranges[name] = ranges[name][0], value + kept * (ranges[name][1] - value)

@@ -10,8 +10,8 @@ A graft whose cost is more than a slice merges decisions, and then arrives that 
 their `limit`, and how a class's units are spread leaves the sum of what the limits still allow unchanged: a class has a
 legal graft if any of its shapes has. Prunes are left out: they never pay (a test lets them pay as well as they might).
 
-The reward of an episode is (ln V − final loss) − rent. On a parameter-second budget every episode pays the same rent
-(up to a last graft's overshoot), so the loss bounds the return too; on another axis it bounds the loss alone.
+On a parameter-second budget every episode pays the same rent (up to a last graft's overshoot), so the loss bounds the
+return too; on another axis it bounds the loss alone.
 """
 
 from dataclasses import dataclass
@@ -33,25 +33,15 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Classes:
-    """Every class that grafts lead to from a start, class 0: C of them, B blueprints.
-
-    Attributes:
-        blueprints: names, B of them.
-        size: arrays (C,).
-        tokens_per_unit: tokens that one unit of the budget's axis buys, float64 (C,).
-        graft_cost: of a graft that leads here, on the budget's axis, float64 (C,).
-        axis_per_step: what a decision's legality reckons a step with after such a graft, float64 (B, C).
-        source: class that a graft of this blueprint leads here from, or NONE, int64 (B, C).
-        target: class that a graft of this blueprint leads to from here, or NONE, int64 (B, C).
-    """
+    """Every class that grafts lead to from a start, class 0: C of them, B blueprints."""
 
     blueprints: tuple[str, ...]
-    size: Size
-    tokens_per_unit: np.ndarray
-    graft_cost: np.ndarray
-    axis_per_step: np.ndarray
-    source: np.ndarray
-    target: np.ndarray
+    size: Size  # arrays (C,)
+    tokens_per_unit: np.ndarray  # tokens that one unit of the budget's axis buys, float64 (C,)
+    graft_cost: np.ndarray  # of a graft that leads here, on the budget's axis, float64 (C,)
+    axis_per_step: np.ndarray  # what legality reckons a step with after such a graft, float64 (B, C)
+    source: np.ndarray  # class that a graft of this blueprint leads here from, or NONE, int64 (B, C)
+    target: np.ndarray  # class that a graft of this blueprint leads to from here, or NONE, int64 (B, C)
 
 
 def classes(spec: RunSpec, n_layer: int) -> Classes:
@@ -84,19 +74,18 @@ def _classes(part: str, n_layer: int) -> Classes:
     for b, here, there in edges:
         source[b, there], target[b, here] = here, there
     axis, tokens = spec.budget.axis, batch_tokens(spec)
-    sizes = [Size.of(shape) for shape in shapes]
-    splits = [blueprint.adds in SEGMENTS for blueprint in blueprints.values()]
-    cost = {"parameter_seconds": [shape.parameters_count() for shape in shapes], "seconds": [1] * len(shapes)}
 
-    def per_step(split: bool = False) -> np.ndarray:
+    def per_step(split: bool) -> np.ndarray:
         return np.array([spec.clock.axis_per_step(axis, shape, tokens, split=split) for shape in shapes])
 
+    sizes = [Size.of(shape) for shape in shapes]
+    cost = {"parameter_seconds": [shape.parameters_count() for shape in shapes], "seconds": [1] * len(shapes)}
     return Classes(
         blueprints=tuple(blueprints),
         size=Size(*(np.array([getattr(s, name) for s in sizes], float) for name in ("attention", "other", "layers"))),
-        tokens_per_unit=tokens / per_step(),
+        tokens_per_unit=tokens / per_step(split=False),
         graft_cost=spec.clock.graft_seconds * np.array(cost.get(axis, [0] * len(shapes)), float),
-        axis_per_step=np.array([per_step(split) for split in splits]),
+        axis_per_step=np.array([per_step(split=blueprint.adds in SEGMENTS) for blueprint in blueprints.values()]),
         source=source,
         target=target,
     )
@@ -132,27 +121,16 @@ def _slices(spec: RunSpec, instance: Instance) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Course:
-    """An instance's episodes, as far as no action changes them: K decisions, C classes, B blueprints.
-
-    Attributes:
-        classes: that it may come through.
-        law: of the instance.
-        size_loss: nats, float64 (C,).
-        used: on the budget's axis at each decision and at the end, float64 (K + 1,).
-        fractions: of the budget at each decision, float64 (K,).
-        growing: whether the rate does not decay yet, bool (K,).
-        legal: whether a graft of a blueprint that leads to a class is legal before the rate decays, bool (B, C).
-        spans: decisions that one with a graft takes, by the class that it leads to, int64 (C,).
-    """
+    """An instance's episodes, as far as no action changes them: K decisions, C classes, B blueprints."""
 
     classes: Classes
     law: ScalingLaw
-    size_loss: np.ndarray
-    used: np.ndarray
-    fractions: np.ndarray
-    growing: np.ndarray
-    legal: np.ndarray
-    spans: np.ndarray
+    size_loss: np.ndarray  # nats, float64 (C,)
+    used: np.ndarray  # on the budget's axis at each decision and at the end, float64 (K + 1,)
+    fractions: np.ndarray  # of the budget at each decision, float64 (K,)
+    growing: np.ndarray  # whether the rate does not decay yet, bool (K,)
+    legal: np.ndarray  # whether a graft of a blueprint that leads to a class is, before the decay, bool (B, C)
+    spans: np.ndarray  # decisions that one with a graft takes, by the class that it leads to, int64 (C,)
 
     @classmethod
     def of(cls, spec: RunSpec, instance: Instance, seed: int = 0) -> Self:
@@ -174,13 +152,7 @@ class Course:
 
 
 def bound(spec: RunSpec, instance: Instance, seed: int = 0) -> float:
-    """The lowest final loss, nats per token, that any controller can reach on a surrogate's instance.
-
-    Args:
-        spec: of the runs.
-        instance: which.
-        seed: of the episode; it chooses the law where the instance names none, and nothing else.
-    """
+    """The lowest final loss, nats per token, that any controller can reach; `seed` as for `Course.of`."""
     course = Course.of(spec, instance, seed)
     known, last = course.classes, len(course.growing)
     best = np.full((last + 1, len(course.size_loss)), np.inf)

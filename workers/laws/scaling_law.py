@@ -4,8 +4,7 @@
 
 N effective parameters, D effective tokens. N₀ is N at one layer of the born shape, and D₀ the tokens that it would see
 in the spec's whole budget, so that A and B are nats and a law is as hard at every preset. The state is the loss: D is
-the tokens that the size now would have needed for it, so that L is continuous through a graft. At equal sizes
-everything rises with the loss; on that the oracle's bound rests.
+the tokens that the size now would have needed for it, so that L is continuous through a graft.
 """
 
 import math
@@ -28,16 +27,10 @@ Array = Any
 
 @dataclass(frozen=True)
 class Size:
-    """What the law knows of a shape: totals, so that it does not matter which layer holds what.
+    """What the law knows of a shape: totals, so that it does not matter which layer holds what."""
 
-    Attributes:
-        attention: parameters of attention's matrices.
-        other: all others, embeddings left out.
-        layers: layers.
-    """
-
-    attention: Array
-    other: Array
+    attention: Array  # parameters of attention's matrices
+    other: Array  # all others, embeddings left out
     layers: Array
 
     @classmethod
@@ -49,31 +42,18 @@ class Size:
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """The constants of an episode.
+    """The constants of an episode."""
 
-    Attributes:
-        floor: E, nats.
-        size: A, nats.
-        size_exponent: α.
-        data: B, nats.
-        data_exponent: β.
-        heads: how much an attention parameter counts.
-        width: how much any other counts.
-        layer: how much a layer counts beside its parameters.
-        reference: N₀.
-        tokens: D₀.
-    """
-
-    floor: Array
-    size: Array
-    size_exponent: Array
-    data: Array
-    data_exponent: Array
-    heads: Array
-    width: Array
-    layer: Array
-    reference: Array
-    tokens: Array
+    floor: Array  # E, nats
+    size: Array  # A, nats
+    size_exponent: Array  # α
+    data: Array  # B, nats
+    data_exponent: Array  # β
+    heads: Array  # how much an attention parameter counts
+    width: Array  # how much any other counts
+    layer: Array  # how much a layer counts beside its parameters
+    reference: Array  # N₀
+    tokens: Array  # D₀
 
     @classmethod
     def drawn(cls, seed: int, spec: RunSpec) -> Self:
@@ -82,19 +62,18 @@ class ScalingLaw:
         Raises:
             UserError: laws of these ranges may not lie below ln V at every size.
         """
-        laws, random = spec.laws, stream(seed, "law")
-        if laws.floor[1] + laws.size[1] >= math.log(VOCABULARY):
+        laws, random, start = spec.laws, stream(seed, "law"), math.log(VOCABULARY)
+        if (highest := laws.floor[1] + laws.size[1]) >= start:
             raise UserError(
-                f"laws.floor and laws.size reach {laws.floor[1] + laws.size[1]:.2f} nats together, but a surrogate "
-                f"starts at ln {VOCABULARY} = {math.log(VOCABULARY):.2f}: set their upper ends lower."
+                f"laws.floor and laws.size reach {highest:.2f} nats together, but a surrogate starts at "
+                f"ln {VOCABULARY} = {start:.2f}: set their upper ends lower."
             )
 
         def uniform(between: Range) -> float:
             return float(random.uniform(*between))
 
         def log_uniform(between: Range) -> float:
-            low, high = between
-            return float(math.exp(random.uniform(math.log(low), math.log(high))))
+            return math.exp(random.uniform(math.log(between[0]), math.log(between[1])))
 
         heads, width, layer = log_uniform(laws.heads), log_uniform(laws.width), log_uniform(laws.layer)
         one = start_of(spec, 1)
@@ -119,7 +98,7 @@ class ScalingLaw:
         return self.floor + self.size * (effective / self.reference) ** -self.size_exponent
 
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
-        """The loss after that many more tokens at a size. `loss` > `size_loss`."""
+        """The loss after that many more tokens at a size; `loss` is above `size_loss`, and a lower one stays lower."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
 

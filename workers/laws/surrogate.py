@@ -32,13 +32,14 @@ from esper.workers.tolaria.model.shape import TransformerShape
 
 LOSS_NOISE = 0.003  # nats, of a validation loss as seen
 NORM_NOISE = 0.2  # of the logarithm of a gradient norm as seen
-BATCH_NOISE = 0.02  # nats, of a batch's loss; twins share it
-TWIN_NOISE = 0.0003  # nats, of a batch's loss; each twin's own
+BATCH_NOISE, TWIN_NOISE = 0.02, 0.0003  # nats, of a batch's loss: what twins share, and each twin's own
 UPDATE = 0.01  # norm of an update over the gradient's
 
 
 class SurrogateRun(Episode):
-    """The Run contract over a loss law. Same spec, ledger, candidates, telemetry and reward as GrowthRun."""
+    """The Run contract over a scaling law. Same spec, ledger, candidates, telemetry and reward as GrowthRun."""
+
+    shape: Any
 
     def _start(self) -> None:
         self.law = ScalingLaw.drawn(self.seed if self.instance.law is None else self.instance.law, self.spec)
@@ -61,12 +62,9 @@ class SurrogateRun(Episode):
         self._parameters = shape.parameters_count(), shape.parameters_count(non_embedding=True)
         self._flops = shape.flops_per_token()
         self._found = super().options()
-        uses: dict[str, float] = {}
+        self._uses: dict[str, float] = {}  # site → nats that a graft there takes off what tokens cannot remove
         for site, size in _grown(self._found):
-            uses[site] = max(uses.get(site, 0.0), self._size_loss - self.law.size_loss(size))
-        self._uses = tuple(uses.items())  # site and the nats that a graft there takes off what tokens cannot remove
-
-    # -- Copies --------------------------------------------------------------------------------------------------
+            self._uses[site] = max(self._uses.get(site, 0.0), self._size_loss - self.law.size_loss(size))
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
         """What each action leads to from here on the same batches, tried on copies.
@@ -88,17 +86,10 @@ class SurrogateRun(Episode):
             ledgers.append(twin.ledger)
         return np.array(losses), ledgers
 
-    # -- Saving --------------------------------------------------------------------------------------------------
-
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that `load` needs to go on to the same numbers, as GrowthRun's: JSON values, and no tensors."""
-        own = {
-            "layers": self.shape.layers_as_json(),
-            "seeds": [asdict(seed) for seed in self._seeds],
-            "loss": self._loss,
-            "steps": self._steps,
-        }
-        return as_json({"books": self.books(), "surrogate": own}), {}
+        own = {"layers": self.shape.layers_as_json(), "seeds": [asdict(seed) for seed in self._seeds]}
+        return as_json({"books": self.books(), "surrogate": {**own, "loss": self._loss, "steps": self._steps}}), {}
 
     def load(self, values: dict[str, Any], tensors: Mapping[str, Any] | None = None) -> None:
         """Become the run whose `state` this is. This run must be of the same spec."""
@@ -110,8 +101,6 @@ class SurrogateRun(Episode):
         self._loss, self._steps = own["loss"], own["steps"]
         self._resized()
         self.telemetry = self._look()
-
-    # -- Episode -------------------------------------------------------------------------------------------------
 
     def fraction(self) -> float:
         """Fraction of the budget spent; at a decision exactly its boundary, free of the ledger's rounding."""
@@ -135,21 +124,18 @@ class SurrogateRun(Episode):
         return tuple({planted.site: planted for planted in self._seeds}.values())
 
     def _graft(self, site: str, blueprint: str) -> None:
-        kind = self.blueprints[blueprint]
-        grown = kind.resized(self.shape, site)
-        assert isinstance(grown, TransformerShape)
-        part = "" if kind.units else grown.part_after(self.shape)
-        self.shape = grown
+        kind, before = self.blueprints[blueprint], self.shape
+        self.shape = kind.resized(before, site)
+        part = "" if kind.units else self.shape.part_after(before)
         self._seeds.append(Planted(site, blueprint, kind.units, part))
         self._resized()
         self._charge(self.spec.clock.graft_seconds)
 
     def _prune(self, seed: Planted) -> None:
-        shape, before = self.blueprints[seed.blueprint].pruned(self.shape, seed), self._size_loss
-        assert isinstance(shape, TransformerShape)
-        self.shape = shape
+        before = self._size_loss
+        self.shape = self.blueprints[seed.blueprint].pruned(self.shape, seed)
         self._seeds.pop(max(i for i, planted in enumerate(self._seeds) if planted == seed))
-        sites = {site.id for site in shape.injection_specs()}
+        sites = {site.id for site in self.shape.injection_specs()}
         self._seeds = [planted for planted in self._seeds if planted.site in sites]
         self._resized()
         self._loss += self._size_loss - before  # what tokens have not removed stays
@@ -161,10 +147,9 @@ class SurrogateRun(Episode):
         if self.spec.budget.axis in CONTINUOUS:
             slice_ = self.clock.slice
             end = min(max(boundary, math.ceil(reading / slice_ - 1e-9) * slice_), self.clock.amount)
-            steps = max(0.0, end - reading) / self._per_step
+            self._step(max(0.0, end - reading) / self._per_step)
         else:
-            steps = float(whole_steps(boundary - reading, self._per_step))
-        self._step(steps)
+            self._step(float(whole_steps(boundary - reading, self._per_step)))
         return self._loss
 
     def _step(self, steps: float) -> None:
@@ -187,30 +172,21 @@ class SurrogateRun(Episode):
     def _evaluate(self) -> float:
         return self._loss
 
-    # -- What is seen --------------------------------------------------------------------------------------------
-
     def _seen(self) -> list[tuple[float, float]]:
         first = max(0, len(self.curve) - 1 - SLOW)  # no slope looks further back
-        noise = self._loss_noise[first : len(self.curve)]
-        return [
-            (point["budget_fraction"], point["val_loss"] + float(error))
-            for point, error in zip(self.curve[first:], noise, strict=True)
-        ]
+        noisy = zip(self.curve[first:], self._loss_noise[first : len(self.curve)], strict=True)
+        return [(point["budget_fraction"], point["val_loss"] + float(error)) for point, error in noisy]
 
     def _measure(self) -> Measured:
         if not self._sequence:
             return Measured()
-        noise = self._norm_noise[self._sequence]
-        seen = [(site, use * math.exp(error)) for (site, use), error in zip(self._uses, noise, strict=False)]
+        noisy = zip(self._uses.items(), self._norm_noise[self._sequence], strict=False)
+        seen = [(site, use * math.exp(error)) for (site, use), error in noisy]
         return Measured(norms={site: (norm, UPDATE * norm) for site, norm in seen if norm > 0})
 
 
 @lru_cache(maxsize=512)
 def _grown(found: Options) -> tuple[tuple[str, Size], ...]:
     """Site and the size after each graft there is."""
-    grafts = [option for option in found if option.candidate.operation == "graft"]
-    return tuple(
-        (option.candidate.site or "", Size.of(option.after))
-        for option in grafts
-        if isinstance(option.after, TransformerShape)
-    )
+    grafts: list[Any] = [option for option in found if option.candidate.operation == "graft"]
+    return tuple((option.candidate.site, Size.of(option.after)) for option in grafts)
