@@ -170,9 +170,7 @@ def law_distance(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) 
 
 def _arrays(spec: RunSpec, points: Sequence[StaticPoint]) -> tuple[Size, np.ndarray, np.ndarray]:
     """Sizes, tokens and losses, each float64 (points,)."""
-    sizes = {layers: Size.of(start_of(spec, layers)) for layers in {point.layers for point in points}}
-    names = ("attention", "other", "layers")
-    size = Size(*(np.array([getattr(sizes[point.layers], name) for point in points], float) for name in names))
+    size = Size.of_all(start_of(spec, point.layers) for point in points)
     return size, np.array([float(point.tokens) for point in points]), np.array([point.loss for point in points])
 
 

@@ -1,17 +1,15 @@
 """The oracle's bound: the lowest final loss that a surrogate instance allows, by dynamic programming.
 
-What a controller who knew the law could reach. A surrogate's state is (decision, shape, loss): noise is in observations
-only. Law and costs know a shape by its totals, its *class* (layers, heads, neurons, experts), and at an equal decision
-and class a lower loss stays lower whatever is done, so that keeping the least loss of each (decision, class) is exact:
+A surrogate's state is (decision, shape, loss). Law and costs know a shape by its totals, its *class* (layers, heads,
+neurons, experts), and at an equal decision and class a lower loss stays lower whatever is done, so that keeping the
+least loss of each (decision, class) is exact:
 
     L[k + 1, c] = min( trained(L[k, c], a slice),  min over blueprints b: trained(L[k, c − b], a slice less b's cost) )
 
 A graft whose cost is more than a slice merges decisions, and then arrives that much later. Sites differ in nothing but
 their `limit`, and how a class's units are spread leaves the sum of what the limits still allow unchanged: a class has a
 legal graft if any of its shapes has. Prunes are left out: they never pay (a test lets them pay as well as they might).
-
-On a parameter-second budget every episode pays the same rent (up to a last graft's overshoot), so the loss bounds the
-return too; on another axis it bounds the loss alone.
+On a parameter-second budget every episode pays the same rent, so the loss bounds the return too.
 """
 
 from dataclasses import dataclass
@@ -78,11 +76,10 @@ def _classes(part: str, n_layer: int) -> Classes:
     def per_step(split: bool) -> np.ndarray:
         return np.array([spec.clock.axis_per_step(axis, shape, tokens, split=split) for shape in shapes])
 
-    sizes = [Size.of(shape) for shape in shapes]
     cost = {"parameter_seconds": [shape.parameters_count() for shape in shapes], "seconds": [1] * len(shapes)}
     return Classes(
         blueprints=tuple(blueprints),
-        size=Size(*(np.array([getattr(s, name) for s in sizes], float) for name in ("attention", "other", "layers"))),
+        size=Size.of_all(shapes),
         tokens_per_unit=tokens / per_step(split=False),
         graft_cost=spec.clock.graft_seconds * np.array(cost.get(axis, [0] * len(shapes)), float),
         axis_per_step=np.array([per_step(split=blueprint.adds in SEGMENTS) for blueprint in blueprints.values()]),

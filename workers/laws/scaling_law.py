@@ -8,8 +8,11 @@ the tokens that the size now would have needed for it, so that L is continuous t
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+import numpy as np
 
 from esper.platform.errors import UserError
 from esper.platform.seeding import stream
@@ -25,8 +28,7 @@ Array = Any
 """A float, or a float64 array: the formulas take either."""
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What the law knows of a shape: totals, so that it does not matter which layer holds what."""
 
     attention: Array  # parameters of attention's matrices
@@ -38,6 +40,11 @@ class Size:
         """That of a shape."""
         attention = sum(4 * shape.n_embd * layer.heads * shape.head_dim for layer in shape.layers)
         return cls(attention, shape.parameters_count(non_embedding=True) - attention, shape.depth())
+
+    @classmethod
+    def of_all(cls, shapes: Iterable[TransformerShape]) -> Self:
+        """Those of shapes, as arrays."""
+        return cls(*np.array([cls.of(shape) for shape in shapes], float).T)
 
 
 @dataclass(frozen=True)

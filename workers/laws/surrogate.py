@@ -27,7 +27,7 @@ from esper.platform.seeding import stream
 from esper.workers.candidates import Options, Planted
 from esper.workers.episode import Episode, as_json
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, Size, start_of, whole_steps
-from esper.workers.observe import SLOW, Measured, batch_tokens
+from esper.workers.observe import Measured, batch_tokens
 from esper.workers.tolaria.model.shape import TransformerShape
 
 LOSS_NOISE = 0.003  # nats, of a validation loss as seen
@@ -173,9 +173,7 @@ class SurrogateRun(Episode):
         return self._loss
 
     def _seen(self) -> list[tuple[float, float]]:
-        first = max(0, len(self.curve) - 1 - SLOW)  # no slope looks further back
-        noisy = zip(self.curve[first:], self._loss_noise[first : len(self.curve)], strict=True)
-        return [(point["budget_fraction"], point["val_loss"] + float(error)) for point, error in noisy]
+        return [(at, loss + float(error)) for (at, loss), error in zip(super()._seen(), self._loss_noise, strict=False)]
 
     def _measure(self) -> Measured:
         if not self._sequence:
@@ -188,5 +186,6 @@ class SurrogateRun(Episode):
 @lru_cache(maxsize=512)
 def _grown(found: Options) -> tuple[tuple[str, Size], ...]:
     """Site and the size after each graft there is."""
-    grafts: list[Any] = [option for option in found if option.candidate.operation == "graft"]
+    options: Any = found
+    grafts = (each for each in options if each.candidate.operation == "graft" and each.after is not None)
     return tuple((option.candidate.site, Size.of(option.after)) for option in grafts)

@@ -1,26 +1,24 @@
 """A trained host as files for others: Esper's own format, which takes any shape, and Hugging Face's GPT-2 layout.
 
-Either is a folder that appears whole or not at all: `config.json`, `model.safetensors`, and the tokenizer where one is
-given. Young segments are joined, which changes no bit, so whether a seed was fused makes no difference.
+Either is a folder that appears whole or not at all: `model.safetensors`, the tokenizer where one is given, and, for
+GPT-2's layout, `config.json`. Young segments are joined, which changes no bit, so whether a seed was fused makes no
+difference.
 
 C embedding, H heads, D head dimension, W neurons of an MLP.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from pydantic_core import from_json
-from safetensors import SafetensorError
 from torch import Tensor
 
+from esper.platform import checkpoint
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, new_folder, write_json
 from esper.workers.tolaria.data import Tokenizer, tokenizer
@@ -30,75 +28,26 @@ from esper.workers.tolaria.model.linear import GrowableLinear
 from esper.workers.tolaria.model.shape import TransformerShape
 from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
 
-CONFIG, MODEL = "config.json", "model.safetensors"  # names that transformers expects, too
-NO_HOST = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
-"""What values raise that describe no host, or another one than the tensors'."""
+CONFIG, MODEL = "config.json", "model.safetensors"  # names that transformers expects
 
-
-class NativeConfig(Frozen):
-    """`config.json` of Esper's own format."""
-
-    format: Literal["esper-transformer"] = "esper-transformer"
-    version: Literal[1] = 1
-    config: dict[str, Any]
-    sha256: str
-    tokenizer: str | None = None
-
-
-# -- From a checkpoint -----------------------------------------------------------------------------------------------
+# -- Reading: a run's checkpoint, or Esper's own format ---------------------------------------------------------------
 
 
 def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformerHost:
     """The host in a state of `GrowthRun`, on the CPU, in evaluation mode, as it was at the checkpoint's last step.
-
-    Args:
-        values: the state's JSON values; keys that are not the run's own do no harm.
-        tensors: the state's tensors; the host takes them, without a copy.
 
     Raises:
         UserError: it is no state of a run that trains a host.
     """
     prefix = "now/host/"
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    try:
+
+    def make() -> TransformerHost:
         spec = RunSpec.checked(values["books"]["spec"], "the checkpoint")
         config = replace(host_config(spec, len(state["wte.weight"])), attention="sdpa")  # flash needs the run's machine
-        layout = values["trainer"]["now"]["layout"]
-        return _loaded(lambda: TransformerHost.with_layout(config, layout), state)
-    except NO_HOST as error:
-        raise UserError(
-            f"the checkpoint holds no host that is in training ({type(error).__name__}: {_first_line(error)}): "
-            "name one of a run of `esper train`."
-        ) from None
+        return TransformerHost.with_layout(config, values["trainer"]["now"]["layout"])
 
-
-# -- Esper's own format ----------------------------------------------------------------------------------------------
-
-
-def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a host of any shape as a new folder, for `load_native`.
-
-    `model.safetensors` is the state dict of a host born in this shape (a tied head is left out: it is `wte.weight`);
-    `config.json` is a `NativeConfig`. Which kernel computes attention is not part of the model.
-
-    Args:
-        host: fused or not; not changed.
-        folder: new or empty.
-        tokenizer: the one of its text; its own file goes along.
-
-    Raises:
-        UserError: the folder is not empty or cannot be written, or the tokenizer has another vocabulary.
-    """
-    shape = host.shape
-    config = asdict(replace(host.config, n_layer=shape.depth(), layers=shape.layers))
-    del config["attention"]
-    _check(host, folder, tokenizer)
-    with new_folder(Path(folder)) as partial:
-        digest = _write_model(partial, fused_state(host))
-        if tokenizer is not None:
-            tokenizer.save(partial)
-        values = NativeConfig(config=config, sha256=digest, tokenizer=tokenizer and tokenizer.name)
-        write_json(partial / CONFIG, values.model_dump(mode="json"))
+    return _loaded(make, state, "the checkpoint holds no host that is in training", "name one of `esper train`")
 
 
 def load_native(folder: Path) -> TransformerHost:
@@ -107,20 +56,13 @@ def load_native(folder: Path) -> TransformerHost:
     Raises:
         UserError: there is none, it is damaged, or it is of another version.
     """
-    folder = Path(folder)
-    values = _read_config(folder)
-    try:
-        data = (folder / MODEL).read_bytes()
-    except OSError as error:
-        raise _damaged(folder, f"{MODEL} cannot be read: {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != values.sha256:
-        raise _damaged(folder, f"the SHA-256 of {MODEL} is not the one in {CONFIG}")
-    try:
-        layers = TransformerShape.layers_from_json(values.config["layers"])
-        config = TransformerConfig(**{**values.config, "layers": layers})
-        return _loaded(lambda: TransformerHost(config, torch.Generator()), safetensors.torch.load(data))
-    except NO_HOST:
-        raise _damaged(folder, f"{CONFIG} does not describe the host in {MODEL}") from None
+    values, tensors = _read(Path(folder))
+
+    def make() -> TransformerHost:
+        layers = TransformerShape.layers_from_json(values["config"]["layers"])
+        return TransformerHost(TransformerConfig(**{**values["config"], "layers": layers}), torch.Generator())
+
+    return _loaded(make, tensors, f"{folder} holds no exported host", "export it again")
 
 
 def load_native_tokenizer(folder: Path) -> Tokenizer:
@@ -129,10 +71,79 @@ def load_native_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    name = _read_config(Path(folder)).tokenizer
-    if name is None:
+    values, _ = _read(Path(folder))
+    name = values.get("tokenizer") if isinstance(values, dict) else None
+    if not isinstance(name, str):
         raise UserError(f"{folder} was exported without a tokenizer: load the one in the folder of its prepared text.")
     return tokenizer.load(name, Path(folder))
+
+
+def _read(folder: Path) -> checkpoint.Content:
+    if not (folder / MODEL).is_file():
+        raise UserError(f"{folder} holds no exported host (no {MODEL}): name a folder that was exported.")
+    return checkpoint.read(folder / MODEL)
+
+
+def _loaded(make: Callable[[], TransformerHost], state: Mapping[str, Tensor], wrong: str, mend: str) -> TransformerHost:
+    """A host with these tensors for its own, each in its own dtype; nothing is allocated for what does not fit them."""
+    try:
+        with torch.device("meta"):
+            host = make()
+        host.load_own_state(state, assign=True)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{wrong} ({type(error).__name__}: {reason}): {mend}.") from None
+    return host.eval()
+
+
+# -- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write a host of any shape as a new folder, for `load_native`; the host, fused or not, is not changed.
+
+    `model.safetensors` is a checkpoint with the state dict of a host born in this shape (a tied head is left out: it is
+    `wte.weight`) and the `TransformerConfig` that it is born with. Which kernel computes attention is not part of it.
+
+    Raises:
+        UserError: the folder is not empty or cannot be written, or the tokenizer has another vocabulary.
+    """
+    _check(host, folder, tokenizer)
+    config = {**asdict(host.config), "n_layer": host.shape.depth(), "layers": host.shape.layers_as_json()}
+    del config["attention"]
+    with new_folder(Path(folder)) as partial:
+        state = {"config": config, "tokenizer": tokenizer and tokenizer.name}
+        checkpoint.write(partial / MODEL, state, fused_state(host))
+        if tokenizer is not None:
+            tokenizer.save(partial)
+
+
+def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write a host as a new folder that `transformers.GPT2LMHeadModel.from_pretrained` and `AutoTokenizer` read.
+
+    GPT-2's layers are alike, with heads that fill C: smaller ones are filled up with heads and neurons of zeros, which
+    add exactly nothing.
+
+    Raises:
+        UserError: as `export_native` does, or GPT-2's layout cannot express the shape.
+    """
+    check_gpt2(host.shape)
+    _check(host, folder, tokenizer)
+    with new_folder(Path(folder)) as partial:
+        data = safetensors.torch.save(gpt2_state(host), metadata={"format": "pt"})  # which transformers asks for
+        (partial / MODEL).write_bytes(data)
+        write_json(partial / CONFIG, _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
+        if tokenizer is not None:
+            save_hugging_face(tokenizer, partial, context=host.config.block_size)
+
+
+def _check(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> None:
+    check_unused(Path(folder))
+    if tokenizer is not None and tokenizer.vocab_size != host.config.vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.config.vocab_size}: "
+            "give the one that its text was prepared with."
+        )
 
 
 def fused_state(host: TransformerHost) -> dict[str, Tensor]:
@@ -147,36 +158,8 @@ def fused_state(host: TransformerHost) -> dict[str, Tensor]:
 # -- GPT-2's layout --------------------------------------------------------------------------------------------------
 
 
-def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a host as a new folder that `transformers.GPT2LMHeadModel.from_pretrained` reads.
-
-    GPT-2's layers are alike, with heads that fill C: smaller ones are filled up with heads and neurons of zeros, which
-    add exactly nothing.
-
-    Args:
-        host: fused or not; not changed.
-        folder: new or empty.
-        tokenizer: the one of its text; written as files for `transformers.AutoTokenizer`.
-
-    Raises:
-        UserError: GPT-2's layout cannot express the shape, the folder is not empty or cannot be written, or the
-            tokenizer has another vocabulary.
-    """
-    check_gpt2(host.shape)
-    _check(host, folder, tokenizer)
-    with new_folder(Path(folder)) as partial:
-        _write_model(partial, gpt2_state(host))
-        write_json(partial / CONFIG, _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
-        if tokenizer is not None:
-            save_hugging_face(tokenizer, partial, context=host.config.block_size)
-
-
 def check_gpt2(shape: TransformerShape) -> None:
-    """Refuse a shape that GPT-2's layout cannot express.
-
-    Raises:
-        UserError: naming the first layer that is why.
-    """
+    """Refuse a shape that GPT-2's layout cannot express, naming the first layer that is why (UserError)."""
     C, D = shape.n_embd, shape.head_dim
     for number, layer in enumerate(shape.layers, start=1):
         if layer.experts:
@@ -241,48 +224,3 @@ def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
         "eos_token_id": end_id,
         "dtype": str(host.wte.weight.dtype).removeprefix("torch."),
     }
-
-
-# -- Helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _loaded(make: Callable[[], TransformerHost], state: Mapping[str, Tensor]) -> TransformerHost:
-    """A host with these tensors for its own, each in its own dtype; nothing is allocated for what does not fit them."""
-    with torch.device("meta"):
-        host = make()
-    host.load_own_state(state, assign=True)
-    return host.eval()
-
-
-def _check(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> None:
-    check_unused(Path(folder))
-    if tokenizer is not None and tokenizer.vocab_size != host.config.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.config.vocab_size}: "
-            "give the one that its text was prepared with."
-        )
-
-
-def _write_model(folder: Path, state: dict[str, Tensor]) -> str:
-    """Write the tensors; returns the file's SHA-256. In one piece, for `save_file` would let only the owner read it."""
-    data = safetensors.torch.save(state, metadata={"format": "pt"})  # which transformers asks for
-    (folder / MODEL).write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read_config(folder: Path) -> NativeConfig:
-    try:
-        values = from_json((folder / CONFIG).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no exported host (no {CONFIG}): name a folder that was exported.") from None
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, f"{CONFIG} cannot be read: {error}") from None
-    return NativeConfig.checked(values, f"{folder / CONFIG}, of Esper's own format")
-
-
-def _damaged(folder: Path, what: str) -> UserError:
-    return UserError(f"exported host {folder} is damaged ({what}): export it again, or restore it from a copy.")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from esper.platform import checkpoint
 from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.workers.kasmina import Kasmina
@@ -116,43 +118,34 @@ def test_a_host_of_flash_attention_loads_anywhere(tmp_path):
     assert load_native(tmp_path / "host").config.attention == "sdpa"
 
 
-def change(**values):
-    """Change keys of `config.json`; those of its `config` where they are there."""
-
-    def damage(folder):
-        config = json.loads((folder / "config.json").read_text())
-        for key, value in values.items():
-            (config["config"] if key in config["config"] else config)[key] = value
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return damage
-
-
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("change", "sentence"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "holds no exported host"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "config.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "of Esper's own format"),
-        (change(format="gpt2"), "of Esper's own format: format is 'gpt2'"),
-        (change(version=2), "version is 2"),
-        (change(config={}), "does not describe the host"),
-        (change(layers=[]), "does not describe the host"),
-        (change(block_size=17), "does not describe the host"),
-        (change(vocab_size=10**12), "does not describe the host"),
-        (change(n_embd=10**30), "does not describe the host"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 99), "SHA-256 of model.safetensors"),
+        (lambda state: {}, "holds no exported host.*KeyError"),
+        (lambda state: [], "holds no exported host"),
+        (lambda state: {"config": {**state["config"], "layers": []}}, "holds no exported host"),
+        (lambda state: {"config": {**state["config"], "block_size": 17}}, "holds no exported host"),
+        (lambda state: {"config": {**state["config"], "vocab_size": 10**12}}, "holds no exported host"),
+        (lambda state: {"config": {**state["config"], "n_embd": 10**30}}, "holds no exported host"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_sentence(tmp_path, damage, sentence):
+def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change, sentence):
     export_native(grown(())[0], tmp_path / "host")
-    damage(tmp_path / "host")
+    state, tensors = checkpoint.read(tmp_path / "host" / "model.safetensors")
+    checkpoint.write(tmp_path / "host" / "model.safetensors", change(state), tensors)
     with pytest.raises(UserError, match=sentence) as caught:
         load_native(tmp_path / "host")
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_or_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no exported host"):
+        load_native(tmp_path)
+    export_native(grown(())[0], tmp_path / "host")
+    path = tmp_path / "host" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-3] + b"abc")
+    with pytest.raises(UserError, match="is damaged"):
+        load_native(tmp_path / "host")
 
 
 # -- GPT-2's layout --------------------------------------------------------------------------------------------------
@@ -182,14 +175,15 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
 
 
 @pytest.mark.parametrize(("export", "grafts"), [(export_native, EVERY_KIND), (export_gpt2, FOR_GPT2)])
-def test_fusing_changes_no_byte(tmp_path, export, grafts):
+def test_fusing_changes_no_bit(tmp_path, export, grafts):
     host, kasmina = grown(grafts)
     export(host, tmp_path / "split")
     for seed in list(kasmina.seeds):
         kasmina.fuse(seed)
     export(host, tmp_path / "fused")
-    for file in (tmp_path / "split").iterdir():
-        assert file.read_bytes() == (tmp_path / "fused" / file.name).read_bytes()
+    split, fused = (load_file(tmp_path / name / "model.safetensors") for name in ("split", "fused"))
+    assert split.keys() == fused.keys()
+    assert all(torch.equal(tensor, fused[name]) for name, tensor in split.items())
 
 
 @pytest.mark.parametrize(
@@ -214,12 +208,12 @@ def test_only_a_new_or_empty_folder_is_written(tmp_path, export):
     host, _ = grown(FOR_GPT2)
     (tmp_path / "empty").mkdir()
     export(host, tmp_path / "empty")
-    before = (tmp_path / "empty" / "config.json").read_bytes()
+    before = (tmp_path / "empty" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="already holds"):
         export(host, tmp_path / "empty")
     with pytest.raises(UserError, match="cannot be made"):
-        export(host, tmp_path / "empty" / "config.json" / "below")
-    assert (tmp_path / "empty" / "config.json").read_bytes() == before
+        export(host, tmp_path / "empty" / "model.safetensors" / "below")
+    assert (tmp_path / "empty" / "model.safetensors").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +77,6 @@ def _write(source: sources.Source, data: DataSpec, out: Path) -> Manifest:
     started = time.perf_counter()
     train, valid = sources.split(source, data.valid_fraction, data.max_bytes)
     say(f"{source.name}: {len(train):,} training and {len(valid):,} validation documents")
-    if not train:
-        raise _too_short(source, "train", 0)
     encoder = tokenizer.build(data.tokenizer, train)
     with new_folder(out) as folder:
         made = Manifest(
@@ -107,31 +104,19 @@ def _write(source: sources.Source, data: DataSpec, out: Path) -> Manifest:
 def _write_split(
     source: sources.Source, folder: Path, name: str, documents: list[str], encoder: tokenizer.Tokenizer
 ) -> SplitManifest:
-    unseen = 0
-
-    def encoded() -> Iterator[np.ndarray]:
-        nonlocal unseen
-        for start in range(0, len(documents), CHUNK_DOCUMENTS):
-            ids = encoder.encode_documents(documents[start : start + CHUNK_DOCUMENTS])
-            unseen += 0 if encoder.unseen_id is None else int((ids == encoder.unseen_id).sum())
-            yield ids
-
-    shards = write_split(folder, name, encoded(), encoder.vocab_size)
-    tokens = sum(shard.tokens for shard in shards)
-    if tokens < MIN_TOKENS[name]:
-        raise _too_short(source, name, tokens)
+    chunks = (documents[start : start + CHUNK_DOCUMENTS] for start in range(0, len(documents), CHUNK_DOCUMENTS))
+    dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
+    ids = np.concatenate([np.empty(0, dtype), *(encoder.encode_documents(chunk).astype(dtype) for chunk in chunks)])
+    if len(ids) < MIN_TOKENS[name]:
+        raise UserError(
+            f"the {'training' if name == 'train' else 'validation'} text of {source.name} has {len(ids)} tokens, and "
+            f"at least {MIN_TOKENS[name]:,} are needed: give more text, or change valid_fraction or max_bytes."
+        )
     return SplitManifest(
         documents=len(documents),
-        tokens=tokens,
+        tokens=len(ids),
         characters=sum(map(len, documents)),
         bytes=sum(len(document.encode()) for document in documents),
-        unseen=unseen,
-        shards=tuple(shards),
-    )
-
-
-def _too_short(source: sources.Source, name: str, tokens: int) -> UserError:
-    return UserError(
-        f"the {'training' if name == 'train' else 'validation'} text of {source.name} has {tokens} tokens, and at "
-        f"least {MIN_TOKENS[name]:,} are needed: give more text, or change valid_fraction or max_bytes."
+        unseen=0 if encoder.unseen_id is None else int((ids == encoder.unseen_id).sum()),
+        shards=tuple(write_split(folder, name, ids)),
     )

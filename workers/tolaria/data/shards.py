@@ -1,12 +1,9 @@
 """Shards: token ids in uncompressed Arrow files, mapped into memory and read in windows.
 
 Pages of a mapped file are shared by all processes of a machine, so hundreds of workers cost the memory of one.
-
-B windows, L their length.
 """
 
 import hashlib
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -22,27 +19,11 @@ SHARD_BYTES = 64 * 2**20
 COLUMN = "tokens"
 
 
-def write_split(folder: Path, split: str, parts: Iterable[np.ndarray], vocab_size: int) -> list[Shard]:
-    """Write token ids as shards `train-00000.arrow`, … of at most `SHARD_BYTES` each.
-
-    Args:
-        folder: where they go.
-        split: first part of their names.
-        parts: ids in order, cut anywhere; only about one shard of them is held at a time.
-        vocab_size: decides between uint16 and uint32.
-    """
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-    size = SHARD_BYTES // dtype.itemsize
-    shards: list[Shard] = []
-    rest = np.empty(0, dtype)
-    for part in parts:
-        rest = np.concatenate([rest, part.astype(dtype)])
-        while len(rest) >= size:
-            shards.append(_write(folder / f"{split}-{len(shards):05d}.arrow", rest[:size]))
-            rest = rest[size:]
-    if len(rest):
-        shards.append(_write(folder / f"{split}-{len(shards):05d}.arrow", rest))
-    return shards
+def write_split(folder: Path, split: str, ids: np.ndarray) -> list[Shard]:
+    """Write token ids, uint16 or uint32, as shards `train-00000.arrow`, … of at most `SHARD_BYTES` each."""
+    size = SHARD_BYTES // ids.itemsize
+    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [_write(folder / f"{split}-{number:05d}.arrow", part) for number, part in enumerate(parts)]
 
 
 def _write(path: Path, ids: np.ndarray) -> Shard:
@@ -70,10 +51,8 @@ def _map(path: Path, shard: Shard, *, verify: bool) -> np.ndarray:
         raise damaged(path, "is missing") from None
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise damaged(path, f"is corrupt ({error})") from None
-    if ids.dtype not in (np.uint16, np.uint32):
-        raise damaged(path, f"holds {ids.dtype} where token ids are uint16 or uint32")
-    if len(ids) != shard.tokens:
-        raise damaged(path, f"holds {len(ids)} tokens where the manifest says {shard.tokens}")
+    if ids.dtype not in (np.uint16, np.uint32) or len(ids) != shard.tokens:
+        raise damaged(path, f"holds {len(ids)} × {ids.dtype}, not {shard.tokens} token ids (uint16 or uint32)")
     return ids
 
 
@@ -98,14 +77,7 @@ class TokenSplit:
         return max(int(array.max()) for array in self._arrays)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Windows of consecutive tokens.
-
-        Args:
-            starts: position of each window's first token, int64 (B,).
-            length: L, in tokens.
-
-        Returns:
-            int64 (B, L).
+        """Windows of `length` consecutive tokens from `starts`, int64 (windows,): int64 (windows, length).
 
         Raises:
             IndexError: a window reaches outside of the split.
@@ -113,11 +85,11 @@ class TokenSplit:
         starts = np.asarray(starts, dtype=np.int64)
         if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
             raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} in {self.tokens} tokens")
-        positions = starts[:, None] + np.arange(length)  # (B, L)
+        positions = starts[:, None] + np.arange(length)
         if len(self._arrays) == 1:
             return self._arrays[0][positions].astype(np.int64)
         out = np.empty(positions.shape, dtype=np.int64)
-        shard_of = np.searchsorted(self._ends, positions, side="right")  # (B, L)
+        shard_of = np.searchsorted(self._ends, positions, side="right")
         for index in np.unique(shard_of):
             inside, array = shard_of == index, self._arrays[index]
             out[inside] = array[positions[inside] - (self._ends[index] - len(array))]
@@ -134,12 +106,10 @@ class TokenData:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> Self:
-        """Map the shards in `path`.
+        """Map the shards in a folder written by `prepare`.
 
-        Args:
-            path: a folder written by `prepare`.
-            verify: read every shard once, compare its SHA-256, and hold its ids against the tokenizer; without, only
-                presence, type and length are checked.
+        To verify is to read every shard once, compare its SHA-256 and hold its ids against the tokenizer; otherwise
+        only presence, type and length are checked.
 
         Raises:
             UserError: no manifest or one of another version; a file is missing, damaged or of another text.
@@ -164,11 +134,7 @@ class TokenData:
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
-        """The tokenizer that made these ids, read at first use.
-
-        Raises:
-            UserError: its file is missing, damaged, or not the one that made them.
-        """
+        """The tokenizer that made these ids, read at first use; a UserError where its file is not that."""
         loaded = tokenizer.load(self.manifest.tokenizer, self.path)
         if (loaded.fingerprint, loaded.vocab_size) != (self.manifest.tokenizer_fingerprint, self.manifest.vocab_size):
             raise damaged(self.path / loaded.FILE, "is not the tokenizer that made the shards")

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import tiktoken
@@ -24,30 +24,15 @@ MIN_BPE = 257  # every byte, and the end of a document
 
 
 class Tokenizer(ABC):
-    """Text to ids in [0, vocab_size) and back.
+    """Text to ids in [0, vocab_size) and back."""
 
-    Attributes:
-        name: `char`, `bpe:1024`, `gpt2`.
-        vocab_size: count of ids, reserved ones included.
-        end_id: stands after every document.
-        unseen_id: stands for what cannot be encoded; None where everything can.
-        fingerprint: first 16 hex digits of a SHA-256 of all that decides the encoding.
-        content: of the file that `save` writes.
-        FILE: its name.
-    """
-
-    name: str
-    vocab_size: int
-    end_id: int
-    unseen_id: int | None = None
-    fingerprint: str
-    content: str
-    FILE: ClassVar[str]
-
-    @classmethod
-    @abstractmethod
-    def parse(cls, name: str, content: bytes) -> Self:
-        """The tokenizer whose `content` this is. `ValueError` where it is none's."""
+    name: str  # `char`, `bpe:1024`, `gpt2`
+    vocab_size: int  # count of ids, reserved ones included
+    end_id: int  # stands after every document
+    unseen_id: int | None = None  # stands for what cannot be encoded; None where everything can
+    fingerprint: str  # first 16 hex digits of a SHA-256 of all that decides the encoding
+    content: str  # of the file that `save` writes
+    FILE: ClassVar[str]  # its name
 
     @abstractmethod
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
@@ -62,19 +47,18 @@ class Tokenizer(ABC):
         return self.encode_documents([text])[:-1].tolist()
 
     def save(self, folder: Path) -> None:
-        """Write all that `load` needs, GPT-2's ranks too, so that its shards can be read offline."""
+        """Write all that `load` needs, GPT-2's tokens too, so that its shards can be read offline."""
         write_text(folder / self.FILE, self.content)
 
 
 class Characters(Tokenizer):
-    """One id per character of the training text, in code-point order, after two reserved ids: unseen 0, end 1."""
+    """One id per character, in code-point order, after two reserved ids: unseen 0, end 1."""
 
-    unseen_id = 0
-    end_id = 1
-    FILE: ClassVar = "characters.json"
+    name, unseen_id, end_id, FILE = "char", 0, 1, "characters.json"
 
     def __init__(self, characters: str) -> None:
-        self.name = "char"
+        if not isinstance(characters, str) or sorted(set(characters)) != list(characters):
+            raise ValueError("it is no string of characters in order")
         self.vocab_size = len(characters) + 2
         self.fingerprint = _fingerprint(self.name, characters)
         self.content = json.dumps(characters) + "\n"
@@ -82,29 +66,13 @@ class Characters(Tokenizer):
         self._ids = np.zeros(0x110000, dtype=np.int32)  # by code point
         self._ids[_code_points(characters)] = np.arange(2, self.vocab_size)
 
-    @classmethod
-    def learned(cls, documents: Sequence[str]) -> Self:
-        """Of all characters in the documents."""
-        seen = np.zeros(0x110000, dtype=bool)
-        for document in documents:
-            seen[_code_points(document)] = True
-        return cls("".join(map(chr, np.flatnonzero(seen))))
-
-    @classmethod
-    def parse(cls, name: str, content: bytes) -> Self:
-        """See `Tokenizer.parse`."""
-        characters = from_json(content)
-        if not isinstance(characters, str) or sorted(set(characters)) != list(characters):
-            raise ValueError("it is no string of characters in order")
-        return cls(characters)
-
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """See `Tokenizer.encode_documents`."""
+        """See `Tokenizer`."""
         ids = self._ids[_code_points("".join(documents))].astype(np.int64)
         return np.insert(ids, np.cumsum([len(document) for document in documents], dtype=np.int64), self.end_id)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer.decode`; an unseen character reads `\\ufffd`."""
+        """See `Tokenizer`."""
         return "".join(self._texts[np.asarray(ids, dtype=np.int64)])
 
 
@@ -116,38 +84,28 @@ class BytePairs(Tokenizer):
         tokens: bytes of each id, in order, which is also the order of merging.
     """
 
-    FILE: ClassVar = "ranks.tiktoken"  # in tiktoken's own format
+    FILE = "ranks.tiktoken"  # in tiktoken's own format
 
     def __init__(self, name: str, tokens: Sequence[bytes]) -> None:
-        self.name = name
-        self.tokens = tuple(tokens)
-        self.end_id = len(tokens)
-        self.vocab_size = len(tokens) + 1
-        self.content = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
-        self.fingerprint = _fingerprint(name, self.content)
         ranks = {token: rank for rank, token in enumerate(tokens)}
         if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("it lacks a byte, or has a token twice")
+        self.name, self.tokens = name, tuple(tokens)
+        self.end_id, self.vocab_size = len(tokens), len(tokens) + 1
+        self.content = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+        self.fingerprint = _fingerprint(name, self.content)
         self._encoding = tiktoken.Encoding(
             name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END: self.end_id}
         )
 
-    @classmethod
-    def parse(cls, name: str, content: bytes) -> Self:
-        """See `Tokenizer.parse`."""
-        pairs = [line.split() for line in content.decode("ascii").splitlines()]
-        if [rank for _, rank in pairs] != [str(rank) for rank in range(len(pairs))]:
-            raise ValueError("its ranks are not 0, 1, 2, …")
-        return cls(name, [base64.b64decode(token) for token, _ in pairs])
-
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """See `Tokenizer.encode_documents`; on all cores, in tiktoken's threads."""
+        """See `Tokenizer`; on all cores, in tiktoken's threads."""
         encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=os.cpu_count() or 1)
         parts = (np.asarray([*ids, self.end_id], dtype=np.int64) for ids in encoded)
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer.decode`; bytes that are not UTF-8 (a cut character) read `\\ufffd`."""
+        """See `Tokenizer`."""
         return self._encoding.decode(np.asarray(ids, dtype=np.int64).tolist())
 
 
@@ -158,14 +116,15 @@ def checked_name(name: str) -> str:
         UserError: it is not `char`, `gpt2` or `bpe:N` with a whole number N of at least 257.
     """
     kind, colon, size = name.partition(":")
-    if kind == "bpe" and colon and size != "N":
-        if not (size.isascii() and size.isdecimal()) or len(size) > 9 or int(size) < MIN_BPE or size[0] == "0":
-            raise UserError(
-                f"tokenizer {name!r}: N must be a whole number of at least {MIN_BPE} (every byte and the end of a "
-                "document), for example bpe:1024."
-            )
-    elif name not in ("char", "gpt2"):
+    if name in ("char", "gpt2"):
+        return name
+    if kind != "bpe" or not colon or size == "N":
         raise unknown("tokenizer", name, ["char", "bpe:N", "gpt2"])
+    if not (size.isascii() and size.isdecimal()) or len(size) > 9 or int(size) < MIN_BPE or size[0] == "0":
+        raise UserError(
+            f"tokenizer {name!r}: N must be a whole number of at least {MIN_BPE} (every byte and the end of a "
+            "document), for example bpe:1024."
+        )
     return name
 
 
@@ -176,7 +135,10 @@ def build(name: str, documents: Sequence[str]) -> Tokenizer:
         UserError: an unknown name, too little text for so many tokens, or no network.
     """
     if checked_name(name) == "char":
-        return Characters.learned(documents)
+        seen = np.zeros(0x110000, dtype=bool)
+        for document in documents:
+            seen[_code_points(document)] = True
+        return Characters("".join(map(chr, np.flatnonzero(seen))))
     return BytePairs(name, _gpt2_tokens() if name == "gpt2" else _learned_tokens(name, documents))
 
 
@@ -186,13 +148,17 @@ def load(name: str, folder: Path) -> Tokenizer:
     Raises:
         UserError: an unknown name, or the file is missing or damaged.
     """
-    kind = Characters if checked_name(name) == "char" else BytePairs
+    path = folder / (Characters if checked_name(name) == "char" else BytePairs).FILE
     try:
-        return kind.parse(name, (folder / kind.FILE).read_bytes())
+        content = path.read_bytes()
+        if name == "char":
+            return Characters(from_json(content))
+        pairs = [line.split() for line in content.decode("ascii").splitlines()]
+        if [rank for _, rank in pairs] != [str(rank) for rank in range(len(pairs))]:
+            raise ValueError("its ranks are not 0, 1, 2, …")
+        return BytePairs(name, [base64.b64decode(token) for token, _ in pairs])
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder / kind.FILE}, the tokenizer, cannot be read ({error}): make the folder anew."
-        ) from None
+        raise UserError(f"{path}, the tokenizer, cannot be read ({error}): make the folder anew.") from None
 
 
 def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
@@ -202,12 +168,9 @@ def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
     size = int(name.removeprefix("bpe:")) - 1
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=size, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=alphabet
     )
     model.train_from_iterator(documents, trainer)
     learned = model.get_vocab()

@@ -90,15 +90,6 @@ def test_the_map_is_not_a_copy_and_pickles_as_its_path(whole):
     assert pickle.loads(pickled).manifest == data.manifest
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
-def test_ids_are_as_narrow_as_the_vocabulary_allows(tmp_path, vocab_size, dtype):
-    ids = np.array([0, vocab_size - 1])
-    (shard,) = shards.write_split(tmp_path, "train", [ids], vocab_size)
-    stored = shards._map(tmp_path / shard.file, shard, verify=True)
-    assert stored.dtype == dtype
-    assert stored.tolist() == ids.tolist()
-
-
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

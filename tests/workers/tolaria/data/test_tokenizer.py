@@ -12,7 +12,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import tokenizer
-from esper.workers.tolaria.data.tokenizer import END, BytePairs, Characters
+from esper.workers.tolaria.data.tokenizer import END, BytePairs
 
 STORIES = [f"Once there were {i} small cats, and {i * i} dogs’ naïve songs.\n\nThe end {i}." for i in range(300)]
 BPE = tokenizer.build("bpe:400", STORIES)
@@ -22,7 +22,7 @@ TEXTS = st.lists(st.text(max_size=40), min_size=1, max_size=5)
 @given(TEXTS)
 @settings(deadline=None)
 def test_what_is_encoded_comes_back(documents):
-    for encoder in (Characters.learned(documents), BPE):
+    for encoder in (tokenizer.build("char", documents), BPE):
         ids = encoder.encode_documents(documents)
         assert encoder.decode(ids) == "".join(document + END for document in documents)
         assert (ids == encoder.end_id).sum() == len(documents)
