@@ -2,46 +2,36 @@
 
     python pipelines/report.py                                   # the newest sweep of esper-tinystories
     esper report esper-tinystories --sweep sweep-20260101-120000
-    esper report --tracking-uri http://mlflow:5000 --out reports/mine
 
-Leaves `report.html` (one file, no network needed), `report.md` with `report.png`, and `report.json` in the output
-folder, and keeps them with the sweep's run in MLflow, under `report`. In a notebook: `load`.
+Leaves `report.html` (one file, no network needed), `report.png` and `report.json` in the output folder, and keeps them
+with the sweep's run in MLflow, under `report`. In a notebook: `load`.
 """
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
-from esper.pipelines.reports.content import Report, Section
 from esper.pipelines.reports.figures import save_picture
-from esper.pipelines.reports.markdown import markdown
-from esper.pipelines.reports.page import page
-from esper.pipelines.reports.store import (
-    Skipped,
-    Sweep,
-    asked,
-    find_experiment,
-    find_sweep,
-    open_store,
-    read_tables,
-    search,
-)
-from esper.pipelines.reports.tables import Tables
+from esper.pipelines.reports.html import html
+from esper.pipelines.reports.paired_tests import counted
+from esper.pipelines.reports.runs import Run, Tables, tables
+from esper.pipelines.reports.sections import Report
+from esper.pipelines.reports.store import Sweep, asked, find_experiment, find_sweeps, open_store, read_runs
 from esper.pipelines.reports.verdict import judge
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.storage import check_unused, naming, write_json, write_text
-from esper.platform.tracking_store import shown
+from esper.platform.tracking_store import reason, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FILES = ("report.html", "report.md", "report.png", "report.json")
-KEPT_UNDER = "report"  # artifact folder of the parent run
+FILES = ("report.html", "report.png", "report.json")
 
 
 class ReportArguments(Arguments):
@@ -68,44 +58,33 @@ def run(arguments: ReportArguments) -> None:
     client, store = open_store(arguments.tracking_uri)
     with asked(store):
         experiment_id = find_experiment(client, arguments.experiment, store)
-        sweep = find_sweep(client, experiment_id, arguments.experiment, arguments.sweep)
+        sweep = next(find_sweeps(client, experiment_id, arguments.experiment, arguments.sweep))
     out = arguments.out or Path("reports") / re.sub(r"[^\w\-]", "_", sweep.name)
     check_unused(out)
     say(f"sweep   {sweep.name} of {arguments.experiment}, in {store}")
     report = build(client, store, experiment_id, arguments.experiment, sweep)
-    for note in report.notes:
-        say(f"note    {note}")
     save(client, report, out)
-    for section in report.sections:
-        if len(report.sections) > 1:
-            print(f"{section.title}:")
-        for criterion in section.verdict.criteria:
+    for verdict in report.verdicts:
+        if verdict.trials.title:
+            print(f"{verdict.trials.title}:")
+        for criterion in verdict.criteria:
             print(f"{criterion.criterion}: {criterion.outcome}. {criterion.sentence}")
-            for reason in criterion.withheld:
-                print(f"  - {reason}")
+            for why in criterion.withheld:
+                print(f"  - {why}")
     say(f"results: {', '.join(str(out / name) for name in FILES)}")
 
 
 def write_report(client: "MlflowClient", parent_run_id: str, out: Path) -> Path:
-    """Write the report on one sweep into `out`, over an older one there, and keep it with the sweep's run.
-
-    Args:
-        client: of the store that holds the sweep.
-        parent_run_id: the sweep's run.
-        out: folder; made where it is missing.
-
-    Returns:
-        `report.html`'s path.
+    """Write the report on one sweep into `out`, over an older one there; `report.html`'s path.
 
     Raises:
         UserError: the run has no `sweep.json`, or no finished trial.
     """
-    with asked(shown(client.tracking_uri)):
-        run = client.get_run(parent_run_id)
-        experiment = client.get_experiment(run.info.experiment_id)
-        sweep = find_sweep(client, experiment.experiment_id, experiment.name, parent_run_id)
-    report = build(client, shown(client.tracking_uri), experiment.experiment_id, experiment.name, sweep)
-    return save(client, report, out)
+    store = shown(client.tracking_uri)
+    with asked(store):
+        experiment = client.get_experiment(client.get_run(parent_run_id).info.experiment_id)
+        sweep = next(find_sweeps(client, experiment.experiment_id, experiment.name, parent_run_id))
+    return save(client, build(client, store, experiment.experiment_id, experiment.name, sweep), out)
 
 
 def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None = None) -> Tables:
@@ -122,30 +101,16 @@ def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None 
         sweep: run id or name of one sweep; None for all, told apart by `finals["sweep"]`.
         tracking_uri: None for `MLFLOW_TRACKING_URI`, else `mlflow.db` in the working directory.
 
-    Returns:
-        `curves`, `finals` and `timeline` (`Tables` says what is in them). Runs that no sweep logged are left out, and
-        how many is said on standard error.
-
     Raises:
         UserError: the store, the experiment or the sweep is not there, or no trial has finished.
     """
     client, store = open_store(tracking_uri)
     with asked(store):
         experiment_id = find_experiment(client, experiment, store)
-        if sweep is not None:
-            parents = [find_sweep(client, experiment_id, experiment, sweep).run_id]
-        else:
-            parents = [run.info.run_id for run in search(client, experiment_id, "tags.kind = 'sweep'")]
-            if not parents:
-                find_sweep(client, experiment_id, experiment, None)  # says what to do
-        tables, skipped = read_tables(client, experiment_id, parents)
-    _check_finished(tables, f"experiment {experiment!r}")
-    for note in _notes(skipped):
-        say(f"note    {note}")
-    return tables
-
-
-# -- Steps -------------------------------------------------------------------------------------------------------------
+        sweeps = [found.run_id for found in find_sweeps(client, experiment_id, experiment, sweep)]
+        found = read_runs(client, experiment_id, sweeps)
+    runs, _ = _finished(*found, f"experiment {experiment!r}")
+    return tables(runs)
 
 
 def build(client: "MlflowClient", store: str, experiment_id: str, experiment: str, sweep: Sweep) -> Report:
@@ -155,53 +120,40 @@ def build(client: "MlflowClient", store: str, experiment_id: str, experiment: st
         UserError: no trial has finished, or `sweep.json` is not what a sweep writes.
     """
     with asked(store):
-        tables, skipped = read_tables(client, experiment_id, [sweep.run_id])
-    _check_finished(tables, f"sweep {sweep.name!r}")
-    record = sweep.record or {}
-    points = record.get("points")
+        found = read_runs(client, experiment_id, [sweep.run_id])
+    runs, notes = _finished(*found, f"sweep {sweep.name!r}")
+    points = sweep.record.get("points")
     if not points or any("grid" not in point for point in points):
         raise UserError(f"sweep.json of {sweep.name!r} names no grid point: run `esper sweep` again.")
-    sections = []
-    for point in points:
-        own = _at(tables, point["grid"])
-        sections.append(Section(point, judge(own, point, sweep=record), own))
-    notes = _notes(skipped)
     if sweep.status == "RUNNING":
         notes.insert(0, "the sweep had not ended: this is what it had logged by then.")
-    return Report(sweep, experiment, store, sections, notes, tables.finals)
+    return Report(sweep, experiment, store, [judge(runs, point, sweep.record) for point in points], notes, runs)
 
 
 def save(client: "MlflowClient", report: Report, out: Path) -> Path:
-    """Write the four files, and keep them with the sweep's run; `report.html`'s path."""
+    """Write the files, and keep them with the sweep's run; `report.html`'s path."""
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "report.png"):
-        save_picture(report, out / "report.png")
-    write_text(out / "report.md", markdown(report, "report.png"))
+        points = [verdict.trials for verdict in report.verdicts]
+        save_picture(f"{report.experiment} · {report.sweep.name}", points, out / "report.png")
     write_json(out / "report.json", report.as_dict())
-    write_text(out / "report.html", page(report))
+    write_text(out / "report.html", html(report))
     try:
         for name in FILES:
-            client.log_artifact(report.sweep.run_id, str(out / name), KEPT_UNDER)
+            client.log_artifact(report.sweep.run_id, str(out / name), "report")
     except Exception as error:  # the store may be read-only: the report itself is written
-        say(f"note    MLflow did not take the report ({str(error).splitlines()[0][:200]}): it is only in {out}.")
+        say(f"note    MLflow did not take the report ({reason(error)}): it is only in {out}.")
     return out / "report.html"
 
 
-def _at(tables: Tables, grid: str) -> Tables:
-    """One grid point's rows."""
-    own: dict[str, Any] = {
-        name: frame[frame["grid"] == grid].reset_index(drop=True) for name, frame in vars(tables).items()
-    }
-    return Tables(**own)
-
-
-def _check_finished(tables: Tables, what: str) -> None:
-    if "FINISHED" not in set(tables.finals["status"]):
+def _finished(runs: list[Run], skipped: Counter[str], what: str) -> tuple[list[Run], list[str]]:
+    """The runs, and what was left out, in sentences, which are said too."""
+    if not any(run.status == "FINISHED" for run in runs):
         raise UserError(f"{what} has no finished runs: wait for its trials, or go on with it (`esper sweep --resume`).")
-
-
-def _notes(skipped: Skipped) -> list[str]:
-    return [f"{count} run(s) were skipped: {reason}." for reason, count in skipped.items()]
+    notes = [f"{counted(n, 'run')} skipped: {why}." for why, n in skipped.items()]
+    for note in notes:
+        say(f"note    {note}")
+    return runs, notes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,6 @@
-"""What a report reads from MLflow: the sweeps of an experiment, and their trials as data frames. Writes nothing there.
+"""What a report reads from MLflow: a sweep's parent run with its `sweep.json`, and of each child its tags and summary.
 
-A store that is not there is told of, never made. Runs that a sweep did not log (older ones, other programs') are
-skipped and counted.
+Nothing is made or changed: a store that is not there is told of. Runs that no sweep logged are skipped and counted.
 """
 
 import contextlib
@@ -14,76 +13,33 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from esper.pipelines.reports.tables import Tables
+from esper.pipelines.reports.runs import FINAL, NEEDED, Run
 from esper.platform import tracking_store
 from esper.platform.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Run as MlflowRun
 
-COSTS = ("tokens", "flops", "seconds", "parameter_seconds")
-POINT = ("budget_fraction", "steps", *COSTS, "parameters", "val_loss")  # metrics of a decision that a curve holds
-FORK = ("val_loss", "budget_fraction", *COSTS)  # metrics of a cooldown fork, after `annealed/`
 TAGS = ("label", "arm", "seed", "purpose", "grid")  # without one of them a run is no trial of a sweep
-FINALS = ("steps", *COSTS, "wall_seconds", "parameters", "val_loss")
-EVENTS = {"grafts": "graft", "prunes": "prune", "rollbacks": "rollback"}
-EVENT = ("budget_fraction", "optimizer_step", "site", "blueprint", "outcome")
-CHANGE = ("parameters_before", "parameters_after", "val_loss_before", "val_loss_after")
-
-IDENTITY = ["run_id", "label", "arm", "size", "seed", "purpose", "grid"]
-COLUMNS = {
-    "curves": [*IDENTITY, "kind", "budget_fraction", "steps", *COSTS, "parameters", "val_loss"],
-    "finals": [
-        *("sweep", "run_id", "name", "arm", "label", "size", "seed", "purpose", "grid", "status", "diverged"),
-        *("val_loss", "parameter_seconds", "flops", "seconds", "tokens", "steps", "wall_seconds"),
-        *("parameters", "layers", "grafts", "prunes", "rollbacks"),
-    ],
-    "timeline": ["run_id", "label", "seed", "purpose", "grid", "event", *EVENT, *CHANGE],
-}
-COUNTS = ("size", "steps", "parameters", "layers", "grafts", "prunes", "rollbacks", "optimizer_step")
-COUNTS_CHANGED = ("parameters_before", "parameters_after")
-
-READERS = 8  # runs that a server is asked for at once; a file answers no sooner for it
+READERS = 8  # summaries that are downloaded at once
 SHOWN = 5  # names that an error lists at most
-Skipped = Counter[str]  # reason → runs
+ELSEWHERE = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sweep:
-    """A sweep as MLflow holds it.
-
-    Attributes:
-        run_id: of the parent run.
-        name: of the parent run.
-        record: `sweep.json`; None where the run has none.
-        tags: of the parent run.
-        started: milliseconds.
-        status: of the parent run.
-    """
+    """A sweep's parent run: `record` is its `sweep.json`, `started` in milliseconds."""
 
     run_id: str
     name: str
-    record: dict[str, Any] | None
+    record: dict[str, Any]
     tags: dict[str, str] = field(default_factory=dict)
     started: int = 0
     status: str = ""
-
-    @classmethod
-    def read(cls, client: "MlflowClient", run: "Run") -> "Sweep":
-        """From its parent run."""
-        info = run.info
-        record = artifact(client, info.run_id, "sweep.json")
-        return cls(info.run_id, info.run_name or info.run_id, record, run.data.tags, info.start_time or 0, info.status)
-
-
-# -- The store ---------------------------------------------------------------------------------------------------------
 
 
 def open_store(uri: str | None) -> tuple["MlflowClient", str]:
@@ -101,7 +57,9 @@ def open_store(uri: str | None) -> tuple["MlflowClient", str]:
         address = f"sqlite:///{file.resolve()}"
         _check_database(file.resolve())
     elif "://" not in address or address.startswith("file:"):
-        _check_folder(Path(address.removeprefix("file://").removeprefix("file:")))
+        folder = Path(address.removeprefix("file://").removeprefix("file:"))
+        if not any(folder.glob("*/meta.yaml")):
+            raise UserError(f"there are no MLflow experiments in {folder}: {ELSEWHERE}")
     shown = tracking_store.shown(address)
     for name, value in tracking_store.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -128,32 +86,23 @@ def asked(shown: str, errors: tuple[type[Exception], ...] | None = None) -> Iter
     except UserError:
         raise
     except errors as error:
-        reason = tracking_store.shown((str(error).strip() or type(error).__name__).splitlines()[0])[:200].rstrip(".: ")
         raise UserError(
-            f"MLflow at {shown} cannot be read ({reason}): check --tracking-uri, or MLFLOW_TRACKING_URI."
+            f"MLflow at {shown} cannot be read ({tracking_store.reason(error)}): check --tracking-uri, or "
+            "MLFLOW_TRACKING_URI."
         ) from error
 
 
 def _check_database(file: Path) -> None:
     """Refuse an SQLite file that MLflow would make, or would fill with its tables."""
-    advice = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
     if not file.is_file():
-        raise UserError(f"there is no MLflow database {file}: {advice}")
+        raise UserError(f"there is no MLflow database {file}: {ELSEWHERE}")
     try:
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
             found = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone()
     except sqlite3.Error:
         found = None
     if not found:
-        raise UserError(f"{file} is not a database of MLflow's: {advice}")
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that MLflow would make, or would make its own."""
-    if not folder.is_dir():
-        raise UserError(f"there is no MLflow folder {folder}: give --tracking-uri, such as sqlite:///mlflow.db.")
-    if not any(folder.glob("*/meta.yaml")):
-        raise UserError(f"{folder} holds no MLflow experiments: give --tracking-uri, such as sqlite:///mlflow.db.")
+        raise UserError(f"{file} is not a database of MLflow's: {ELSEWHERE}")
 
 
 def _connect_once(uri: str) -> None:
@@ -161,19 +110,8 @@ def _connect_once(uri: str) -> None:
     from sqlalchemy import create_engine
 
     engine = create_engine(uri, connect_args={"connect_timeout": tracking_store.PROBE_SECONDS})
-    try:
-        engine.connect().close()
-    finally:
-        engine.dispose()
-
-
-def artifact(client: "MlflowClient", run_id: str, name: str) -> Any:
-    """A JSON artifact of a run; None where it has none, or what it has is no JSON."""
-    if not any(file.path == name for file in client.list_artifacts(run_id)):
-        return None
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ValueError):
-        return json.loads(Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8"))
-    return None
+    engine.connect().close()
+    engine.dispose()
 
 
 # -- Experiments and sweeps --------------------------------------------------------------------------------------------
@@ -187,9 +125,8 @@ def find_experiment(client: "MlflowClient", name: str, shown: str) -> str:
     """
     found = client.get_experiment_by_name(name)
     if found is None:
-        known = [experiment.name for experiment in client.search_experiments()]
-        near = get_close_matches(name, known, n=3) or known[:SHOWN]
-        raise UserError(f"MLflow at {shown} has no experiment {name!r}: the nearest are {', '.join(near) or 'none'}.")
+        near = _near(name, [experiment.name for experiment in client.search_experiments()])
+        raise UserError(f"MLflow at {shown} has no experiment {name!r}: the nearest are {near}.")
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"experiment {name!r} was deleted: restore it with `MLFLOW_TRACKING_URI={shown} mlflow experiments restore "
@@ -198,7 +135,37 @@ def find_experiment(client: "MlflowClient", name: str, shown: str) -> str:
     return found.experiment_id
 
 
-def search(client: "MlflowClient", experiment_id: str, where: str) -> list["Run"]:
+def find_sweeps(client: "MlflowClient", experiment_id: str, experiment: str, wanted: str | None) -> Iterator[Sweep]:
+    """The sweeps of a run id or name, else all, that have a `sweep.json`; the newest first.
+
+    Raises:
+        UserError: there is none, or it has none.
+    """
+    parents = _search(client, experiment_id, "tags.kind = 'sweep'")
+    names = {run.info.run_id: run.info.run_name or run.info.run_id for run in parents}
+    if not parents:
+        raise UserError(f"experiment {experiment!r} holds no sweep: run `esper sweep` first, or name another one.")
+    if wanted is not None:
+        parents = [run for run in parents if wanted in (run.info.run_id, run.info.run_name)]
+    if not parents:
+        near = _near(str(wanted), list(names.values()))
+        raise UserError(f"experiment {experiment!r} has no sweep {wanted!r}: there are {near}.")
+    found = False
+    for run in parents:
+        record, info = _artifact(client, run.info.run_id, "sweep.json"), run.info
+        if isinstance(record, dict):
+            found = True
+            yield Sweep(info.run_id, names[info.run_id], record, run.data.tags, info.start_time or 0, info.status)
+    if not found:
+        which = f"sweep {wanted!r} has" if wanted is not None else f"the sweeps in {experiment!r} have"
+        raise UserError(f"{which} no sweep.json, without which there is no report: run `esper sweep` again.")
+
+
+def _near(name: str, known: list[str]) -> str:
+    return ", ".join(get_close_matches(name, known, n=3) or known[:SHOWN]) or "none"
+
+
+def _search(client: "MlflowClient", experiment_id: str, where: str) -> list["MlflowRun"]:
     """All runs that a filter finds, the newest first."""
     runs, token = [], None
     while True:
@@ -211,159 +178,65 @@ def search(client: "MlflowClient", experiment_id: str, where: str) -> list["Run"
             return runs
 
 
-def find_sweep(client: "MlflowClient", experiment_id: str, experiment: str, wanted: str | None) -> Sweep:
-    """The sweep of a run id or name, else the newest that has a `sweep.json`.
+def _artifact(client: "MlflowClient", run_id: str, name: str) -> Any:
+    """A JSON artifact of a run; None where it has none, or what it has is no JSON."""
+    if not any(file.path == name for file in client.list_artifacts(run_id)):
+        return None
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ValueError):
+        return json.loads(Path(client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8"))
+    return None
 
-    Raises:
-        UserError: there is none, or it has none.
+
+# -- Runs --------------------------------------------------------------------------------------------------------------
+
+
+def read_runs(client: "MlflowClient", experiment_id: str, sweeps: Iterable[str]) -> tuple[list[Run], Counter[str]]:
+    """The trials of sweeps (parent run ids), the oldest first, and how many runs were skipped, by reason.
+
+    Of two runs of one trial (its store was away, or it was copied) the one that ended counts, else the newest.
     """
-    parents = search(client, experiment_id, "tags.kind = 'sweep'")
-    if wanted is not None:
-        parents = [run for run in parents if wanted in (run.info.run_id, run.info.run_name)] or _none_of(
-            wanted, parents, experiment
-        )
-    for run in parents:
-        sweep = Sweep.read(client, run)
-        if sweep.record is not None:
-            return sweep
-    if not parents:
-        raise UserError(f"experiment {experiment!r} holds no sweep: run `esper sweep` first, or name another one.")
-    which = f"sweep {wanted!r} has" if wanted is not None else f"the {len(parents)} sweep(s) in {experiment!r} have"
-    raise UserError(f"{which} no sweep.json, without which there is no report: run `esper sweep` again.")
-
-
-def _none_of(wanted: str, parents: list["Run"], experiment: str) -> list["Run"]:
-    names = [run.info.run_name or run.info.run_id for run in parents]
-    near = get_close_matches(wanted, names, n=3) or names[:SHOWN]
-    raise UserError(f"experiment {experiment!r} has no sweep {wanted!r}: there are {', '.join(near) or 'none'}.")
-
-
-# -- Trials ------------------------------------------------------------------------------------------------------------
-
-
-def read_tables(client: "MlflowClient", experiment_id: str, sweeps: Iterable[str]) -> tuple[Tables, Skipped]:
-    """The trials of sweeps (parent run ids), and how many runs were skipped, by reason.
-
-    A trial that was run again after a fault counts once: as the run that ended, else as the newest.
-    """
-    skipped: Skipped = Counter()
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in COLUMNS}
+    skipped: Counter[str] = Counter()
+    chosen: dict[tuple[str, str], MlflowRun] = {}
     for sweep in sweeps:
-        chosen: dict[str, Run] = {}
-        for run in search(client, experiment_id, f"tags.`mlflow.parentRunId` = '{sweep}'"):
-            name = run.info.run_name or run.info.run_id
+        for run in _search(client, experiment_id, f"tags.`mlflow.parentRunId` = '{sweep}'"):
+            key = sweep, run.info.run_name or run.info.run_id
             if reason := _no_trial(run):
                 skipped[reason] += 1
-            elif name not in chosen:
-                chosen[name] = run
+            elif key not in chosen:
+                chosen[key] = run
             else:
                 skipped["earlier attempts of a trial"] += 1
-                if run.info.status == "FINISHED" != chosen[name].info.status:
-                    chosen[name] = run
-        readers = READERS if tracking_store.is_server(client.tracking_uri) else 1
-        with ThreadPoolExecutor(readers) as pool:
-            oldest_first = sorted(chosen.values(), key=lambda run: run.info.start_time)
-            trials = list(pool.map(partial(_read_trial, client, sweep), oldest_first))
-        for trial in trials:
-            if trial is None:
-                skipped["finished without a summary.json"] += 1
-                continue
-            for name, own in trial.items():
-                rows[name] += own
-    return Tables(**{name: _frame(name, own) for name, own in rows.items()}), skipped
+                if run.info.status == "FINISHED" != chosen[key].info.status:
+                    chosen[key] = run
+    oldest_first = sorted(chosen, key=lambda key: chosen[key].info.start_time)
+    with ThreadPoolExecutor(READERS) as pool:
+        read = list(pool.map(lambda key: _read_run(client, *key, chosen[key]), oldest_first))
+    skipped.update(reason for reason in read if isinstance(reason, str))
+    return [run for run in read if isinstance(run, Run)], skipped
 
 
-def _no_trial(run: "Run") -> str | None:
-    """Why a run is none of a sweep's trials; None where it is one."""
+def _no_trial(run: "MlflowRun") -> str:
+    """Why a run is none of a sweep's trials; empty where it is one."""
     tags = run.data.tags
     if tags.get("kind") != "trial" or any(tag not in tags for tag in TAGS):
         return "no trials of a sweep (older ones, or other programs')"
     try:
-        int(tags["seed"])
-        int(tags.get("size") or 0)
-        json.loads(tags["grid"])
+        int(tags["seed"]), int(tags.get("size") or 0), json.loads(tags["grid"])
     except ValueError:
         return "trials with tags that cannot be read"
-    return None
+    return ""
 
 
-def _read_trial(client: "MlflowClient", sweep: str, run: "Run") -> dict[str, list[dict[str, Any]]] | None:
-    """Rows for each table from one run; None where it has ended but says nothing of itself."""
+def _read_run(client: "MlflowClient", sweep: str, name: str, run: "MlflowRun") -> Run | str:
+    """A trial, or what it lacks though it has ended."""
     tags, info = run.data.tags, run.info
-    finished = info.status == "FINISHED"
-    summary = artifact(client, info.run_id, "summary.json")
-    if finished and not isinstance(summary, dict):
-        return None
-    summary = summary or {}
-    size = tags.get("size")
-    identity = {
-        "run_id": info.run_id,
-        "label": tags["label"],
-        "arm": tags["arm"],
-        "size": int(size) if size else None,
-        "seed": int(tags["seed"]),
-        "purpose": tags["purpose"],
-        "grid": tags["grid"],
-    }
-    points = _series(client, run, "", POINT)
-    forks = _series(client, run, "annealed/", FORK)
-    sizes = {fork.get("steps"): fork.get("parameters") for fork in summary.get("annealed", [])}
-    for fork in forks:
-        fork["parameters"] = sizes.get(fork["steps"])
-    diverged = tags.get("diverged") == "true" or bool(summary.get("diverged"))
-    curves = [identity | {"kind": "decision"} | point for point in points]
-    curves += [identity | {"kind": "annealed"} | fork for fork in forks if fork.get("val_loss") is not None]
-    if finished and not diverged and points:
-        curves.append(identity | {"kind": "annealed"} | points[-1])
-    reached = summary if finished else run.data.metrics  # the latest of each
-    final = {
-        **identity,
-        "sweep": sweep,
-        "name": info.run_name or info.run_id,
-        "status": info.status,
-        "diverged": diverged,
-        **{key: reached.get(key) for key in FINALS},
-        "layers": summary.get("layers"),
-        **{key: len(summary[key]) if key in summary else None for key in EVENTS},
-    }
-    if not finished or diverged:
-        final["val_loss"] = None
-    timeline = [identity | _event(record, event) for key, event in EVENTS.items() for record in summary.get(key, [])]
-    timeline.sort(key=lambda row: row["budget_fraction"])
-    return {"curves": curves, "finals": [final], "timeline": timeline}
-
-
-def _series(client: "MlflowClient", run: "Run", prefix: str, keys: Iterable[str]) -> list[dict[str, Any]]:
-    """A run's metrics as points, by step; of a point that was sent twice, the later sending."""
-    points: dict[int, dict[str, Any]] = {}
-    for key in keys:
-        if prefix + key in run.data.metrics:
-            history = client.get_metric_history(run.info.run_id, prefix + key)
-            for metric in sorted(history, key=lambda metric: (metric.step, metric.timestamp)):
-                points.setdefault(metric.step, {"steps": metric.step})[key] = metric.value
-    return [points[step] for step in sorted(points)]
-
-
-def _event(record: dict[str, Any], event: str) -> dict[str, Any]:
-    """A row of the timeline; a rollback names the graft that went with it in `removed`, as `BLUEPRINT at SITE`."""
-    blueprint, _, site = (record.get("removed") or "").partition(" at ")
-    removed = {"blueprint": blueprint or None, "site": site or None} if event == "rollback" else {}
-    return {"event": event} | {key: record.get(key) for key in (*EVENT, *CHANGE)} | removed
-
-
-def _frame(name: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rows of one table, with its columns and their types whatever the rows lack."""
-    frame = pd.DataFrame(rows, columns=COLUMNS[name])
-    for column in frame.columns:
-        if column in (*COUNTS, *COUNTS_CHANGED):
-            frame[column] = frame[column].astype("Float64").astype("Int64")
-        elif column == "seed":
-            frame[column] = frame[column].astype("int64")
-        elif column == "diverged":
-            frame[column] = frame[column].astype(bool)
-        elif column in ("budget_fraction", "wall_seconds", "val_loss", *COSTS, *CHANGE):
-            frame[column] = frame[column].astype("float64")
-        else:
-            texts = frame[column].astype("object")
-            frame[column] = texts.where(texts.notna(), None)
-    return frame
+    summary: Any = {key: run.data.metrics.get(key) for key in FINAL}  # the latest of each
+    if info.status == "FINISHED":
+        summary = _artifact(client, info.run_id, "summary.json")
+        if not isinstance(summary, dict):
+            return "finished without a summary.json"
+        if lacking := [key for key in NEEDED if key not in summary]:
+            return f"their summary.json lacks {', '.join(lacking)}"
+    size = int(tags["size"]) if tags.get("size") else None
+    words = (tags["label"], tags["arm"], size, int(tags["seed"]), tags["purpose"], tags["grid"])
+    return Run(info.run_id, sweep, name, *words, status=info.status, summary=summary)

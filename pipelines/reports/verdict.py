@@ -1,163 +1,181 @@
-"""The verdict of a sweep: which arm ends lower at equal cost, how sure that is, and what the data cannot say."""
+"""The verdict on one grid point: whether growing is harmless, which arm ends lower, and what the data cannot say."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from esper.pipelines.common.statistics import Interval
-from esper.pipelines.reports.claims import CANNOT_SAY, Claim, interval_dict, pair
-from esper.pipelines.reports.criteria import Criterion, efficiency, find_caveats, mechanics
-from esper.pipelines.reports.envelope import EnvelopePoint, draw_envelope, read_runs, sound
-from esper.pipelines.reports.opponents import ENVELOPE, OPPONENTS, Bench
-from esper.pipelines.reports.tables import AXES, Tables
+from esper.pipelines.common.statistics import CONFIDENCE
+from esper.pipelines.reports.baselines import BASELINES, BEST_STATIC, Trials, best
+from esper.pipelines.reports.paired_tests import BETTER, CANNOT_SAY, PAIRS, PairedTest, counted, holm
+from esper.pipelines.reports.runs import AXES, NEAR, Run
 
-TRANSFER = "Whether it transfers cannot be said: no arm here was trained on growing a CNN."
+UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less
+SPEED = 0.05  # by how much the steps that equal measured budgets give to one static size may differ
+NAMED = 5  # runs that a sentence names one by one
 
 
 @dataclass(frozen=True)
-class ArmRow:
-    """A label's test runs; means are over those that finished and did not diverge, None where there is none.
+class Criterion:
+    """Mechanics or Efficiency: met, not met, cannot say, or withheld for the reasons given."""
 
-    Attributes:
-        label: as tables call it.
-        arm: the arm.
-        size: layers at the start; None where the arm has none.
-        seeds: runs that finished and did not diverge.
-        diverged: runs that the governor gave up.
-        loss: mean final loss with its 95 % interval, nats per token.
-        losses: final loss by seed.
-        difference: final loss minus the envelope's at equal budget, paired by seed; None for the envelope's own size.
-        outcome: of that difference, as in the claim; None for arms that do not grow.
-        parameters, layers, grafts: means at the end.
-        cost: mean of each axis of AXES.
-        wall_seconds: mean.
-    """
-
-    label: str
-    arm: str
-    size: int | None
-    seeds: int
-    diverged: int
-    loss: Interval | None
-    losses: dict[int, float]
-    difference: Interval | None
-    outcome: str | None
-    parameters: float | None
-    layers: float | None
-    grafts: float | None
-    cost: dict[str, float]
-    wall_seconds: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**vars(self), "loss": interval_dict(self.loss), "difference": interval_dict(self.difference)}
+    criterion: str
+    sentence: str
+    outcome: str
+    withheld: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a sweep says at one grid point.
+    """What a sweep says at one grid point."""
 
-    Attributes:
-        grid: the grid point, JSON text.
-        axis: the budget's axis, as it was given: one of AXES, or steps.
-        amount: the budget, in that axis's unit.
-        size: layers of the static size that stands for the envelope at equal budget; None without static runs.
-        schedule: label of the best fixed schedule; None without one.
-        criteria: Mechanics, Efficiency, Transfer.
-        rows: a row per label, statics first.
-        claims: each grown arm, and each random control, against each opponent on each axis.
-        caveats: what the data cannot say; each withholds the efficiency verdict.
-        envelope: the static envelope on each axis, from low to high cost.
-    """
-
-    grid: str
-    axis: str
-    amount: float
-    size: int | None
-    schedule: str | None
+    trials: Trials
+    tests: tuple[PairedTest, ...]  # each grown arm, and each control, against each baseline on each axis
     criteria: tuple[Criterion, ...]
-    rows: tuple[ArmRow, ...]
-    claims: tuple[Claim, ...]
-    caveats: tuple[str, ...]
-    envelope: dict[str, tuple[EnvelopePoint, ...]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
-            **vars(self),
-            "criteria": [vars(criterion) for criterion in self.criteria],
-            "rows": [row.as_dict() for row in self.rows],
-            "claims": [claim.as_dict() for claim in self.claims],
-            "envelope": {axis: [vars(point) for point in points] for axis, points in self.envelope.items()},
-        }
+        told = {"grid": self.trials.point["grid"], "budget": self.trials.budget}
+        told |= {"best_static": self.trials.best_static, "best_schedule": self.trials.schedule}
+        criteria, tests = [vars(criterion) for criterion in self.criteria], [test.as_dict() for test in self.tests]
+        return told | {"criteria": criteria, "did_not_grow": self.trials.idle, "tests": tests}
 
 
-def judge(tables: Tables, point: dict[str, Any], *, sweep: dict[str, Any]) -> Verdict:
+def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> Verdict:
     """Judge one grid point. Test runs are compared; tuning runs only choose what they are compared with.
 
     Args:
-        tables: every trial of the sweep.
+        runs: of the sweep.
         point: an entry of `sweep["points"]`.
         sweep: what `sweep.json` holds.
     """
-    bench = Bench(read_runs(tables, point["grid"]), point)
-    claims = [claim for axis in AXES for opponent in OPPONENTS for claim in bench.claims(opponent, axis)]
-    caveats = find_caveats(bench, point, sweep)
-    timeline = [event for event in tables.timeline.to_dict("records") if event["grid"] == point["grid"]]
-    criteria = (
-        mechanics(bench, timeline),
-        efficiency(bench, claims, caveats),
-        Criterion("Transfer", TRANSFER, CANNOT_SAY),
+    trials = Trials(runs, point)
+    tests = tuple(test for axis in AXES for baseline in BASELINES for test in trials.tests(baseline, axis))
+    return Verdict(trials, tests, (efficiency(trials, tests, find_caveats(trials, sweep)), mechanics(trials.runs)))
+
+
+# -- Criteria ----------------------------------------------------------------------------------------------------------
+
+
+def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[str]) -> Criterion:
+    """Whether a grown arm ends lower than all its baselines at equal budget; random controls cannot win.
+
+    An arm's weakest test counts, so nothing is corrected over its baselines; Holm's method corrects over the arms.
+    """
+    by_arm = {arm: [t for t in tests if (t.arm, t.axis) == (arm, trials.axis)] for arm in trials.grown}
+    joint = holm([max(test.p for test in own) for own in by_arm.values()])
+    outcomes = {arm: {test.outcome[0] for test in own} for arm, own in by_arm.items()}
+    winners = [a for a, p in zip(by_arm, joint, strict=True) if outcomes[a] == {BETTER} and p <= 1 - CONFIDENCE]
+    unknown = [arm for arm in by_arm if CANNOT_SAY in outcomes[arm] <= {BETTER, CANNOT_SAY}]
+    found = [f"at {trials.budget} no arm grew"]
+    if by_arm:
+        ends = {arm: np.mean([run.loss for run in trials.sound(arm).values()] or [math.inf]) for arm in by_arm}
+        first = min(winners or by_arm, key=ends.__getitem__)
+        who = f"{', '.join(winners) or 'no grown arm'} {'end' if len(winners) > 1 else 'ends'} lower than all baselines"
+        interval = next(test.interval for test in by_arm[first] if test.baseline == BEST_STATIC)
+        minus = f": {interval} nats to the best static size ({trials.best_static})" if interval else ""
+        found = [f"at {trials.budget} {who}", f"of the grown arms {first} ends lowest{minus}"]
+    for arm, same in trials.idle.items():
+        found.append(f"{arm} did not grow{f': its runs are those of {same} to the bit' if same else ''}")
+    sentence = "; ".join(found) + "."
+    if caveats:
+        return Criterion("Efficiency", f"By the numbers alone, {sentence}", "withheld", tuple(caveats))
+    outcome = "met" if winners else CANNOT_SAY if unknown or not by_arm else "not met"
+    return Criterion("Efficiency", sentence[0].upper() + sentence[1:], outcome)
+
+
+def mechanics(runs: Sequence[Run]) -> Criterion:
+    """Whether growing did any harm, over all test and tuning runs, whoever chose the grafts.
+
+    Not met where a graft moved the loss or was rolled back, or a run diverged that had grown. A run that diverged
+    without a graft is told of, but says nothing of growing.
+    """
+    runs = [run for run in runs if run.purpose in ("test", "tuning")]
+    grafts = [graft for run in runs for graft in run.summary.get("grafts", ())]
+    if not grafts:
+        return Criterion("Mechanics", "Whether growing does harm cannot be said: no run grew.", CANNOT_SAY)
+    changes = [abs(graft["val_loss_after"] - graft["val_loss_before"]) for graft in grafts]
+    change = max(changes) if all(map(math.isfinite, changes)) else math.inf  # max() alone would let a NaN pass
+    undone = sum(graft["outcome"] == "rolled back" for graft in grafts)
+    grown = [f"{run.label} on seed {run.seed}" for run in runs if run.diverged and run.grafts]
+    others = [f"{run.label} on seed {run.seed}" for run in runs if run.diverged and not run.grafts]
+    moved = (
+        f"moved the validation loss by at most {change:.1e} nats" if change else "left the validation loss as it was"
     )
-    return Verdict(
-        grid=point["grid"],
-        axis=point["budget"]["axis"],
-        amount=bench.amount,
-        size=bench.size,
-        schedule=bench.schedule,
-        criteria=criteria,
-        rows=tuple(_row(bench, label, claims) for label in _order(bench, sweep["arms"])),
-        claims=tuple(claims),
-        caveats=tuple(caveats),
-        envelope={axis: draw_envelope(bench.statics, axis) for axis in AXES},
-    )
+    parts = [
+        f"{counted(len(grafts), 'graft')} on {counted(sum(run.grafts > 0 for run in runs), 'run')} {moved}",
+        f"{undone or 'none'} of them {'was' if undone < 2 else 'were'} rolled back",
+        f"{counted(len(grown), 'run')} that had grown diverged{_named(grown)}",
+    ]
+    if others:
+        parts.append(
+            f"without a graft, which says nothing of growing, {counted(len(others), 'run')} did{_named(others)}"
+        )
+    met = change < UNCHANGED and not undone and not grown
+    return Criterion("Mechanics", "; ".join(parts) + ".", "met" if met else "not met")
 
 
-def _order(bench: Bench, arms: list[str]) -> list[str]:
-    """Labels with test runs: static sizes from small to large, then as the sweep names them, then the rest."""
-    statics = [label for label in map(bench.static, bench.statics) if label]
-    return list(dict.fromkeys([*statics, *(label for label in arms if label in bench.test), *bench.test]))
+# -- Caveats -----------------------------------------------------------------------------------------------------------
 
 
-def _row(bench: Bench, label: str, claims: list[Claim]) -> ArmRow:
-    runs = bench.test[label]
-    first, kept = next(iter(runs.values())), sound(runs)
+def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
+    """What this grid point cannot say, a sentence each; any of them withholds the efficiency verdict."""
+    seeds, point = len(sweep["seeds"]), trials.point
+    few = f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}."
+    untuned = "The learning rates of the static sizes were not tuned, or the best was the last that was tried."
+    flatters = "The best static size or schedule was chosen on the test seeds, not on tuning seeds: that flatters it."
+    unchosen = (point["size"] is None and trials.statics) or (point["schedule"] is None and trials.schedules)
+    caveats = [
+        few if seeds < PAIRS else "",
+        _edge(trials, sorted(sweep["sizes"])),
+        "" if sweep["rates_tuned"] else untuned,
+        flatters if unchosen or not sweep["tuning_seeds"] else "",
+        _without_result(trials, sweep["trials"]),
+        _unequal(trials),
+    ]
+    return [caveat for caveat in caveats if caveat]
 
-    def mean(column: str) -> float | None:
-        value = float(np.mean([run.final[column] for run in kept.values()])) if kept else math.nan
-        return value if math.isfinite(value) else None
 
-    claim = next((c for c in claims if (c.arm, c.opponent, c.axis) == (label, ENVELOPE, bench.axis)), None)
-    difference = claim.interval if claim else None
-    envelope = bench.static(bench.size)
-    if claim is None and envelope not in (None, label):
-        pairs = pair(runs, bench.test[envelope], bench.axis, own=True)
-        difference = Interval.of(pairs.differences) if len(pairs.differences) > 1 and not pairs.beyond else None
-    return ArmRow(
-        label=label,
-        arm=first.arm,
-        size=first.size,
-        seeds=len(kept),
-        diverged=sum(run.diverged for run in runs.values()),
-        loss=Interval.of(np.array([run.loss for run in kept.values()])) if kept else None,
-        losses={seed: run.loss for seed, run in kept.items()},
-        difference=difference,
-        outcome=claim.outcome if claim else None,
-        parameters=mean("parameters"),
-        layers=mean("layers"),
-        grafts=mean("grafts"),
-        cost={axis: value for axis in AXES if (value := mean(axis)) is not None},
-        wall_seconds=mean("wall_seconds"),
-    )
+def _edge(trials: Trials, tried: Sequence[int]) -> str:
+    """Growing can only matter where the best static size is neither the smallest nor the largest of those tried."""
+    found = {"chosen": trials.size, "best on the test seeds": best(trials.statics)}
+    for size in (*tried[:1], *tried[-1:]):
+        if hows := [how for how, of in found.items() if of == size]:
+            who = f"The best static size, {counted(size, 'layer')} ({' and '.join(hows)}),"
+            if size == 1:
+                return f"{who} is the smallest there is: at this budget nothing has to grow. Take a larger budget."
+            return f"{who} is at the edge of those tried ({', '.join(map(str, tried))}): one beyond may be better."
+    return ""
+
+
+def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:
+    """Trials that failed, never ran, or are not in MLflow; one that diverged has a result."""
+    ended = {run.name for run in trials.runs if run.sound or run.diverged}
+    lacking = {run.name: "failed" for run in trials.runs if run.name not in ended}
+    for name, trial in planned.items():
+        if trial["grid"] == trials.point["grid"] and name not in ended:
+            lacking.setdefault(name, "not in MLflow" if trial["status"] == "done" else trial["status"])
+    told = _named([f"{name}: {how}" for name, how in lacking.items()])
+    return f"{counted(len(lacking), 'trial')} without a result{told}." if lacking else ""
+
+
+def _unequal(trials: Trials) -> str:
+    """Budgets that were not equal: by the ledger's reading, or on a measured clock by the steps that they gave."""
+    axis = trials.point["budget"]["axis"]
+    runs = [run for label in trials.test for run in trials.sound(label).values()]
+    if off := [run.name for run in runs if abs(run.final(axis) / trials.amount - 1) > NEAR]:
+        return f"{counted(len(off), 'run')} ended more than {NEAR:.0%} off the budget{_named(off)}."
+    for size, seeds in trials.statics.items():
+        steps = [run.final("steps") for run in seeds.values()]
+        if max(steps) > min(steps) * (1 + SPEED):
+            return (
+                f"Equal measured budgets gave {trials.static(size)} from {min(steps):,.0f} to {max(steps):,.0f} steps, "
+                f"more than {SPEED:.0%} apart: the machine was not always as fast. Run fewer trials at once."
+            )
+    return ""
+
+
+def _named(names: Sequence[str]) -> str:
+    return f" ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})" if names else ""

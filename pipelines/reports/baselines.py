@@ -1,0 +1,173 @@
+"""What every grown arm is held against: static of its final size, the best static size, the best fixed schedule.
+
+A run without a graft is a static one, whatever arm it belongs to: an arm that never grew is told so, and not tested.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from esper.pipelines.reports.paired_tests import PAIRS, PairedTest, corrected, counted, pair
+from esper.pipelines.reports.runs import AXES, Run, Seeds
+from esper.pipelines.sweeps.arm_names import NOT_GROWN, RANDOM, SCHEDULES, STATIC
+
+FINAL_SIZE, BEST_STATIC, BEST_SCHEDULE = BASELINES = ("final size", "best static", "best schedule")
+EQUAL_COST = {"steps": "tokens"}  # a step takes the same tokens in every arm
+DRAWN = 50  # points of an envelope
+
+
+class Trials:
+    """One grid point's runs, by what they are for.
+
+    Attributes:
+        axis: of AXES, on which all that is equal at equal budget.
+        test: label → seed → test run; statics first, from small to large.
+        arms: label → arm.
+        grown: labels of the arms that decide or schedule when to grow, and did: those that a verdict is about.
+        controls: labels of the arms that grow at random, and did.
+        idle: labels of those that on no seed did → the static label whose runs theirs are to the bit, if any.
+        statics: size → sound test runs; sizes without any are left out.
+        tuning: the same of the tuning runs.
+        size: the best static size at equal budget: chosen on tuning seeds, else on the test seeds.
+        schedule: label of the best fixed schedule, likewise.
+    """
+
+    def __init__(self, runs: Sequence[Run], point: dict[str, Any]) -> None:
+        self.point = point
+        self.runs = [run for run in runs if run.grid == point["grid"]]
+        self.title = ", ".join(f"{key} = {value}" for key, value in json.loads(point["grid"]).items())
+        axis, self.amount = str(point["budget"]["axis"]), float(point["budget"]["amount"])
+        self.axis = EQUAL_COST.get(axis, axis)
+        self.budget = f"{self.amount:,.10g} {axis.replace('_', '-')}"
+        self.test, tuning = _by_label(self.runs, "test"), _by_label(self.runs, "tuning")
+        self.statics, self.tuning = _by_size(self.test), _by_size(tuning)
+        self.arms = {label: next(iter(seeds.values())).arm for label, seeds in self.test.items()}
+        may_grow = [label for label, arm in self.arms.items() if arm not in NOT_GROWN]
+        grew = [label for label in may_grow if any(run.grafts for run in self.test[label].values())]
+        self.grown = [label for label in grew if self.arms[label] != RANDOM]
+        self.controls = [label for label in grew if self.arms[label] == RANDOM]
+        self.idle = {label: self._same_static(label) for label in may_grow if label not in grew}
+        self.schedules = {label: self.sound(label) for label in may_grow if self.arms[label] in SCHEDULES}
+        self.size: int | None = best(self.statics) if point["size"] is None else point["size"]
+        self.schedule: str | None = best(self.schedules) if point["schedule"] is None else point["schedule"]
+
+    def sound(self, label: str | None) -> dict[int, Run]:
+        """A label's sound test runs by seed; empty if it has none."""
+        return _sound(self.test.get(label or "", {}))
+
+    @property
+    def best_static(self) -> str | None:
+        """The label of the best static size at equal budget."""
+        return self.static(self.size)
+
+    def static(self, size: int | None) -> str | None:
+        """The label of a static size's test runs, None if it has none."""
+        return next(iter(self.statics[size].values())).label if size in self.statics else None
+
+    def _same_static(self, label: str) -> str | None:
+        """The static label whose runs these are, to the bit."""
+        ends = {seed: (run.loss, *map(run.final, AXES)) for seed, run in self.sound(label).items()}
+        for size, runs in self.statics.items():
+            if ends and all(s in runs and (runs[s].loss, *map(runs[s].final, AXES)) == end for s, end in ends.items()):
+                return self.static(size)
+        return None
+
+    # -- Tests ---------------------------------------------------------------------------------------------------
+
+    def tests(self, baseline: str, axis: str) -> list[PairedTest]:
+        """All tests against one kind of baseline: the grown arms' and, corrected among themselves, the controls'.
+
+        The best schedule is not tested against itself.
+        """
+        arms = [arm for arm in self.grown if not (baseline == BEST_SCHEDULE and arm == self.schedule)]
+        families = [[self._test(arm, baseline, axis) for arm in family] for family in (arms, self.controls)]
+        return [test for family in families for test in corrected(family)]
+
+    def _test(self, arm: str, baseline: str, axis: str) -> PairedTest:
+        mine, doubt, weakest = self.test[arm], "", 0.0
+        if baseline == BEST_STATIC:
+            against, doubt = self._best_static(arm, axis)
+        else:
+            against = self._final_size(arm) if baseline == FINAL_SIZE else self.schedule
+        if against is None or against not in self.test:
+            return PairedTest(np.empty(0), doubt="it was not trained", arm=arm, baseline=baseline, axis=axis)
+        found = pair(mine, self.test[against], axis)
+        if baseline == BEST_STATIC:
+            # The size was chosen on few seeds and may not be the best: the arm has to get below every one. Means alone
+            # would let an arm that equals the best size win in 8 % of sweeps with four nearly equal sizes.
+            others = [pair(mine, runs, axis) for runs in self.statics.values()]
+            weakest = max((other.p for other in others if not other.beyond and len(other.differences)), default=0.0)
+        grew = sum(run.grafts > 0 for run in mine.values())
+        if grew < PAIRS <= len(found.differences):
+            doubt = f"it grew on {counted(grew, 'seed')} only, and a test takes {PAIRS}"
+        doubt = found.doubt or doubt
+        return replace(found, doubt=doubt, weakest=weakest, arm=arm, baseline=baseline, axis=axis, against=against)
+
+    def _final_size(self, arm: str) -> str:
+        """Label of the runs born in the shape an arm ended with; a static size's first, which has a rate of its own."""
+        ends = {run.final("parameters") for run in self.sound(arm).values()}
+        # Layers that are all alike: no other growth gives the same number of parameters, but by coincidence.
+        alike = [size for size, runs in self.statics.items() if {r.final("parameters") for r in runs.values()} == ends]
+        return (self.static(alike[0]) if alike else None) or f"static_final:{arm}"
+
+    def _best_static(self, arm: str, axis: str) -> tuple[str | None, str]:
+        """The label of the best static size at an arm's median cost, and why a better one may be missing."""
+        costs = [run.final(axis) for run in self.sound(arm).values() if run.final(axis) > 0]
+        if axis == self.axis or not costs:
+            return self.best_static, ""
+        size, doubt = best_size(self.tuning or self.statics, axis, float(np.median(costs)))
+        return self.static(size), doubt
+
+
+def best(candidates: Mapping[Any, Seeds]) -> Any:
+    """The key whose sound runs end lowest in the mean; None without any."""
+    means = {key: np.mean([run.loss for run in runs.values()]) for key, runs in candidates.items() if runs}
+    return min(means, key=means.__getitem__) if means else None
+
+
+def best_size(statics: Mapping[int, Seeds], axis: str, cost: float) -> tuple[int | None, str]:
+    """The static size with the lowest mean annealed loss at a cost, and why a better one may be missing.
+
+    Where no size has a loss at the cost, it is the one that ends lowest.
+    """
+    means = {size: float(np.mean([run.loss_at(axis, cost) for run in runs.values()])) for size, runs in statics.items()}
+    known = {size: mean for size, mean in means.items() if math.isfinite(mean)}
+    size = min(known, key=known.__getitem__) if known else best(statics)
+    if not known or min(known) < size < max(known):
+        return size, ""
+    sizes = ", ".join(map(str, known))
+    return size, f"of the static sizes with losses at this cost ({sizes}) the best is an outermost one ({size})"
+
+
+def draw_envelope(statics: Mapping[int, Seeds], axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """Costs (points,) and the lowest mean annealed loss (points,) that any static size reaches by each; never rises."""
+    ends = [cost for runs in statics.values() for run in runs.values() for cost in run.points(axis)[0][[0, -1]]]
+    if not ends:
+        return np.empty(0), np.empty(0)
+    costs = np.unique(np.geomspace(min(ends), max(ends), DRAWN))
+    means = [np.mean([run.loss_at(axis, costs) for run in runs.values()], axis=0) for runs in statics.values()]
+    losses = np.fmin.accumulate(np.fmin.reduce(means))
+    return costs[np.isfinite(losses)], losses[np.isfinite(losses)]
+
+
+def _sound(runs: Seeds) -> dict[int, Run]:
+    return {seed: run for seed, run in sorted(runs.items()) if run.sound}
+
+
+def _by_label(runs: Sequence[Run], purpose: str) -> dict[str, dict[int, Run]]:
+    """Static labels first, from small to large."""
+    labels: dict[str, dict[int, Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.arm != STATIC, run.size or 0 if run.arm == STATIC else 0)):
+        if run.purpose == purpose:
+            labels.setdefault(run.label, {})[run.seed] = run
+    return labels
+
+
+def _by_size(labels: Mapping[str, Seeds]) -> dict[int | None, dict[int, Run]]:
+    """Sound static runs by their size, in increasing order."""
+    first = {label: next(iter(seeds.values())) for label, seeds in labels.items()}
+    return {first[n].size: _sound(labels[n]) for n in labels if first[n].arm == STATIC and _sound(labels[n])}
