@@ -9,7 +9,6 @@ with the sweep's run in MLflow, under `report`. In a notebook: `load`.
 
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,10 +17,9 @@ from pydantic import Field
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
 from esper.pipelines.reports.figures import save_picture
 from esper.pipelines.reports.html import html
-from esper.pipelines.reports.paired_tests import counted
-from esper.pipelines.reports.runs import Run, Tables, tables
+from esper.pipelines.reports.runs import Tables, tables
 from esper.pipelines.reports.sections import Report
-from esper.pipelines.reports.store import Sweep, asked, find_experiment, find_sweeps, open_store, read_runs
+from esper.pipelines.reports.store import Sweep, asked, find_sweeps, open_store, read_runs
 from esper.pipelines.reports.verdict import judge
 from esper.platform.console import say
 from esper.platform.errors import UserError
@@ -56,13 +54,11 @@ def run(arguments: ReportArguments) -> None:
     if arguments.out is not None:
         check_unused(arguments.out)
     client, store = open_store(arguments.tracking_uri)
-    with asked(store):
-        experiment_id = find_experiment(client, arguments.experiment, store)
-        sweep = next(find_sweeps(client, experiment_id, arguments.experiment, arguments.sweep))
+    sweep = next(find_sweeps(client, store, arguments.experiment, arguments.sweep))
     out = arguments.out or Path("reports") / re.sub(r"[^\w\-]", "_", sweep.name)
     check_unused(out)
-    say(f"sweep   {sweep.name} of {arguments.experiment}, in {store}")
-    report = build(client, store, experiment_id, arguments.experiment, sweep)
+    say(f"sweep   {sweep.name} of {sweep.experiment}, in {store}")
+    report = build(client, sweep)
     save(client, report, out)
     for verdict in report.verdicts:
         if verdict.trials.title:
@@ -83,8 +79,7 @@ def write_report(client: "MlflowClient", parent_run_id: str, out: Path) -> Path:
     store = shown(client.tracking_uri)
     with asked(store):
         experiment = client.get_experiment(client.get_run(parent_run_id).info.experiment_id)
-        sweep = next(find_sweeps(client, experiment.experiment_id, experiment.name, parent_run_id))
-    return save(client, build(client, store, experiment.experiment_id, experiment.name, sweep), out)
+    return save(client, build(client, next(find_sweeps(client, store, experiment.name, parent_run_id))), out)
 
 
 def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None = None) -> Tables:
@@ -105,37 +100,30 @@ def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None 
         UserError: the store, the experiment or the sweep is not there, or no trial has finished.
     """
     client, store = open_store(tracking_uri)
-    with asked(store):
-        experiment_id = find_experiment(client, experiment, store)
-        sweeps = [found.run_id for found in find_sweeps(client, experiment_id, experiment, sweep)]
-        found = read_runs(client, experiment_id, sweeps)
-    runs, _ = _finished(*found, f"experiment {experiment!r}")
+    runs, _ = read_runs(client, find_sweeps(client, store, experiment, sweep))
     return tables(runs)
 
 
-def build(client: "MlflowClient", store: str, experiment_id: str, experiment: str, sweep: Sweep) -> Report:
+def build(client: "MlflowClient", sweep: Sweep) -> Report:
     """Read a sweep's trials and judge each grid point.
 
     Raises:
         UserError: no trial has finished, or `sweep.json` is not what a sweep writes.
     """
-    with asked(store):
-        found = read_runs(client, experiment_id, [sweep.run_id])
-    runs, notes = _finished(*found, f"sweep {sweep.name!r}")
+    runs, notes = read_runs(client, [sweep])
     points = sweep.record.get("points")
     if not points or any("grid" not in point for point in points):
         raise UserError(f"sweep.json of {sweep.name!r} names no grid point: run `esper sweep` again.")
     if sweep.status == "RUNNING":
         notes.insert(0, "the sweep had not ended: this is what it had logged by then.")
-    return Report(sweep, experiment, store, [judge(runs, point, sweep.record) for point in points], notes, runs)
+    return Report(sweep, [judge(runs, point, sweep.record) for point in points], notes, runs)
 
 
 def save(client: "MlflowClient", report: Report, out: Path) -> Path:
     """Write the files, and keep them with the sweep's run; `report.html`'s path."""
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "report.png"):
-        points = [verdict.trials for verdict in report.verdicts]
-        save_picture(f"{report.experiment} · {report.sweep.name}", points, out / "report.png")
+        save_picture(f"{report.sweep.experiment} · {report.sweep.name}", report.verdicts, out / "report.png")
     write_json(out / "report.json", report.as_dict())
     write_text(out / "report.html", html(report))
     try:
@@ -144,16 +132,6 @@ def save(client: "MlflowClient", report: Report, out: Path) -> Path:
     except Exception as error:  # the store may be read-only: the report itself is written
         say(f"note    MLflow did not take the report ({reason(error)}): it is only in {out}.")
     return out / "report.html"
-
-
-def _finished(runs: list[Run], skipped: Counter[str], what: str) -> tuple[list[Run], list[str]]:
-    """The runs, and what was left out, in sentences, which are said too."""
-    if not any(run.status == "FINISHED" for run in runs):
-        raise UserError(f"{what} has no finished runs: wait for its trials, or go on with it (`esper sweep --resume`).")
-    notes = [f"{counted(n, 'run')} skipped: {why}." for why, n in skipped.items()]
-    for note in notes:
-        say(f"note    {note}")
-    return runs, notes
 
 
 def main(argv: list[str] | None = None) -> int:

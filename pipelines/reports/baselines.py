@@ -59,6 +59,10 @@ class Trials:
         """A label's sound test runs by seed; empty if it has none."""
         return _sound(self.test.get(label or "", {}))
 
+    def test_runs(self) -> list[Run]:
+        """By label and seed."""
+        return [run for seeds in self.test.values() for _, run in sorted(seeds.items())]
+
     @property
     def best_static(self) -> str | None:
         """The label of the best static size at equal budget."""
@@ -66,7 +70,8 @@ class Trials:
 
     def static(self, size: int | None) -> str | None:
         """The label of a static size's test runs, None if it has none."""
-        return next(iter(self.statics[size].values())).label if size in self.statics else None
+        runs = self.statics.get(size) if size is not None else None
+        return next(iter(runs.values())).label if runs else None
 
     def _same_static(self, label: str) -> str | None:
         """The static label whose runs these are, to the bit."""
@@ -167,7 +172,11 @@ def _by_label(runs: Sequence[Run], purpose: str) -> dict[str, dict[int, Run]]:
     return labels
 
 
-def _by_size(labels: Mapping[str, Seeds]) -> dict[int | None, dict[int, Run]]:
+def _by_size(labels: Mapping[str, Seeds]) -> dict[int, dict[int, Run]]:
     """Sound static runs by their size, in increasing order."""
-    first = {label: next(iter(seeds.values())) for label, seeds in labels.items()}
-    return {first[n].size: _sound(labels[n]) for n in labels if first[n].arm == STATIC and _sound(labels[n])}
+    sizes = {}
+    for seeds in map(_sound, labels.values()):
+        for run in seeds.values():
+            if run.arm == STATIC and run.size is not None:
+                sizes[run.size] = seeds
+    return sizes

@@ -22,7 +22,8 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.baselines import Trials, draw_envelope
 from esper.pipelines.reports.runs import AXES
-from esper.pipelines.reports.sections import AXIS_NAMES, short, test_runs
+from esper.pipelines.reports.sections import AXIS_NAMES, short
+from esper.pipelines.reports.verdict import Verdict
 
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),  # Okabe–Ito without black and yellow
@@ -50,7 +51,7 @@ def looks(arms: Mapping[str, str]) -> dict[str, Look]:
     own = dict.fromkeys(label.split(":", 1)[-1] for label in arms)
     for i, label in enumerate(label for label in own if label not in static):
         colors[label] = PALETTE[i % len(PALETTE)], MARKERS[i // len(PALETTE) % len(MARKERS)]
-    found = {}
+    found: dict[str, Look] = {}
     for label in arms:
         kind, follows, of = label.partition(":")
         color, marker = colors[of or label]
@@ -60,9 +61,13 @@ def looks(arms: Mapping[str, str]) -> dict[str, Look]:
     return found
 
 
+def _dots(look: Look) -> Look:
+    return look | {"linestyle": ""}
+
+
 def panels(trials: Trials) -> dict[str, tuple[Callable[..., None], tuple[float, float]]]:
     """Each figure's name → what draws it, and its size in inches."""
-    changed = sum(bool(run.events()) for run in test_runs(trials))
+    changed = sum(bool(run.events()) for run in trials.test_runs())
     return {axis: (partial(draw_losses, axis=axis), (5.2, 3.5)) for axis in AXES} | {
         "training": (partial(draw_losses, axis=trials.axis, legend=True), (9.6, 4.6)),
         "differences": (draw_differences, (9.6, 1 + 0.34 * len(trials.test))),
@@ -83,7 +88,7 @@ def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) 
         axes.plot(costs, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.3, zorder=2)
         tops += means[costs > 0.3 * max(costs, default=0)][:1].tolist()
         for run in runs:
-            axes.plot(*run.points(axis), **look | {"linestyle": ""}, markersize=4.5, zorder=4)
+            axes.plot(*run.points(axis), markersize=4.5, zorder=4, **_dots(look))
             fractions, spent = np.transpose([(p["budget_fraction"], p[axis]) for p in run.summary["val_curve"]])
             at = np.interp([graft["budget_fraction"] for graft in run.summary["grafts"]], fractions, spent)
             axes.plot(at, np.interp(at, costs, means), "^", color=look["color"], mec="white", mew=0.6, markersize=7)
@@ -114,10 +119,8 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
     for place, (label, values) in enumerate(differences.items()):
         found = Interval.of(np.array(values)) if values else None
         if found and low <= found.mean <= high:
-            axes.errorbar(
-                found.mean, place, xerr=found.half or 0, color=INK, capsize=4, linewidth=1.2, marker="|", ms=12
-            )
-            axes.plot(values, [place] * len(values), **looks(trials.arms)[label] | {"linestyle": ""}, markersize=5)
+            axes.errorbar(found.mean, place, xerr=found.half or 0, color=INK, capsize=4, marker="|", markersize=12)
+            axes.plot(values, [place] * len(values), markersize=5, **_dots(looks(trials.arms)[label]))
         elif found:  # beyond the range of the arms that grow and the best static size: told at the edge
             left = found.mean < low
             text, side = (f"◂ {found.mean:+.3f}", "left") if left else (f"{found.mean:+.3f} ▸", "right")
@@ -129,7 +132,7 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
 
 def draw_growth(axes: Axes, trials: Trials) -> None:
     """When each test run changed its network: colour tells the blueprint, shape the event, hollow what was undone."""
-    runs = [run for run in test_runs(trials) if run.events()]
+    runs = [run for run in trials.test_runs() if run.events()]
     colors: dict[str | None, str] = {}
     for place, run in enumerate(runs):
         for event in run.events():
@@ -181,14 +184,14 @@ def svg(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
     return text.getvalue()
 
 
-def save_picture(title: str, points: Sequence[Trials], path: Path) -> None:
+def save_picture(title: str, verdicts: Sequence[Verdict], path: Path) -> None:
     """Each grid point's training, final losses and growth in one PNG, one point below the other."""
     with plt.rc_context(STYLE):
-        size = (17, 5.2 * len(points) + 0.4)
+        size = (17, 5.2 * len(verdicts) + 0.4)
         shape: dict[str, Any] = {"width_ratios": (1.4, 1, 1), "squeeze": False, "layout": "constrained"}
-        figure, rows = plt.subplots(len(points), 3, figsize=size, **shape)
+        figure, rows = plt.subplots(len(verdicts), 3, figsize=size, **shape)
         figure.suptitle(title, x=0.01, ha="left", fontsize=14, weight="bold")
-        for row, trials in zip(rows, points, strict=True):
+        for row, trials in zip(rows, [verdict.trials for verdict in verdicts], strict=True):
             for axes, name in zip(row, ("training", "differences", "growth"), strict=True):
                 panels(trials)[name][0](axes, trials)
             row[0].set_title(trials.title)

@@ -103,16 +103,13 @@ def pair(arm: Seeds, other: Seeds, axis: str) -> PairedTest:
                 left_out.append(f"{next(iter(runs.values())).label} has no loss on seed {seed}")
                 break
         else:
-            run, baseline, cost = arm[seed], other[seed], arm[seed].final(axis)
-            costs, _ = baseline.points(axis)
-            if not (len(costs) and cost > 0):
+            run, baseline = arm[seed], other[seed]
+            cost, longest = run.final(axis), baseline.final(axis)
+            if not (cost > 0 and longest > 0):
                 return PairedTest(np.empty(0), doubt="not all costs are known")
-            longest = costs[-1]
-            if abs(longest / cost - 1) <= NEAR or cost > longest:
-                beyond |= bool(cost > longest * (1 + NEAR))
-                differences.append(run.loss - baseline.loss)
-            else:
-                differences.append(run.loss - float(baseline.loss_at(axis, cost)))
+            beyond |= cost > longest * (1 + NEAR)
+            ended = cost > longest / (1 + NEAR)
+            differences.append(run.loss - (baseline.loss if ended else float(baseline.loss_at(axis, cost))))
     if not np.isfinite(differences).all():
         return PairedTest(np.empty(0), doubt="it has no annealed loss at so low a cost")
     return PairedTest(np.array(differences), beyond, diverged, left_out="; ".join(left_out))

@@ -34,8 +34,6 @@ class Report:
     """Everything that is shown; `notes` tells what was left out, in sentences."""
 
     sweep: Sweep
-    experiment: str
-    store: str
     verdicts: list[Verdict]
     notes: list[str]
     runs: list[Run]
@@ -43,7 +41,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """`report.json`."""
         return {
-            "experiment": self.experiment,
+            "experiment": self.sweep.experiment,
             "sweep": self.sweep.name,
             "verdicts": [
                 verdict.as_dict() | {"arms": _records(arm_table(verdict)), "payback": payback(self, verdict.trials)}
@@ -100,7 +98,7 @@ def test_table(verdict: Verdict, *, own: bool) -> pd.DataFrame:
 
 def growth_table(trials: Trials) -> pd.DataFrame:
     """Each change of a network on the test seeds: when, where, what, and what became of it."""
-    changes = tables(test_runs(trials)).timeline
+    changes = tables(trials.test_runs()).timeline
     return changes.drop(columns=["run_id", "arm", "size", "purpose", "grid"]).rename(
         columns=lambda c: c.replace("_", " ")
     )
@@ -108,7 +106,7 @@ def growth_table(trials: Trials) -> pd.DataFrame:
 
 def seed_table(trials: Trials) -> pd.DataFrame:
     """The final loss of every label on every test seed."""
-    finals = tables(test_runs(trials)).finals
+    finals = tables(trials.test_runs()).finals
     return finals.pivot_table("val_loss", "label", "seed", sort=False).reset_index().rename(columns=str)
 
 
@@ -120,11 +118,6 @@ def trouble_table(report: Report) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["trial", "what happened", "said"])
 
 
-def test_runs(trials: Trials) -> list[Run]:
-    """By label and seed."""
-    return [run for seeds in trials.test.values() for _, run in sorted(seeds.items())]
-
-
 # -- Sentences ---------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +126,8 @@ def payback(report: Report, trials: Trials) -> list[str]:
     labels = [label for label, arm in trials.arms.items() if arm in CONTROLLED and trials.sound(label)]
     if not labels or not trials.point.get("controller", report.sweep.record.get("controller")):
         return []
-    spent = {part: (cost or {}).get("parameter_seconds") for part, cost in (trials.point.get("spent") or {}).items()}
+    found: dict[str, Any] = trials.point.get("spent") or {}
+    spent: dict[str, Any] = {part: (costs or {}).get("parameter_seconds") for part, costs in found.items()}
     if spent.get("controller") is None or None in spent.values():
         return ["What the controller and the tuning that it rests on cost is not known: nor is when it has paid."]
     total, envelope = sum(spent.values()), draw_envelope(trials.statics, "parameter_seconds")
@@ -159,22 +153,22 @@ def _paid(runs: list[Run], spent: float, costs: np.ndarray, losses: np.ndarray) 
 
 def provenance(report: Report) -> dict[str, str]:
     """Where the numbers are from; what the sweep did not log is said to be not recorded."""
-    tags, record = report.sweep.tags, report.sweep.record
+    sweep, tags, record = report.sweep, report.sweep.tags, report.sweep.record
     clock = (record["points"][0].get("spec") or {}).get("clock") or {}
     rates = [
         ", ".join(f"{n}: {rate:g}" for n, rate in (point.get("rates") or {}).items()) for point in record["points"]
     ]
     packages = ", ".join(f"{name} {version(name)}" for name in ("mlflow", "scipy", "numpy", "matplotlib"))
     return {
-        "sweep": f"{report.sweep.name}, {report.sweep.status.lower()}",
-        "started": f"{datetime.fromtimestamp(report.sweep.started / 1000, UTC):%Y-%m-%d %H:%M} UTC",
+        "sweep": f"{sweep.name}, {sweep.status.lower()}",
+        "started": f"{datetime.fromtimestamp(sweep.started / 1000, UTC):%Y-%m-%d %H:%M} UTC",
         **{name: tags.get(name, UNKNOWN) for name in ("preset", "commit", "data", "hardware", "versions")},
         "command": shlex.join(map(str, record.get("command") or ())) or UNKNOWN,
         "clock": f"{clock['kind']}, measured on {clock.get('measured_on', UNKNOWN)}" if clock else UNKNOWN,
         "test seeds": ", ".join(map(str, record.get("seeds") or ())) or "none",
         "tuning seeds": ", ".join(map(str, record.get("tuning_seeds") or ())) or "none",
         "learning rates by layers": "; ".join(rates) if record.get("rates_tuned") else "not tuned",
-        "MLflow": f"{report.store}, experiment {report.experiment}, parent run {report.sweep.run_id}",
+        "MLflow": f"{sweep.store}, experiment {sweep.experiment}, parent run {sweep.run_id}",
         "drawn": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by esper {__version__}, {packages}",
     }
 

@@ -16,8 +16,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esper.pipelines.reports.paired_tests import counted
 from esper.pipelines.reports.runs import FINAL, NEEDED, Run
 from esper.platform import tracking_store
+from esper.platform.console import say
 from esper.platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ ELSEWHERE = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the
 class Sweep:
     """A sweep's parent run: `record` is its `sweep.json`, `started` in milliseconds."""
 
+    store: str
+    experiment: str
+    experiment_id: str
     run_id: str
     name: str
     record: dict[str, Any]
@@ -114,51 +119,41 @@ def _connect_once(uri: str) -> None:
     engine.dispose()
 
 
-# -- Experiments and sweeps --------------------------------------------------------------------------------------------
+# -- Sweeps ------------------------------------------------------------------------------------------------------------
 
 
-def find_experiment(client: "MlflowClient", name: str, shown: str) -> str:
-    """The id of an experiment.
-
-    Raises:
-        UserError: there is none of that name, or it was deleted.
-    """
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        near = _near(name, [experiment.name for experiment in client.search_experiments()])
-        raise UserError(f"MLflow at {shown} has no experiment {name!r}: the nearest are {near}.")
-    if found.lifecycle_stage == "deleted":
-        raise UserError(
-            f"experiment {name!r} was deleted: restore it with `MLFLOW_TRACKING_URI={shown} mlflow experiments restore "
-            f"--experiment-id {found.experiment_id}`."
-        )
-    return found.experiment_id
-
-
-def find_sweeps(client: "MlflowClient", experiment_id: str, experiment: str, wanted: str | None) -> Iterator[Sweep]:
-    """The sweeps of a run id or name, else all, that have a `sweep.json`; the newest first.
+def find_sweeps(client: "MlflowClient", store: str, name: str, wanted: str | None) -> Iterator[Sweep]:
+    """An experiment's sweeps of a run id or name, else all, that have a `sweep.json`; the newest first.
 
     Raises:
-        UserError: there is none, or it has none.
+        UserError: the experiment or the sweep is not there, or none has one.
     """
-    parents = _search(client, experiment_id, "tags.kind = 'sweep'")
-    names = {run.info.run_id: run.info.run_name or run.info.run_id for run in parents}
-    if not parents:
-        raise UserError(f"experiment {experiment!r} holds no sweep: run `esper sweep` first, or name another one.")
-    if wanted is not None:
-        parents = [run for run in parents if wanted in (run.info.run_id, run.info.run_name)]
-    if not parents:
-        near = _near(str(wanted), list(names.values()))
-        raise UserError(f"experiment {experiment!r} has no sweep {wanted!r}: there are {near}.")
-    found = False
-    for run in parents:
-        record, info = _artifact(client, run.info.run_id, "sweep.json"), run.info
-        if isinstance(record, dict):
-            found = True
-            yield Sweep(info.run_id, names[info.run_id], record, run.data.tags, info.start_time or 0, info.status)
+    with asked(store):
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            near = _near(name, [known.name for known in client.search_experiments()])
+            raise UserError(f"MLflow at {store} has no experiment {name!r}: the nearest are {near}.")
+        id = experiment.experiment_id
+        if experiment.lifecycle_stage == "deleted":
+            restore = f"MLFLOW_TRACKING_URI={store} mlflow experiments restore --experiment-id {id}"
+            raise UserError(f"experiment {name!r} was deleted: restore it with `{restore}`.")
+        parents = _search(client, id, "tags.kind = 'sweep'")
+        if not parents:
+            raise UserError(f"experiment {name!r} holds no sweep: run `esper sweep` first, or name another one.")
+        named = [run for run in parents if wanted in (None, run.info.run_id, run.info.run_name)]
+        if not named:
+            near = _near(str(wanted), [run.info.run_name or run.info.run_id for run in parents])
+            raise UserError(f"experiment {name!r} has no sweep {wanted!r}: there are {near}.")
+        records = ((run, _artifact(client, run.info.run_id, "sweep.json")) for run in named)
+        found = [(run, record) for run, record in records if isinstance(record, dict)]
     if not found:
-        which = f"sweep {wanted!r} has" if wanted is not None else f"the sweeps in {experiment!r} have"
-        raise UserError(f"{which} no sweep.json, without which there is no report: run `esper sweep` again.")
+        raise UserError(
+            f"no sweep {wanted or f'in {name!r}'} has a sweep.json, which a report is made of: run it again."
+        )
+    for run, record in found:
+        info = run.info
+        parent = (info.run_id, info.run_name or info.run_id, record, run.data.tags, info.start_time or 0, info.status)
+        yield Sweep(store, name, id, *parent)
 
 
 def _near(name: str, known: list[str]) -> str:
@@ -190,29 +185,38 @@ def _artifact(client: "MlflowClient", run_id: str, name: str) -> Any:
 # -- Runs --------------------------------------------------------------------------------------------------------------
 
 
-def read_runs(client: "MlflowClient", experiment_id: str, sweeps: Iterable[str]) -> tuple[list[Run], Counter[str]]:
-    """The trials of sweeps (parent run ids), the oldest first, and how many runs were skipped, by reason.
+def read_runs(client: "MlflowClient", sweeps: Iterable[Sweep]) -> tuple[list[Run], list[str]]:
+    """The trials of sweeps, and how many of their runs were left out and why, in sentences, which are said too.
 
-    Of two runs of one trial (its store was away, or it was copied) the one that ended counts, else the newest.
+    Of two runs of one trial the one that ended counts, else the newest.
+
+    Raises:
+        UserError: no trial has finished.
     """
     skipped: Counter[str] = Counter()
     chosen: dict[tuple[str, str], MlflowRun] = {}
     for sweep in sweeps:
-        for run in _search(client, experiment_id, f"tags.`mlflow.parentRunId` = '{sweep}'"):
-            key = sweep, run.info.run_name or run.info.run_id
+        with asked(sweep.store):
+            children = _search(client, sweep.experiment_id, f"tags.`mlflow.parentRunId` = '{sweep.run_id}'")
+        for run in children:
+            key = sweep.run_id, run.info.run_name or run.info.run_id
             if reason := _no_trial(run):
                 skipped[reason] += 1
-            elif key not in chosen:
+            elif key not in chosen or run.info.status == "FINISHED" != chosen[key].info.status:
+                skipped["other attempts of a trial"] += key in chosen
                 chosen[key] = run
             else:
-                skipped["earlier attempts of a trial"] += 1
-                if run.info.status == "FINISHED" != chosen[key].info.status:
-                    chosen[key] = run
-    oldest_first = sorted(chosen, key=lambda key: chosen[key].info.start_time)
-    with ThreadPoolExecutor(READERS) as pool:
-        read = list(pool.map(lambda key: _read_run(client, *key, chosen[key]), oldest_first))
+                skipped["other attempts of a trial"] += 1
+    with asked(sweep.store), ThreadPoolExecutor(READERS) as pool:
+        read = list(pool.map(lambda key: _read_run(client, key[0], key[1], chosen[key]), sorted(chosen)))
     skipped.update(reason for reason in read if isinstance(reason, str))
-    return [run for run in read if isinstance(run, Run)], skipped
+    runs = [run for run in read if isinstance(run, Run)]
+    if not any(run.status == "FINISHED" for run in runs):
+        raise UserError("no trial has finished: wait for one, or go on with the sweep (`esper sweep --resume`).")
+    notes = [f"{counted(n, 'run')} left out: {why}." for why, n in skipped.items() if n]
+    for note in notes:
+        say(f"note    {note}")
+    return runs, notes
 
 
 def _no_trial(run: "MlflowRun") -> str:
@@ -221,7 +225,7 @@ def _no_trial(run: "MlflowRun") -> str:
     if tags.get("kind") != "trial" or any(tag not in tags for tag in TAGS):
         return "no trials of a sweep (older ones, or other programs')"
     try:
-        int(tags["seed"]), int(tags.get("size") or 0), json.loads(tags["grid"])
+        json.loads(f"[{tags['seed']}, {tags.get('size') or 0}, {tags['grid']}]")
     except ValueError:
         return "trials with tags that cannot be read"
     return ""

@@ -51,7 +51,8 @@ def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> 
         point: an entry of `sweep["points"]`.
         sweep: what `sweep.json` holds.
     """
-    trials = Trials(runs, point)
+    order = {label: i for i, label in enumerate(sweep["arms"])}
+    trials = Trials(sorted(runs, key=lambda run: (order.get(run.label, len(order)), run.name)), point)
     tests = tuple(test for axis in AXES for baseline in BASELINES for test in trials.tests(baseline, axis))
     return Verdict(trials, tests, (efficiency(trials, tests, find_caveats(trials, sweep)), mechanics(trials.runs)))
 
@@ -110,9 +111,7 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
         f"{counted(len(grown), 'run')} that had grown diverged{_named(grown)}",
     ]
     if others:
-        parts.append(
-            f"without a graft, which says nothing of growing, {counted(len(others), 'run')} did{_named(others)}"
-        )
+        parts.append(f"{counted(len(others), 'run')} that had not grown did{_named(others)}")
     met = change < UNCHANGED and not undone and not grown
     return Criterion("Mechanics", "; ".join(parts) + ".", "met" if met else "not met")
 

@@ -1,20 +1,26 @@
-"""Sweeps made up by a law, as the tables that MLflow would give: what the verdict has to say about them is known."""
+"""Sweeps made up by a law: what the verdict has to say of them is known. Also fills real MLflow stores with them."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import Metric, RunTag
 
-from esper.pipelines.reports.claims import Claim
-from esper.pipelines.reports.envelope import TrialRun, read_runs
-from esper.pipelines.reports.opponents import OPPONENTS, Bench
-from esper.pipelines.reports.tables import AXES, Tables
+from esper.pipelines.reports.baselines import BASELINES, Trials
+from esper.pipelines.reports.paired_tests import PairedTest
+from esper.pipelines.reports.runs import AXES, FINAL, Run
 
 BUDGET = 1e6
-TEST_SEEDS = (1, 2, 3, 4, 5)
-TUNING_SEEDS = (101, 102)
+PROVENANCE = {
+    "commit": "abc1234",
+    "hardware": "AMD EPYC 7B13, 2 core(s)",
+    "versions": "torch 2.13.0",
+    "data": "stories",
+}
 
 
 @dataclass
@@ -30,7 +36,8 @@ class SyntheticSweep:
         slope, power: of that law; all axes of a run grow in proportion.
         forks: shares of the annealed points before the end.
         cost: label → axis → final cost, where it is not `final_cost`'s own.
-        seeds, tuning_seeds: of the test and the tuning runs.
+        idle: labels that never graft.
+        edits: label, or (label, seed) of a test run → what its summary says instead; {"status": …} is the run's.
     """
 
     statics: dict[int, float] = field(default_factory=lambda: {1: 1.4, 2: 1.2, 3: 1.25, 4: 1.4})
@@ -40,8 +47,11 @@ class SyntheticSweep:
     power: float = 0.5
     forks: tuple[float, ...] = (0.25, 0.5, 0.75)
     cost: dict[str, dict[str, float]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = TEST_SEEDS
-    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    tuning_seeds: tuple[int, ...] = (101, 102)
+    idle: tuple[str, ...] = ()
+    edits: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    grid: str = "{}"
 
     def truths(self) -> dict[str, float]:
         """Label → true final loss."""
@@ -55,65 +65,41 @@ class SyntheticSweep:
         own = {"flops": 1e6 * seconds, "seconds": seconds, "tokens": 1e3 * seconds / layers}
         return {"parameter_seconds": BUDGET} | own | self.cost.get(label, {})
 
-    def tables(self, shift: np.ndarray | None = None) -> Tables:
-        """Its tables.
-
-        Args:
-            shift: what is added to each run's losses, nats (rows of `finals`,); none if not given.
-        """
-        finals, curves = [], []
-        counts = {"steps": 100, "prunes": 0, "rollbacks": 0, "layers": 2}
+    def runs(self, noise: float = 1e-4) -> list[Run]:
+        """Its runs, each with its own noise (standard deviation, nats)."""
+        runs, rng = [], np.random.default_rng(0)
         for label, truth in self.truths().items():
-            arm = label.split(":")[0].split("-")[0]
-            chooses = arm == "static" or label in self.grown
-            cost = self.final_cost(label)
-            for seed in (*self.seeds, *(self.tuning_seeds if chooses else ())):
-                end = truth + (0.0 if shift is None else float(shift[len(finals)]))
-                run = {
-                    "run_id": f"{label}/{seed}",
-                    "label": label,
-                    "arm": arm,
-                    "size": int(label[-1]) if arm == "static" else pd.NA,
-                    "seed": seed,
-                    "purpose": "test" if seed in self.seeds else "tuning",
-                    "grid": "{}",
-                    "parameters": 1000 * int(label[-1]) if arm == "static" else 999,
-                }
-                counts["grafts"] = int(label in self.grown)
-                whole = {"sweep": "s", "name": f"{label}-{seed}", "status": "FINISHED", "diverged": False}
-                finals.append(run | whole | counts | cost | {"wall_seconds": 9.0, "val_loss": end})
-                for share in (*self.forks, 1.0):
-                    loss = end + self.slope * (share**-self.power - 1)
-                    at = {"budget_fraction": share, "steps": int(100 * share)} | {a: cost[a] * share for a in AXES}
-                    curves.append(run | at | {"kind": "annealed", "val_loss": loss})
-                    curves.append(run | at | {"kind": "decision", "val_loss": loss + 0.1})
-        frames = [pd.DataFrame(rows).astype({"size": "Int64"}) for rows in (curves, finals)]
-        return Tables(frames[0], frames[1], self.timeline())
+            for seed in (*self.seeds, *(self.tuning_seeds if "static_final" not in label else ())):
+                runs.append(self._run(label, seed, truth + float(rng.normal(0, noise or 1e-99))))
+        return runs
 
-    def timeline(self) -> pd.DataFrame:
-        """One sound graft in each grown test run."""
-        graft = {"purpose": "test", "grid": "{}", "event": "graft", "budget_fraction": 0.5, "optimizer_step": 50}
-        graft |= {"site": "trunk", "blueprint": "block", "outcome": "kept"}
-        graft |= {
-            "parameters_before": 500,
-            "parameters_after": 1000,
-            "val_loss_before": 1.5,
-            "val_loss_after": 1.500001,
-        }
-        runs = [(label, seed) for label in self.grown for seed in self.seeds]
-        return pd.DataFrame({"run_id": f"{label}/{seed}", "label": label, "seed": seed} | graft for label, seed in runs)
+    def _run(self, label: str, seed: int, end: float) -> Run:
+        static = label.startswith("static-")
+        size, cost, test = int(label[-1]) if static else None, self.final_cost(label), seed in self.seeds
+        points = []
+        for share in (*self.forks, 1.0):
+            at = {axis: cost[axis] * share for axis in AXES} | {"steps": int(100 * share), "budget_fraction": share}
+            loss = end + self.slope * (share**-self.power - 1)
+            points.append(at | {"parameters": 1000, "wall_seconds": 9 * share, "val_loss": loss})
+        grows = label in self.grown and label not in self.idle
+        summary = {**points[-1], "val_loss": end, "layers": size or 2, "diverged": False, "failure": None}
+        summary |= {"parameters": 1000 * size if size else 999, "prunes": [], "rollbacks": []}
+        summary |= {"grafts": [graft()] if grows else [], "annealed": points[:-1]}
+        summary["val_curve"] = [point | {"val_loss": point["val_loss"] + 0.1} for point in points]
+        for key in (label, (label, seed)) if test else ():
+            summary |= self.edits.get(key, {})
+        purpose, name = "test" if test else "tuning", f"{label}-{seed}"
+        status = summary.pop("status", "FINISHED")
+        arm = label.split(":")[0].split("-")[0]
+        return Run(name, "s", name, label, arm, size, seed, purpose, self.grid, status, summary)
 
-    def point(self, size: int | None = 2) -> dict[str, Any]:
+    def point(self, **changes: Any) -> dict[str, Any]:
         """The entry of `sweep["points"]`."""
-        return {
-            "grid": "{}",
-            "budget": {"axis": "parameter_seconds", "amount": BUDGET},
-            "spec": {"budget": {"interior": [1e5, 1e7]}},
-            "size": size,
-            "schedule": "onejump",
-        }
+        budget = {"axis": "parameter_seconds", "amount": BUDGET}
+        clock = {"clock": {"kind": "reference", "measured_on": "a core"}}
+        return {"grid": self.grid, "budget": budget, "spec": clock, "size": 2, "schedule": "onejump"} | changes
 
-    def sweep(self) -> dict[str, Any]:
+    def sweep(self, **changes: Any) -> dict[str, Any]:
         """`sweep.json`, nothing wrong with it."""
         return {
             "arms": list(self.truths()),
@@ -123,46 +109,56 @@ class SyntheticSweep:
             "rates_tuned": True,
             "points": [self.point()],
             "controller": None,
+            "command": ["esper", "sweep", "--arms", "static,ppo & more"],
             "trials": {},
-        }
+        } | changes
 
 
-def with_noise(runs: Sequence[TrialRun], shift: np.ndarray) -> list[TrialRun]:
-    """Each run's losses, final and annealed, shifted by its own amount of nats (runs,)."""
-    return [
-        replace(
-            run,
-            loss=run.loss + nats,
-            points={axis: (costs, losses + nats) for axis, (costs, losses) in run.points.items()},
-        )
-        for run, nats in zip(runs, shift.tolist(), strict=True)
-    ]
+def graft(**changes: Any) -> dict[str, Any]:
+    """A sound one."""
+    at = {"budget_fraction": 0.5, "optimizer_step": 50, "site": "trunk", "blueprint": "block", "outcome": "kept"}
+    sizes = {"parameters_before": 500, "parameters_after": 1000, "val_loss_before": 1.5, "val_loss_after": 1.500001}
+    return at | sizes | changes
 
 
-def chosen_on_tuning(runs: Sequence[TrialRun]) -> int:
-    """The size with the lowest mean final loss on tuning seeds, as a sweep chooses it."""
-    losses: dict[int, list[float]] = {}
-    for run in runs:
-        if run.purpose == "tuning" and run.size is not None:
-            losses.setdefault(run.size, []).append(run.loss)
-    return min(losses, key=lambda size: float(np.mean(losses[size])))
-
-
-def simulate(sweep: SyntheticSweep, noise: float, sweeps: int) -> Iterator[Bench]:
-    """Draw sweeps; the best size is chosen on each one's own tuning seeds.
-
-    Args:
-        sweep: the truth.
-        noise: standard deviation of a run's losses, nats.
-        sweeps: how many.
-    """
-    rng = np.random.default_rng(20260101)
-    truth = read_runs(sweep.tables(), "{}")
+def simulate(sweep: SyntheticSweep, noise: float, sweeps: int) -> Iterator[Trials]:
+    """Draw sweeps; the best size is chosen on each one's own tuning seeds."""
+    rng, truth = np.random.default_rng(20260101), sweep.runs(0)
     for _ in range(sweeps):
-        runs = with_noise(truth, rng.normal(0, noise, len(truth)))
-        yield Bench(runs, sweep.point(size=chosen_on_tuning(runs)))
+        runs, tuning = [], {}
+        for run, nats in zip(truth, rng.normal(0, noise, len(truth)).tolist(), strict=True):
+            forks = [point | {"val_loss": point["val_loss"] + nats} for point in run.summary["annealed"]]
+            end = {"val_loss": run.summary["val_loss"] + nats, "annealed": forks}
+            runs.append(replace(run, summary=run.summary | end))
+            if run.purpose == "tuning" and run.arm == "static":
+                tuning[run.size] = tuning.get(run.size, 0.0) + end["val_loss"]
+        yield Trials(runs, sweep.point(size=min(tuning, key=tuning.__getitem__)))
 
 
-def own_claims(bench: Bench) -> list[Claim]:
-    """The claims on the budget's axis."""
-    return [claim for opponent in OPPONENTS for claim in bench.claims(opponent, bench.axis)]
+def own_tests(trials: Trials) -> list[PairedTest]:
+    """The tests on the budget's axis."""
+    return [test for baseline in BASELINES for test in trials.tests(baseline, trials.axis)]
+
+
+def log(
+    client: MlflowClient, folder: Path, runs: Sequence[Run], sweep: dict[str, Any], name: str = "a-sweep"
+) -> dict[str, str]:
+    """Put a sweep into a store as `esper sweep` does; run ids by name. A run of status FAILED has metrics only."""
+    found = client.get_experiment_by_name("esper-tinystories")
+    experiment = found.experiment_id if found else client.create_experiment("esper-tinystories", folder.as_uri())
+    tags = {"kind": "sweep", "preset": "demo", **PROVENANCE}
+    parent = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+    ids = {"parent": parent}
+    for run in runs:
+        made = ids[run.name] = client.create_run(experiment, run_name=run.name).info.run_id
+        own = {key: str(getattr(run, key)) for key in ("arm", "label", "seed", "purpose", "grid")}
+        own |= {"kind": "trial", "mlflow.parentRunId": parent} | ({"size": str(run.size)} if run.size else {})
+        known = [Metric(key, run.summary[key], 1, 1) for key in FINAL] if run.status != "FINISHED" else []
+        client.log_batch(made, metrics=known, tags=[RunTag(*tag) for tag in own.items()])
+        if run.status == "FINISHED":
+            (folder / made / "artifacts").mkdir(parents=True)
+            (folder / made / "artifacts" / "summary.json").write_text(json.dumps(run.summary))
+        client.set_terminated(made, run.status)
+    client.log_dict(parent, sweep, "sweep.json")
+    client.set_terminated(parent)
+    return ids
