@@ -55,7 +55,7 @@ class Report:
 
 def _records(frame: pd.DataFrame) -> Any:
     """Rows as JSON values."""
-    return json.loads(str(frame.to_json(orient="records", double_precision=15, default_handler=str)))
+    return json.loads(json.dumps(frame.astype(object).where(frame.notna(), None).to_dict("records"), default=str))
 
 
 # -- Tables ------------------------------------------------------------------------------------------------------------
