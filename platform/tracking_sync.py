@@ -64,8 +64,9 @@ def sync(folder: Path, uri: str | None = None, seconds: float = SYNC_SECONDS) ->
 
 
 def synced(folder: Path, uri: str) -> bool:
-    """Whether a store has had all of a run's journal."""
-    return _sent(folder, uri) == len(read_entries(folder / JOURNAL))
+    """Whether a store has had all of a run's journal, and that has an end: no process died before it."""
+    entries = read_entries(folder / JOURNAL)
+    return bool(entries) and entries[-1]["kind"] == "end" and _sent(folder, uri) == len(entries)
 
 
 class Delivery:

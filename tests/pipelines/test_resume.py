@@ -15,6 +15,7 @@ import pytest
 from esper.pipelines.train import main
 from esper.platform.spec import DataSpec
 from esper.platform.storage import alone
+from esper.platform.tracking_sync import Delivery
 from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port
 
@@ -93,16 +94,25 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, n
 
 
 def test_what_mlflow_has_not_had_is_sent_at_resume(tiny, tmp_path, runs, monkeypatch, capfd):
-    store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
+    store, out, finish = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run", Delivery.finish
+    monkeypatch.setattr(Delivery, "finish", lambda self, seconds: finish(self, min(seconds, 1)))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     assert main(["static", *tiny, "--out", str(out)]) == 0
+    assert capfd.readouterr().err.count("MLflow at") == 2  # takes nothing, and has not had everything
     assert main(["--resume", str(out)]) == 2
     assert "MLflow did not take everything" in capfd.readouterr().err
+    monkeypatch.setattr(Delivery, "finish", finish)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     assert main(["--resume", str(out)]) == 0
     assert runs() == {"run": finished(out)}
     assert main(["--resume", str(out)]) == 2
     assert "has ended" in capfd.readouterr().err
+    journal = out / "tracking.jsonl"
+    *before, end = journal.read_text().splitlines()  # as if killed after its summary
+    assert json.loads(end)["kind"] == "end"
+    journal.write_text("\n".join([*before, ""]))
+    (out / "tracking.sent.json").write_text(json.dumps({store: len(before)}))
+    assert main(["--resume", str(out)]) == 0
     assert runs() == {"run": finished(out)}
 
 
