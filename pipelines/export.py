@@ -3,8 +3,8 @@
     python pipelines/export.py runs/train-tamiyo-20260101-120000 --out gpt              # Esper's own format
     esper export runs/train-static-20260101-120000 --out gpt2 --format gpt2             # for transformers
 
-Takes the newest checkpoint in the folder of `esper train`, whether the run has ended or goes on. Leaves `config.json`
-and `model.safetensors` in the output folder, with the tokenizer of the run's text while that text is still there.
+Takes the newest checkpoint in the folder of `esper train`, whether the run has ended or goes on. Leaves
+`model.safetensors` in the output folder, with the tokenizer of the run's text while that text is still there.
 """
 
 import sys
@@ -43,7 +43,7 @@ class ExportArguments(Arguments):
     out: Annotated[Path, Field(title="DIR", description="A new or empty folder for the files; must be given.")]
     format: Annotated[
         Literal["native", "gpt2"],
-        Field(description="native takes any shape; gpt2 is for transformers, and takes layers that are alike."),
+        Field(description="native takes any shape; gpt2 is for transformers, and takes no experts."),
     ] = "native"
 
 
@@ -59,9 +59,13 @@ def run(arguments: ExportArguments) -> None:
         raise UserError(f"{arguments.run} is no output folder of `esper train` (it has no spec.json): name one.")
     values, tensors = CheckpointStore(arguments.run / CHECKPOINTS).load(RUN)
     host = host_of(values, tensors)
-    say(f"run     {arguments.run}, at optimizer step {values['books']['ledger']['steps']:,}")
+    try:
+        step, fingerprint = int(values["books"]["ledger"]["steps"]), str(values["data"])
+    except (LookupError, TypeError, ValueError):
+        raise UserError(f"the checkpoint in {arguments.run} does not say how far it is: name another run.") from None
+    say(f"run     {arguments.run}, at optimizer step {step:,}")
     say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")
-    tokenizer = tokenizer_of(arguments.run, values["data"])
+    tokenizer = tokenizer_of(arguments.run, fingerprint)
     write = {"native": export_native, "gpt2": export_gpt2}[arguments.format]
     write(host, out, tokenizer)
     with_tokenizer = f" with the tokenizer {tokenizer.name}" if tokenizer else ""

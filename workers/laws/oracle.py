@@ -8,7 +8,7 @@ least loss of each (decision, class) is exact:
 
 A graft whose cost is more than a slice merges decisions, and then arrives that much later. Sites differ in nothing but
 their `limit`, and how a class's units are spread leaves the sum of what the limits still allow unchanged: a class has a
-legal graft if any of its shapes has. Prunes are left out: they never pay (a test lets them pay as well as they might).
+legal graft if any of its shapes has. Prunes are left out: they never pay (tests try them all).
 On a parameter-second budget every episode pays the same rent, so the loss bounds the return too.
 """
 

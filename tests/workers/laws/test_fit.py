@@ -123,14 +123,6 @@ def test_a_seed_without_which_too_little_is_left_is_not_left_out():
     assert max(getattr(fit.laws, name)[1] / getattr(fit.law, name) for name in BOUNDS) < 1.9
 
 
-def test_points_of_other_budgets_are_measured_at_the_same_tokens():
-    points = static_points(truth(TEXT))
-    smaller = load_spec("tinystories-char", ["budget.amount=1e6"])
-    law = fit_laws(smaller, points).law
-    assert law.data == pytest.approx(fit_laws(SPEC, points).law.data * 3**law.data_exponent, rel=0.1)
-    assert law_distance(law, smaller, points) < 1.2 * NOISE
-
-
 def test_high_losses_leave_the_laws_room_below_the_start():
     fit = fit_laws(SPEC, static_points(truth({"floor": 2.4, "size": 1.6})))
     assert fit.laws.floor[1] + fit.laws.size[1] < math.log(96)

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.platform.contracts import GraftAction, Instance
-from esper.platform.spec import RunSpec, load_spec
+from esper.platform.spec import load_spec
 from esper.workers.episode import RECORDS
-from esper.workers.instances import instance_set
-from esper.workers.laws.oracle import NONE, Classes, Course, bound, classes
+from esper.workers.laws.oracle import bound, classes
 from esper.workers.laws.surrogate import SurrogateRun
 
 AMOUNTS = {"parameter_seconds": 2e5, "seconds": 10, "flops": 1.5e11, "tokens": 1.5e6, "steps": 1501}
@@ -76,50 +75,6 @@ def test_nothing_played_beats_it(axis, seed, budget, n_layer, eagerness):
         row = int(random.choice(telemetry.legal())) if random.random() < eagerness else 0
         telemetry = run.step(GraftAction(row, telemetry.sequence)).telemetry
     assert run.loss >= bound(spec, instance, seed) - ROUNDING
-
-
-def additions(known: Classes) -> np.ndarray:
-    """How many grafts of each blueprint lead to each class, int64 (B, C)."""
-    counts = np.zeros_like(known.source)
-    for there in range(1, counts.shape[1]):
-        b = int(np.flatnonzero(known.source[:, there] != NONE)[0])  # classes are numbered in the order of growing
-        counts[:, there] = counts[:, known.source[b, there]]
-        counts[b, there] += 1
-    return counts
-
-
-def bound_with_prunes(spec: RunSpec, instance: Instance) -> float:
-    """The bound if at every decision one could also prune as many grafts as one likes, at no cost, before another."""
-    course = Course.of(spec, instance)
-    known, size_loss = course.classes, course.size_loss
-    amounts = np.diff(course.used)
-    assert amounts[0] > known.graft_cost.max()  # nothing merges
-    places = tuple(additions(known))
-    left = np.empty([max(place) + 1 for place in places])  # loss less the size's own, by grafts of each blueprint
-    best = np.full(len(size_loss), np.inf)
-    best[0] = np.log(96)
-    for amount, growing in zip(amounts, course.growing, strict=True):
-        left[...] = np.inf
-        left[places] = best - size_loss
-        for axis in range(left.ndim):  # the least of all classes that can be pruned to this one
-            left = np.flip(np.minimum.accumulate(np.flip(left, axis), axis), axis)
-        best = size_loss + left[places]
-        before, cost = [best], [np.zeros(len(best))]
-        for source in known.source if growing else ():
-            before.append(np.where(source == NONE, np.inf, best[source]))
-            cost.append(known.graft_cost)
-        best = np.full(len(size_loss), np.inf)
-        for losses, spent in zip(before, cost, strict=True):
-            alive = np.isfinite(losses)
-            tokens = (amount - spent[alive]) * known.tokens_per_unit[alive]
-            best[alive] = np.minimum(best[alive], course.law.trained(losses[alive], size_loss[alive], tokens))
-    return float(best.min())
-
-
-def test_prunes_never_pay():
-    spec = load_spec("tinystories-char")
-    for instance in list(instance_set("train", spec).values())[:15]:
-        assert bound(spec, instance) == pytest.approx(bound_with_prunes(spec, instance), abs=ROUNDING)
 
 
 def test_classes_are_all_that_grafts_lead_to():

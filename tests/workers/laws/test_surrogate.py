@@ -107,16 +107,6 @@ def test_noise_is_in_what_is_seen_alone():
     assert abs(np.mean(errors)) < 5 * LOSS_NOISE / len(errors) ** 0.5
 
 
-def test_law_and_noise_have_seeds_of_their_own():
-    run, other = SurrogateRun(spec_for()), SurrogateRun(spec_for())
-    same_law = run.reset(Instance(law=1), 7), other.reset(Instance(law=1), 8)
-    assert run.law == other.law
-    assert same_law[0].get("loss") != same_law[1].get("loss")
-    run.reset(Instance(law=2), 7)
-    assert run.law != other.law
-    assert same(run.reset(seed=4), other.reset(seed=4))
-
-
 def test_gradient_norms_tell_where_growing_is_of_use():
     """Over laws: the kind of site with the largest norm is mostly the one whose graft lowers the size's loss most."""
     run, hits = SurrogateRun(spec_for()), 0

@@ -23,7 +23,6 @@ from esper.workers.tolaria.data import tokenizer
 from esper.workers.tolaria.export import (
     export_gpt2,
     export_native,
-    fused_state,
     host_of,
     load_native,
     load_native_tokenizer,
@@ -90,14 +89,6 @@ def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fuse
     assert loaded.shape == host.shape.with_layer("h2.stream")
 
 
-def test_the_exported_state_is_that_of_a_host_born_in_this_shape():
-    host, _ = grown(EVERY_KIND, tied=False)
-    config = TransformerConfig(**{**vars(host.config), "n_layer": 4, "layers": host.shape.layers})
-    born = TransformerHost(config)
-    born.load_state_dict(fused_state(host))
-    assert torch.equal(logits(born), logits(host))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_native_keeps_the_dtype(tmp_path, dtype):
     host, _ = grown(EVERY_KIND)
@@ -109,13 +100,6 @@ def test_native_keeps_the_dtype(tmp_path, dtype):
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert torch.equal(loaded.part("h1.e0").balance, balance)
     assert torch.equal(logits(loaded), logits(host))
-
-
-def test_a_host_of_flash_attention_loads_anywhere(tmp_path):
-    host, _ = grown(EVERY_KIND)
-    host.config = TransformerConfig(**{**vars(host.config), "attention": "flash"})
-    export_native(host, tmp_path / "host")
-    assert load_native(tmp_path / "host").config.attention == "sdpa"
 
 
 @pytest.mark.parametrize(
