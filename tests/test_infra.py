@@ -149,7 +149,7 @@ def test_the_wheel_of_what_the_image_copies_holds_every_module_and_preset(tmp_pa
         f"esper/{path.relative_to(ROOT)}"
         for folder in ("platform", "workers", "policies", "pipelines")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.match("platform/presets/*.json")
+        if path.suffix in (".py", ".html") or path.match("platform/presets/*.json")
     } | {"esper/__init__.py"}
     assert any(name.endswith(".json") for name in wanted)
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())

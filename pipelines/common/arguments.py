@@ -48,8 +48,7 @@ class CommonArguments(Arguments):
     ] = None
     task: Annotated[str, Field(title="NAME", description="What the model learns.")] = "tinystories"
     data: Annotated[
-        Path | None,
-        Field(description="A text file, a folder of them, prepared shards, or a source's name."),
+        Path | None, Field(description="A text file, a folder of them, prepared shards, or a source's name.")
     ] = None
     out: Annotated[
         Path | None, Field(title="DIR", description="A new or empty folder for the results (default: one in runs/).")
@@ -80,12 +79,7 @@ class ResumableArguments(CommonArguments):
 
 
 def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "esper") -> T:
-    """Read a command line into `model_class`: its fields are the arguments, its docstring the head of the help.
-
-    Args:
-        model_class: Of the arguments.
-        argv: The arguments, without the program's name; None for the process's own.
-        prog: How the user calls it (`esper train`), for the help and the errors.
+    """Read a command line (the process's own for None) into a model, whose docstring is the head of the help.
 
     Raises:
         UserError: An argument is unknown, missing or not allowed.
@@ -103,16 +97,15 @@ def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "espe
     try:
         return model_class.model_validate(given)
     except ValidationError as error:
-        raise _first_error(error.errors(include_url=False)[0], model_class, parser) from None
+        raise _first_error(error.errors(include_url=False)[0], model_class, prog) from None
 
 
 def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, argv: list[str] | None = None) -> int:
     """Parse the command line, call `run` with it, and turn what went wrong into a sentence and an exit code.
 
     Returns:
-        What `run` returns (None counts as 0); 0 after `--help`; 2 for a user's error or a full disk; 130 for Ctrl-C, or
-        the KeyboardInterrupt's own `exit_code`, with its message where the pipeline raised its own ("saved at …").
-        Any other exception is a bug: it passes through, with its traceback.
+        What `run` returns (None counts as 0); 2 for a user's error or a full disk; 130 for Ctrl-C, or the
+        KeyboardInterrupt's own `exit_code`. Any other exception is a bug, and keeps its traceback.
     """
     try:
         return run(parse(model_class, argv, prog)) or 0
@@ -122,11 +115,8 @@ def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, 
     except OSError as error:
         if error.errno not in DISK:
             raise
-        what = error.filename or "a file"
-        say(
-            f"error: {what} cannot be written or read ({error.strerror}): make room, or mend the place; what was "
-            "written before is there."
-        )
+        problem = f"{error.filename or 'a file'} cannot be written or read ({error.strerror})"
+        say(f"error: {problem}: make room, or mend the place; what was written before is there.")
         return 2
     except KeyboardInterrupt as interrupt:
         say(f"interrupted: {str(interrupt) or 'stopped before it was done.'}")
@@ -144,7 +134,7 @@ def choose(
 
     Args:
         prog: How the user calls them together: `esper`.
-        what: What one of them is called: `command`.
+        what: One of them is: `command`.
         commands: Name → a line on it, and what takes the rest of the line and returns the exit code.
         argv: The line; None for the process's own.
     """
@@ -166,17 +156,16 @@ class _Parser(ArgumentParser):
     """argparse's parser, whose errors are one sentence and an exception instead of a usage text and an exit."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse a line, with the closest flag beside one that is unknown."""
         stray = message.removeprefix("unrecognized arguments: ")
         if stray != message:
             first = stray.split()[0]
             close = get_close_matches(first.split("=")[0], self._option_string_actions, n=1)
             message = f"unknown argument {first}" + (f", did you mean {close[0]}" if close else "")
-        raise UserError(f"{message}: {self.advice()}")
+        raise UserError(f"{message}: {_advice(self.prog)}")
 
-    def advice(self) -> str:
-        """Where the user finds what is allowed."""
-        return f"`{self.prog} --help` lists what is allowed."
+
+def _advice(prog: str) -> str:
+    return f"`{prog} --help` lists what is allowed."
 
 
 def _shown(name: str, field: FieldInfo) -> str:
@@ -210,7 +199,7 @@ def _keywords(field: FieldInfo) -> dict[str, Any]:
     return {**keywords, "metavar": field.title or shown, "action": action}
 
 
-def _first_error(error: ErrorDetails, model_class: type[BaseModel], parser: _Parser) -> UserError:
+def _first_error(error: ErrorDetails, model_class: type[BaseModel], prog: str) -> UserError:
     """One sentence for pydantic's first complaint."""
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -219,7 +208,7 @@ def _first_error(error: ErrorDetails, model_class: type[BaseModel], parser: _Par
     field = model_class.model_fields[name]
     shown, rule = _shown(name, field), error["msg"].removeprefix("Input should be ").split(", unable")[0]
     if error["type"] == "missing":
-        return UserError(f"{shown} is missing: {parser.advice()}")
+        return UserError(f"{shown} is missing: {_advice(prog)}")
     if choices := _choices(field):
         return unknown(shown, error["input"], choices)
-    return UserError(f"{shown} {error['input']} is not allowed: it must be {rule}; {parser.advice()}")
+    return UserError(f"{shown} {error['input']} is not allowed: it must be {rule}; {_advice(prog)}")
