@@ -7,29 +7,23 @@
     esper ppo --surrogate                                    # learn on loss laws, in minutes
     esper ppo --resume runs/ppo-20260101-120000              # go on where it was stopped or killed
 
-Leaves `summary.json`, `spec.json`, `history.jsonl`, `training.png` and `checkpoints/` in the output folder. A
-checkpoint holds RLlib's own and `policy/`, which `esper train ppo --policy` plays without Ray. `episodes/` and `saves/`
-hold the episodes under way, so that a resumed training goes on with them. Ctrl-C and SIGTERM stop it where it can be
-resumed.
+Leaves `summary.json`, `policy.safetensors` (the best policy, for `esper train ppo --policy`, which needs no Ray),
+`history.jsonl`, `training.png` and `checkpoints/` in the output folder. `episodes/` and `saves/` hold the episodes
+under way, so that a resumed training goes on with them. Ctrl-C and SIGTERM stop it where it can be resumed.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from esper.pipelines.common.arguments import ResumableArguments, main_guard
-from esper.pipelines.common.run_folder import Job, law_job, open_job, resolve_spec
-from esper.pipelines.common.stopping import Stopped, StopSignals
-from esper.pipelines.controllers.training import ON_LAWS, ResumePoint, gpus_needed, send_again, train_controller
-from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
-from esper.platform.spec import load_spec
-from esper.platform.storage import alone
-from esper.platform.tracking import synced
-from esper.platform.tracking_store import tracking_uri
+
+if TYPE_CHECKING:
+    from esper.pipelines.common.run_folder import RunFolder
 
 OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may change
 
@@ -37,7 +31,7 @@ OTHERS = ("ppo", "fleet")  # groups of the spec that a resumed training may chan
 class PPOArguments(ResumableArguments):
     """Train a controller with PPO over a fleet of workers."""
 
-    beside_resume = ("set",)
+    beside_resume: ClassVar[tuple[str, ...]] = ("set",)
 
     surrogate: Annotated[
         bool, Field(description="Train on loss laws instead of on text: minutes, and no proof of anything on text.")
@@ -50,73 +44,76 @@ class PPOArguments(ResumableArguments):
 
 def run(arguments: PPOArguments) -> None:
     """Settle, connect, train, report."""
+    from esper.pipelines.common.preset import resolve_spec
+    from esper.pipelines.common.run_folder import RunFolder
+    from esper.pipelines.controllers.training import ON_LAWS
+    from esper.platform.frozen import Frozen
+
     if arguments.resume is not None:
-        return resume(arguments, arguments.resume)
-    if arguments.surrogate:
+        resume(arguments, arguments.resume)
+        return
+    surrogate = arguments.surrogate
+    if surrogate and arguments.data is not None:
+        raise UserError(f"--surrogate trains on loss laws, which need no text: leave out --data {arguments.data}.")
+    if surrogate:
         of_laws = [f"{key}={value}" for key, value in ON_LAWS.items()]
         arguments = arguments.model_copy(update={"set": [*of_laws, *arguments.set]})
-    spec = resolve_spec(arguments, on="laws" if arguments.surrogate else "fleet")
-    job = law_job(arguments, spec, "ppo") if arguments.surrogate else open_job(arguments, spec, "ppo")
-    return train(job, seed=arguments.seed, surrogate=arguments.surrogate)
+    spec = resolve_spec(arguments, on="laws" if surrogate else "fleet")
+    folder = RunFolder.new(arguments, spec, "ppo", laws=surrogate)
+    with folder.begin("ppo", Frozen()):
+        train(folder)
 
 
 def resume(arguments: PPOArguments, out: Path) -> None:
     """Go on with the training in `out`, or give MLflow what it has not had of one that has ended.
 
     Raises:
-        UserError: other arguments are given, there is nothing to go on with, or nothing left to do.
+        UserError: there is nothing to go on with, nothing left to do, or what it rests on has changed.
     """
+    from esper.pipelines.common.run_folder import RunFolder
+    from esper.pipelines.controllers.training import Reached, send
+    from esper.platform.frozen import Frozen
+    from esper.platform.spec import load_spec
+
     for override in arguments.set:
         if override.split(".")[0] not in OTHERS or override.startswith("ppo.hidden"):
             raise UserError(
                 f"--set {override} would make another training of the one in {out}: with --resume only keys of "
                 f"{' and '.join(OTHERS)} may change, such as ppo.iterations, and ppo.hidden, the network's own, not."
             )
-    start = ResumePoint.newest(out)
-    point = start[1]
-    spec = load_spec(str(out / "spec.json"), arguments.set)
-    if point.iterations >= spec.ppo.iterations and (out / "summary.json").exists():
-        if not arguments.set and not synced(out, tracking_uri()):
-            return send(out)
-        raise UserError(
-            f"--resume {out} has its {point.iterations} iterations: ask for more, such as "
-            f"--set ppo.iterations={2 * point.iterations}."
-        )
-    job = Job(spec, point.data or Path(), out.absolute())
-    if not point.surrogate and job.open_data().manifest.fingerprint() != point.fingerprint:
-        raise UserError(
-            f"the training in {out} was begun on other text or another tokenizer than {job.data} holds now: "
-            "prepare that as it was."
-        )
-    say(f"resume  {out}: {point.iterations} iterations, {point.episodes:.0f} episodes, {point.decisions:.0f} decisions")
-    return train(job, seed=point.seed, surrogate=point.surrogate, start=start)
+    with RunFolder.reopen(out, "ppo", Frozen) as (folder, _):
+        inputs = folder.check()
+        spec, reached = load_spec(str(folder.out / "spec.json"), arguments.set), Reached.of(folder)
+        if folder.ended and reached.iterations >= spec.ppo.iterations:
+            if not arguments.set and send(folder):
+                return
+            raise UserError(
+                f"--resume {out} has its {reached.iterations} iterations: ask for more, such as "
+                f"--set ppo.iterations={2 * reached.iterations}."
+            )
+        folder = folder.model_copy(update={"spec": spec})
+        if arguments.set:
+            folder.pin(inputs)
+        done = f"{reached.iterations} iterations, {reached.episodes:.0f} episodes, {reached.decisions:.0f} decisions"
+        say(f"resume  {folder.out}: {done}")
+        train(folder)
 
 
-def send(out: Path) -> None:
-    """Give MLflow what it has not had of a training that has ended.
-
-    Raises:
-        UserError: it does not take it.
-    """
-    with alone(out):
-        if not send_again(out):
-            raise UserError(f"MLflow did not take everything of the training in {out}: try again once it is there.")
-    say(f"MLflow has had everything of the training in {out} now.")
-
-
-def train(job: Job, *, seed: int, surrogate: bool, start: tuple[Path, ResumePoint] | None = None) -> None:
+def train(folder: "RunFolder") -> None:
     """Connect, train, and say where everything is."""
-    # The signals last: `ray.init` puts in a handler of its own, in C, that aborts.
-    gpus = None if surrogate else gpus_needed(job.spec)
-    with alone(job.out), cluster.session(gpus=gpus), StopSignals() as signals:
-        if start is None:
-            job.begin()
+    from esper.pipelines.common.stopping import Stopped, StopSignals
+    from esper.pipelines.controllers.training import train_controller
+    from esper.pipelines.controllers.workers import gpus_needed
+    from esper.platform import cluster
+
+    gpus = None if folder.data is None else gpus_needed(folder.spec)
+    with cluster.session(gpus=gpus), StopSignals() as signals:  # `ray.init` puts in a handler of its own, in C
         try:
-            summary = train_controller(job, job.out, seed=seed, surrogate=surrogate, start=start, check=signals.check)
+            summary = train_controller(folder, check=signals.check)
         except Stopped as stopped:
-            how = f"stopped, with nothing lost; go on with: esper ppo --resume {job.out}"
+            how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
             raise Stopped(stopped.number, str(stopped) or how) from None
-    say(f"results: {job.out / 'summary.json'}; curves: {job.out / 'training.png'}")
+    say(f"results: {folder.out / 'summary.json'}; curves: {folder.out / 'training.png'}")
     say(f"compare: {summary['where']}")
 
 

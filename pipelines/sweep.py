@@ -24,7 +24,7 @@ from pydantic import Field
 from esper.pipelines.common.arguments import ResumableArguments, main_guard
 from esper.pipelines.common.run_folder import Job, open_job, resolve_spec
 from esper.pipelines.common.stopping import Stopped, StopSignals
-from esper.pipelines.controllers.training import gpus_needed, send_again
+from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
 from esper.pipelines.sweeps.chart_view import share_view
 from esper.pipelines.sweeps.controller import TrainedOn, trained_policy
@@ -43,7 +43,7 @@ from esper.platform.errors import UserError
 from esper.platform.provenance import commit, provenance
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, read_json, write_json
-from esper.platform.tracking import Tracker, new_key, synced
+from esper.platform.tracking import Tracker, new_key, sync, synced
 from esper.platform.tracking_store import connect, tracking_uri
 from esper.policies.arms import ALIASES
 from esper.workers.tolaria.data import Manifest
@@ -297,8 +297,7 @@ class Sweep:
         trained = [
             self._controller_folder(i) for i, found in self._controllers.items() if found["trained_on"] != "given"
         ]
-        left = [out for out in trained if not synced(out, self._parent.uri)]
-        return all(send_again(out, self._parent) for out in left)
+        return all(synced(out, self._parent.uri) or sync(out, self._parent.uri) for out in trained)
 
     def _controller_folder(self, point: int) -> Path:
         return self._job.out / (f"ppo-{point}" if self._contestants.several else "ppo")

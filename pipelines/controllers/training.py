@@ -1,12 +1,13 @@
 """Training a controller: PPO iterations over a fleet, with a live view, tracking, checkpoints and a summary.
 
 A checkpoint follows every iteration, and the journal every decision, so a training that is stopped or killed goes on
-from its last decision (`esper ppo --resume`).
+from its last decision (`esper ppo --resume`). At the end the kept policies are held against each other
+(`selection.py`), and the best becomes `policy.safetensors` in the output folder.
 """
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -14,214 +15,227 @@ from typing import Any, Self
 from pydantic import Field
 from ray.rllib.algorithms.ppo import PPO
 
-from esper.pipelines.common.run_folder import Job
+from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.controllers.live import TrainingView
-from esper.pipelines.controllers.training_log import TrainingLog, as_json
+from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
-from esper.platform import cluster
+from esper.pipelines.controllers.workers import fleet_maker
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import say
-from esper.platform.contracts import Instance, Run
+from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
+from esper.platform.journal import Journal
+from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
-from esper.platform.tracking import Tracker, new_key, sync
-from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
+from esper.platform.tracking import Tracker, milliseconds, synced
+from esper.platform.tracking_store import tracking_uri
 from esper.policies.simic.health import Health
 from esper.policies.simic.learner import build_algorithm, iteration_metrics, restore_algorithm, runner, save_algorithm
-from esper.policies.simic.policy import CHECKPOINTS, SimicPolicy, checkpoints
-from esper.workers.actor import GrowthWorker
+from esper.policies.simic.policy import CHECKPOINTS, FOLDER, SimicPolicy, checkpoints
 from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
-from esper.workers.laws.surrogate import SurrogateRun
-from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import TokenData
-from esper.workers.worker import EpisodeWorker, save_name
+from esper.workers.worker import save_name
 
-SURROGATES = 16  # surrogate runs side by side in the driver
-KEPT = 5  # every so many iterations a checkpoint stays; of the others only the newest
-EPISODES, SAVES = "episodes", "saves"  # in the output folder
-ON_LAWS: dict[str, int] = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256}
+CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest
+HISTORY, EPISODES, SAVES = "history.jsonl", "episodes", "saves"  # in the output folder
+ON_LAWS = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256, "ppo.held_out": 16}
 """What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
 
+OWN = ("iteration", "time")  # what a line of the history has beside the metrics
+COUNTED = (
+    "everything that GPTs were trained for: episodes learned from, in flight and dropped, and held-out ones; not what "
+    "was trained twice after a worker's death"
+)
 
-class ResumePoint(Frozen):
-    """Where a training stands, and what it goes on with: kept as `extra` in the card of each checkpoint's policy."""
 
+class Reached(Frozen):
+    """Where a training stands: kept as `extra` in the card of each checkpoint's policy."""
+
+    key: str  # of the training
+    preset: str
+    seed: int
+    surrogate: bool
     iterations: int = Field(default=0, ge=0)
     episodes: float = 0.0
     decisions: float = 0.0
-    seed: int
-    surrogate: bool
-    preset: str | None = None
-    data: Path | None = None
-    fingerprint: str | None = None  # of the data
-    key: str  # of its MLflow run
+    last: dict[str, float | None] | None = None  # the entry of its last iteration in the history
 
     @classmethod
-    def first(cls, job: Job, seed: int, *, surrogate: bool) -> Self:
-        """That of a training which is about to begin."""
-        point = cls(seed=seed, surrogate=surrogate, preset=job.spec.preset, key=new_key())
-        if surrogate:
-            return point
-        of_data = {"data": job.data.absolute(), "fingerprint": job.open_data().manifest.fingerprint()}
-        return point.model_copy(update=of_data)
-
-    @classmethod
-    def newest(cls, folder: Path) -> tuple[Path, Self]:
-        """The newest checkpoint in a `ppo` run's folder.
+    def of(cls, folder: RunFolder) -> Self:
+        """That of the newest checkpoint in a training's folder, or of one that is about to begin.
 
         Raises:
-            UserError: the folder holds none, or one that `esper ppo` did not write.
+            UserError: the checkpoint is another training's.
         """
-        found = checkpoints(folder)
-        if not found:
-            raise UserError(f"--resume {folder} holds no checkpoint: name the output folder of an `esper ppo` run.")
-        return found[-1], cls.checked(SimicPolicy.load(found[-1]).card["extra"], f"the card of {found[-1]}")
+        there = checkpoints(folder.out)
+        if not there:
+            spec = folder.spec
+            return cls(key=folder.key, preset=spec.preset, seed=folder.seed, surrogate=folder.data is None)
+        reached = cls.checked(SimicPolicy.load(there[-1]).card["extra"], f"the card of {there[-1]}")
+        if reached.key != folder.key:
+            raise UserError(f"checkpoint {there[-1]} is another training's: put back the one that was there.")
+        return reached
 
     def after(self, metrics: dict[str, float]) -> Self:
         """One iteration later."""
         done = {name: getattr(self, name) + metrics[name] for name in ("episodes", "decisions")}
-        return self.model_copy(update={"iterations": self.iterations + 1, **done})
+        last = {"iteration": self.iterations + 1, "time": milliseconds(), **metrics}
+        return self.model_copy(update={"iterations": self.iterations + 1, "last": _as_json(last), **done})
+
+
+class History:
+    """The metrics of a training's iterations: a line each in `history.jsonl`, a point each in MLflow.
+
+    What is not finite is null in files, since JSON has no NaN.
+    """
+
+    def __init__(self, out: Path, tracker: Tracker) -> None:
+        self._journal, self._tracker = Journal(out / HISTORY, lambda entry: entry["iteration"]), tracker
+        self.entries = list(self._journal.entries)  # iteration, time stamp in milliseconds, metrics
+
+    def rows(self) -> list[dict[str, float]]:
+        """The entries, with NaN for null."""
+        return [{k: math.nan if v is None else v for k, v in entry.items()} for entry in self.entries]
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Note an iteration, unless it is there."""
+        if self._journal.add(entry):
+            self.entries.append(entry)
+        metrics = {name: value for name, value in entry.items() if name not in OWN and value is not None}
+        self._tracker.log(metrics, entry["iteration"], at=entry["time"])
 
 
 def train_controller(
-    job: Job,
-    out: Path,
-    *,
-    seed: int,
-    parent: Tracker | None = None,
-    surrogate: bool = False,
-    start: tuple[Path, ResumePoint] | None = None,
-    check: Callable[[], None] | None = None,
+    folder: RunFolder, *, parent: Tracker | None = None, check: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Train on the connected cluster and return the summary, which is also left in `out`.
+    """Train on the connected cluster, or go on, and return the summary, which is also left in the folder.
 
     Args:
-        job: spec and data.
-        out: where everything goes.
-        seed: of policy, episodes and action noise.
+        folder: where everything goes, which no other process works in; without data it trains on loss laws.
         parent: of the MLflow run that this one is a child of.
-        surrogate: train on SurrogateRun, over its training instances, instead of on text.
-        start: where to go on from, in `out`.
-        check: called a few times a second while episodes are waited for; what it raises ends the training, from where
-            it can be resumed.
+        check: called a few times a second; what it raises ends the training, from where it can be resumed.
     """
-    spec = job.spec
-    point = ResumePoint.first(job, seed, surrogate=surrogate) if start is None else start[1]
-    storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, point.key)
-    log = TrainingLog(out, point.iterations)
-    make = partial(
-        build_algorithm if start is None else partial(restore_algorithm, start[0]),
-        spec,
-        telemetry_space(spec),
-        fleet_maker(job, storage, surrogate=surrogate),
-        seed=seed,
-        instances=surrogate_instances(spec) if surrogate else None,
-        journal=out / EPISODES,
-        check=check,
-    )
-    with _tracker(spec, out, point, parent) as tracker:
+    out, surrogate = folder.out, folder.data is None
+    spec = folder.spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
+    storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, folder.key)
+    there = checkpoints(out)
+    reached = Reached.of(folder)
+    (out / "summary.json").unlink(missing_ok=True)  # of a training that is given more iterations
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    with track(folder, parent) as tracker:
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
-        log.send(tracker)  # MLflow may not have had them all
-        algorithm = make()
+        history = History(out, tracker)
+        if reached.last is not None:
+            history.add(reached.last)  # the process may have died before it was noted
+        algorithm = (partial(restore_algorithm, there[-1]) if there else build_algorithm)(
+            spec,
+            telemetry_space(spec),
+            fleet_maker(spec, folder.data, storage),
+            seed=folder.seed,
+            instances=_instances(spec) if surrogate else None,
+            journal=out / EPISODES,
+            check=check,
+        )
         ours = runner(algorithm)
         try:
-            if start is None:
-                _save(algorithm, out, point)
-            else:  # it may have been given more iterations
-                job.begin()
-                (out / "summary.json").unlink(missing_ok=True)
-            point = _iterate(algorithm, spec.ppo.iterations, out, point, log, tracker)
+            reached = _iterate(algorithm, spec.ppo.iterations, out, reached, history)
         finally:
             algorithm.stop()
-        checkpoint = _checkpoint(out, point)
+        played = held_out(_candidates(out), spec, folder.data, out, folder.seed, check)
+        losses = mean_losses(played)
+        best = min(losses, key=lambda iteration: (losses[iteration], -iteration), default=reached.iterations)
+        in_flight, dropped = ours.in_flight(), ours.dropped()
         summary = {
-            "preset": spec.preset,
-            "seed": seed,
-            "surrogate": surrogate,
-            "iterations": point.iterations,
-            "episodes": point.episodes,
-            "decisions": point.decisions,
-            "episode_return_mean": as_json(log.lines[-1])["return_mean"],
-            "checkpoint": str(checkpoint),
-            "in_flight": ours.in_flight(),
-            "dropped": ours.dropped(),
+            **reached.model_dump(mode="json", exclude={"last"}),
+            "episode_return_mean": history.entries[-1]["return_mean"],
+            "checkpoint": str(_checkpoint(out, best)),
+            "best_iteration": best,
+            "held_out_losses": _as_json(losses),
+            "in_flight": in_flight,
+            "dropped": dropped,
             "mlflow": tracker.run_id,
-            "history": [as_json(line) for line in log.lines],
+            "history": history.entries,
         }
         if not surrogate:
             with CheckpointStore(storage) as saves:
-                saves.keep_only(map(save_name, summary["in_flight"]))
+                saves.keep_only(map(save_name, in_flight))
+        shutil.copytree(_checkpoint(out, best) / FOLDER, out / FOLDER)
+        rows = [row | {"held_out_loss": losses.get(int(row["iteration"]), math.nan)} for row in history.rows()]
+        training_picture(rows, out / "training.png")
         write_json(out / "summary.json", summary)
-        training_picture(log.lines, out / "training.png")
-        _keep_with_run(tracker, out, checkpoint)
-    if summary["in_flight"]:
-        say(f"saved   {len(summary['in_flight'])} episodes in flight, for a training that goes on")
-    if summary["dropped"]:
-        say(f"dropped {len(summary['dropped'])} episodes: {', '.join(map(str, summary['dropped']))}")
-    say(f"policy  {checkpoint}; use it with: esper train ppo --policy {checkpoint}")
+        for iteration, loss in losses.items():
+            tracker.log({"held_out_loss": loss}, iteration)
+        keep(folder, tracker)
+    if in_flight:
+        say(f"saved   {len(in_flight)} episodes in flight, for a training that goes on")
+    if dropped:
+        say(f"dropped {len(dropped)} episodes: {', '.join(map(str, dropped))}")
+    if losses:
+        say(
+            f"best    iteration {best}, held-out loss {losses[best]:.4f}; the last has {losses[reached.iterations]:.4f}"
+        )
+    say(f"policy  {out / FOLDER}; use it with: esper train ppo --policy {out}")
     return {**summary, "where": tracker.where}
 
 
-def send_again(out: Path, parent: Tracker | None = None) -> bool:
-    """Send MLflow all of a training that ended while it was away; whether it has had everything now."""
-    return sync(out)
+def track(folder: RunFolder, parent: Tracker | None = None) -> Tracker:
+    """The tracker of a training's MLflow run."""
+    name = folder.out.name if parent is None else f"{folder.out.parent.name}-{folder.out.name}"
+    tags = {"kind": "ppo", "arm": "ppo"}
+    return folder.track(tags, experiment="esper-controllers", run_name=name, parent=parent)
 
 
-def _tracker(spec: RunSpec, out: Path, point: ResumePoint, parent: Tracker | None) -> Tracker:
-    """That of the training's run; the log's points have to be sent to it first."""
-    return Tracker.start(
-        out,
-        "esper-controllers",
-        out.name if parent is None else f"{out.parent.name}-{out.name}",
-        tags={"kind": "ppo", "arm": "ppo", "seed": point.seed, "preset": spec.preset},
-        params=spec.model_dump(mode="json"),
-        parent=parent,
-        key=point.key,
-    )
+def keep(folder: RunFolder, tracker: Tracker) -> None:
+    """Keep a training's results with its run in MLflow."""
+    for name in ("summary.json", "training.png"):
+        tracker.artifact(folder.out / name)
+    tracker.artifact(folder.out / FOLDER, FOLDER)
 
 
-def _keep_with_run(tracker: Tracker, out: Path, checkpoint: Path) -> None:
-    tracker.artifact(out / "summary.json")
-    tracker.artifact(out / "training.png")
-    tracker.artifact(checkpoint / "policy", "policy")
+def send(folder: RunFolder) -> bool:
+    """Give MLflow what it has not had of a training that has ended; False where it has had everything.
+
+    Raises:
+        UserError: it does not take it.
+    """
+    if synced(folder.out, tracking_uri()):
+        return False
+    tracker = track(folder)
+    keep(folder, tracker)
+    if not tracker.close(ended=int((folder.out / "summary.json").stat().st_mtime * 1000)):
+        raise UserError(f"MLflow did not take everything of the training in {folder.out}: try again once it is there.")
+    say(f"MLflow has had everything of the training in {folder.out} now.")
+    return True
 
 
-def _iterate(
-    algorithm: PPO, iterations: int, out: Path, point: ResumePoint, log: TrainingLog, tracker: Tracker
-) -> ResumePoint:
-    """Train from where `point` stands to the last iteration, a checkpoint after each; returns where it stands then."""
+def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, history: History) -> Reached:
+    """Train from where it stands to the last iteration, a checkpoint after each; returns where it stands then."""
     health = Health(iterations)
-    for metrics in log.metrics():
-        health.look(metrics)  # said already
-    with TrainingView(iterations, point.iterations, runner(algorithm).workers) as view:
-        while point.iterations < iterations:
+    for row in history.rows():
+        health.look({name: value for name, value in row.items() if name not in OWN})  # said already
+    with TrainingView(iterations, reached.iterations, runner(algorithm).workers) as view:
+        while reached.iterations < iterations:
             metrics = iteration_metrics(algorithm.train())
-            point = point.after(metrics)
-            at = log.add(point.iterations, metrics)
-            _save(algorithm, out, point)
-            tracker.log(metrics, point.iterations, at=at)
-            view.iteration(point.iterations, metrics)
+            reached = reached.after(metrics)
+            _save(algorithm, out, reached, every=math.ceil(iterations / CANDIDATES))
+            history.add(reached.last or {})
+            view.iteration(reached.iterations, metrics)
             for warning in health.look(metrics):
                 say(f"warning: {warning}")
-    return point
+    return reached
 
 
-def _checkpoint(out: Path, point: ResumePoint) -> Path:
-    return out / CHECKPOINTS / f"{point.iterations:06d}"
-
-
-def _save(algorithm: PPO, out: Path, point: ResumePoint) -> None:
+def _save(algorithm: PPO, out: Path, reached: Reached, every: int) -> None:
     """Write the checkpoint of where the training stands, and remove those before it that are not to be kept.
 
     Raises:
         UserError: it cannot be written.
     """
-    checkpoint = _checkpoint(out, point)
+    checkpoint = _checkpoint(out, reached.iterations)
     try:
-        save_algorithm(algorithm, checkpoint, point.model_dump(mode="json"))
+        save_algorithm(algorithm, checkpoint, reached.model_dump(mode="json"))
     except OSError as error:
         raise UserError(
             f"checkpoint {checkpoint} cannot be written ({error.strerror or error}): make room, and go on with "
@@ -229,58 +243,34 @@ def _save(algorithm: PPO, out: Path, point: ResumePoint) -> None:
         ) from error
     for path in (out / CHECKPOINTS).glob(".*.partial"):  # of a process that was killed
         shutil.rmtree(path, ignore_errors=True)
-    for path in checkpoints(out):
-        number = int(path.name)
-        if number < point.iterations and (number == 0 or number % KEPT):
+    for path in checkpoints(out)[:-1]:
+        if int(path.name) % every:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def fleet_maker(job: Job, storage: str, *, surrogate: bool) -> Callable[[], Fleet]:
-    """Makes the workers: Ray actors that train, or surrogate runs in this process."""
-    if surrogate:
-        return partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, job.spec)), SURROGATES)
-    CheckpointStore(job.spec.fleet.storage or storage)  # a place that cannot be is told of here, not by each worker
-    return partial(_ray_fleet, job.spec, job.data, storage)
+def _checkpoint(out: Path, iteration: int) -> Path:
+    return out / CHECKPOINTS / f"{iteration:06d}"
 
 
-def surrogate_instances(spec: RunSpec) -> Callable[[int], Instance]:
+def _candidates(out: Path) -> dict[int, Path]:
+    return {int(path.name): path for path in checkpoints(out)}
+
+
+def _instances(spec: RunSpec) -> Callable[[int], Instance]:
     """Episode number → training instance, all in turn."""
     instances = list(instance_set("train", spec).values())
     return lambda number: instances[number % len(instances)]
 
 
-def make_run(spec: RunSpec, data: Path) -> Run:
-    """A worker's run, made in its own process."""
-    return GrowthRun(spec, TokenData.open(data, verify=False))
+def _spent(parts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What the training used of each ledger axis, in all and by what it went to; nothing on loss laws."""
+    total = {axis: sum(part.get(axis, 0.0) for part in parts.values()) for axis in AXES}
+    return {"spent": total, "spent_on": parts, "spent_counts": COUNTED if parts else "nothing: no GPT was trained"}
 
 
-def gpus_needed(spec: RunSpec) -> int | None:
-    """GPUs that a cluster must have, for one worker or trial and for learners; None for none, or where it grows."""
-    needed = math.ceil(spec.fleet.gpus + spec.ppo.learners * spec.ppo.learner_gpus)
-    return None if _grows(spec) else needed or None
+def _totals(played: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {axis: sum(entry[axis] for entry in played) for axis in AXES}
 
 
-def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
-    fleet, ppo = spec.fleet, spec.ppo
-    taken = (0 if ppo.learner_gpus else ppo.learners, ppo.learners * ppo.learner_gpus)  # as RLlib asks for them
-    room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus, taken)
-    count = room if fleet.workers is None else fleet.workers
-    if count > room and not cluster.attached():
-        raise UserError(
-            f"fleet.workers is {count}, but this machine holds {room} of them: set it lower, or leave it out."
-        )
-    each = f"{fleet.cpus:g} core(s)" + (f", {fleet.gpus:g} GPU" if fleet.gpus else "")
-    say(f"fleet   {count} workers, each with {each}; saved in {storage}")
-    if count > room:
-        say(f"        the cluster has room for {room}; the others join as nodes do")
-
-    def make_worker():
-        options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus)
-        return options.remote(partial(make_run, spec, data), storage)
-
-    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus, taken), cluster.cores)
-
-
-def _grows(spec: RunSpec) -> bool:
-    """Whether the cluster may have no node for workers yet: a number of them that is asked for makes it grow."""
-    return cluster.attached() and spec.fleet.workers is not None
+def _as_json(values: Mapping[Any, float]) -> dict[Any, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}

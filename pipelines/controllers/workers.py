@@ -8,7 +8,6 @@ from pathlib import Path
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import say
-from esper.platform.contracts import Run
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
@@ -29,7 +28,7 @@ def fleet_maker(spec: RunSpec, data: Path | None, storage: str) -> Callable[[], 
     return partial(_ray_fleet, spec, data, storage)
 
 
-def make_run(spec: RunSpec, data: Path | None) -> Run:
+def make_run(spec: RunSpec, data: Path | None) -> GrowthRun | SurrogateRun:
     """A worker's run, made in its own process."""
     return SurrogateRun(spec) if data is None else GrowthRun(spec, TokenData.open(data, verify=False))
 

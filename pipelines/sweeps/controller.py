@@ -5,18 +5,20 @@ law_fit.py`): minutes instead of days, and zero-shot on text.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from esper.pipelines.common.run_folder import Job
-from esper.pipelines.controllers.training import ON_LAWS, ResumePoint, checkpoints, train_controller
+from esper.pipelines.common.run_folder import Job, RunFolder
+from esper.pipelines.controllers.training import ON_LAWS, train_controller
 from esper.platform.console import say
+from esper.platform.frozen import Frozen
+from esper.platform.pins import PINS
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import read_json
-from esper.platform.tracking import Tracker
+from esper.platform.tracking import Tracker, new_key
+from esper.platform.tracking_store import tracking_uri
 from esper.workers.laws.fit import fit_laws, points_of
 
 TrainedOn = Literal["text", "laws"]
@@ -69,18 +71,16 @@ def trained_policy(
         say(f"laws    {law.floor:.3f} + {size} + {data} nats at n layers, d of what one layer sees in the budget")
         say(f"        off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
     if not done.exists():
-        start = ResumePoint.newest(out) if checkpoints(out) else None
-        own_job = replace(job, spec=spec, out=out)
-        own_job.begin()
-        train_controller(
-            own_job,
-            out,
-            seed=TRAINING_SEED + seed,
-            parent=parent,
-            surrogate=surrogate,
-            start=start,
-            check=check,
-        )
+        if (out / PINS).exists():
+            with RunFolder.reopen(out, "ppo", Frozen) as (own_folder, _):
+                own_folder.check()
+                train_controller(own_folder, parent=parent, check=check)
+        else:
+            named = {"task": "tinystories", "key": new_key(), "store": tracking_uri()}
+            data = None if surrogate else job.data
+            own_folder = RunFolder(out=out, spec=spec, data=data, seed=TRAINING_SEED + seed, **named)
+            with own_folder.begin("ppo", Frozen()):
+                train_controller(own_folder, parent=parent, check=check)
     summary = read_json(done, str(done), "the summary of a controller's training")
     times = [line["time"] / 1000 for line in summary["history"]]
     each = median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0

@@ -5,6 +5,7 @@ Needs a local Ray cluster, which the pipeline starts. Alone: `pytest tests/pipel
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,17 +13,26 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from esper.pipelines import ppo, train
-from esper.pipelines.common.run_folder import Job
-from esper.pipelines.controllers import training
+from esper.pipelines.controllers import selection, workers
+from esper.platform import checkpoint
+from esper.platform.ledger import AXES
+from esper.platform.spec import load_spec
 from esper.platform.storage import alone
 from esper.policies.simic import runner as runners
+from esper.policies.simic.net import ControllerNet
+from esper.policies.simic.policy import SimicPolicy
 
 pytestmark = pytest.mark.usefixtures("one_ray")
 
-SMALL = ["--set", "ppo.decisions=16", "--set", "ppo.minibatch=8", "--set", "ppo.epochs=2"]
+SMALL = ["--set", "ppo.decisions=16", "--set", "ppo.minibatch=8", "--set", "ppo.epochs=2", "--set", "ppo.held_out=2"]
+
+
+def more(iterations: int) -> list[str]:
+    return ["--set", f"ppo.iterations={iterations}"]
 
 
 def summary_of(folder):
@@ -30,32 +40,49 @@ def summary_of(folder):
 
 
 def points(client, run: str, key: str) -> list[tuple[int, float]]:
-    return [(metric.step, metric.value) for metric in client().get_metric_history(run, key)]
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run, key)]
 
 
-def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd, monkeypatch):
-    out = tmp_path / "law"
-    assert ppo.main(["--surrogate", *tiny, *SMALL, "--set", "ppo.iterations=2", "--out", str(out)]) == 0
+@pytest.fixture
+def laws(tiny, tmp_path):
+    """Trains on laws, in a folder; returns it."""
+
+    def trained(iterations: int, name: str = "law", *flags: str) -> Path:
+        out = tmp_path / name
+        assert ppo.main(["--surrogate", *tiny[:2], *SMALL, *more(iterations), *flags, "--out", str(out)]) == 0
+        return out
+
+    return trained
+
+
+def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path, capfd, monkeypatch):
+    out = laws(2)
     summary = summary_of(out)
-    assert {"iterations", "episodes", "decisions", "episode_return_mean", "checkpoint", "mlflow"} <= set(summary)
     assert summary["iterations"] == len(summary["history"]) == 2
     assert sorted(int(path.stem) for path in (out / "episodes").iterdir()) == summary["in_flight"]
     assert (out / "training.png").stat().st_size > 10_000
+    assert summary["spent"] == dict.fromkeys(AXES, 0.0)  # no GPT was trained
     run = client().get_run(summary["mlflow"])
-    assert {"return_mean", "entropy", "explained_variance", "wait", "kl", "clip_fraction"} <= set(run.data.metrics)
+    assert {"return_mean", "entropy", "explained_variance", "wait", "kl", "held_out_loss"} <= set(run.data.metrics)
     assert "iteration 2/2" in capfd.readouterr().err
+    losses = summary["held_out_losses"]
+    assert set(losses) == {"1", "2"}
+    assert losses[str(summary["best_iteration"])] == min(losses.values())
+    best = Path(summary["checkpoint"])
+    assert int(best.name) == summary["best_iteration"]
+    assert (out / "policy.safetensors").read_bytes() == (best / "policy.safetensors").read_bytes()
 
     assert ppo.main(["--resume", str(out)]) == 2
     assert "has its 2 iterations" in capfd.readouterr().err
 
-    assert ppo.main(["--resume", str(out), "--set", "ppo.iterations=3"]) == 0
+    assert ppo.main(["--resume", str(out), *more(3)]) == 0
     after = summary_of(out)
     assert [metrics["iteration"] for metrics in after["history"]] == [1, 2, 3]
     assert after["history"][:2] == summary["history"]
     assert after["decisions"] == summary["decisions"] + after["history"][2]["decisions"]
     assert after["surrogate"]  # as it was, without saying so again
     assert after["mlflow"] == summary["mlflow"]
-    assert [step for step, _ in points(client, after["mlflow"], "return_mean")] == [1, 2, 3]
+    assert [step for step, _ in points(client(), after["mlflow"], "return_mean")] == [1, 2, 3]
 
     # Another store has had nothing of it: what is left to do is to send it everything.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
@@ -64,10 +91,11 @@ def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd
     assert "MLflow has had everything" in capfd.readouterr().err
     other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
     found = other.search_runs([other.get_experiment_by_name("esper-controllers").experiment_id])[0].info
-    run = found.run_id
-    assert found.end_time == after["history"][-1]["time"]
-    assert points(lambda: other, run, "return_mean") == points(client, after["mlflow"], "return_mean")
-    assert {file.path for file in other.list_artifacts(run)} == {"summary.json", "training.png", "policy"}
+    assert found.status == "FINISHED"
+    assert points(other, found.run_id, "return_mean") == points(client(), after["mlflow"], "return_mean")
+    assert {"summary.json", "training.png", "policy.safetensors"} <= {
+        f.path for f in other.list_artifacts(found.run_id)
+    }
     assert ppo.main(["--resume", str(out)]) == 2
     assert ppo.main(["--resume", str(out), "--set", "ppo.entropy=0.5"]) == 2
 
@@ -79,33 +107,86 @@ def test_on_laws_then_resumed_in_place_then_played(tiny, client, tmp_path, capfd
     assert summary_of(tmp_path / "played")["arm"] == "ppo"
 
 
-def test_what_a_resumed_training_does_not_take(tiny, tmp_path, capfd):
-    out = tmp_path / "law"
-    assert ppo.main(["--surrogate", *tiny, *SMALL, "--set", "ppo.iterations=1", "--out", str(out)]) == 0
-    newest = out / "checkpoints" / "000001"
-    for arguments, sentence in (
-        (["--resume", str(out), "--seed", "1"], "leave out --seed"),
-        (["--resume", str(out), "--set", "host.n_embd=8"], "only keys of ppo and fleet may change"),
-        (["--resume", str(tmp_path)], "holds no checkpoint"),
-        (["--resume", str(out), "--set", "ppo.iterations=5", "--set", "ppo.hidden=8"], "ppo.hidden, the network's own"),
-    ):
+def test_resumed_it_is_the_same_to_the_bit(laws):
+    """Weights, optimizer, KL coefficient and metrics; whatever lies in the folder, nothing of it is unpickled."""
+    straight, resumed = laws(4, "straight"), laws(2, "resumed")
+    planted = pickle.dumps(Bomb(resumed / "exploded"))
+    for path in (*resumed.rglob("000002"), *resumed.rglob("000002/*")):
+        if path.is_dir():
+            for name in ("algorithm_state.pkl", "class_and_ctor_args.pkl", "state.pkl"):
+                (path / name).write_bytes(planted)
+    assert ppo.main(["--resume", str(resumed), *more(4)]) == 0
+    assert not (resumed / "exploded").exists()
+    for name in ("policy", "learner"):
+        states = [
+            checkpoint.read(out / "checkpoints" / "000004" / f"{name}.safetensors") for out in (straight, resumed)
+        ]
+        (_, tensors), (_, others) = states
+        assert all(torch.equal(tensors[key], others[key]) for key in tensors)
+        assert tensors.keys() == others.keys()
+    timed = {"time", "sample_seconds", "learn_seconds", "episode_seconds", "episode_seconds_max"}
+    histories = [summary_of(out)["history"] for out in (straight, resumed)]
+    assert "kl_coefficient" in histories[0][0]
+    for one, other in zip(*histories, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+class Bomb:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_what_is_refused(laws, tiny, tmp_path, capfd):
+    out, text = laws(1), tmp_path / "text.txt"
+
+    def refused(arguments, sentence):
         capfd.readouterr()
         assert ppo.main(arguments) == 2
-        assert sentence in capfd.readouterr().err
+        printed = capfd.readouterr().err
+        assert sentence in printed
+        assert "Traceback" not in printed
+
+    go_on = ["--resume", str(out), *more(5)]
+    refused(["--surrogate", "--data", str(text)], f"leave out --data {text}")
+    refused(["--resume", str(out), "--seed", "1"], "leave out --seed")
+    refused(["--resume", str(out), "--set", "host.n_embd=8"], "only keys of ppo and fleet may change")
+    refused(["--resume", str(tmp_path)], "no work to go on with")
+    refused([*go_on, "--set", "ppo.hidden=8"], "ppo.hidden, the network's own")
+    for setting, sentence in (
+        ("fleet.cpus=999", "does not fit a cluster"),
+        ("fleet.workers=999", "holds"),
+        ("fleet.storage=nonsense://there", "nonsense://there"),
+    ):
+        refused([*tiny, *SMALL, "--set", setting, "--out", str(tmp_path / setting.replace("/", ""))], sentence)
     with alone(out):
-        assert ppo.main(["--resume", str(out), "--set", "ppo.iterations=5"]) == 2
-    assert "another process works in" in capfd.readouterr().err
-    card = json.loads((newest / "policy" / "policy.json").read_text())
-    (newest / "policy" / "policy.json").write_text(json.dumps({**card, "extra": {"mine": 1}}))
-    assert ppo.main(["--resume", str(out), "--set", "ppo.iterations=5"]) == 2
-    assert "Traceback" not in capfd.readouterr().err
+        refused(go_on, "another process works in")
+    newest = out / "checkpoints" / "000001"
+    for name in ("policy", "learner"):
+        path = newest / f"{name}.safetensors"
+        whole = path.read_bytes()
+        path.write_bytes(pickle.dumps(Bomb(out / "exploded")))
+        refused(go_on, str(newest))
+        path.write_bytes(whole)
+    assert not (out / "exploded").exists()
+    swapped = laws(1, "other") / "checkpoints" / "000001"
+    newest.rename(out / "own")
+    swapped.rename(newest)
+    refused(go_on, "is another training's")
+    spec = out / "spec.json"
+    spec.write_text(spec.read_text().replace('"n_embd": 16', '"n_embd": 32'))
+    refused(go_on, "spec.json")
 
 
-def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, tiny_spec, shards, tmp_path, monkeypatch):
+def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, shards, tmp_path, monkeypatch, capfd):
     """Two real workers train GPTs; one is killed in mid-episode and another takes its episode up."""
     import ray
 
-    class Deadly(training.RayFleet):
+    class Deadly(workers.RayFleet):
         calls = 0
 
         def submit(self, worker, order):
@@ -122,17 +203,13 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, ti
         learned.extend((int(episode.id_), k) for episode in episodes for k in range(len(episode)))
         return episodes
 
-    monkeypatch.setattr(training, "RayFleet", Deadly)
+    monkeypatch.setattr(workers, "RayFleet", Deadly)
     monkeypatch.setattr(runners.SimicEnvRunner, "sample", noting)
-    spec = tiny_spec.model_copy(
-        update={
-            "ppo": tiny_spec.ppo.model_copy(update={"iterations": 2, "decisions": 32, "minibatch": 16, "epochs": 2}),
-            "budget": tiny_spec.budget.model_copy(update={"amount": 200}),
-        }
-    )
-    job = Job(spec, shards, tmp_path / "out")
-    job.begin()
-    summary = training.train_controller(job, job.out, seed=0)
+    out = tmp_path / "out"
+    small = ["ppo.iterations=2", "ppo.decisions=32", "ppo.minibatch=16", "ppo.epochs=2", "ppo.held_out=1"]
+    settings = [flag for each in (*small, "budget.amount=200", "budget.cooldowns=[0.5]") for flag in ("--set", each)]
+    assert ppo.main([*tiny, *settings, "--out", str(out)]) == 0
+    summary = summary_of(out)
     last = summary["history"][-1]
     assert summary["iterations"] == len(summary["history"]) == 2
     assert last["failures"] == 1
@@ -144,16 +221,44 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, ti
     assert 0 < last["busy"] <= 1
     assert 0 < last["waiting"] < 1
 
+    # What it spent is all of it: whole episodes of 200 steps, those in flight, and a held-out one for each policy.
+    parts = summary["spent_on"]
+    assert parts["learned"]["steps"] == 200 * len(numbers)
+    assert parts["held_out"]["steps"] == 200 * len(summary["held_out_losses"])
+    assert 0 < parts["in_flight"]["steps"] < 200 * max(1, len(summary["in_flight"])) + 1 or not summary["in_flight"]
+    assert summary["spent"]["steps"] == sum(part["steps"] for part in parts.values())
+
     # It does not go on with other text.
-    (tmp_path / "out" / "checkpoints" / "000002" / "policy" / "policy.json").write_text(
-        json.dumps(other_text(tmp_path / "out" / "checkpoints" / "000002" / "policy" / "policy.json"))
-    )
-    assert ppo.main(["--resume", str(job.out), "--set", "ppo.iterations=3"]) == 2
+    shard = next(path for path in shards.rglob("*") if path.suffix == ".arrow")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-64] + b"another text".ljust(64))
+    capfd.readouterr()
+    try:
+        assert ppo.main(["--resume", str(out), *more(3)]) == 2
+    finally:
+        shard.write_bytes(whole)
+    assert "Traceback" not in capfd.readouterr().err
 
 
-def other_text(card: Path):
-    values = json.loads(card.read_text())
-    return {**values, "extra": {**values["extra"], "fingerprint": "another"}}
+def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp_path, monkeypatch):
+    spec = load_spec("tinystories-char", ["budget.decisions=6", "ppo.held_out=3"])
+    candidates = {}
+    for iteration, scale in ((1, 0.0), (3, 3.0)):  # one only waits
+        torch.manual_seed(iteration)
+        net = ControllerNet(16)
+        with torch.no_grad():
+            net.score[-1].weight.normal_(0, scale)  # pyright: ignore[reportCallIssue]
+        candidates[iteration] = tmp_path / f"{iteration:06d}"
+        SimicPolicy(net).save(candidates[iteration])
+    played = selection.held_out(candidates, spec, None, tmp_path, 0, lambda: None)
+    assert len(played) == 6
+    losses = selection.mean_losses(played)
+    assert losses[3] < losses[1] - 0.1
+    diverged = [entry | {"diverged": entry["episode"] == 2} for entry in played]
+    assert selection.mean_losses(diverged) == {1: float("inf"), 3: float("inf")}
+
+    monkeypatch.setattr(selection, "_episode", None)  # nothing is played again
+    assert selection.held_out(candidates, spec, None, tmp_path, 0, lambda: None) == played
 
 
 def start(arguments, tmp_path):
@@ -172,12 +277,17 @@ def wait_for(condition, process, seconds: float = 240.0) -> None:
 
 
 def test_killed_and_stopped_it_goes_on_with_nothing_lost_or_doubled(tiny, client, tmp_path):
-    """SIGKILL in mid-training, then SIGTERM: after each `--resume`, each iteration once, here and in MLflow."""
+    """SIGKILL before the first checkpoint and later, then SIGTERM: each iteration once, here and in MLflow."""
     out = tmp_path / "out"
-    begin = ["--surrogate", *tiny, "--set", "ppo.decisions=64", "--set", "ppo.iterations=8", "--out", str(out)]
+    begin = ["--surrogate", *tiny[:2], "--set", "ppo.decisions=64", *more(8), "--out", str(out)]
     checkpoints = lambda: sorted(int(path.name) for path in (out / "checkpoints").glob("0*"))  # noqa: E731
     process = start(begin, tmp_path)
-    wait_for(lambda: out.exists() and checkpoints() and checkpoints()[-1] >= 2, process)
+    wait_for((out / "pins.json").exists, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    process = start(["--resume", str(out)], tmp_path)
+    wait_for(lambda: checkpoints() and checkpoints()[-1] >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     reached = checkpoints()[-1]
@@ -194,15 +304,5 @@ def test_killed_and_stopped_it_goes_on_with_nothing_lost_or_doubled(tiny, client
     assert [metrics["iteration"] for metrics in summary["history"]] == list(range(1, 9))
     assert summary["decisions"] == sum(metrics["decisions"] for metrics in summary["history"])
     expected = [(metrics["iteration"], metrics["return_mean"]) for metrics in summary["history"]]
-    assert points(client, summary["mlflow"], "return_mean") == expected
-    assert checkpoints() == [5, 8]
-
-
-def test_workers_that_do_not_fit_are_refused(tiny, tmp_path, capfd):
-    for setting, sentence in (
-        ("fleet.cpus=999", "does not fit a cluster"),
-        ("fleet.workers=999", "holds"),
-        ("fleet.storage=nonsense://there", "fleet.storage is 'nonsense://there', which cannot be used"),
-    ):
-        assert ppo.main([*tiny, *SMALL, "--set", setting, "--out", str(tmp_path / setting.replace("/", ""))]) == 2
-        assert sentence in capfd.readouterr().err
+    assert points(client(), summary["mlflow"], "return_mean") == expected
+    assert checkpoints() == [2, 4, 6, 8]
