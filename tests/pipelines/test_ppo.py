@@ -90,7 +90,9 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     assert ppo.main(["--resume", str(out)]) == 0
     assert "MLflow has had everything" in capfd.readouterr().err
     other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
-    found = other.search_runs([other.get_experiment_by_name("esper-controllers").experiment_id])[0].info
+    experiment = other.get_experiment_by_name("esper-controllers")
+    assert experiment is not None
+    found = other.search_runs([experiment.experiment_id])[0].info
     assert found.status == "FINISHED"
     assert points(other, found.run_id, "return_mean") == points(client(), after["mlflow"], "return_mean")
     assert {"summary.json", "training.png", "policy.safetensors"} <= {
