@@ -2,17 +2,13 @@
 
 E, A, α, B and β of `scaling_law.py` are fitted to the annealed losses that static sizes end at, by the method of
 Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the logarithm of the loss, the best of a grid of starts,
-here run until it converges (Besiroglu et al. 2024, 2404.10102: that fit stopped before it had). Static sizes differ in
-depth only: how much attention, other parameters and layers count separately cannot be told from such runs. `heads`,
-`width` and `layer` keep their wide ranges, and a controller must find out by looking.
+run until it converges. Static sizes differ in depth only, and cannot tell how much attention, other parameters and
+layers count separately: `heads`, `width` and `layer` keep their wide ranges.
 
 A loss counts the less the further it lies above the lowest of all, by half at `NEAR`: a text's loss first falls faster
-than any power law, and a controller's choice is between sizes that are good. Fitted to 8 runs of 500,000 and 1,000,000
-parameter-seconds of `tinystories-char` it foretells 9 of 3,000,000 to 0.026 nats with this, to 0.038 without, where
-seeds differ by 0.015; `NEAR` was chosen on these runs, so that on others it may help less.
-
-What the points leave open (with few sizes E, A and α trade against each other) a weak pull of the exponents to 1/2
-decides: an exponent that is off by a factor of e costs as much as a point that is off by `TOLERANCE`.
+than any power law, and a controller's choice is between sizes that are good. (Chosen on runs of `tinystories-char`,
+where 8 short ones foretell 9 long ones to 0.026 nats with this, to 0.038 without; seeds differ by 0.015.) What the
+points leave open a weak pull of the exponents to 1/2 decides.
 """
 
 import math
@@ -76,13 +72,8 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
     """Fit a law to static runs on the spec's host, and the ranges around it that controllers are trained on.
 
     A range reaches as far to both sides as the greater of two: twice the constant's standard error over seeds
-    (jackknife: Efron 1982, of refits without one seed), and `SHARE`. Seeds tell what chance does; the share is for what
-    they cannot tell: that the law's form is not quite the text's, that a run that grows may not fall as static ones do,
-    and how far the pull of the exponents goes wrong.
-
-    Args:
-        spec: of the runs; `spec.budget` only states what B is measured at, and the points may come from other budgets.
-        points: of static runs of `SIZES` sizes or more, each at two token counts or more (cooldowns give them).
+    (jackknife: Efron 1982, of refits without one seed), and `SHARE`, for what seeds cannot tell: that the law's form is
+    not quite the text's. `spec.budget` only states what B is measured at: the points may come from other budgets.
 
     Raises:
         UserError: sizes or token counts are too few, or a loss is none that a surrogate can have.

@@ -1,15 +1,11 @@
 """SurrogateRun: an episode that computes its loss by a law instead of training; a fraction of a millisecond a decision.
 
 A graft leaves the loss where it is, and from there on it falls as the new size's does; a prune raises it by what the
-size was worth. On budgets of parameter-seconds, seconds and FLOPs a slice is trained to its very end, with parts of a
-step (the ledger's steps and tokens are the rounded sums), so that the state at a decision is its number, the shape and
-the loss, and the best that can be done is known (`oracle.py`).
-
-What a controller sees is noisy; rewards and records are exact. Losses (and slopes with them) are off by some millinats.
-Once something has been trained, a site's gradient norm tells, up to a factor of noise, how many nats a graft there
-takes off what training cannot remove: this is where it shows for how much a law's heads, neurons and layers count.
-
-It stands in for GrowthRun wherever learning to decide is what is tried, and shows nothing about real growth.
+size was worth. On continuous axes a slice is trained to its very end, with parts of a step (the ledger's steps and
+tokens are the rounded sums), so that the state at a decision is its number, the shape and the loss, and the best that
+can be done is known (`oracle.py`). What a controller sees is noisy; rewards and records are exact. A site's gradient
+norm tells, up to a factor of noise, how many nats a graft there takes off what training cannot remove: this is where it
+shows for how much a law's heads, neurons and layers count. It shows nothing about real growth.
 """
 
 import copy
@@ -59,11 +55,8 @@ class SurrogateRun(Episode):
         self._size_loss = self.law.size_loss(Size.of(shape))
         self._per_step = clock.axis_per_step(self.spec.budget.axis, shape, tokens)
         self._step_seconds = clock.step_seconds(shape, tokens)
-        self._parameters = shape.parameters_count(), shape.parameters_count(non_embedding=True)
-        self._flops = shape.flops_per_token()
-        self._found = super().options()
         self._uses: dict[str, float] = {}  # site → nats that a graft there takes off what tokens cannot remove
-        for site, size in _grown(self._found):
+        for site, size in _grown(self.options()):
             self._uses[site] = max(self._uses.get(site, 0.0), self._size_loss - self.law.size_loss(size))
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
@@ -106,10 +99,6 @@ class SurrogateRun(Episode):
         """Fraction of the budget spent; at a decision exactly its boundary, free of the ledger's rounding."""
         fraction, passed = super().fraction(), self.clock.passed / self.clock.decisions
         return passed if math.isclose(fraction, passed, rel_tol=1e-9) else fraction
-
-    def options(self) -> Options:
-        """Every candidate at the shape now."""
-        return self._found
 
     def _shape(self) -> HostShape:
         return self.shape
@@ -162,11 +151,11 @@ class SurrogateRun(Episode):
         self.ledger.charge(
             seconds=seconds,
             wall_seconds=seconds,
-            parameters=self._parameters[0],
-            parameters_non_embedding=self._parameters[1],
+            parameters=self.shape.parameters_count(),
+            parameters_non_embedding=self.shape.parameters_count(non_embedding=True),
             steps=round(self._steps) - self.ledger.steps,
             tokens=round(self._steps * self._tokens_per_step) - self.ledger.tokens,
-            flops=steps * self._tokens_per_step * self._flops,
+            flops=steps * self._tokens_per_step * self.shape.flops_per_token(),
         )
 
     def _evaluate(self) -> float:
