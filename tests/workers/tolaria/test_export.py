@@ -187,20 +187,6 @@ def test_a_shape_that_gpt2_has_not_is_refused_by_its_layer(tmp_path, grafts, cha
 # -- Folders and tokenizers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("export", [export_native, export_gpt2])
-def test_only_a_new_or_empty_folder_is_written(tmp_path, export):
-    host, _ = grown(FOR_GPT2)
-    (tmp_path / "empty").mkdir()
-    export(host, tmp_path / "empty")
-    before = (tmp_path / "empty" / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="already holds"):
-        export(host, tmp_path / "empty")
-    with pytest.raises(UserError, match="cannot be made"):
-        export(host, tmp_path / "empty" / "model.safetensors" / "below")
-    assert (tmp_path / "empty" / "model.safetensors").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 @pytest.mark.parametrize("name", ["bpe:300", "char"])
 def test_the_tokenizer_goes_along(tmp_path, name):
     ours = tokenizer.build(name, DOCUMENTS)

@@ -58,7 +58,8 @@ def read_parquet(path: Path) -> Iterator[str]:
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a whole Parquet file ({error}): fetch or write it anew.") from None
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{path} is not a whole Parquet file ({reason}): fetch or write it anew.") from None
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
