@@ -77,8 +77,7 @@ def write_report(client: "MlflowClient", parent_run_id: str, out: Path) -> Path:
         UserError: the run has no `sweep.json`, or no finished trial.
     """
     store = shown(client.tracking_uri)
-    with asked(store):
-        experiment = client.get_experiment(client.get_run(parent_run_id).info.experiment_id)
+    experiment = asked(store, lambda: client.get_experiment(client.get_run(parent_run_id).info.experiment_id))
     return save(client, build(client, next(find_sweeps(client, store, experiment.name, parent_run_id))), out)
 
 

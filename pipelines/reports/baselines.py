@@ -31,7 +31,6 @@ class Trials:
         controls: labels of the arms that grow at random, and did.
         idle: labels of those that on no seed did → the static label whose runs theirs are to the bit, if any.
         statics: size → sound test runs; sizes without any are left out.
-        tuning: the same of the tuning runs.
         size: the best static size at equal budget: chosen on tuning seeds, else on the test seeds.
         schedule: label of the best fixed schedule, likewise.
     """
@@ -43,8 +42,8 @@ class Trials:
         axis, self.amount = str(point["budget"]["axis"]), float(point["budget"]["amount"])
         self.axis = EQUAL_COST.get(axis, axis)
         self.budget = f"{self.amount:,.10g} {axis.replace('_', '-')}"
-        self.test, tuning = _by_label(self.runs, "test"), _by_label(self.runs, "tuning")
-        self.statics, self.tuning = _by_size(self.test), _by_size(tuning)
+        self.test = _by_label([run for run in self.runs if run.purpose == "test"])
+        self.statics = _by_size(self.test)
         self.arms = {label: next(iter(seeds.values())).arm for label, seeds in self.test.items()}
         may_grow = [label for label, arm in self.arms.items() if arm not in NOT_GROWN]
         grew = [label for label in may_grow if any(run.grafts for run in self.test[label].values())]
@@ -94,18 +93,21 @@ class Trials:
 
     def _test(self, arm: str, baseline: str, axis: str) -> PairedTest:
         mine, doubt, weakest = self.test[arm], "", 0.0
+        against = self._final_size(arm) if baseline == FINAL_SIZE else self.schedule
         if baseline == BEST_STATIC:
-            against, doubt = self._best_static(arm, axis)
-        else:
-            against = self._final_size(arm) if baseline == FINAL_SIZE else self.schedule
+            # Whichever size is named, the arm has to get below every one: the choice may be wrong. Means alone would
+            # let an arm that equals the best size win in 8 % of sweeps with four nearly equal sizes.
+            pairs = {label: pair(mine, self.test[label], axis) for label in map(self.static, self.statics) if label}
+            equal = {label: test for label, test in pairs.items() if test.interval}
+            against = max(equal or pairs, key=lambda label: pairs[label].mean, default=None)
+            weakest = max((test.p for test in equal.values()), default=0.0)
+            doubt = ", ".join(label for label in pairs if label not in equal)
+            doubt = doubt and f"{doubt} has no loss at this cost, and may be lower"
+            if axis == self.axis:
+                against, doubt = self.best_static, ""
         if against is None or against not in self.test:
             return PairedTest(np.empty(0), doubt="it was not trained", arm=arm, baseline=baseline, axis=axis)
         found = pair(mine, self.test[against], axis)
-        if baseline == BEST_STATIC:
-            # The size was chosen on few seeds and may not be the best: the arm has to get below every one. Means alone
-            # would let an arm that equals the best size win in 8 % of sweeps with four nearly equal sizes.
-            others = [pair(mine, runs, axis) for runs in self.statics.values()]
-            weakest = max((other.p for other in others if not other.beyond and len(other.differences)), default=0.0)
         grew = sum(run.grafts > 0 for run in mine.values())
         if grew < PAIRS <= len(found.differences):
             doubt = f"it grew on {counted(grew, 'seed')} only, and a test takes {PAIRS}"
@@ -119,33 +121,11 @@ class Trials:
         alike = [size for size, runs in self.statics.items() if {r.final("parameters") for r in runs.values()} == ends]
         return (self.static(alike[0]) if alike else None) or f"static_final:{arm}"
 
-    def _best_static(self, arm: str, axis: str) -> tuple[str | None, str]:
-        """The label of the best static size at an arm's median cost, and why a better one may be missing."""
-        costs = [run.final(axis) for run in self.sound(arm).values() if run.final(axis) > 0]
-        if axis == self.axis or not costs:
-            return self.best_static, ""
-        size, doubt = best_size(self.tuning or self.statics, axis, float(np.median(costs)))
-        return self.static(size), doubt
-
 
 def best(candidates: Mapping[Any, Seeds]) -> Any:
     """The key whose sound runs end lowest in the mean; None without any."""
     means = {key: np.mean([run.loss for run in runs.values()]) for key, runs in candidates.items() if runs}
     return min(means, key=means.__getitem__) if means else None
-
-
-def best_size(statics: Mapping[int, Seeds], axis: str, cost: float) -> tuple[int | None, str]:
-    """The static size with the lowest mean annealed loss at a cost, and why a better one may be missing.
-
-    Where no size has a loss at the cost, it is the one that ends lowest.
-    """
-    means = {size: float(np.mean([run.loss_at(axis, cost) for run in runs.values()])) for size, runs in statics.items()}
-    known = {size: mean for size, mean in means.items() if math.isfinite(mean)}
-    size = min(known, key=known.__getitem__) if known else best(statics)
-    if not known or min(known) < size < max(known):
-        return size, ""
-    sizes = ", ".join(map(str, known))
-    return size, f"of the static sizes with losses at this cost ({sizes}) the best is an outermost one ({size})"
 
 
 def draw_envelope(statics: Mapping[int, Seeds], axis: str) -> tuple[np.ndarray, np.ndarray]:
@@ -163,20 +143,15 @@ def _sound(runs: Seeds) -> dict[int, Run]:
     return {seed: run for seed, run in sorted(runs.items()) if run.sound}
 
 
-def _by_label(runs: Sequence[Run], purpose: str) -> dict[str, dict[int, Run]]:
+def _by_label(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
     """Static labels first, from small to large."""
     labels: dict[str, dict[int, Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.arm != STATIC, run.size or 0 if run.arm == STATIC else 0)):
-        if run.purpose == purpose:
-            labels.setdefault(run.label, {})[run.seed] = run
+    for run in sorted(runs, key=lambda run: run.size or 0 if run.arm == STATIC else math.inf):
+        labels.setdefault(run.label, {})[run.seed] = run
     return labels
 
 
 def _by_size(labels: Mapping[str, Seeds]) -> dict[int, dict[int, Run]]:
     """Sound static runs by their size, in increasing order."""
-    sizes = {}
-    for seeds in map(_sound, labels.values()):
-        for run in seeds.values():
-            if run.arm == STATIC and run.size is not None:
-                sizes[run.size] = seeds
-    return sizes
+    runs = [(run, _sound(seeds)) for seeds in labels.values() for run in list(seeds.values())[:1]]
+    return {run.size: kept for run, kept in runs if run.arm == STATIC and run.size is not None and kept}

@@ -54,6 +54,11 @@ class PairedTest:
         return Interval.of(self.differences) if len(self.differences) and not self.beyond else None
 
     @property
+    def mean(self) -> float:
+        """The mean difference, nats; minus infinity without any."""
+        return float(self.differences.mean()) if len(self.differences) else -math.inf
+
+    @property
     def p(self) -> float:
         """Twice the one-sided p-value of a paired t test that the mean is below 0; 1 where none can be made."""
         n = len(self.differences)

@@ -5,16 +5,16 @@ Nothing is made or changed: a store that is not there is told of. Runs that no s
 
 import contextlib
 import json
-import os
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from esper.pipelines.reports.paired_tests import counted
 from esper.pipelines.reports.runs import FINAL, NEEDED, Run
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 TAGS = ("label", "arm", "seed", "purpose", "grid")  # without one of them a run is no trial of a sweep
 READERS = 8  # summaries that are downloaded at once
+DEADLINE = 60.0  # seconds that one call to MLflow may take in all
 SHOWN = 5  # names that an error lists at most
 ELSEWHERE = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,36 +68,40 @@ def open_store(uri: str | None) -> tuple["MlflowClient", str]:
         folder = Path(address.removeprefix("file://").removeprefix("file:"))
         if not any(folder.glob("*/meta.yaml")):
             raise UserError(f"there are no MLflow experiments in {folder}: {ELSEWHERE}")
-    shown = tracking_store.shown(address)
-    for name, value in tracking_store.ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    with asked(shown, (Exception,)):  # a wrong address raises whatever its driver does
+
+    def opened() -> "MlflowClient":
         tracking_store.probe(address)
-        if address.startswith(("postgresql", "mysql", "mssql")):
-            _connect_once(address)
-        from mlflow import MlflowClient
+        if address.startswith(("postgresql", "mysql", "mssql")):  # MLflow itself would try for minutes
+            from sqlalchemy import create_engine
 
-        client = MlflowClient(address)
+            engine = create_engine(address, connect_args={"connect_timeout": tracking_store.PROBE_SECONDS})
+            engine.connect().close()
+            engine.dispose()
+        client = tracking_store.connect(address)
         client.search_experiments(max_results=1)
-    return client, shown
+        return client
+
+    store = tracking_store.shown(address)
+    return asked(store, opened, Exception), store  # a wrong address raises whatever its driver does
 
 
-@contextlib.contextmanager
-def asked(shown: str, errors: tuple[type[Exception], ...] | None = None) -> Iterator[None]:
-    """What goes wrong in talking to MLflow, as one sentence; by default MLflow's own errors and the network's."""
-    if errors is None:
-        from mlflow.exceptions import MlflowException
+def asked(store: str, call: Callable[[], T], *errors: type[Exception]) -> T:
+    """What a call to MLflow returns.
 
-        errors = (MlflowException, OSError)
+    Raises:
+        UserError: MLflow or the network failed (or with one of `errors`), or it took longer than DEADLINE.
+    """
     try:
-        yield
+        return tracking_store.within(DEADLINE, call)
     except UserError:
         raise
-    except errors as error:
-        raise UserError(
-            f"MLflow at {shown} cannot be read ({tracking_store.reason(error)}): check --tracking-uri, or "
-            "MLFLOW_TRACKING_URI."
-        ) from error
+    except Exception as error:
+        from mlflow.exceptions import MlflowException
+
+        if not isinstance(error, (MlflowException, OSError, *errors)):
+            raise
+        why = f"MLflow at {store} cannot be read ({tracking_store.reason(error)})"
+        raise UserError(f"{why}: check --tracking-uri, or MLFLOW_TRACKING_URI.") from error
 
 
 def _check_database(file: Path) -> None:
@@ -110,15 +117,6 @@ def _check_database(file: Path) -> None:
         raise UserError(f"{file} is not a database of MLflow's: {ELSEWHERE}")
 
 
-def _connect_once(uri: str) -> None:
-    """Find out whether a database server lets us in; MLflow itself would try for minutes."""
-    from sqlalchemy import create_engine
-
-    engine = create_engine(uri, connect_args={"connect_timeout": tracking_store.PROBE_SECONDS})
-    engine.connect().close()
-    engine.dispose()
-
-
 # -- Sweeps ------------------------------------------------------------------------------------------------------------
 
 
@@ -128,32 +126,31 @@ def find_sweeps(client: "MlflowClient", store: str, name: str, wanted: str | Non
     Raises:
         UserError: the experiment or the sweep is not there, or none has one.
     """
-    with asked(store):
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            near = _near(name, [known.name for known in client.search_experiments()])
-            raise UserError(f"MLflow at {store} has no experiment {name!r}: the nearest are {near}.")
-        id = experiment.experiment_id
-        if experiment.lifecycle_stage == "deleted":
-            restore = f"MLFLOW_TRACKING_URI={store} mlflow experiments restore --experiment-id {id}"
-            raise UserError(f"experiment {name!r} was deleted: restore it with `{restore}`.")
-        parents = _search(client, id, "tags.kind = 'sweep'")
-        if not parents:
-            raise UserError(f"experiment {name!r} holds no sweep: run `esper sweep` first, or name another one.")
-        named = [run for run in parents if wanted in (None, run.info.run_id, run.info.run_name)]
-        if not named:
-            near = _near(str(wanted), [run.info.run_name or run.info.run_id for run in parents])
-            raise UserError(f"experiment {name!r} has no sweep {wanted!r}: there are {near}.")
-        records = ((run, _artifact(client, run.info.run_id, "sweep.json")) for run in named)
-        found = [(run, record) for run, record in records if isinstance(record, dict)]
-    if not found:
+    experiment = asked(store, lambda: client.get_experiment_by_name(name))
+    if experiment is None:
+        near = _near(name, [known.name for known in asked(store, client.search_experiments)])
+        raise UserError(f"MLflow at {store} has no experiment {name!r}: the nearest are {near}.")
+    id = experiment.experiment_id
+    if experiment.lifecycle_stage == "deleted":
+        restore = f"MLFLOW_TRACKING_URI={store} mlflow experiments restore --experiment-id {id}"
+        raise UserError(f"experiment {name!r} was deleted: restore it with `{restore}`.")
+    parents = asked(store, lambda: _search(client, id, "tags.kind = 'sweep'"))
+    if not parents:
+        raise UserError(f"experiment {name!r} holds no sweep: run `esper sweep` first, or name another one.")
+    named = [run for run in parents if wanted in (None, run.info.run_id, run.info.run_name)]
+    if not named:
+        near = _near(str(wanted), [run.info.run_name or run.info.run_id for run in parents])
+        raise UserError(f"experiment {name!r} has no sweep {wanted!r}: there are {near}.")
+    none = True
+    for info, tags in ((run.info, run.data.tags) for run in named):
+        record = asked(store, partial(_artifact, client, info.run_id, "sweep.json"))
+        if isinstance(record, dict):
+            none, known = False, (info.run_id, info.run_name or info.run_id, record, tags)
+            yield Sweep(store, name, id, *known, info.start_time or 0, info.status)
+    if none:
         raise UserError(
             f"no sweep {wanted or f'in {name!r}'} has a sweep.json, which a report is made of: run it again."
         )
-    for run, record in found:
-        info = run.info
-        parent = (info.run_id, info.run_name or info.run_id, record, run.data.tags, info.start_time or 0, info.status)
-        yield Sweep(store, name, id, *parent)
 
 
 def _near(name: str, known: list[str]) -> str:
@@ -188,32 +185,25 @@ def _artifact(client: "MlflowClient", run_id: str, name: str) -> Any:
 def read_runs(client: "MlflowClient", sweeps: Iterable[Sweep]) -> tuple[list[Run], list[str]]:
     """The trials of sweeps, and how many of their runs were left out and why, in sentences, which are said too.
 
-    Of two runs of one trial the one that ended counts, else the newest.
-
     Raises:
         UserError: no trial has finished.
     """
     skipped: Counter[str] = Counter()
-    chosen: dict[tuple[str, str], MlflowRun] = {}
+    calls = []
     for sweep in sweeps:
-        with asked(sweep.store):
-            children = _search(client, sweep.experiment_id, f"tags.`mlflow.parentRunId` = '{sweep.run_id}'")
-        for run in children:
-            key = sweep.run_id, run.info.run_name or run.info.run_id
+        where = f"tags.`mlflow.parentRunId` = '{sweep.run_id}'"
+        for run in asked(sweep.store, partial(_search, client, sweep.experiment_id, where)):
             if reason := _no_trial(run):
                 skipped[reason] += 1
-            elif key not in chosen or run.info.status == "FINISHED" != chosen[key].info.status:
-                skipped["other attempts of a trial"] += key in chosen
-                chosen[key] = run
             else:
-                skipped["other attempts of a trial"] += 1
-    with asked(sweep.store), ThreadPoolExecutor(READERS) as pool:
-        read = list(pool.map(lambda key: _read_run(client, key[0], key[1], chosen[key]), sorted(chosen)))
+                calls.append(partial(asked, sweep.store, partial(_read_run, client, sweep.run_id, run)))
+    with ThreadPoolExecutor(READERS) as pool:
+        read = list(pool.map(lambda call: call(), calls))
     skipped.update(reason for reason in read if isinstance(reason, str))
     runs = [run for run in read if isinstance(run, Run)]
     if not any(run.status == "FINISHED" for run in runs):
         raise UserError("no trial has finished: wait for one, or go on with the sweep (`esper sweep --resume`).")
-    notes = [f"{counted(n, 'run')} left out: {why}." for why, n in skipped.items() if n]
+    notes = [f"{counted(n, 'run')} left out: {why}." for why, n in skipped.items()]
     for note in notes:
         say(f"note    {note}")
     return runs, notes
@@ -231,7 +221,7 @@ def _no_trial(run: "MlflowRun") -> str:
     return ""
 
 
-def _read_run(client: "MlflowClient", sweep: str, name: str, run: "MlflowRun") -> Run | str:
+def _read_run(client: "MlflowClient", sweep: str, run: "MlflowRun") -> Run | str:
     """A trial, or what it lacks though it has ended."""
     tags, info = run.data.tags, run.info
     summary: Any = {key: run.data.metrics.get(key) for key in FINAL}  # the latest of each
@@ -243,4 +233,4 @@ def _read_run(client: "MlflowClient", sweep: str, name: str, run: "MlflowRun") -
             return f"their summary.json lacks {', '.join(lacking)}"
     size = int(tags["size"]) if tags.get("size") else None
     words = (tags["label"], tags["arm"], size, int(tags["seed"]), tags["purpose"], tags["grid"])
-    return Run(info.run_id, sweep, name, *words, status=info.status, summary=summary)
+    return Run(info.run_id, sweep, info.run_name or info.run_id, *words, status=info.status, summary=summary)

@@ -52,7 +52,9 @@ def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> 
         sweep: what `sweep.json` holds.
     """
     order = {label: i for i, label in enumerate(sweep["arms"])}
-    trials = Trials(sorted(runs, key=lambda run: (order.get(run.label, len(order)), run.name)), point)
+    # Of a trial that was run again, the run that ended comes last, and counts.
+    runs = sorted(runs, key=lambda run: (order.get(run.label, len(order)), run.name, run.status == "FINISHED"))
+    trials = Trials(runs, point)
     tests = tuple(test for axis in AXES for baseline in BASELINES for test in trials.tests(baseline, axis))
     return Verdict(trials, tests, (efficiency(trials, tests, find_caveats(trials, sweep)), mechanics(trials.runs)))
 
