@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esper.pipelines.reports.baselines import Trials, best_size, draw_envelope
+from esper.pipelines.reports.baselines import Trials, draw_envelope
 from esper.pipelines.reports.runs import AXES
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -68,16 +68,6 @@ def test_the_envelope_never_rises():
 def test_runs_without_forks_give_the_envelope_where_they_end():
     costs, losses = draw_envelope(trials(SyntheticSweep(forks=())).statics, "parameter_seconds")
     assert (costs.tolist(), losses.tolist()) == ([BUDGET], [1.2])
-
-
-def test_the_best_size_at_a_cost_says_when_a_better_one_may_be_missing():
-    statics = trials(SyntheticSweep(forks=FORKS)).statics
-    assert best_size(statics, "parameter_seconds", 0.6 * BUDGET) == (2, "")
-    size, doubt = best_size(statics, "seconds", 0.9 * BUDGET)  # sizes 2, 3 and 4 end at less
-    assert size == 1
-    assert "outermost" in doubt
-    assert best_size(statics, "seconds", 2 * BUDGET) == (2, "")  # beyond all: the lowest last loss
-    assert best_size({}, "seconds", 1.0) == (None, "")
 
 
 def test_points_that_are_empty_or_cost_nothing_are_left_out():

@@ -45,7 +45,9 @@ ROLLBACK = {"budget_fraction": 0.8, "decision": 6, "optimizer_step": 80, "fault"
 SWEEP = SyntheticSweep(
     grown={"tamiyo": 1.2, "onejump": 1.3, "ppo": 1.19, "random:tamiyo": 1.4, "lag": 1.4},
     idle=("lag",),
+    statics={1: 1.4, 2: 1.2},
     seeds=(0, 1, 2),
+    tuning_seeds=(101,),
     edits={
         ("onejump", 2): {"status": "FAILED", "grafts": []},
         ("random:tamiyo", 1): {"diverged": True, "failure": "the loss was not finite"},
@@ -197,15 +199,6 @@ def test_load_takes_all_sweeps_or_one(client: MlflowClient, here: Path):
         report.load(EXPERIMENT, sweep="frist")
 
 
-def test_of_two_runs_of_a_trial_the_one_that_ended_counts(client: MlflowClient, here: Path):
-    ids = log(client, here, FEW.runs(), FEW.sweep())
-    kept = client.get_run(ids["static-1-0"])
-    for status in ("FAILED", "KILLED"):
-        again = client.create_run(kept.info.experiment_id, tags=kept.data.tags, run_name="static-1-0")
-        client.set_terminated(again.info.run_id, status)
-    assert report.load(EXPERIMENT).finals["run_id"].to_list() == [ids["static-1-0"]]
-
-
 # -- The report --------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +245,7 @@ def test_json_is_the_verdict(made: Made, store: Store):
     assert finals["onejump-2"]["val_loss"] is None
     [tamiyo] = [run for run in store.runs if run.name == "tamiyo-0"]
     assert finals["tamiyo-0"]["val_loss"] == tamiyo.loss
-    assert [arm["arm"] for arm in verdict["arms"]][:4] == ["static-1", "static-2", "static-3", "static-4"]
+    assert [arm["arm"] for arm in verdict["arms"]][:3] == ["static-1", "static-2", "tamiyo"]
     assert store.ids["parent"] in made.json["provenance"]["MLflow"]
 
 

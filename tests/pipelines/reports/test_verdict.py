@@ -19,7 +19,7 @@ from esper.pipelines.reports.verdict import Verdict, efficiency, judge
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_sweeps import BUDGET, SyntheticSweep, graft, own_tests, simulate
 
-SWEEPS = 500
+SWEEPS = 400
 NOISE = 0.01
 OWN = "parameter_seconds"
 NO_MATCH = 1.6  # a loss that any arm gets below
@@ -347,6 +347,13 @@ def test_un_annealed_points_and_other_runs_change_nothing():
     for change in ({"purpose": "rates"}, {"grid": '{"budget.amount": 1}'}):
         runs += [replace(run, **change, summary=run.summary | {"val_loss": -1.0}) for run in sweep.runs()]
     assert judged(sweep, runs).as_dict() == before
+
+
+def test_of_two_runs_of_a_trial_the_one_that_ended_counts():
+    sweep = five_equal()
+    again = [replace(run, run_id="x", status="FAILED", summary={}) for run in sweep.runs()]
+    assert judged(sweep, [*sweep.runs(), *again]).as_dict() == judged(sweep, [*again, *sweep.runs()]).as_dict()
+    assert judged(sweep, [*sweep.runs(), *again]).tests[0].outcome[0] == "better"
 
 
 def test_a_verdict_is_json():
