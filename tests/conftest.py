@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from esper.platform import cluster
 from esper.platform.spec import DataSpec, RunSpec
-from esper.platform.tracking_store import ENVIRONMENT
+from esper.platform.tracking_store import ENVIRONMENT, connect
 from esper.workers.tolaria.data import TokenData, prepare
+from tests.mlflow_servers import MlflowServer, mlflow_server
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
@@ -92,6 +95,39 @@ def pytest_configure(config):
     settings.register_profile("default", max_examples=15, deadline=None)
     settings.register_profile("all", max_examples=200, deadline=None)
     settings.load_profile("all" if os.environ.get("ESPER_TEST_ALL") == "1" else "default")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A store with MLflow's tables and nothing in them: making them takes seconds, a copy none."""
+    root = tmp_path_factory.getbasetemp()
+    file = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "template.db"
+    connect(f"sqlite:///{file}")  # the first of xdist's processes makes it, the others wait
+    return file
+
+
+@pytest.fixture
+def store(template, tmp_path, monkeypatch) -> str:
+    """A working directory with an empty store in it."""
+    shutil.copy(template, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def server(template, tmp_path_factory) -> Iterator[MlflowServer]:
+    """An MLflow server that lives as long as the session; nobody may kill it."""
+    folder = tmp_path_factory.mktemp("server")
+    with mlflow_server(folder, f"sqlite:///{shutil.copy(template, folder / 'server.db')}") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def one_ray() -> Iterator[None]:
+    """One local Ray for all tests of a session that kill none of its own processes."""
+    with cluster.session(cpus=4):
+        yield
 
 
 @pytest.fixture(scope="session")
