@@ -29,7 +29,7 @@ test: $(READY)  ## all tests but the slow ones; those for a GPU show as skipped 
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)  ## all tests, one after another
-	$(BIN)/python -m pytest
+	ESPER_TEST_ALL=1 $(BIN)/python -m pytest
 
 lint: $(READY)  ## check style and format
 	$(BIN)/ruff check .

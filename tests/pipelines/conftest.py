@@ -2,29 +2,18 @@
 
 import pytest
 
-from esper.platform import cluster
-
 
 @pytest.fixture
-def tiny(tmp_path, tiny_spec, shards, monkeypatch):
+def tiny(tmp_path, tiny_spec, shards, store):
     """Flags that make any pipeline take seconds."""
     preset = tmp_path / "tiny.json"
     preset.write_text(tiny_spec.model_dump_json(exclude={"preset"}))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
     return ["--preset", str(preset), "--data", str(shards)]
 
 
 @pytest.fixture
-def client(tiny, tmp_path):
+def client(store):
     """A client of the store that the pipelines under test write to."""
     from mlflow import MlflowClient
 
-    return lambda: MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-
-
-@pytest.fixture(scope="module")
-def one_ray():
-    """One local Ray for all of a module's commands, which take the one that is there."""
-    with cluster.session():
-        yield
+    return lambda: MlflowClient(store)
