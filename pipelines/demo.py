@@ -11,8 +11,7 @@ import time
 from pydantic import Field
 
 from esper.pipelines.common.arguments import main_guard
-from esper.pipelines.common.run_folder import open_job
-from esper.pipelines.sweep import SweepArguments, compare, resume, settle
+from esper.pipelines.sweeps.plan import SweepArguments
 from esper.platform.console import duration, say
 
 
@@ -24,21 +23,16 @@ class DemoArguments(SweepArguments):
 
 def run(arguments: DemoArguments) -> int:
     """Prepare, train, compare."""
+    from esper.pipelines.sweeps import comparison
+
     if arguments.resume is not None:
-        return resume(arguments, arguments.resume)
+        return comparison.resume(arguments.resume)
     begun = time.perf_counter()
-    say("Esper's demo: about 2 minutes on 2 cores. It does not train a good policy; that takes hours.")
-    say("1 of 2  preparing text, some seconds")
-    plan, spec = settle(arguments.model_copy(update={"preset": arguments.preset or "demo"}))
-    job = open_job(arguments, spec, "demo")
-    say(f"2 of 2  training a controller with PPO, about a minute and a half, then comparing; {_so_far(begun)}")
-    code = compare(job, plan.model_copy(update={"data": job.data}))
-    say(f"done in {duration(time.perf_counter() - begun)}; remember that a demo this short trains no good policy")
+    say("Esper's demo: prepares text, trains a controller with PPO, and compares arms, in about 2 minutes on 2 cores.")
+    code = comparison.begin(arguments.model_copy(update={"preset": arguments.preset or "demo"}), "demo")
+    told = duration(time.perf_counter() - begun)
+    say(f"done in {told}; a demo this short does not train a good policy: that takes hours")
     return code
-
-
-def _so_far(begun: float) -> str:
-    return f"{duration(time.perf_counter() - begun)} so far"
 
 
 def main(argv: list[str] | None = None) -> int:

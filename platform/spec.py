@@ -100,7 +100,8 @@ class OptimizerSpec(Frozen):
     """AdamW and its rate: warm-up, stable, decay, by the fraction of the budget spent.
 
     The stable rate is `learning_rate · (N / rate_parameters)^(−rate_exponent)`, N the non-embedding parameters
-    now: an exponent of 0 makes it constant, a positive one lowers it as the network grows.
+    now: an exponent of 0 makes it constant, a positive one lowers it as the network grows. `rates` or `rate_path`
+    take its place.
     """
 
     learning_rate: float = Field(default=3e-3, gt=0, description="stable rate at rate_parameters")
@@ -108,9 +109,13 @@ class OptimizerSpec(Frozen):
     rate_parameters: int = Field(
         default=100_000, ge=1, description="non-embedding parameters at which the rate is stated"
     )
-    rate_max: float = Field(default=0.1, gt=0, description="the stable rate is never above this")
+    rate_max: float = Field(default=0.1, gt=0, description="the stable rate by that law is never above this")
+    rates: tuple[tuple[int, float], ...] = Field(
+        default=(),
+        description="(non-embedding parameters, stable rate) pairs, log-log interpolated, in place of that law",
+    )
     rate_path: tuple[tuple[float, float], ...] = Field(
-        default=(), description="(budget fraction, stable rate) pairs, joined by lines, in place of the rate by size"
+        default=(), description="(budget fraction, stable rate) pairs, joined by lines, in place of any rate by size"
     )
     warmup: float = Field(default=0.02, ge=0, lt=1, description="fraction of the budget over which the rate rises")
     decay_from: float = Field(
@@ -128,12 +133,20 @@ class OptimizerSpec(Frozen):
     def _check(self) -> Self:
         if self.warmup >= self.decay_from:
             raise ValueError(f"optimizer.warmup is {self.warmup}, but must be below decay_from = {self.decay_from}.")
-        fractions = [fraction for fraction, _ in self.rate_path]
-        if fractions != sorted(set(fractions)) or any(rate <= 0 for _, rate in self.rate_path):
-            raise ValueError("optimizer.rate_path must hold rising budget fractions, each with a rate above 0.")
+        _check_pairs("rate_path", "budget fractions", self.rate_path)
+        _check_pairs("rates", "numbers of parameters", self.rates)
+        if self.rates and self.rates[0][0] < 1:
+            raise ValueError(f"optimizer.rates starts at {self.rates[0][0]} parameters, but must at 1 or more.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}, but both must be in [0, 1).")
         return self
+
+
+def _check_pairs(name: str, what: str, pairs: Sequence[tuple[float, float]]) -> None:
+    """Pairs of something that rises, and a rate."""
+    places = [place for place, _ in pairs]
+    if places != sorted(set(places)) or any(rate <= 0 for _, rate in pairs):
+        raise ValueError(f"optimizer.{name} must hold rising {what}, each with a rate above 0.")
 
 
 class BudgetSpec(Frozen):

@@ -1,8 +1,8 @@
 """One link that opens a sweep in MLflow's own UI as a chart: validation loss against cost, a curve per arm.
 
 MLflow keeps a saved view of the runs page as a tag of the experiment, `mlflow.sharedViewState.<id>`: an envelope
-{name, createdAt, updatedAt, state}, where `state` is "deflate;" and the base64 of zlib-packed JSON. It is not
-documented (read from the page's code in 3.17.2), so it is written only where the server's own pages know it.
+{name, createdAt, updatedAt, state}, where `state` is "deflate;" and the base64 of zlib-packed JSON. None of that is
+documented (read from the page's code), so it is written only for the versions that it was tested with.
 """
 
 import base64
@@ -11,8 +11,6 @@ import math
 import urllib.request
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esper.platform.tracking import Tracker, milliseconds
@@ -22,68 +20,65 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+TESTED = "3.17."  # MLflow's versions
 TAG = "mlflow.sharedViewState."
+CURVE = "curve"  # the trials' tag that the chart groups by
+COLORS = 29  # in MLflow's palette, from which a hash of a group's name picks
 LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` opens
-KNOWN = (TAG.encode(), b"saved-view envelope")  # in the code of pages that read such a tag
 HEIGHT = 420  # of a chart, pixels
 SETTLED = 0.1  # the share of the budget whose steep start does not set the scale
 RUNS = 1000
 
 
-@dataclass(frozen=True)
-class ChartView:
-    """A page of MLflow's UI.
-
-    Attributes:
-        url: the page.
-        command: what has to be started first, where no server runs.
-        clicks: what is left to do by hand, where that MLflow does not know saved views.
-    """
-
-    url: str
-    command: str | None = None
-    clicks: str | None = None
-
-    def __str__(self) -> str:
-        first = f"start `{self.command}`, then open " if self.command else ""
-        return f"{first}{self.url}" + (f" ({self.clicks})" if self.clicks else "")
-
-
-def share_view(run: Tracker, axis: str = "parameter_seconds") -> ChartView | None:
+def share_view(run: Tracker, axis: str = "parameter_seconds") -> str | None:
     """Save the chart of a sweep's test trials with its experiment; once more replaces it.
 
     The page shows `grid/val_loss` over `grid/<axis>` and `annealed/val_loss` over `annealed/<axis>`, the mean and the
-    range over seeds by the tag `label` (and `grid`, where there are several). The scale of the loss is fitted to what
-    has been logged by now.
+    range over seeds by arm (and grid point, where there are several). The scale of the loss is fitted to what has been
+    logged by now.
 
     Args:
         run: the sweep's own; its children with the tag `purpose` = `test` are drawn.
         axis: the cost on the x axis.
 
     Returns:
-        the page, or None where the run is not tracked, or the store does not answer.
+        how to open it; None where the run is not tracked, or the store does not answer.
     """
     if run.run_id is None or run.experiment_id is None:
         return None
     server = is_server(run.uri)
-    base = shown(run.uri).rstrip("/") if server else LOCAL
-    command = None if server else ui_command(run.uri)
-    page = f"{base}/#/experiments/{run.experiment_id}/runs"
+    page = f"{shown(run.uri).rstrip('/') if server else LOCAL}/#/experiments/{run.experiment_id}/runs"
+    first = "" if server else f"start `{ui_command(run.uri)}`, then open "
     try:
-        if not knows_views(run.uri):
-            return ChartView(page, command, f"choose the chart view, then in its gear X-axis, Metric, {axis}")
+        if not _version(run.uri).startswith(TESTED):
+            return f"{first}{page} (choose the chart view, then in its gear X-axis, Metric, {axis})"
         _save(connect(run.uri), run.experiment_id, run.run_id, axis)
     except Exception:  # the store's; the link is a convenience
         return None
-    return ChartView(f"{page}?viewStateShareKey={run.run_id}&compareRunsMode=CHART", command)
+    return f"{first}{page}?viewStateShareKey={run.run_id}&compareRunsMode=CHART"
+
+
+def _version(uri: str) -> str:
+    """Of the MLflow whose pages show a store."""
+    import mlflow
+
+    if not is_server(uri):
+        return mlflow.__version__
+    with urllib.request.urlopen(shown(uri).rstrip("/") + "/version", timeout=PROBE_SECONDS) as answer:
+        return answer.read().decode().strip()
 
 
 def _save(client: "MlflowClient", experiment_id: str, parent: str, axis: str) -> None:
-    """Write the tag."""
+    """Tag the trials with their curves, and the experiment with the view."""
     chosen = f"tags.`mlflow.parentRunId` = '{parent}' AND tags.purpose = 'test'"
-    trials = client.search_runs([experiment_id], chosen, max_results=RUNS)
+    trials: list[Run] = list(client.search_runs([experiment_id], chosen, max_results=RUNS))
     several = len({trial.data.tags.get("grid") for trial in trials}) > 1
-    state = _state(chosen, ("label", "grid") if several else ("label",), axis, _loss_range(client, trials))
+    names = [" ".join([t.data.tags["label"], t.data.tags["grid"] if several else ""]).strip() for t in trials]
+    curves = curve_names(names)
+    for trial, name in zip(trials, names, strict=True):
+        client.set_tag(trial.info.run_id, CURVE, curves[name])
+    one_each = dict(zip(names, trials, strict=True))
+    state = _state(chosen, axis, _loss_range(client, list(one_each.values()), trials))
     before = client.get_experiment(experiment_id).tags.get(TAG + parent)
     now = milliseconds()
     envelope = {
@@ -95,7 +90,27 @@ def _save(client: "MlflowClient", experiment_id: str, parent: str, axis: str) ->
     client.set_experiment_tag(experiment_id, TAG + parent, json.dumps(envelope))
 
 
-def _state(chosen: str, groups: tuple[str, ...], axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
+def curve_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name with so many spaces behind it that MLflow's pages give it a colour of its own, as long as there are."""
+    taken: set[int] = set()
+    found = {}
+    for name in sorted(set(names)):
+        padded = (name + " " * spaces for spaces in range(10 * COLORS))
+        found[name] = next((text for text in padded if _color(text) not in taken), name)
+        taken.add(_color(found[name]))
+    return found
+
+
+def _color(value: str) -> int:
+    """Number in the palette of the group of a tag's value, by the page's hash (Fletcher's checksum)."""
+    low = high = 0
+    for character in f"tag.{CURVE}.{value}":
+        low = (low + ord(character)) % 255
+        high = (high + low) % 255
+    return (low | high << 8) % COLORS
+
+
+def _state(chosen: str, axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
     """The runs page: which runs, how grouped, and its charts; what is left out keeps MLflow's own setting."""
     kinds = ("grid", "annealed")
     section = {"isReordered": True, "deleted": False, "isGenerated": False}
@@ -106,10 +121,7 @@ def _state(chosen: str, groups: tuple[str, ...], axis: str, loss: tuple[float, f
         "orderByKey": "tags.`mlflow.runName`",
         "orderByAsc": True,
         "runsHiddenMode": "SHOW_ALL",
-        "groupBy": {
-            "aggregateFunction": "average",
-            "groupByKeys": [{"mode": "tag", "groupByData": tag} for tag in groups],
-        },
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": CURVE}]},
         "useGroupedValuesInCharts": True,
         "isAccordionReordered": True,
         "compareRunSections": [
@@ -128,7 +140,6 @@ def _chart(kind: str, axis: str, loss: tuple[float, float] | None) -> dict[str, 
         "metricSectionId": "sweep",
         "type": "LINE",
         "metricKey": f"{kind}/val_loss",
-        "selectedMetricKeys": [f"{kind}/val_loss"],
         "useGlobalXaxisKey": False,
         "xAxisKey": "metric",
         "selectedXAxisMetricKey": f"{kind}/{axis}",
@@ -144,32 +155,13 @@ def _chart(kind: str, axis: str, loss: tuple[float, float] | None) -> dict[str, 
     }
 
 
-def _loss_range(client: "MlflowClient", trials: "Sequence[Run]") -> tuple[float, float] | None:
+def _loss_range(
+    client: "MlflowClient", one_each: "Sequence[Run]", trials: "Sequence[Run]"
+) -> tuple[float, float] | None:
     """From below the best loss to above the worst after the steep start; MLflow's own scale starts at 0."""
-    groups = [trial for trial in trials if "grid/val_loss" in trial.data.metrics]
-    one_each = {(trial.data.tags.get("label"), trial.data.tags.get("grid")): trial for trial in groups}
-    curves = [client.get_metric_history(trial.info.run_id, "grid/val_loss") for trial in one_each.values()]
-    losses = [point.value for curve in curves for point in curve if point.step >= SETTLED * max(p.step for p in curve)]
-    losses += [trial.data.metrics["grid/val_loss"] for trial in one_each.values()]
-    losses += [trial.data.metrics["val_loss"] for trial in trials if "val_loss" in trial.data.metrics]
+    curves = [client.get_metric_history(trial.info.run_id, "grid/val_loss") for trial in one_each]
+    losses = [p.value for curve in curves for p in curve if p.step >= SETTLED * max(point.step for point in curve)]
+    losses += [t.data.metrics[key] for t in trials for key in ("grid/val_loss", "val_loss") if key in t.data.metrics]
     losses = [loss for loss in losses if math.isfinite(loss)]
     margin = 0.05 * (max(losses) - min(losses)) if losses else 0
     return (round(min(losses) - margin, 4), round(max(losses) + margin, 4)) if margin > 0 else None
-
-
-def knows_views(uri: str) -> bool:
-    """Whether a store's pages read such tags, as far as those that are installed here can tell."""
-    import mlflow
-
-    if is_server(uri):
-        with urllib.request.urlopen(shown(uri).rstrip("/") + "/version", timeout=PROBE_SECONDS) as answer:
-            version = answer.read().decode().strip()
-        if version.split(".")[:2] != mlflow.__version__.split(".")[:2]:
-            return False
-    left = set(KNOWN)
-    for script in (Path(mlflow.__file__).parent / "server" / "js" / "build" / "static" / "js").glob("*.js"):
-        content = script.read_bytes()
-        left -= {mark for mark in left if mark in content}
-        if not left:
-            return True
-    return False

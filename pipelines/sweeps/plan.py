@@ -1,157 +1,205 @@
-"""A sweep's plan: what was asked for, and who takes part in it on which seeds.
+"""A sweep's plan: the arms, on which seeds, at which points of a grid, as the command line asks for them.
 
-The plan lies in the sweep's folder (`plan.json`), beside the spec and copies of what its controllers need, so a resumed
-sweep asks for nothing.
+Imports no torch.
 """
 
-import shutil
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from esper.pipelines.sweeps.arm_names import LRPATH, OPENLOOP, SCHEDULES
-from esper.pipelines.sweeps.controller import TrainedOn
-from esper.pipelines.sweeps.entrants import Entrant, parse_arms
-from esper.pipelines.sweeps.grid import Point, parse_grid
+from esper.pipelines.common.arguments import ResumableArguments
+from esper.pipelines.sweeps.arms import (
+    FOLLOWERS,
+    LRPATH,
+    NAMES,
+    OPENLOOP,
+    PPO,
+    STATIC,
+    Arm,
+    TrainedOn,
+    parse_arms,
+    parse_sizes,
+)
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.spec import RunSpec
-from esper.policies.arms import ARMS, ArmInputs, make_policy
-from esper.policies.simic.policy import policy_folder
+from esper.platform.spec import RunSpec, value_of
+from esper.policies.arms import ArmInputs, make_policy
 
-PLAN = "plan.json"
 TUNING_SEEDS = 2_000_000  # tuning seeds start here, far from any test seed
+LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
+
+
+class SweepArguments(ResumableArguments):
+    """Compare arms at an equal budget."""
+
+    arms: Annotated[
+        str,
+        Field(
+            title="A,B,C",
+            description=f"Arms, separated by commas, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: "
+            "static_final:tamiyo.",
+        ),
+    ] = "static,tamiyo"
+    sizes: Annotated[
+        str | None, Field(title="1,2,4", description="Layers of the static sizes; none: the preset's own only.")
+    ] = None
+    seeds: Annotated[int, Field(ge=1, le=1000, description="Test seeds of each arm: --seed and those after it.")] = 1
+    tuning_seeds: Annotated[
+        int, Field(ge=0, le=100, description="Other seeds, that sizes, schedules and rates are chosen on.")
+    ] = 2
+    grid: list[str] = Field(
+        default=[], title="KEY=A,B", description="Compare at each of these values; may be given for several keys."
+    )
+    tune_lr: Annotated[bool, Field(description="Find the learning rate of each static size, on tuning seeds.")] = False
+    policy: Annotated[Path | None, Field(description="For ppo: a trained policy; without one it is trained first.")] = (
+        None
+    )
+    train_on: Annotated[
+        TrainedOn, Field(description="Where no --policy is given: on text, or on loss laws fitted to static runs.")
+    ] = "text"
+    schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
 
 
 @dataclass(frozen=True)
-class Contestants:
-    """Who takes part, and on what.
+class Point:
+    """A grid point: its number, the values by dotted key that make it, the spec with them; `several`: not the only."""
 
-    Attributes:
-        entrants: the arms.
-        sizes: of static ones, in layers.
-        points: of the grid.
-        seeds: that are compared on.
-        tuning_seeds: that everything is chosen on.
-        tune_rates: whether the static sizes' rates are looked for.
-        files: what the controllers need.
-    """
-
-    entrants: Sequence[Entrant]
-    sizes: Sequence[int]
-    points: Sequence[Point]
-    seeds: Sequence[int]
-    tuning_seeds: Sequence[int]
-    tune_rates: bool
-    files: ArmInputs
+    index: int
+    values: dict[str, Any]
+    spec: RunSpec
+    several: bool = False
 
     @property
-    def several(self) -> bool:
-        """Whether there are several points."""
-        return len(self.points) > 1
+    def grid(self) -> str:
+        """As MLflow's tag has it."""
+        return json.dumps(self.values, sort_keys=True)
 
-    def has(self, arm: str) -> bool:
-        """Whether an arm takes part."""
-        return any(entrant.arm == arm for entrant in self.entrants)
-
-    def schedules(self) -> list[Entrant]:
-        """The fixed schedules."""
-        return [entrant for entrant in self.entrants if entrant.arm in SCHEDULES]
-
-    def statics(self) -> list[Entrant]:
-        """The static sizes, also where only something else needs to know of them."""
-        return [Entrant("static", size) for size in self.sizes]
+    def __str__(self) -> str:
+        return f"{self.grid}: " if self.values else ""
 
 
-class Plan(Frozen):
-    """What a sweep is, beside its spec: `plan.json`."""
+class SweepPlan(Frozen):
+    """What a sweep is, beside its spec; a resumed one takes it from its folder."""
 
-    arms: str
-    sizes: tuple[int, ...]
-    seed: int
-    seeds: int
-    tuning_seeds: int
-    grid: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    sizes: tuple[int, ...]  # static ones, in layers, also where only something else needs to know of them
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]  # that everything is chosen on
+    grid: tuple[dict[str, Any], ...]  # each point's values by dotted key
     tune_lr: bool
-    policy: Path | None
+    trains: bool  # a controller, first
     train_on: TrainedOn
-    schedule: Path | None
-    own: tuple[str, ...] = Field(description="keys that the user has set")
-    task: str
-    data: Path
-    key: str = Field(description="of its run in MLflow")
-    store: str = Field(description="MLflow's, that a resumed sweep goes on with, unless it is told of another")
-    command: tuple[str, ...] = Field(description="that began it")
-    commit: str = Field(description="likewise")
+    own: tuple[str, ...]  # keys that the user has set
+    command: tuple[str, ...]
 
-    def contestants(self, spec: RunSpec) -> Contestants:
-        """Who takes part.
+    @staticmethod
+    def trains_on_text(arguments: SweepArguments) -> bool:
+        """Whether a controller is trained over a fleet first."""
+        names = {part.partition(":")[0].strip() for part in arguments.arms.split(",")}
+        return PPO in names and arguments.policy is None and arguments.train_on == "text"
+
+    @classmethod
+    def settled(cls, arguments: SweepArguments, spec: RunSpec) -> "SweepPlan":
+        """What the command line asks for.
 
         Raises:
             UserError: an arm, size or grid is not allowed, or an arm lacks what it needs.
         """
-        entrants = parse_arms(self.arms, self.sizes)
-        points = parse_grid(self.grid, spec)
-        tuning = [TUNING_SEEDS + self.seed + i for i in range(self.tuning_seeds)]
-        seeds = [self.seed + i for i in range(self.seeds)]
-        files = ArmInputs(policy=self.policy, schedule=self.schedule)
-        found = Contestants(entrants, self.sizes, points, seeds, tuning, self.tune_lr, files)
-        self._check(found)
-        return found
+        sizes = parse_sizes(arguments.sizes, spec)
+        arms = parse_arms(arguments.arms, sizes)
+        plan = cls(
+            arms=tuple(arms),
+            sizes=tuple(sizes),
+            seeds=tuple(arguments.seed + i for i in range(arguments.seeds)),
+            tuning_seeds=tuple(TUNING_SEEDS + arguments.seed + i for i in range(arguments.tuning_seeds)),
+            grid=tuple(parse_grid(arguments.grid)),
+            tune_lr=arguments.tune_lr,
+            trains=arguments.policy is None and any(arm.name == PPO for arm in arms),
+            train_on=arguments.train_on,
+            own=tuple(override.partition("=")[0] for override in arguments.set),
+            command=tuple(sys.argv),
+        )
+        plan._check({"policy": arguments.policy, "schedule": arguments.schedule}, spec)
+        return plan
 
-    def trains(self) -> bool:
-        """Whether a controller is trained first."""
-        return self.policy is None and "ppo" in self._arms()
+    def points(self, spec: RunSpec) -> list[Point]:
+        """The grid's."""
+        return [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
 
-    def _arms(self) -> list[str]:
-        return [entrant.arm for entrant in parse_arms(self.arms, self.sizes)]
+    def has(self, name: str) -> bool:
+        """Whether an arm of a kind takes part."""
+        return any(arm.name == name for arm in self.arms)
 
-    def _check(self, contestants: Contestants) -> None:
-        """Refuse an arm that lacks what it needs."""
-        for point in contestants.points:
-            inputs = ArmInputs(0, self.policy, self.schedule, blueprints=tuple(point.spec.growth.blueprints))
-            for entrant in contestants.entrants:
-                if entrant.arm == OPENLOOP and self.policy is None and not contestants.has("ppo"):
+    def statics(self) -> list[Arm]:
+        """The static sizes."""
+        return [Arm(name=STATIC, size=size) for size in self.sizes]
+
+    def _check(self, files: Mapping[str, Path | None], spec: RunSpec) -> None:
+        """Refuse an arm that lacks what it needs, and what no arm uses."""
+        for point in self.points(spec):
+            blueprints = tuple(point.spec.growth.blueprints)
+            inputs = ArmInputs(policy=files["policy"], schedule=files["schedule"], blueprints=blueprints)
+            for arm in self.arms:
+                if arm.kind.needs != "policy":
+                    make_policy(arm.kind.plays, inputs)
+                elif files["policy"] is not None:
+                    make_policy(PPO, inputs)
+                elif not self.trains:
                     raise UserError(
-                        "arm 'openloop' replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
+                        f"arm {arm.label!r} replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
                         "--arms, which trains one first."
                     )
-                controller = "ppo" if entrant.arm == OPENLOOP else entrant.arm
-                if controller in ARMS and not (controller == "ppo" and self.policy is None):
-                    make_policy(controller, inputs)
-        plays = contestants.has("ppo") or contestants.has(OPENLOOP)
-        for flag, arm, given, used in (
-            ("--policy", "ppo", self.policy, plays),
-            ("--schedule", "schedule", self.schedule, contestants.has("schedule")),
-            ("--train-on laws", "ppo", self.train_on == "laws", self.trains()),
+        needed, laws = {arm.kind.needs for arm in self.arms}, self.train_on == "laws"
+        for unused, flag, user in (
+            (files["policy"] is not None and "policy" not in needed, "--policy", PPO),
+            (files["schedule"] is not None and "schedule" not in needed, "--schedule", "schedule"),
+            (laws and not self.trains, "--train-on laws", PPO),
         ):
-            if given and not used:
-                raise UserError(f"{flag} is for arm {arm!r}, and no such arm would use it: leave it out, or add {arm}.")
-        needs = {
-            "--tune-lr": self.tune_lr,
-            "arm 'openloop'": contestants.has(OPENLOOP),
-            "--train-on laws": self.trains() and self.train_on == "laws",
-            f"arm '{LRPATH}' with several sizes": contestants.has(LRPATH) and len(self.sizes) > 1,
-        }
-        for what, needed in needs.items():
-            if needed and not self.tuning_seeds:
+            if unused:
+                raise UserError(
+                    f"{flag} is for arm {user!r}, and no such arm would use it: leave it out, or add {user}."
+                )
+        for wanted, what in (
+            (self.tune_lr, "--tune-lr"),
+            (self.has(OPENLOOP), "arm 'openloop'"),
+            (laws, "--train-on laws"),
+            (self.has(LRPATH) and len(self.sizes) > 1, f"arm '{LRPATH}' with several sizes"),
+        ):
+            if wanted and not self.tuning_seeds:
                 raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
-        if self.trains() and self.train_on == "laws" and len(self.sizes) < 3:
+        if laws and len(self.sizes) < LAW_SIZES:
             raise UserError(
-                f"--train-on laws fits them to static sizes, at least 3, and --sizes names {len(self.sizes)}: give "
-                "more, such as --sizes 1,2,4."
+                f"--train-on laws fits them to static sizes, at least {LAW_SIZES}, and --sizes names "
+                f"{len(self.sizes)}: give more, such as --sizes 1,2,4."
             )
 
 
-def with_own_inputs(plan: Plan, out: Path) -> Plan:
-    """With copies, in the sweep's folder, of what controllers need: nobody changes them while it runs."""
-    if plan.policy is not None:
-        shutil.copytree(policy_folder(plan.policy), out / "inputs" / "policy", dirs_exist_ok=True)
-        plan = plan.model_copy(update={"policy": out / "inputs" / "policy"})
-    if plan.schedule is not None:
-        (out / "inputs").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.schedule, out / "inputs" / "schedule.json")
-        plan = plan.model_copy(update={"schedule": out / "inputs" / "schedule.json"})
-    return plan
+def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:
+    """The points that `--grid key=a,b,c`, given once per key, spans; one without values where none is given.
+
+    Raises:
+        UserError: no `key=values`, a key twice, another text, or what changes no number.
+    """
+    points: list[dict[str, Any]] = [{}]
+    for grid in grids:
+        key, _, text = grid.partition("=")
+        try:
+            values = list(json.loads(f"[{text}]"))
+        except ValueError:
+            values = [value_of(part.strip()) for part in text.split(",") if part.strip()]
+        if not key or not values:
+            raise UserError(f"--grid {grid!r} is not of the form key.path=a,b,c, such as budget.amount=1e6,3e6.")
+        if key in points[0]:
+            raise UserError(f"--grid names {key} twice: give all its values at once.")
+        if key.startswith("data.") and key not in ("data.batch_size", "data.eval_tokens"):
+            raise UserError(f"--grid {key} would change the text: a sweep compares on one; run a sweep for each.")
+        if key.split(".")[0] in ("preset", "fleet"):
+            raise UserError(f"--grid {key} changes no number of a run: give it once, with --set {key}=….")
+        unlike = {json.dumps(value, sort_keys=True): value for value in values}.values()
+        points = [{**point, key: value} for point in points for value in unlike]
+    return points

@@ -1,12 +1,14 @@
 """A sweep's trials under Ray Tune: each is a whole episode in a process of its own.
 
-A trial saves its run at each decision and reports the points of its curve; `log.py` takes them in the driver. One that
-dies is started again by Tune and goes on from its save, so does one whose sweep is resumed: what has been done is in
-the trial's folder and its save, not in Tune's own files.
+Tune starts the processes, and starts one that died again. Its own checkpoints and `Tuner.restore` are not used: a sweep
+is several experiments, one a stage, and Tune notes ended trials only now and then, so that what it restores would train
+some of them twice. What is done lies in the trial's folder (`log.py`) and what is under way in its newest checkpoint,
+which is saved at each decision.
 """
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ from typing import Any
 from ray import tune
 
 from esper.pipelines.common.play import play
+from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.sweeps.log import SweepLog
-from esper.pipelines.sweeps.trial import Trial
+from esper.pipelines.sweeps.trials import Trial
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction, Stateful, Transition
 from esper.platform.errors import UserError
-from esper.platform.spec import FleetSpec
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
 from esper.workers.probe import ChargedProbe
@@ -36,25 +38,24 @@ QUIET = {
 STARTS = 3  # of a trial whose process dies, before it counts as failed
 
 
-def run_trials(trials: Sequence[Trial], data: Path, log: SweepLog, *, fleet: FleetSpec, storage: str) -> None:
-    """Run trials, whose results go to `log`; one that fails ends no other.
+def run_trials(stage: str, trials: Sequence[Trial], folder: RunFolder, log: SweepLog, saves: str) -> None:
+    """Run trials of a sweep, whose results go to `log`; one that fails ends no other.
 
     Args:
-        trials: to run, each with a name of its own.
-        data: folder of the prepared shards.
-        log: of the sweep.
-        fleet: what a trial takes of the cluster.
-        storage: place of the saves, which every node sees.
+        stage: theirs.
+        trials: each with a name of its own.
+        folder: the sweep's.
+        log: likewise.
+        saves: place of the checkpoints, which every node sees.
     """
-    if not trials:
-        return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # `SweepLog` tells of deaths
+    fleet, by_name = folder.spec.fleet, {trial.name: trial for trial in trials}
     cluster.fit(fleet.cpus, fleet.gpus)
-    by_name = {trial.name: trial for trial in trials}
-    trainable = tune.with_parameters(_trial, trials=by_name, data=data, storage=storage)
-    tuner = tune.Tuner(
+    text = {"data": folder.data, "fingerprint": folder.tokens.manifest.fingerprint()}
+    trainable = tune.with_parameters(_trial, trials=by_name, saves=saves, **text)
+    tune.Tuner(
         tune.with_resources(trainable, {"cpu": fleet.cpus, "gpu": fleet.gpus}),
         param_space={"trial": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
@@ -63,53 +64,52 @@ def run_trials(trials: Sequence[Trial], data: Path, log: SweepLog, *, fleet: Fle
             reuse_actors=True,  # to start a process and import torch takes seconds
         ),
         run_config=tune.RunConfig(
-            name=log.next_stage(),
-            storage_path=str(log.out / "tune"),
+            name=f"{stage}-{time.time_ns()}",
+            storage_path=str(folder.out / "tune"),
             callbacks=[log],
             failure_config=tune.FailureConfig(max_failures=STARTS - 1),
             verbose=0,
             log_to_file=True,
         ),
-    )
-    tuner.fit()
+    ).fit()
 
 
 def _name(trial: Any) -> str:
     return trial.config["trial"]
 
 
-def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, storage: str) -> None:
+def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, fingerprint: str, saves: str) -> None:
     """One episode, reported to Tune decision by decision; the last report carries the summary."""
     try:
-        _play(trials[config["trial"]], data, storage)
+        tokens = TokenData.open(data, verify=False)
+        if tokens.manifest.fingerprint() != fingerprint:
+            raise UserError(f"the text in {data} has been changed since the sweep began: put it back, then resume")
+        with CheckpointStore(saves) as store:
+            _play(trials[config["trial"]], tokens, store)
     except UserError as error:  # another start would not help
         tune.report({"error": str(error)})
 
 
-def _play(trial: Trial, data: Path, storage: str) -> None:
-    run = GrowthRun(trial.spec, TokenData.open(data, verify=False))
-    policy = make_policy(trial.arm, trial.inputs)
-    saves = CheckpointStore(storage)
-    found = saves.find(trial.name)
-    if found is not None and found[0]["books"]["spec"] == trial.spec.model_dump(mode="json"):
-        values, tensors = found
-        run.load(values, tensors)
-        if isinstance(policy, Stateful):
-            policy.resume(values["policy"])
-    else:
-        saves.drop(trial.name)  # another version's, or damaged
+def _play(trial: Trial, tokens: TokenData, store: CheckpointStore) -> None:
+    run, policy = GrowthRun(trial.spec, tokens), make_policy(trial.arm.kind.plays, trial.inputs)
+    found = store.find(trial.name)
+    if found is None:
         run.reset(seed=trial.seed)
+    else:
+        run.load(*found)
+        if isinstance(policy, Stateful):
+            policy.resume(found[0]["policy"])
     tune.report({"points": run.curve})  # the driver knows those it has had before its own death
 
     def on_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
-        values, tensors = run.state()
-        values["policy"] = policy.state() if isinstance(policy, Stateful) else None
-        saves.save(trial.name, values, tensors)
+        state, tensors = run.state()
+        state["policy"] = policy.state() if isinstance(policy, Stateful) else None
+        store.save(trial.name, state, tensors)
         if trial.spec.clock.kind == "wall":
-            saves.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
+            store.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
         decided = {"action": str(telemetry.actions[action.index]), "at": float(telemetry.get("budget_used"))}
-        tune.report({"points": run.curve[-1:], **decided, "unsaved": saves.failed})
+        tune.report({"points": run.curve[-1:], **decided, "unsaved": store.failed})
 
-    summary = play(run, policy, arm=trial.entrant.label, probe=ChargedProbe(run), on_decision=on_decision)
-    saves.flush()
+    summary = play(run, policy, arm=trial.arm.label, probe=ChargedProbe(run), on_decision=on_decision)
+    store.flush()
     tune.report({"points": [], "summary": summary})

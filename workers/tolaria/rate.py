@@ -11,7 +11,15 @@ from esper.platform.spec import OptimizerSpec
 
 
 def stable_rate(spec: OptimizerSpec, parameters_non_embedding: float) -> float:
-    """`learning_rate · (N / rate_parameters)^(−rate_exponent)`, at most `rate_max`."""
+    """By `rates`: a listed size's own, log-log interpolated between two, held outside them.
+
+    Else `learning_rate · (N / rate_parameters)^(−rate_exponent)`, at most `rate_max`.
+    """
+    if spec.rates:
+        # exp(log(rate)) is not always the rate: a run that has not grown is the static size to the bit
+        exact = dict(spec.rates).get(parameters_non_embedding)  # pyright: ignore[reportArgumentType]
+        sizes, rates = np.log(np.array(spec.rates).T)
+        return exact or float(np.exp(np.interp(np.log(parameters_non_embedding), sizes, rates)))
     relative = parameters_non_embedding / spec.rate_parameters
     return min(spec.rate_max, spec.learning_rate * relative**-spec.rate_exponent)
 

@@ -1,0 +1,119 @@
+"""The arms of a sweep, rows of its comparison: the kinds that there are, and those that `--arms` names.
+
+The command line, the checks, the stages and the report derive from `KINDS`. Imports no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from esper.platform.errors import UserError, unknown
+from esper.platform.frozen import Frozen
+from esper.platform.spec import RunSpec
+from esper.policies.arms import ALIASES, ARMS
+from esper.policies.named_schedules import NAMED
+
+TrainedOn = Literal["text", "laws"]
+"""What a sweep trains a controller on: GPTs, or loss laws fitted to its own static runs."""
+CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it names nobody, if they take part
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a sweep has to know of a kind of arm.
+
+    Attributes:
+        plays: the policy of its runs (`policies/arms.py`).
+        grows: whether its runs may graft.
+        anneals: whether its loss is also taken annealed on the way, for it is a baseline on every axis.
+        needs: what has to be given, or for a policy trained first.
+        follows: whether it takes after another arm's run on the same seed: it may, or it must.
+    """
+
+    plays: str
+    grows: bool = True
+    anneals: bool = False
+    needs: Literal["policy", "schedule"] | None = None
+    follows: Literal["may", "must"] | None = None
+
+
+STATIC, RANDOM, PPO, OPENLOOP, FINAL, LRPATH = "static", "random", "ppo", "openloop", "static_final", "static_lrpath"
+SCHEDULES = ("schedule", *NAMED)
+KINDS: dict[str, Kind] = {
+    **{name: Kind(name, anneals=name in NAMED) for name in ARMS},
+    "schedule": Kind("schedule", anneals=True, needs="schedule"),
+    STATIC: Kind("static", grows=False, anneals=True),
+    RANDOM: Kind("random", follows="may"),  # grafts as often and the same kinds
+    PPO: Kind("ppo", needs="policy"),
+    OPENLOOP: Kind("schedule", needs="policy"),  # the median schedule of the trained policy's own tuning runs
+    FINAL: Kind("static", grows=False, anneals=True, follows="must"),  # the shape it ended with, from scratch
+    LRPATH: Kind("static", grows=False, follows="must"),  # the best static size, under its learning rate
+}
+NOT_GROWN = tuple(name for name, kind in KINDS.items() if not kind.grows)
+FOLLOWERS = tuple(name for name, kind in KINDS.items() if kind.follows)
+NAMES = (*KINDS, *ALIASES)
+
+
+class Arm(Frozen):
+    """A row of the comparison: its kind's name, the layers of a static one, the label of the arm that it follows."""
+
+    name: str
+    size: int | None = None
+    of: str | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What it is."""
+        return KINDS[self.name]
+
+    @property
+    def label(self) -> str:
+        """How tables call it: `static-2`, `random:tamiyo`."""
+        if self.name == STATIC:
+            return f"static-{self.size}"
+        return self.name if self.of is None else f"{self.name}:{self.of}"
+
+
+def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
+    """The arms that `--arms` names, static ones first, followers last.
+
+    Raises:
+        UserError: no arm, an unknown one, or one that follows nobody who takes part.
+    """
+    parts = [part.strip().partition(":") for part in text.split(",") if part.strip()]
+    named = [(ALIASES.get(name, name), ALIASES.get(of, of)) for name, _, of in parts]
+    if not named:
+        raise UserError(f"--arms names no arm: give one or more of {', '.join(NAMES)}.")
+    for name, of in named:
+        if name not in KINDS:
+            raise unknown("arm", name, NAMES)
+        if of and name not in FOLLOWERS:
+            raise UserError(f"arm '{name}:{of}': {name} follows no other arm; {', '.join(FOLLOWERS)} do.")
+    leaders = [name for name, _ in named if name not in (STATIC, *FOLLOWERS)]
+    first = next((name for name in (*CHOSEN_FIRST, *leaders) if name in leaders), None)
+    for name, of in named:
+        if of and of not in leaders:
+            known = ", ".join(leaders) or "there is none"
+            raise UserError(
+                f"arm '{name}:{of}' follows {of}, which does not take part or does not grow: add it to --arms, or name "
+                f"one that does ({known})."
+            )
+        if KINDS[name].follows == "must" and first is None:
+            raise UserError(f"arm {name!r} follows an arm that grows, and --arms names none: add one, such as tamiyo.")
+    static = [Arm(name=STATIC, size=size) for size in sizes if (STATIC, "") in named]
+    followers = [Arm(name=name, of=of or first) for name, of in named if name in FOLLOWERS]
+    return list(dict.fromkeys([*static, *(Arm(name=name) for name in leaders), *followers]))
+
+
+def parse_sizes(text: str | None, spec: RunSpec) -> list[int]:
+    """The static sizes that `--sizes` names, smallest first; the preset's own for None.
+
+    Raises:
+        UserError: one is no number of layers.
+    """
+    if text is None:
+        return [spec.host.n_layer]
+    sizes = [part.strip() for part in text.split(",") if part.strip()]
+    if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UserError(f"--sizes {text!r} is not a list of layers: write it as 1,2,4.")
+    return sorted({int(size) for size in sizes})

@@ -1,0 +1,117 @@
+"""A sweep's trial: one arm on one seed at one grid point, a whole training run; and the specs that arms run under.
+
+purpose   seeds    what for
+rates     tuning   finds the learning rate of each static size
+tuning    tuning   chooses the best static size and the best schedule; gives `openloop` its schedule
+test      test     is compared
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from esper.pipelines.sweeps.arms import Arm
+from esper.pipelines.sweeps.plan import Point
+from esper.platform.ledger import AXES
+from esper.platform.spec import RunSpec
+from esper.policies.arms import ArmInputs
+from esper.workers.tolaria.hosts import start_shape
+from esper.workers.tolaria.rate import rate, stable_rate
+
+Purpose = Literal["rates", "tuning", "test"]
+
+COOLDOWNS = (0.3, 0.6)  # budget fractions of the annealed losses that baselines need on other axes than the budget's
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One run.
+
+    Attributes:
+        arm: whose.
+        purpose: what for.
+        seed: of the run.
+        point: where.
+        spec: everything that decides its numbers.
+        inputs: files that its policy needs.
+        note: tells it from others of the same label and seed.
+        impossible: why it cannot be run; None if it can.
+    """
+
+    arm: Arm
+    purpose: Purpose
+    seed: int
+    point: Point
+    spec: RunSpec
+    inputs: ArmInputs = field(default_factory=ArmInputs)
+    note: str = ""
+    impossible: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its own among the sweep's: a folder's and a run's."""
+        parts = [self.arm.label.replace(":", ".of."), self.note, f"seed{self.seed}"]
+        return "-".join(filter(None, [*parts, f"point{self.point.index}" if self.point.several else ""]))
+
+    @property
+    def row(self) -> str:
+        """Of a table of all grid points."""
+        return f"{self.arm.label} {self.point.grid}" if self.point.several else self.arm.label
+
+    def tags(self) -> dict[str, Any]:
+        """What MLflow's UI filters and groups by."""
+        arm, spec = self.arm, self.spec
+        whose = {"arm": arm.name, "label": arm.label, "size": spec.host.n_layer, "seed": self.seed}
+        return {**whose, "purpose": self.purpose, "grid": self.point.grid, "preset": spec.preset, "kind": "trial"}
+
+
+def static_spec(spec: RunSpec, size: int) -> RunSpec:
+    """With so many layers from the start."""
+    return _born(spec, {"host.n_layer": size, "host.layers": None})
+
+
+def size_parameters(spec: RunSpec, size: int) -> int:
+    """Non-embedding parameters of a static size."""
+    return start_shape(static_spec(spec, size), vocab_size=1).parameters_count(non_embedding=True)
+
+
+def with_rates(spec: RunSpec, rates: Mapping[int, float] | None) -> RunSpec:
+    """With the stable rates of static sizes (layers → rate), which any run has for as long as it has that size."""
+    pairs = sorted((size_parameters(spec, size), rate) for size, rate in (rates or {}).items())
+    return spec.overridden({"optimizer.rates": pairs}) if pairs else spec
+
+
+def final_spec(spec: RunSpec, shape: Sequence[dict[str, Any]]) -> RunSpec:
+    """Born in a shape that a run ended with (its summary's `shape`)."""
+    return _born(spec, {"host.n_layer": len(shape), "host.layers": list(shape)})
+
+
+def lrpath_spec(spec: RunSpec, size: int, curve: Iterable[dict[str, float]]) -> RunSpec:
+    """A static size under the stable rate that a run had (its summary's `val_curve`), read at its decisions."""
+    path = []
+    for point in curve:
+        fraction = point["budget_fraction"]
+        share = rate(spec.optimizer, fraction, 1) / stable_rate(spec.optimizer, 1)  # that warm-up and decay leave
+        if share > 0 and fraction >= spec.optimizer.warmup:
+            path.append([fraction, point["learning_rate"] / share])
+    return _born(spec, {"host.n_layer": size, "host.layers": None, "optimizer.rate_path": path})
+
+
+def with_cooldowns(spec: RunSpec) -> RunSpec:
+    """With annealed losses on the way, unless the spec has its own."""
+    return spec if spec.budget.cooldowns else spec.overridden({"budget.cooldowns": COOLDOWNS})
+
+
+def cost(spec: RunSpec, summary: Mapping[str, Any]) -> dict[str, float]:
+    """What a run has used on each ledger axis, with its cooldown forks, which are not charged to the run."""
+    used = {axis: summary[axis] for axis in AXES}
+    for at, fork in zip(spec.budget.cooldowns, summary["annealed"], strict=False):
+        begun = at * spec.optimizer.decay_from
+        start = next(point for point in summary["val_curve"] if point["budget_fraction"] >= begun)
+        used = {axis: used[axis] + fork[axis] - start[axis] for axis in AXES}
+    return used
+
+
+def _born(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
+    """A shape that is started with may be larger than growing may get."""
+    return spec.overridden({**values, "growth.max_layers": max(values["host.n_layer"], spec.growth.max_layers)})
