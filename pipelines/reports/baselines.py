@@ -13,7 +13,7 @@ import numpy as np
 
 from esper.pipelines.reports.paired_tests import PAIRS, PairedTest, corrected, counted, pair
 from esper.pipelines.reports.runs import AXES, Run, Seeds
-from esper.pipelines.sweeps.arm_names import NOT_GROWN, RANDOM, SCHEDULES, STATIC
+from esper.pipelines.sweeps.arms import NOT_GROWN, RANDOM, SCHEDULES, STATIC
 
 FINAL_SIZE, BEST_STATIC, BEST_SCHEDULE = BASELINES = ("final size", "best static", "best schedule")
 EQUAL_COST = {"steps": "tokens"}  # a step takes the same tokens in every arm

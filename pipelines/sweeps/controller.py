@@ -16,7 +16,6 @@ from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json
 from esper.platform.tracking import Tracker, new_key
-from esper.policies.simic.policy import POLICY
 from esper.workers.laws.fit import fit_laws, points_of
 
 TRAINING_SEED = 1_000_000  # controllers are trained on seeds that no arm is compared on
@@ -62,7 +61,7 @@ def trained(
             train_controller(own, parent=parent, check=check)
     path = out / "summary.json"
     summary = read_json(path, str(path), "the summary of a controller's training")
-    return {"checkpoint": str(out / POLICY), "trained_on": plan.train_on, "spent": summary["spent"]}
+    return {"checkpoint": summary["checkpoint"], "trained_on": plan.train_on, "spent": summary["spent"]}
 
 
 def _on_laws(spec: RunSpec, plan: SweepPlan, tuning: Sequence[dict[str, Any]]) -> RunSpec:

@@ -173,7 +173,7 @@ class SweepLog(tune.Callback):
         )
         manifest = self._folder.tokens.manifest
         sizes = {name: split.tokens for name, split in manifest.splits.items()}
-        tracker.log_input(self._folder.text_name, manifest.source, manifest.fingerprint(), {"tokens": sizes})
+        tracker.log_input(Path(manifest.source).stem, manifest.source, manifest.fingerprint(), {"tokens": sizes})
         return tracker
 
     def _finish(self, trial: Trial, summary: dict[str, Any], seconds: float) -> bool:
