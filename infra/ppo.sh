@@ -25,7 +25,4 @@ fi
 if [ -e "$out/pins.json" ] || [ -n "$(ls "$out/checkpoints" 2>/dev/null)" ]; then
     exec python pipelines/ppo.py --resume "$out"
 fi
-if [ -d "$out" ] && [ -n "$(ls -A "$out")" ]; then # it died while it began: kept, out of the way
-    mv "$out" "$out.died-$(date +%Y%m%d-%H%M%S)"
-fi
 exec python pipelines/ppo.py --out "$out" "$@"

@@ -25,7 +25,7 @@ from esper.pipelines.common.preset import describe, resolve_spec
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.pins import PINS, SPEC, check_pins, pin
+from esper.platform.pins import INPUTS, PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json, write_text
 from esper.platform.tracking import Tracker, new_key
@@ -215,7 +215,8 @@ class RunFolder(Frozen):
 def output_folder(arguments: CommonArguments, name: str) -> Path:
     """`--out`, or `runs/<name>-<time>`; not yet made."""
     out = arguments.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_unused(out)
+    if not out.is_dir() or not {path.name for path in out.iterdir()} <= {".lock", SPEC, INPUTS}:
+        check_unused(out)  # what a process left that was killed while it began is nothing
     return out.resolve()
 
 

@@ -152,5 +152,8 @@ def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, shards, text_file
     shutil.rmtree(data)
     shutil.copytree(shards, data)
     assert main(["--resume", str(tmp_path)]) == 2
+    begun = tmp_path / "begun"  # as if killed while it began
+    shutil.copytree(out / "inputs", begun / "inputs")
+    assert main([*flags, "--out", str(begun)]) == 0
     assert main(["--resume", str(out)]) == 0
     assert summary_of(out) == ended
