@@ -22,7 +22,7 @@ if [ -e "$out/summary.json" ]; then
     echo "$out is complete: for more iterations, python pipelines/ppo.py --resume $out --set ppo.iterations=N."
     exit 0
 fi
-if [ -e "$out/pins.json" ] || [ -n "$(ls "$out/checkpoints" 2>/dev/null)" ]; then
+if [ -e "$out/pins.json" ]; then
     exec python pipelines/ppo.py --resume "$out"
 fi
 exec python pipelines/ppo.py --out "$out" "$@"
