@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from esper.platform.console import say
 from esper.platform.errors import UserError
 
@@ -18,7 +20,10 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to Ray's makers, and no notice about it
     "RAY_enable_metrics_collection": "0",  # nobody scrapes a laptop's Prometheus metrics, and failing exports are loud
 }
+VITAL = ("gcs_server", "raylet")  # Ray's processes that a local cluster cannot do without
 PROBE_SECONDS = 5  # an address that nothing listens on is found out by this; Ray itself goes on trying for minutes
+
+_vital: dict[str, psutil.Process] = {}  # of the cluster that this process has started
 
 
 def connect(cpus: int | None = None, gpus: int | None = None, *, worker_logs: bool = False) -> None:
@@ -54,6 +59,7 @@ def connect(cpus: int | None = None, gpus: int | None = None, *, worker_logs: bo
                 logging_level=logging.ERROR,
                 log_to_driver=worker_logs,
             )
+            _vital.update({child.name(): child for child in psutil.Process().children() if child.name() in VITAL})
         _quiet_deaths()
         found = int(ray.cluster_resources().get("GPU", 0))
         where = f"attached to {ray.get_runtime_context().gcs_address}" if attached() else "local cluster"
@@ -82,6 +88,18 @@ def session(cpus: int | None = None, gpus: int | None = None, *, worker_logs: bo
     finally:
         if not existed:
             ray.shutdown()
+            _vital.clear()
+
+
+def check() -> None:
+    """To be called often while a cluster is worked on: Ray itself says nothing, or ends this process after a minute.
+
+    Raises:
+        UserError: a process is gone that a cluster which was started here cannot do without.
+    """
+    for name, process in _vital.items():
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            raise UserError(f"Ray's process {name} has died, as it does where memory runs out: go on with --resume.")
 
 
 def cores() -> int:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -278,33 +279,46 @@ def wait_for(condition, process, seconds: float = 240.0) -> None:
         time.sleep(0.05)
 
 
-def test_killed_and_stopped_it_goes_on_with_nothing_lost_or_doubled(tiny, client, tmp_path):
-    """SIGKILL before the first checkpoint and later, then SIGTERM: each iteration once, here and in MLflow."""
+def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, tmp_path):
+    """SIGKILL, then Ray's own death, then SIGTERM: after each `--resume`, each iteration once, here and in MLflow."""
     out = tmp_path / "out"
-    begin = ["--surrogate", *tiny[:2], "--set", "ppo.decisions=64", *more(8), "--out", str(out)]
     checkpoints = lambda: sorted(int(path.name) for path in (out / "checkpoints").glob("0*"))  # noqa: E731
-    process = start(begin, tmp_path)
-    wait_for((out / "pins.json").exists, process)
+    settings = ["--set", "ppo.decisions=64", "--set", "ppo.held_out=1", *more(12)]
+    process = start(["--surrogate", *tiny[:2], *settings, "--out", str(out)], tmp_path)
+    wait_for(lambda: checkpoints()[-1:] >= [2], process)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
-    process = start(["--resume", str(out)], tmp_path)
-    wait_for(lambda: checkpoints() and checkpoints()[-1] >= 2, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     reached = checkpoints()[-1]
+    process = start(["--resume", str(out)], tmp_path)
+    wait_for(lambda: checkpoints()[-1] > reached, process)
+    next(child for child in psutil.Process(process.pid).children() if child.name() == "gcs_server").kill()
+    assert process.wait(60) == 2
+    assert "error: Ray's process gcs_server has died" in (tmp_path / "log").read_text()
 
+    reached = checkpoints()[-1]
     process = start(["--resume", str(out)], tmp_path)
     wait_for(lambda: checkpoints()[-1] > reached, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 128 + signal.SIGTERM
-    assert f"go on with: esper ppo --resume {out}" in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert f"go on with: esper ppo --resume {out}" in log
+    assert "Traceback" not in log
     assert not (out / "summary.json").exists()
 
     assert ppo.main(["--resume", str(out)]) == 0
     summary = summary_of(out)
-    assert [metrics["iteration"] for metrics in summary["history"]] == list(range(1, 9))
+    assert [metrics["iteration"] for metrics in summary["history"]] == list(range(1, 13))
     assert summary["decisions"] == sum(metrics["decisions"] for metrics in summary["history"])
     expected = [(metrics["iteration"], metrics["return_mean"]) for metrics in summary["history"]]
     assert points(client(), summary["mlflow"], "return_mean") == expected
-    assert checkpoints() == [2, 4, 6, 8]
+    assert checkpoints() == [3, 6, 9, 12]
+
+
+def test_killed_before_its_first_checkpoint_it_begins_anew(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "train", lambda folder: None)
+        assert ppo.main(["--surrogate", *tiny[:2], *SMALL, *more(1), "--out", str(out)]) == 0
+    assert ppo.main(["--resume", str(out)]) == 0
+    assert summary_of(out)["iterations"] == 1
