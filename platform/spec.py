@@ -236,9 +236,9 @@ class PPOSpec(Frozen):
 
 
 class LawSpec(Frozen):
-    """From which ranges a surrogate's loss laws are drawn, each (low, high): `workers/law.py` says what they mean.
+    """Ranges from which a surrogate's laws are drawn, each (low, high), as `workers/laws/scaling_law.py` says.
 
-    The defaults suit no text in particular; `workers/law_fit.py` fits them to static runs.
+    The defaults suit no text in particular; `workers/laws/fit.py` fits them to static runs.
     """
 
     floor: Range = Field(default=(0.3, 0.3), description="E, nats; drawn evenly")

@@ -23,7 +23,7 @@ from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 
-TRAINED, BOUND = "ppo", "bound"  # the rows of the policy itself and of the clairvoyant bound
+TRAINED, BOUND = "ppo", "bound"  # the rows of the policy itself and of the oracle's bound
 TOLD_EVERY = 5.0  # seconds between two lines of progress
 REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens")
 

@@ -1,6 +1,6 @@
 """Stock PPO, through Simic's dispatcher, learns on laws what no fixed schedule can: to look and to act on it.
 
-Scores are shares of the gap between the best fixed schedule (chosen on the training instances) and the clairvoyant
+Scores are shares of the gap between the best fixed schedule (chosen on the training instances) and the oracle's
 bound, on test instances that neither has seen. Run the long one, and see each seed's shares, with
 `pytest tests/pipelines/test_learning.py -m slow -s`.
 """
