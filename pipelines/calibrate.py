@@ -37,14 +37,8 @@ def run(arguments: CalibrateArguments) -> None:
     constants = clock.model_dump(exclude={"kind"})
     write_json(folder.out / "spec.json", folder.spec.model_dump(mode="json"))
     write_json(folder.out / "clock.json", constants)
-    write_json(
-        folder.out / "summary.json",
-        {
-            "clock": constants,
-            "worst_error": worst,
-            "shapes": [{**vars(row), "error": row.error} for row in rows],
-        },
-    )
+    shapes = [row._asdict() for row in rows]
+    write_json(folder.out / "summary.json", {"clock": constants, "worst_error": worst, "shapes": shapes})
     say(f"constants for a preset's clock section, worst error {worst:.1%}:")
     print(json.dumps(constants, indent=2))
     say(f"results: {folder.out / 'summary.json'}")

@@ -7,8 +7,8 @@ then the factor while segments are separate, and the seconds of an expert, of a 
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
@@ -26,20 +26,15 @@ from esper.workers.tolaria.trainer import Trainer
 BURN_IN = 5  # steps not counted: allocator, caches, lazy initialisation
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One shape, timed: FLOPs of an optimizer step, and its seconds: their median, and by the fitted formula."""
+class Measurement(NamedTuple):
+    """One shape, timed: an optimizer step's FLOPs, its median seconds, those by the fitted formula, and their error."""
 
     layers: int
     mlp_width: int
     flops: float
     wall: float
     predicted: float
-
-    @property
-    def error(self) -> float:
-        """(predicted − wall) / wall."""
-        return self.predicted / self.wall - 1
+    error: float  # (predicted − wall) / wall
 
 
 def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[ClockSpec, list[Measurement]]:
@@ -60,17 +55,18 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[Clock
     flops = batch_tokens(spec) * np.array([trainer.host.flops_per_token() for trainer in trainers], float)
     design = np.stack([np.ones(len(shapes)), [n for n, _ in shapes], flops], axis=1)
     scale = (design / wall[:, None]).max(axis=0)
-    constants = nnls(design / wall[:, None] / scale, np.ones(len(shapes)))[0] / scale
+    base, layer, flop = nnls(design / wall[:, None] / scale, np.ones(len(shapes)))[0] / scale
+    predicted = design @ [base, layer, flop]
     clock = ClockSpec(
         kind=spec.clock.kind,
-        base_seconds=float(constants[0]),
-        layer_seconds=float(constants[1]),
-        flops_per_second=float(1 / max(constants[2], 1e-18)),
+        base_seconds=float(base),
+        layer_seconds=float(layer),
+        flops_per_second=float(1 / max(flop, 1e-18)),
         **_growth_costs(spec, data, steps),
         measured_on=f"{trainers[0].device.type}, {spec.threads} thread(s), {spec.dtype}, `esper calibrate`",
     )
-    rows = zip(shapes, flops.tolist(), wall.tolist(), (design @ constants).tolist(), strict=True)
-    return clock, [Measurement(*shape, *measured) for shape, *measured in rows]
+    columns = np.stack([flops, wall, predicted, predicted / wall - 1], axis=1).tolist()
+    return clock, [Measurement(*shape, *measured) for shape, measured in zip(shapes, columns, strict=True)]
 
 
 def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float]:

@@ -15,25 +15,18 @@ HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can r
 HUB_VALID_BYTES = 2_000_000
 
 Documents = tuple[Iterable[str], Iterable[str] | None]
+"""For training, and for validation: None where the source has no split of its own."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of documents.
+    """A source of documents."""
 
-    Attributes:
-        name: what the manifest calls it: a name of `SOURCES`, or an absolute path.
-        load: gives training documents and validation documents, the latter None if it has no split of its own.
-        fingerprint: changes when the text does; part of the cache's key.
-        max_bytes: cap on the training text where the caller sets none.
-        ready: whether the text can be had now; if not, python-docs stand in.
-    """
-
-    name: str
+    name: str  # what the manifest calls it: a name of `SOURCES`, or an absolute path
     load: Callable[[], Documents]
-    fingerprint: Callable[[], str] = str  # the empty string: the text under this name is always the same
-    max_bytes: int | None = None
-    ready: Callable[[], bool] = lambda: True
+    fingerprint: Callable[[], str] = str  # changes when the text does: part of the cache's key; "" if it never does
+    max_bytes: int | None = None  # cap on the training text where the caller sets none
+    ready: Callable[[], bool] = lambda: True  # whether the text can be had now
 
 
 def _tinystories() -> Documents:
@@ -47,11 +40,7 @@ SOURCES = (
 
 
 def find(source: str) -> Source:
-    """The source of this name, or else the local file or folder at this path.
-
-    Raises:
-        UserError: neither exists, or no text can be read there.
-    """
+    """The source of this name, or else the local file or folder at this path; a UserError where neither exists."""
     named = {known.name: known for known in SOURCES}
     if source in named:
         return named[source]
@@ -75,10 +64,7 @@ def available(source: Source) -> Source:
 def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:
     """Training and validation documents, blank ones left out; no text stands in both unless the source has it so.
 
-    Args:
-        source: which text.
-        valid_fraction: of the text, held out (`hold_out`) where the source has no split of its own.
-        max_bytes: cap on the training text in bytes of UTF-8; only the documents before it is reached are read.
+    Only what comes before `max_bytes` of training text, in bytes of UTF-8, is read.
     """
     limit = max_bytes or source.max_bytes
     train, valid = source.load()
@@ -91,9 +77,7 @@ def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple
 def cap(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
     """The leading documents that together have at most `max_bytes` bytes of UTF-8, blank ones left out."""
     total = 0
-    for document in documents:
-        if not document.strip():
-            continue
+    for document in filter(str.strip, documents):
         if max_bytes is not None:
             total += len(document.encode())
             if total > max_bytes:
@@ -119,15 +103,9 @@ def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str
     held = [document for digest, document in sorted(hashed) if digest <= last]
     if held and not kept:
         running, held = [piece for document in documents for piece in files.pieces(document)], []
-    before, after = _last_block(running, fraction)
-    return kept + before, held + after
-
-
-def _last_block(pieces: list[files.Piece], fraction: float) -> tuple[list[str], list[str]]:
-    """The text before and after the point where `fraction` of the characters is left; the piece there is cut."""
-    before, after, left = [], [], round((1 - fraction) * sum(map(len, pieces)))
-    for piece in pieces:
-        before.append(piece[: max(0, left)])
-        after.append(piece[max(0, left) :])
+    left = round((1 - fraction) * sum(map(len, running)))  # characters until the block begins, within a piece
+    for piece in running:
+        kept.append(piece[: max(0, left)])
+        held.append(piece[max(0, left) :])
         left -= len(piece)
-    return [text for text in before if text.strip()], [text for text in after if text.strip()]
+    return list(filter(str.strip, kept)), list(filter(str.strip, held))

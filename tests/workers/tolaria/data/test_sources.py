@@ -165,7 +165,7 @@ def test_what_is_no_source_is_refused(source, words, tmp_path, monkeypatch):
         sources.find(source)
 
 
-MANY = st.lists(st.text(min_size=1, max_size=9), min_size=12, max_size=30, unique=True)
+MANY = st.lists(st.text(min_size=1, max_size=9).filter(str.strip), min_size=12, max_size=30, unique=True)
 
 
 @given(MANY, st.lists(st.integers(0, 11), max_size=5), st.floats(0.05, 0.4), st.randoms())
