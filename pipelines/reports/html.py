@@ -8,24 +8,21 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from esper import __version__
 from esper.pipelines.reports import sections
 from esper.pipelines.reports.baselines import Trials
 from esper.pipelines.reports.figures import panels, svg
 from esper.pipelines.reports.sections import Report, short
 
-KINDS = {"met": "good", "better": "good", "not met": "bad", "worse": "bad", "tie": "even"}
-KINDS |= dict.fromkeys(("withheld", "cannot say"), "open")
-KINDS |= dict.fromkeys(("failed", "missing", "diverged"), "lost")
-
 
 def html(report: Report) -> str:
     """The whole file."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    files = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["told"] = told
-    drawn = [_figures(verdict.trials) for verdict in report.verdicts]
-    return environment.get_template("report.html").render(report=report, content=sections, kinds=KINDS, drawn=drawn)
+    figures = [_figures(verdict.trials) for verdict in report.verdicts]
+    page = environment.get_template("report.html")
+    return page.render(report=report, content=sections, drawn=figures, version=__version__)
 
 
 def told(value: Any) -> str:

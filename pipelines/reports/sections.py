@@ -1,17 +1,13 @@
-"""What a report says, before it is a page: the verdicts, their tables, what the controller cost, and provenance."""
+"""What a report says, before it is a page: the verdicts, their tables, and what the controller cost."""
 
 import json
 import math
-import shlex
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from esper import __version__
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.baselines import BEST_STATIC, Trials, draw_envelope
 from esper.pipelines.reports.paired_tests import counted, pair
@@ -26,7 +22,6 @@ COUNTED = {
     "tuning": "tuning runs",
     "controller": "the controller's training (with forks, and episodes dropped or in flight at its end)",
 }
-UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Report:
                 for verdict in self.verdicts
             ],
             "notes": self.notes,
-            "provenance": provenance(self),
+            "provenance": {"MLflow": self.sweep.where, "started": self.sweep.started, **self.sweep.tags},
             "finals": _records(tables(self.runs).finals),
         }
 
@@ -98,10 +93,8 @@ def test_table(verdict: Verdict, *, own: bool) -> pd.DataFrame:
 
 def growth_table(trials: Trials) -> pd.DataFrame:
     """Each change of a network on the test seeds: when, where, what, and what became of it."""
-    changes = tables(trials.test_runs()).timeline
-    return changes.drop(columns=["run_id", "arm", "size", "purpose", "grid"]).rename(
-        columns=lambda c: c.replace("_", " ")
-    )
+    changes = tables(trials.test_runs()).timeline.drop(columns=["run_id", "arm", "size", "purpose", "grid"])
+    return changes.rename(columns=lambda name: name.replace("_", " "))
 
 
 def seed_table(trials: Trials) -> pd.DataFrame:
@@ -149,28 +142,6 @@ def _paid(runs: list[Run], spent: float, costs: np.ndarray, losses: np.ndarray) 
         return f"{needs} nothing"
     uses = counted(math.ceil(spent / (needed - used)), "use")
     return f"{needs} {least}{short(needed - used)}, and the cost is paid back after {most}{uses}"
-
-
-def provenance(report: Report) -> dict[str, str]:
-    """Where the numbers are from; what the sweep did not log is said to be not recorded."""
-    sweep, tags, record = report.sweep, report.sweep.tags, report.sweep.record
-    clock = (record["points"][0].get("spec") or {}).get("clock") or {}
-    rates = [
-        ", ".join(f"{n}: {rate:g}" for n, rate in (point.get("rates") or {}).items()) for point in record["points"]
-    ]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("mlflow", "scipy", "numpy", "matplotlib"))
-    return {
-        "sweep": f"{sweep.name}, {sweep.status.lower()}",
-        "started": f"{datetime.fromtimestamp(sweep.started / 1000, UTC):%Y-%m-%d %H:%M} UTC",
-        **{name: tags.get(name, UNKNOWN) for name in ("preset", "commit", "data", "hardware", "versions")},
-        "command": shlex.join(map(str, record.get("command") or ())) or UNKNOWN,
-        "clock": f"{clock['kind']}, measured on {clock.get('measured_on', UNKNOWN)}" if clock else UNKNOWN,
-        "test seeds": ", ".join(map(str, record.get("seeds") or ())) or "none",
-        "tuning seeds": ", ".join(map(str, record.get("tuning_seeds") or ())) or "none",
-        "learning rates by layers": "; ".join(rates) if record.get("rates_tuned") else "not tuned",
-        "MLflow": f"{sweep.store}, experiment {sweep.experiment}, parent run {sweep.run_id}",
-        "drawn": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by esper {__version__}, {packages}",
-    }
 
 
 def short(value: float) -> str:

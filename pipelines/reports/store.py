@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's parent run: `record` is its `sweep.json`, `started` in milliseconds."""
+    """A sweep's parent run; `record` is its `sweep.json`."""
 
     store: str
     experiment: str
@@ -46,8 +47,13 @@ class Sweep:
     name: str
     record: dict[str, Any]
     tags: dict[str, str] = field(default_factory=dict)
-    started: int = 0
+    started: str = ""
     status: str = ""
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        return f"{self.store}, experiment {self.experiment}, parent run {self.run_id}"
 
 
 def open_store(uri: str | None) -> tuple["MlflowClient", str]:
@@ -145,8 +151,9 @@ def find_sweeps(client: "MlflowClient", store: str, name: str, wanted: str | Non
     for info, tags in ((run.info, run.data.tags) for run in named):
         record = asked(store, partial(_artifact, client, info.run_id, "sweep.json"))
         if isinstance(record, dict):
-            none, known = False, (info.run_id, info.run_name or info.run_id, record, tags)
-            yield Sweep(store, name, id, *known, info.start_time or 0, info.status)
+            none, run_name = False, info.run_name or info.run_id
+            started = f"{datetime.fromtimestamp(info.start_time / 1000, UTC):%Y-%m-%d %H:%M} UTC"
+            yield Sweep(store, name, id, info.run_id, run_name, record, tags, started, info.status)
     if none:
         raise UserError(
             f"no sweep {wanted or f'in {name!r}'} has a sweep.json, which a report is made of: run it again."

@@ -230,7 +230,7 @@ def test_the_page_stands_alone_and_shows_everything(made: Made):
     told = [text for c in verdict["criteria"] for text in (c["sentence"], c["outcome"], *c["withheld"])]
     labels = [*SWEEP.truths(), "onejump-2", "ppo-9", "missing", "failed", "diverged", "did not grow"]
     words = ["no space left on the device", "the loss was not finite", "<b>layer</b> 1", *PROVENANCE.values()]
-    for text in (*told, *labels, *words, "'static,ppo & more'", "test seeds0, 1, 2"):
+    for text in (*told, *labels, *words, "--arms static,ppo & more", "test seeds0, 1, 2"):
         assert text in shown
     assert "better" not in reading.texts  # three seeds
     assert all(f"{run.loss:.4f}" in shown for run in SWEEP.runs() if run.sound and run.purpose == "test")
