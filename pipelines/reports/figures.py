@@ -79,16 +79,18 @@ def panels(trials: Trials) -> dict[str, tuple[Callable[..., None], tuple[float, 
 
 
 def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) -> None:
-    """Loss against a cost: means in mid-run, thin; grafts; annealed losses of every seed; the envelope of statics."""
+    """Loss against a cost: means in mid-run, grafts, means on cooldown forks, each seed's end, the static envelope."""
     tops = []
     for label, look in looks(trials.arms).items():
         runs = list(trials.sound(label).values())
-        curves = [[(point[axis], point["val_loss"]) for point in run.summary["val_curve"]] for run in runs]
-        costs, means = np.reshape([np.mean(at, axis=0) for at in zip(*curves, strict=False)], (-1, 2)).T
+        costs, means = _means(
+            [[(point[axis], point["val_loss"]) for point in run.summary["val_curve"]] for run in runs]
+        )
         axes.plot(costs, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.3, zorder=2)
+        axes.plot(*_means([np.transpose(run.points(axis))[:-1] for run in runs]), markersize=3, zorder=4, **_dots(look))
         tops += means[costs > 0.3 * max(costs, default=0)][:1].tolist()
         for run in runs:
-            axes.plot(*run.points(axis), markersize=4.5, zorder=4, **_dots(look))
+            axes.plot(run.final(axis), run.loss, markersize=4.5, zorder=4, **_dots(look))
             fractions, spent = np.transpose([(p["budget_fraction"], p[axis]) for p in run.summary["val_curve"]])
             at = np.interp([graft["budget_fraction"] for graft in run.summary["grafts"]], fractions, spent)
             axes.plot(at, np.interp(at, costs, means), "^", color=look["color"], mec="white", mew=0.6, markersize=7)
@@ -103,7 +105,12 @@ def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) 
     axes.set_xlabel(AXIS_NAMES[axis])
     axes.set_ylabel("validation loss (nats per token)")
     if legend:
-        axes.legend(fontsize=9, ncols=1 + len(trials.arms) // 10, loc="upper right")
+        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1.03))
+
+
+def _means(curves: Sequence[Any]) -> np.ndarray:
+    """Mean costs and losses (2, points) of runs' points, in their order, as far as all of them go."""
+    return np.reshape([np.mean(at, axis=0) for at in zip(*curves, strict=False)], (-1, 2)).T
 
 
 def draw_differences(axes: Axes, trials: Trials) -> None:
