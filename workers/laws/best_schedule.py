@@ -1,11 +1,8 @@
 """The best fixed schedule on a set of surrogate instances: what a controller reaches that decides without looking.
 
-A schedule is an int64 array (K,): the blueprint to graft at each decision, or NONE. It is played as the schedule arm
-plays it: an entry is due from its decision on, one a decision, in order, and one that is not legal waits (and holds
-those behind it). Local search goes from several starts to the best neighbour while there is a better one: a schedule
-that differs at one decision, or has two decisions swapped.
-
-I instances, M schedules, K decisions at which growing is allowed.
+A schedule is an int64 array (K,): the blueprint to graft at each of the K decisions at which growing is allowed, or
+NONE. It is played as the schedule arm plays it: an entry is due from its decision on, one a decision, in order, and one
+that is not legal waits (and holds those behind it). M schedules, I instances.
 """
 
 from collections.abc import Iterable, Sequence
@@ -73,10 +70,12 @@ class Simulator:
         self.blueprints = tuple(spec.growth.blueprints)
         self._of = spec.budget.decisions
         self.decisions = sum(k / self._of < spec.optimizer.decay_from for k in range(self._of))
-        self._count, alike = 0, {}  # instances of the same classes and the same number of decisions
-        for self._count, course in enumerate((Course.of(spec, instance, seed) for instance in instances), start=1):
-            alike.setdefault((id(course.classes), len(course.growing)), []).append((self._count - 1, course))
-        self._groups = [_stacked(*zip(*group, strict=True)) for group in alike.values()]
+        courses = [Course.of(spec, instance, seed) for instance in instances]
+        alike: dict[tuple[int, int], list[int]] = {}  # instances of the same classes and the same number of decisions
+        for place, course in enumerate(courses):
+            alike.setdefault((id(course.classes), len(course.growing)), []).append(place)
+        self._count = len(courses)
+        self._groups = [(places, _stacked([courses[place] for place in places])) for places in alike.values()]
 
     def losses(self, schedules: np.ndarray) -> np.ndarray:
         """Final losses, nats, float64 (M, I), of schedules int64 (M, K)."""
@@ -117,9 +116,9 @@ class Simulator:
         return round(max(0.0, (k - 0.5) / self._of), 6)
 
 
-def _stacked(places: Sequence[int], courses: Sequence[Course]) -> tuple[list[int], Course]:
+def _stacked(courses: Sequence[Course]) -> Course:
     """Courses of the same classes as one, with a first axis for I in every array."""
     names = ("size_loss", "used", "fractions", "growing", "legal", "spans")
     arrays: dict[str, Any] = {name: np.array([getattr(course, name) for course in courses]) for name in names}
     law = ScalingLaw(*np.array([astuple(course.law) for course in courses]).T)
-    return list(places), Course(courses[0].classes, law, **arrays)
+    return Course(courses[0].classes, law, **arrays)

@@ -128,23 +128,17 @@ def lacking(points: Sequence[StaticPoint]) -> str | None:
     for point in points:
         tokens.setdefault(point.layers, []).append(point.tokens)
         if not (0 < point.loss < START and 0 < point.tokens < math.inf):
-            return (
-                f"a static run of {point.layers} layer(s) has loss {point.loss:.4g} at {point.tokens:.4g} tokens, but "
-                f"both must be above 0, and the loss below ln {VOCABULARY} = {START:.2f} nats, where a surrogate "
-                "starts: leave this point out."
-            )
+            what = f"a static run of {point.layers} layer(s) has loss {point.loss:.4g} at {point.tokens:.4g} tokens"
+            rule = f"both must be above 0, and the loss below ln {VOCABULARY} = {START:.2f} nats"
+            return f"{what}, but {rule}, where a surrogate starts: leave this point out."
     if len(tokens) < SIZES:
-        found = ", ".join(map(str, sorted(tokens))) or "none"
-        return (
-            f"laws are fitted to static runs of {SIZES} sizes or more, but there are only these (layers): {found}: "
-            "run static with more numbers of layers."
-        )
+        what = f"there are only these (layers): {', '.join(map(str, sorted(tokens))) or 'none'}"
+        return f"laws are fitted to static runs of {SIZES} sizes or more, but {what}: run static with more sizes."
     for layers, counts in sorted(tokens.items()):
         if max(counts) < APART * min(counts):
-            return (
-                f"static runs of {layers} layer(s) have losses at only one number of tokens ({max(counts):,.0f}), but "
-                "laws are fitted to two or more: run them with cooldowns, --set budget.cooldowns=[0.25,0.5]."
-            )
+            what = f"static runs of {layers} layer(s) have losses at only one number of tokens ({max(counts):,.0f})"
+            mend = "run them with cooldowns, --set budget.cooldowns=[0.25,0.5]"
+            return f"{what}, but laws are fitted to two or more: {mend}."
     return None
 
 

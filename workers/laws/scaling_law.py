@@ -16,7 +16,7 @@ import numpy as np
 
 from esper.platform.errors import UserError
 from esper.platform.seeding import stream
-from esper.platform.spec import Range, RunSpec
+from esper.platform.spec import RunSpec
 from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.model.shape import TransformerShape
@@ -76,28 +76,17 @@ class ScalingLaw:
                 f"ln {VOCABULARY} = {start:.2f}: set their upper ends lower."
             )
 
-        def uniform(between: Range) -> float:
-            return float(random.uniform(*between))
-
-        def log_uniform(between: Range) -> float:
-            return math.exp(random.uniform(math.log(between[0]), math.log(between[1])))
-
-        heads, width, layer = log_uniform(laws.heads), log_uniform(laws.width), log_uniform(laws.layer)
-        one = start_of(spec, 1)
-        size = Size.of(one)
-        layer *= size.attention + size.other
-        return cls(
-            size=uniform(laws.size),
-            size_exponent=uniform(laws.size_exponent),
-            data=log_uniform(laws.data),
-            data_exponent=uniform(laws.data_exponent),
-            floor=uniform(laws.floor),  # last, so that the others are the same whether it varies or not
-            heads=heads,
-            width=width,
-            layer=layer,
-            reference=heads * size.attention + width * size.other + layer,
-            tokens=budget_tokens(spec, one),
-        )
+        drawn = {}  # in this order: the floor last, so that the others are the same whether it varies or not
+        for name in ("heads", "width", "layer", "size", "size_exponent", "data", "data_exponent", "floor"):
+            low, high = getattr(laws, name)
+            if name in ("heads", "width", "layer", "data"):
+                drawn[name] = math.exp(random.uniform(math.log(low), math.log(high)))
+            else:
+                drawn[name] = float(random.uniform(low, high))
+        size = Size.of(one := start_of(spec, 1))
+        drawn["layer"] *= size.attention + size.other
+        reference = drawn["heads"] * size.attention + drawn["width"] * size.other + drawn["layer"]
+        return cls(**drawn, reference=reference, tokens=budget_tokens(spec, one))
 
     def size_loss(self, size: Size) -> Array:
         """E + A·(N/N₀)^(−α), nats: what no amount of tokens removes at this size; every growth lowers it."""

@@ -143,7 +143,7 @@ GOOD = static_points(truth({}), seeds=1)
     ("points", "sentence"),
     [
         ([], r"3 sizes or more, but there are only these \(layers\): none"),
-        ([p for p in GOOD if p.layers < 3], r"these \(layers\): 1, 2: run static with more numbers of layers"),
+        ([p for p in GOOD if p.layers < 3], r"these \(layers\): 1, 2: run static with more sizes"),
         ([p for p in GOOD if p.layers < 6 or p.tokens > 1e6], r"6 layer\(s\) have losses at only one .*cooldowns=\["),
         ([*GOOD, StaticPoint(1, 1e5, 4.7, 0)], r"loss 4.7 at 1e\+05 tokens.*ln 96 = 4.56 nats.*leave this"),
         ([*GOOD, StaticPoint(1, 1e5, math.nan, 0)], r"loss nan at"),
