@@ -1,12 +1,10 @@
-"""Benchmarks of the fleet: busy workers, decisions through one learner, start-up, memory.
+"""Benchmarks of the fleet: decisions through one dispatcher, and the driver's memory.
 
-A thousand real actors do not fit a small machine: where more than eight workers are named, they are logical ones, many
-to an async actor, which sleep instead of training and answer with recorded telemetry of real size. Everything on the
-driver's side, and every call through Ray, is what a training has.
+A thousand real actors do not fit a small machine: workers are logical ones, many to an async actor, which sleep instead
+of training and answer with recorded telemetry. The driver's side, and every call through Ray, is what a training has.
 """
 
 import asyncio
-import json
 import logging
 import os
 import statistics
@@ -20,143 +18,18 @@ import numpy as np
 import ray
 from ray import cloudpickle
 
-from esper.platform.cluster import cores
-from esper.platform.contracts import GraftAction, Instance, Order, Reply, Transition
-from esper.platform.spec import RunSpec, load_spec
+from esper.platform.contracts import GraftAction, Instance, Order, Reply
+from esper.platform.spec import load_spec
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import LocalFleet, RayFleet
 from esper.policies.simic.journal import Journal
 from esper.policies.simic.learner import build_algorithm, iteration_metrics
 from esper.policies.simic.net import ControllerNet
-from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
-from esper.workers.environment import GrowthEnv
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.worker import EpisodeWorker
 
 SPEC = load_spec("tinystories-char", ["ppo.decisions=96", "ppo.minibatch=48", "ppo.epochs=4"])
-SECONDS = [0.2 * (1 + i) for i in range(8)]  # of a decision, by worker: 1 to 8
-BUSY_FOR = 60.0
-
-
-class SleepingRun(SurrogateRun):
-    """A surrogate whose decisions take time, as a GPU's would, and no core."""
-
-    def __init__(self, spec: RunSpec, seconds: float) -> None:
-        super().__init__(spec)
-        self.seconds = seconds
-
-    def step(self, action: GraftAction) -> Transition:
-        """Sleep, and then the law."""
-        time.sleep(self.seconds)
-        return super().step(action)
-
-    def expected_seconds(self) -> float:
-        """As it will be."""
-        return self.seconds
-
-
-def bench_busy() -> None:
-    """Mean busy fraction of 8 workers, decisions of 1:8, the learner updating meanwhile; and of stock RLlib's."""
-    print(f"busy fraction of 8 workers, decisions of {SECONDS[0]:.1f} to {SECONDS[-1]:.1f} s (goal: 0.95 or more)")
-    with local_ray():
-        ours, updates = _busy_ours()
-        print(f"  ours   {np.mean(ours):.3f} (by worker {min(ours):.3f} to {max(ours):.3f}), {updates} updates")
-        stock, updates = _busy_stock()
-        print(f"  stock  {np.mean(stock):.3f} (by worker {min(stock):.3f} to {max(stock):.3f}), {updates} updates")
-        print(
-            f"  ratio  {np.mean(ours) / np.mean(stock):.2f}x; mean/max of the decision times is "
-            f"{np.mean(SECONDS) / max(SECONDS):.3f}"
-        )
-
-
-def _busy_ours() -> tuple[list[float], int]:
-    """Each worker's own time at work over all of its time, after the first iteration."""
-    seconds = iter(SECONDS)
-
-    def make_worker() -> Any:
-        return GrowthWorker.options(num_cpus=0.1).remote(partial(SleepingRun, SPEC, next(seconds)))
-
-    algorithm = build_algorithm(SPEC, telemetry_space(SPEC), lambda: RayFleet(make_worker, lambda: 8, cores), seed=0)
-    dispatcher: Dispatcher | None = None
-    worked: dict[int, float] = {}
-    waited: dict[int, float] = {}
-    try:
-        iteration_metrics(algorithm.train())
-        dispatcher = algorithm.env_runner._dispatcher  # type: ignore[union-attr]
-        assert dispatcher is not None
-        inner = dispatcher._receive
-
-        def receive(worker: int, reply: Reply) -> Any:
-            worked[worker] = worked.get(worker, 0.0) + reply.worked
-            waited[worker] = waited.get(worker, 0.0) + reply.waited
-            return inner(worker, reply)
-
-        dispatcher._receive = receive
-        end, updates = time.monotonic() + BUSY_FOR, 0
-        while time.monotonic() < end:
-            algorithm.train()
-            updates += 1
-    finally:
-        algorithm.stop()
-    return [worked[w] / (worked[w] + waited[w]) for w in worked], updates
-
-
-def _busy_stock() -> tuple[list[float], int]:
-    """The same for stock SingleAgentEnvRunners, which train the same module on the same runs."""
-    from ray.rllib.algorithms.ppo import PPOConfig
-    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-
-    from esper.policies.simic.module import SimicModule
-
-    ppo = SPEC.ppo
-    with tempfile.TemporaryDirectory() as folder:
-        config = (
-            PPOConfig()
-            .environment(env=SleepingEnv, env_config={"folder": folder})
-            .env_runners(
-                num_env_runners=8,
-                num_cpus_per_env_runner=0.1,  # pyright: ignore[reportArgumentType]  (a fraction is taken)
-                sample_timeout_s=600,
-            )
-            .learners(num_learners=0, num_gpus_per_learner=0)
-            .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
-            .training(train_batch_size_per_learner=ppo.decisions, minibatch_size=ppo.minibatch, num_epochs=ppo.epochs)
-            .debugging(log_level="ERROR")
-        )
-        algorithm = config.build_algo()
-        try:
-            algorithm.train()
-            before = _read(folder)
-            begun, updates = time.time(), 0
-            while time.time() < begun + BUSY_FOR:
-                algorithm.train()
-                updates += 1
-            after, spent = _read(folder), time.time() - begun
-        finally:
-            algorithm.stop()
-    return [(after[w] - before[w]) / spent for w in after], updates
-
-
-def _read(folder: str) -> dict[str, float]:
-    return {path.name: json.loads(path.read_text()) for path in Path(folder).glob("worker-*")}
-
-
-class SleepingEnv(GrowthEnv):
-    """A sleeping run as stock RLlib takes it: the runner's number chooses how long a decision takes."""
-
-    def __init__(self, config: Any) -> None:
-        self._index = max(0, config.worker_index - 1)
-        super().__init__(SleepingRun(SPEC, SECONDS[self._index % len(SECONDS)]), {self._index: Instance()})
-        self._file, self._slept = Path(config["folder"]) / f"worker-{self._index}", 0.0
-
-    def step(self, action: Any) -> Any:
-        """The step, and the time that was spent in steps so far."""
-        begun = time.monotonic()
-        outcome = super().step(action)
-        self._slept += time.monotonic() - begun
-        self._file.write_text(json.dumps(self._slept))
-        return outcome
 
 
 @ray.remote(num_cpus=0.01, max_restarts=0)
@@ -252,33 +125,6 @@ def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
         f"{1e3 * statistics.median(latencies):.1f} ms, p99 {1e3 * latencies[int(0.99 * n)]:.1f} ms, "
         f"{1e3 * cpu / n:.2f} ms of the driver's cores a decision"
     )
-
-
-def bench_start() -> None:
-    """From `ray.init` to the first action: PPO is built while 8 workers start."""
-    print("learner build to the first action of the first of 8 workers (goal: 5 s or less)")
-    with local_ray():
-        begun = time.perf_counter()
-        first: list[float] = []
-
-        class Noting(RayFleet):
-            """Notes the first order that carries an action."""
-
-            def submit(self, worker: int, order: Order) -> None:
-                if order.actions and not first:
-                    first.append(time.perf_counter() - begun)
-                super().submit(worker, order)
-
-        def make_worker() -> Any:
-            return GrowthWorker.options(num_cpus=0.1).remote(partial(SurrogateRun, SPEC))
-
-        algorithm = build_algorithm(SPEC, telemetry_space(SPEC), lambda: Noting(make_worker, lambda: 8, cores), seed=0)
-        built = time.perf_counter() - begun
-        try:
-            algorithm.train()
-        finally:
-            algorithm.stop()
-    print(f"  first action after {first[0]:.1f} s; PPO was built after {built:.1f} s")
 
 
 def bench_driver_memory() -> None:

@@ -1,105 +1,66 @@
-"""The baseline of the step benchmark: an ordinary, ungrowable GPT in nanoGPT's structure, and its training step."""
+"""The baseline of the step benchmark: an ordinary GPT in nanoGPT's structure, and its training step."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class PlainConfig:
-    """GPT-2's usual settings."""
+class Layer(nn.Module):
+    """Pre-norm causal self-attention with one fused QKV matrix, and MLP."""
 
-    vocab_size: int
-    block_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-
-
-class Attention(nn.Module):
-    """Causal self-attention with one fused QKV matrix, [Q; K; V]."""
-
-    def __init__(self, config: PlainConfig) -> None:
+    def __init__(self, n_head: int, n_embd: int) -> None:
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
+        self.c_attn, self.c_out = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, n_embd)
+        self.c_fc, self.c_proj = nn.Linear(n_embd, 4 * n_embd), nn.Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C) → (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
-
-
-class Layer(nn.Module):
-    """Attention and MLP."""
-
-    def __init__(self, config: PlainConfig) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config)
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C) → (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        heads = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(self.ln_1(x)).split(C, dim=2))
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)  # (B, H, T, D)
+        x = x + self.c_out(y.transpose(1, 2).contiguous().view(B, T, C))
         return x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
 
 
 class PlainGPT(nn.Module):
     """Token and position embeddings, layers, tied head."""
 
-    def __init__(self, config: PlainConfig) -> None:
+    def __init__(self, vocab_size: int, block_size: int, n_layer: int, n_head: int, n_embd: int) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight
+        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.h = nn.Sequential(*(Layer(n_head, n_embd) for _ in range(n_layer)))
+        self.ln_f = nn.LayerNorm(n_embd)
         for parameter in self.parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx: int64 (B, T) → logits (B, T, V)."""
         x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-        for layer in self.h:
-            x = layer(x)
-        return self.lm_head(self.ln_f(x))
+        return F.linear(self.ln_f(self.h(x)), self.wte.weight)
 
 
 class PlainTrainer:
-    """The usual loop: random windows, AdamW on two groups, clipping."""
+    """The usual loop: random windows of uint16 tokens, AdamW on two groups, clipping."""
 
-    def __init__(self, config: PlainConfig, tokens, batch_size: int) -> None:
-        self.model = PlainGPT(config)
-        decay = [p for p in self.model.parameters() if p.dim() > 1]
-        rest = [p for p in self.model.parameters() if p.dim() == 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-            lr=1e-4,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
-        self.tokens, self.batch_size, self.block_size = tokens, batch_size, config.block_size
+    def __init__(self, model: PlainGPT, tokens, batch_size: int) -> None:
+        self.model, self.tokens, self.batch_size = model, torch.from_numpy(tokens.astype("int64")), batch_size
+        self.block_size = model.wpe.num_embeddings
+        groups = [
+            {"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": decay}
+            for matrix, decay in ((True, 0.1), (False, 0.0))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def step(self) -> None:
         """One optimizer step."""
         starts = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,)).tolist()
-        x = torch.stack([torch.from_numpy(self.tokens[i : i + self.block_size].astype("int64")) for i in starts])
-        y = torch.stack(
-            [torch.from_numpy(self.tokens[i + 1 : i + 1 + self.block_size].astype("int64")) for i in starts]
-        )
+        batch = torch.stack([self.tokens[i : i + self.block_size + 1] for i in starts])  # (B, T + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(x)
-        F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+        F.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

@@ -1,8 +1,7 @@
 """`make bench`: speed as paired ratios, measured alternately in one process.
 
     python benchmarks/run.py            # every benchmark
-    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, busy, dispatch, start, driver,
-                                        # sweep
+    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, dispatch, driver, sweep
 
 A number depends on the machine and on what else it does; a ratio of two things timed in turn hardly does.
 """
@@ -22,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fleet import bench_busy, bench_dispatch, bench_driver_memory, bench_start
-from plain_gpt import PlainConfig, PlainTrainer
+from fleet import bench_dispatch, bench_driver_memory
+from plain_gpt import PlainGPT, PlainTrainer
 from trials import bench_sweep
 
 from esper.platform.checkpoint import CheckpointStore
@@ -79,11 +78,8 @@ def bench_step() -> None:
             ours = Trainer(spec, data, make_blueprints(), 0, Instance())
             h = spec.host
             tokens = data.split("train").windows(np.array([0]), min(data.split("train").tokens, 500_000))[0]
-            plain = PlainTrainer(
-                PlainConfig(vocabulary, h.block_size, h.n_layer, h.n_head, h.n_embd),
-                tokens.astype(np.uint16),
-                spec.data.batch_size,
-            )
+            model = PlainGPT(vocabulary, h.block_size, h.n_layer, h.n_head, h.n_embd)
+            plain = PlainTrainer(model, tokens, spec.data.batch_size)
             ratios = paired(lambda ours=ours: ours.step(1e-4), plain.step, steps)
             ours.forget()
             print(f"  {name:<28} {shown(ratios)}")
@@ -191,9 +187,7 @@ BENCHMARKS = {
     "growth": bench_growth,
     "overhead": bench_overhead,
     "memory": bench_memory,
-    "busy": bench_busy,
     "dispatch": bench_dispatch,
-    "start": bench_start,
     "driver": bench_driver_memory,
     "sweep": bench_sweep,
 }
