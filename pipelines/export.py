@@ -82,7 +82,8 @@ def tokenizer_of(run: Path, fingerprint: str) -> "Tokenizer | None":
 
     try:
         folder, _ = RunFolder.read(run, "train", TrainPlan)
-        assert folder.data is not None
+        if folder.data is None:
+            raise UserError(f"{run} does not say where its text is.")
         data = TokenData.open(folder.data, verify=False)
         if data.manifest.fingerprint() != fingerprint:
             raise UserError(f"{folder.data} holds other text, or another tokenizer, than when the run was trained.")

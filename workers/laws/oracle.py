@@ -6,10 +6,10 @@ least loss of each (decision, class) is exact:
 
     L[k + 1, c] = min( trained(L[k, c], a slice),  min over blueprints b: trained(L[k, c − b], a slice less b's cost) )
 
-A graft whose cost is more than a slice merges decisions, and then arrives that much later. Sites differ in nothing but
-their `limit`, and how a class's units are spread leaves the sum of what the limits still allow unchanged: a class has a
-legal graft if any of its shapes has. Prunes are left out: they never pay (tests try them all).
-On a parameter-second budget every episode pays the same rent, so the loss bounds the return too.
+A graft whose cost is more than a slice merges decisions, and then arrives that much later. How a class's units are
+spread leaves the sum of what the sites' limits still allow unchanged: a class has a legal graft if any of its shapes
+has. Prunes are left out: they never pay (tests try them all). On a parameter-second budget every episode pays the same
+rent, so the loss bounds the return too.
 """
 
 from dataclasses import dataclass
