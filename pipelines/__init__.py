@@ -1,1 +1,5 @@
 """Pipelines: what a person runs."""
+
+from esper.platform import cluster
+
+cluster.prepare()  # before anything imports Ray

@@ -1,31 +1,39 @@
-"""A local Ray cluster comes and goes with its session, says one line, and its workers import what the driver does.
+"""A local Ray cluster comes and goes with its session, listens on 127.0.0.1 only, and does not die without a word.
 
-Each test runs a driver of its own, as a user would. Alone: `pytest tests/platform/test_cluster.py` (about 40 s).
+Each test runs a driver of its own, as a user would.
 """
 
 import os
-import socket
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tests.mlflow_servers import free_port
 
 ROOT = Path(__file__).parents[2]
 
 SESSION = """
-import os, ray
+import os, subprocess, sys, urllib.error, urllib.request
+import esper.pipelines
 from esper.platform import cluster
 from esper.platform.errors import UserError
+import psutil, ray
 
 @ray.remote(num_cpus=0)
-def see():
-    import only_here, platform
-    from esper.platform import errors
-    return only_here.VALUE, platform.system(), errors.__file__
+class Actor:
+    def see(self):
+        import only_here, platform
+        from esper.platform import errors
+        return only_here.VALUE, platform.system(), errors.__file__
 
 with cluster.session(cpus=3):
-    print(cluster.cores(), *ray.get(see.remote()))
+    actor = Actor.remote()
+    print(cluster.cores(), *ray.get(actor.see.remote()))
     with cluster.session():  # one inside another neither starts nor ends anything
         pass
     print(ray.is_initialized())
@@ -33,58 +41,52 @@ with cluster.session(cpus=3):
         cluster.connect(gpus=99)
     except UserError as error:
         print(error)
-    attached = ray.get_runtime_context().gcs_address
-    print(attached)
+    me = psutil.Process()
+    listening = [
+        connection.laddr
+        for process in (me, *me.children(recursive=True))
+        for connection in process.net_connections("tcp")
+        if connection.status == "LISTEN"
+    ]
+    print(len(listening), {address.ip.removeprefix("::ffff:") for address in listening})
+    inner = "from esper.platform import cluster\\nwith cluster.session(cpus=7): print(cluster.cores())"
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    for _ in "ab":
+        done = subprocess.run([sys.executable, "-c", inner], env=env, capture_output=True, text=True)
+        print(done.stdout.strip(), done.stderr.strip())
 print(ray.is_initialized(), cluster.cores() == len(os.sched_getaffinity(0)))
 """
 
 
-def drive(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a driver from an unrelated folder, the clone on its PYTHONPATH."""
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    env |= {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *paths])), **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+def environment(*paths: Path, **more: str) -> dict[str, str]:
+    """That of a driver in an unrelated folder, the clone on its PYTHONPATH."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return env | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *paths])), **more}
 
 
-def test_a_session_starts_a_cluster_shares_the_path_and_ends_it(tmp_path: Path):
+def drive(code: str, *paths: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    env = environment(*paths, **more)
+    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_a_session_starts_a_cluster_on_this_machine_alone_shares_it_and_ends_it(tmp_path: Path):
     (tmp_path / "only_here.py").write_text("VALUE = 'found'\n")
     done = drive(SESSION, tmp_path)
     assert done.returncode == 0, done.stderr
-    system = os.uname().sysname
-    seen, inside, refused, _, after = done.stdout.splitlines()
-    assert seen == f"3 found {system} {ROOT}/esper/platform/errors.py"
+    seen, inside, refused, listening, *attached, after = done.stdout.splitlines()
+    assert seen == f"3 found {os.uname().sysname} {ROOT}/esper/platform/errors.py"
     assert inside == "True"
     assert refused.startswith("99 GPUs asked for, but the Ray cluster has 0: ")
+    count, _, addresses = listening.partition(" ")
+    assert int(count) >= 6
+    assert addresses == "{'127.0.0.1'}"
+    for line in attached:
+        assert line.startswith("3 Ray: attached to 127.0.0.1:")
+        assert line.endswith(", 3 cores")
+    assert len(attached) == 2
     assert after == "False True"
     assert done.stderr == "Ray: local cluster, 3 cores\n"  # and nothing of Ray's own
-
-
-def test_ray_address_attaches_and_leaves_the_cluster_running():
-    inner = "from esper.platform import cluster\nwith cluster.session(cpus=7): print(cluster.cores())"
-    outer = f"""
-import os, subprocess, sys, ray
-from esper.platform import cluster
-with cluster.session(cpus=2):
-    env = os.environ | {{"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", {inner!r}], env=env, capture_output=True, text=True)
-        print(done.stdout + done.stderr)
-"""
-    done = drive(outer)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line]
-    assert lines[::2] == ["2", "2"]
-    for line in lines[1::2]:
-        assert line.startswith("Ray: attached to ")
-        assert line.endswith(", 2 cores")
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,62 @@ try:
 except UserError as error:
     print(error)
 """
-    address = address.replace("PORT", str(_free_port()))
+    address = address.replace("PORT", str(free_port()))
     done = drive(code, RAY_ADDRESS=address)
     assert done.stdout.startswith(f"RAY_ADDRESS={address} {sentence}"), done.stderr
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+WORK = """
+import esper.pipelines, signal, sys, time
+from esper.platform import cluster
+import ray
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+def stop(*_):
+    if sys.argv[1] == "stops":
+        raise Stopped
+
+@ray.remote
+class Worker:
+    def work(self):
+        time.sleep(0.1)
+
+cluster.GRACE_SECONDS = 4
+with cluster.session(cpus=1):
+    signal.signal(signal.SIGTERM, stop)
+    worker = Worker.remote()
+    ray.get(worker.work.remote())
+    print("works", flush=True)
+    try:
+        while True:
+            try:
+                ray.get(worker.work.remote(), timeout=1)
+            except ray.exceptions.RayError:
+                time.sleep(0.1)
+    except Stopped:
+        sys.exit("stopped, with nothing lost")
+"""
+
+
+@pytest.mark.parametrize(("server", "kind"), [("gcs_server", "stops"), ("raylet", "hangs")])
+def test_a_server_of_ray_s_that_is_killed_is_told_and_ends_the_driver_with_all_that_is_its(server: str, kind: str):
+    command, pipe = [sys.executable, "-c", WORK, kind], subprocess.PIPE
+    with subprocess.Popen(command, cwd="/", env=environment(), stdout=pipe, stderr=pipe, text=True) as driver:
+        assert driver.stdout
+        assert driver.stderr
+        assert driver.stdout.readline() == "works\n"
+        family = psutil.Process(driver.pid).children(recursive=True)
+        killed = next(process for process in family if process.name() == server)
+        killed.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        assert driver.wait(60) == 1
+        assert time.monotonic() - began < 30
+        said = driver.stderr.read()
+    assert f"error: Ray's {server} (process {killed.pid}) has died, killed or out of memory: this stops here" in said
+    assert ("stopped, with nothing lost" in said) == (kind == "stops")
+    _, left = psutil.wait_procs(family, timeout=20)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
