@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,37 +202,19 @@ def test_load_takes_all_sweeps_or_one(client: MlflowClient, here: Path):
 # -- The report --------------------------------------------------------------------------------------------------------
 
 
-class Reading(HTMLParser):
-    """Texts, and whatever an element refers to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts, self.references, self.tags = [], [], []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        names = ("src", "href", "srcset", "action", "data", "poster", "xlink:href")
-        self.references += [value or "" for name, value in attrs if name in names]
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
 def test_the_page_stands_alone_and_shows_everything(made: Made):
-    reading = Reading()
-    reading.feed(made.html)
-    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in reading.references)
-    assert len(reading.references) == 7  # figures
-    assert not {"script", "link", "iframe", "object", "b"} & set(reading.tags)
-    assert not re.search(r"@import|url\(", made.html)
-    shown = " ".join("".join(reading.texts).split())
+    references = re.findall(r"""\b(?:src|href|srcset|action|poster)\s*=\s*["']?([^"'>]*)""", made.html)
+    assert len(references) == 7  # figures
+    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in references)
+    assert not re.search(r"<(script|link|iframe|object|b)\b|@import|url\(", made.html)
+    shown = " ".join(unescape(re.sub("<[^>]*>", "", made.html)).split())
     [verdict] = made.json["verdicts"]
     told = [text for c in verdict["criteria"] for text in (c["sentence"], c["outcome"], *c["withheld"])]
     labels = [*SWEEP.truths(), "onejump-2", "ppo-9", "missing", "failed", "diverged", "did not grow"]
     words = ["no space left on the device", "the loss was not finite", "<b>layer</b> 1", *PROVENANCE.values()]
     for text in (*told, *labels, *words, "--arms static,ppo & more", "test seeds0, 1, 2"):
         assert text in shown
-    assert "better" not in reading.texts  # three seeds
+    assert ">better<" not in made.html  # three seeds
     assert all(f"{run.loss:.4f}" in shown for run in SWEEP.runs() if run.sound and run.purpose == "test")
 
 
@@ -372,16 +354,6 @@ def test_a_label_has_one_look_and_its_controls_its_colour():
     assert len({tuple(look.values()) for look in found.values()}) == len(labels)
     assert found["static_final:arm3"]["color"] == found["arm3"]["color"]
     assert found["static_final:arm3"]["mfc"] == "white"
-
-
-def test_numbers():
-    assert [sections.short(x) for x in (0.0, 12.3456, 1234, 15_900_672, 2.9e12)] == [
-        "0",
-        "12.35",
-        "1,234",
-        "15.9M",
-        "2.9T",
-    ]
 
 
 # -- Bad input ---------------------------------------------------------------------------------------------------------

@@ -245,8 +245,8 @@ def test_an_arm_that_never_grew_cannot_win_and_is_told():
     assert "tamiyo" not in {test.arm for test in verdict.tests}
     assert verdict.criteria[0].outcome == "not met"
     assert "tamiyo did not grow" in verdict.criteria[0].sentence
-    none = judged(replace(sweep, idle=("tamiyo", "onejump"))).criteria[0]
-    assert none.outcome == "cannot say"
+    none, mechanics = judged(replace(sweep, idle=("tamiyo", "onejump"))).criteria
+    assert (none.outcome, mechanics.outcome) == ("cannot say", "cannot say")
     assert none.sentence.startswith("At 1,000,000 parameter-seconds no arm grew; tamiyo did not grow; onejump did not")
 
 
@@ -458,8 +458,3 @@ def test_a_run_that_diverged_counts_against_growing_only_if_it_grew(label, graft
     assert mechanics.outcome == said
     assert f"({label} on seed 2)" in mechanics.sentence
     assert ("1 run that had not grown did" in mechanics.sentence) == (not grafts)
-
-
-def test_where_no_run_grew_nothing_is_said_of_growing():
-    sweep = SyntheticSweep(idle=("tamiyo", "onejump"))
-    assert [criterion.outcome for criterion in judged(sweep).criteria] == ["cannot say", "cannot say"]
