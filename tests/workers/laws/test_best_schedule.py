@@ -50,11 +50,9 @@ def test_simulated_is_played(axis, amount, override, seed, density):
 def test_the_best_schedule_is_better_than_none_and_no_match_for_one_who_looks():
     spec = load_spec("tinystories-char")
     train, test = (list(instance_set(name, spec).values()) for name in ("train", "test"))
-    entries = best_fixed_schedule(spec, train)
+    entries = best_fixed_schedule(spec, train[:60])
     run = SurrogateRun(spec)
-    assert entries == best_fixed_schedule(spec, train)
-    some = train[:40]
-    assert np.mean([played(run, entries, i) - played(run, [], i) for i in some]) < -0.05
+    assert np.mean([played(run, entries, i) - played(run, [], i) for i in train[:40]]) < -0.05
     gaps = [played(run, entries, instance) - bound(spec, instance) for instance in test[:30]]
     assert min(gaps) >= -1e-9
     assert np.mean(gaps) >= 0.05  # measured on all: 0.12
