@@ -110,7 +110,7 @@ def info(arguments: InfoArguments) -> None:
 
 def evaluate(arguments: EvaluateArguments) -> None:
     """Settle, play, compare, report."""
-    from esper.pipelines.common.run_folder import law_job, open_job
+    from esper.pipelines.common.run_folder import RunFolder
     from esper.pipelines.controllers.evaluation import Evaluation, compare
     from esper.policies.arms import ArmInputs, make_policy
     from esper.policies.schedule import SchedulePolicy
@@ -129,11 +129,11 @@ def evaluate(arguments: EvaluateArguments) -> None:
         given["schedule"] = cast(SchedulePolicy, make_policy("schedule", named)).entries
     arms = parse_arms(arguments.arms, on_text=on_text, given=given)
     chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None))
-    job = open_job(arguments, spec, "evaluate") if on_text else law_job(arguments, spec, "evaluate")
-    make_run = partial(GrowthRun, spec, job.open_data()) if on_text else partial(SurrogateRun, spec)
+    place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
+    make_run = partial(GrowthRun, spec, place.tokens) if on_text else partial(SurrogateRun, spec)
     here = Evaluation(spec, chosen, make_run, arguments.seed)
     training = None if on_text else replace(here, instances=instance_set("train", spec))
-    job.begin()
+    write_json(place.out / "spec.json", spec.model_dump(mode="json"))
     where = "text" if on_text else "loss laws"
     say(f"policy  {folder}, on {len(chosen)} {arguments.instances} instances, {where}")
     found = compare(arms, policy, here, training, given)
@@ -151,17 +151,17 @@ def evaluate(arguments: EvaluateArguments) -> None:
             for i, (id, instance) in enumerate(chosen.items())
         },
     }
-    write_json(job.out / "evaluation.json", record)
+    write_json(place.out / "evaluation.json", record)
     print(found.table())
     say("means over the instances, in nats per token; ± is half of a 95 % interval (paired t)")
-    say(f"results: {job.out / 'evaluation.json'}")
+    say(f"results: {place.out / 'evaluation.json'}")
 
 
 def distill(arguments: DistillArguments) -> None:
     """Play the policy, take its median schedule, play that, report."""
     import numpy as np
 
-    from esper.pipelines.common.run_folder import describe
+    from esper.pipelines.common.preset import describe
     from esper.pipelines.common.statistics import Interval
     from esper.pipelines.controllers.evaluation import Evaluation
     from esper.policies.schedule import SchedulePolicy
@@ -233,7 +233,7 @@ def spec_for(arguments: CommonArguments, folder: Path, *, on_text: bool) -> "Run
     """What is played: the preset that is named, else the policy's own, with overrides."""
     import torch
 
-    from esper.pipelines.common.run_folder import resolve_spec
+    from esper.pipelines.common.preset import resolve_spec
 
     own = spec_beside(folder)
     if arguments.preset is None and own is not None:

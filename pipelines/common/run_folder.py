@@ -15,26 +15,23 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from esper.pipelines.common.arguments import CommonArguments
-from esper.pipelines.common.preset import describe, resolve_spec
+from esper.pipelines.common.preset import describe
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.pins import INPUTS, PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, saved_spec
-from esper.platform.storage import alone, check_unused, read_json, write_json, write_text
+from esper.platform.storage import alone, check_unused, read_json, write_json
 from esper.platform.tracking import Tracker, new_key
 from esper.platform.tracking_store import tracking_uri
 from esper.workers.laws.scaling_law import budget_tokens
 from esper.workers.tolaria.data import TokenData, ensure
 from esper.workers.tolaria.hosts import start_shape
-
-__all__ = ["Job", "RunFolder", "describe", "law_job", "open_job", "output_folder", "resolve_spec"]
 
 PLAN = "inputs/plan.json"
 
@@ -218,35 +215,3 @@ def output_folder(arguments: CommonArguments, name: str) -> Path:
     if not out.is_dir() or not {path.name for path in out.iterdir()} <= {".lock", SPEC, INPUTS}:
         check_unused(out)  # what a process left that was killed while it began is nothing
     return out.resolve()
-
-
-# What `ppo` and `sweep` start with until they have a RunFolder too.
-
-
-@dataclass(frozen=True)
-class Job:
-    """A pipeline's work, settled: spec, folder of the prepared shards, output folder."""
-
-    spec: RunSpec
-    data: Path
-    out: Path
-
-    def open_data(self) -> TokenData:
-        """The shards, checksums verified."""
-        return TokenData.open(self.data)
-
-    def begin(self) -> None:
-        """Make the output folder, with the resolved spec in it."""
-        write_text(self.out / "spec.json", self.spec.model_dump_json(indent=2) + "\n")
-
-
-def open_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
-    """Settle data and output folder."""
-    folder = RunFolder.new(arguments, spec, what)
-    assert folder.data is not None
-    return Job(spec, folder.data, folder.out)
-
-
-def law_job(arguments: CommonArguments, spec: RunSpec, what: str) -> Job:
-    """`open_job` of what runs on loss laws: there is no data."""
-    return Job(spec, Path(), RunFolder.new(arguments, spec, what, laws=True).out)
