@@ -1,6 +1,6 @@
 """Write the report on a sweep: which arm reaches a lower loss at equal cost, and how sure that is. Reads only MLflow.
 
-    python pipelines/report.py                                   # the newest sweep of esper-tinystories
+    python pipelines/report.py                                   # the newest sweep
     esper report esper-tinystories --sweep sweep-20260101-120000
 
 Leaves `report.html` (one file, no network needed), `report.png` and `report.json` in the output folder, and keeps them
@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
-from esper.pipelines.reports.figures import save_picture
-from esper.pipelines.reports.html import html
 from esper.pipelines.reports.runs import Tables, tables
 from esper.pipelines.reports.sections import Report
-from esper.pipelines.reports.store import Sweep, asked, find_sweeps, open_store, read_runs
+from esper.pipelines.reports.store import Sweep, asked, find_sweeps, newest_experiment, open_store, read_runs
 from esper.pipelines.reports.verdict import judge
 from esper.platform.console import say
 from esper.platform.errors import UserError
@@ -35,7 +33,9 @@ FILES = ("report.html", "report.png", "report.json")
 class ReportArguments(Arguments):
     """Write the report on a sweep, from what MLflow holds."""
 
-    experiment: Positional[str] = Field("esper-tinystories", description="MLflow's experiment.")
+    experiment: Positional[str | None] = Field(
+        None, description="MLflow's experiment (default: that of the newest sweep)."
+    )
     sweep: Annotated[
         str | None,
         Field(title="RUN_ID|NAME", description="The sweep's parent run (default: the newest of the experiment)."),
@@ -54,7 +54,8 @@ def run(arguments: ReportArguments) -> None:
     if arguments.out is not None:
         check_unused(arguments.out)
     client, store = open_store(arguments.tracking_uri)
-    sweep = next(find_sweeps(client, store, arguments.experiment, arguments.sweep))
+    experiment = arguments.experiment or newest_experiment(client, store)
+    sweep = next(find_sweeps(client, store, experiment, arguments.sweep))
     out = arguments.out or Path("reports") / re.sub(r"[^\w\-]", "_", sweep.name)
     check_unused(out)
     say(f"sweep   {sweep.name} of {sweep.experiment}, in {store}")
@@ -120,6 +121,9 @@ def build(client: "MlflowClient", sweep: Sweep) -> Report:
 
 def save(client: "MlflowClient", report: Report, out: Path) -> Path:
     """Write the files, and keep them with the sweep's run; `report.html`'s path."""
+    from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
+    from esper.pipelines.reports.html import html
+
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "report.png"):
         save_picture(f"{report.sweep.experiment} · {report.sweep.name}", report.verdicts, out / "report.png")

@@ -126,6 +126,19 @@ def _check_database(file: Path) -> None:
 # -- Sweeps ------------------------------------------------------------------------------------------------------------
 
 
+def newest_experiment(client: "MlflowClient", store: str) -> str:
+    """The experiment of a store's newest sweep.
+
+    Raises:
+        UserError: there is no sweep.
+    """
+    known = {found.experiment_id: found.name for found in asked(store, client.search_experiments)}
+    newest = partial(client.search_runs, list(known), "tags.kind = 'sweep'", max_results=1)
+    for run in asked(store, partial(newest, order_by=["attributes.start_time DESC"])):
+        return known[run.info.experiment_id]
+    raise UserError(f"MLflow at {store} holds no sweep: run `esper sweep` first, or name another store.")
+
+
 def find_sweeps(client: "MlflowClient", store: str, name: str, wanted: str | None) -> Iterator[Sweep]:
     """An experiment's sweeps of a run id or name, else all, that have a `sweep.json`; the newest first.
 

@@ -390,7 +390,8 @@ def test_a_server_that_never_answers(here: Path):
 
 def test_experiments_that_are_not_there_or_have_nothing_to_tell(client: MlflowClient, here: Path):
     client.create_experiment("esper-tinystories-old")
-    assert "no experiment 'esper-tinystories': the nearest are esper-tinystories-old." in refused()
+    assert "holds no sweep" in refused()
+    assert "no experiment 'esper-tinystories': the nearest are esper-tinystories-old." in refused(EXPERIMENT)
     assert "holds no sweep" in refused("esper-tinystories-old")
     client.delete_experiment(client.create_experiment("gone"))
     assert "mlflow experiments restore --experiment-id" in refused("gone")
