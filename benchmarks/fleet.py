@@ -22,7 +22,7 @@ from esper.platform.contracts import GraftAction, Instance, Order, Reply
 from esper.platform.spec import load_spec
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import LocalFleet, RayFleet
-from esper.policies.simic.journal import Journal
+from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.learner import build_algorithm, iteration_metrics
 from esper.policies.simic.net import ControllerNet
 from esper.workers.candidates import telemetry_space
@@ -103,7 +103,7 @@ def bench_dispatch() -> None:
 def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fleet = LogicalFleet(count, 250, seconds)
-        journal = Journal(Path(folder) / "episodes")
+        journal = EpisodeJournal(Path(folder) / "episodes", telemetry_space(SPEC))
         dispatcher = Dispatcher(
             fleet, ControllerNet(SPEC.ppo.hidden), telemetry_space(SPEC), seed=0, ahead=10**9, journal=journal
         )
@@ -113,8 +113,8 @@ def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
             fleet.latencies.clear()
             begun, cpu = time.perf_counter(), time.process_time()
             while time.perf_counter() - begun < measure_for:
-                taken = dispatcher.collect(SPEC.budget.decisions)
-                journal.remove([int(episode.id_) for episode in taken])
+                dispatcher.collect(SPEC.budget.decisions)
+                dispatcher.forget()
             spent, cpu = time.perf_counter() - begun, time.process_time() - cpu
             latencies = sorted(fleet.latencies)
         finally:

@@ -10,6 +10,7 @@ A checkpoint is the folder of a `ppo` run (its newest is taken), one in its `che
 `evaluate` leaves `evaluation.json`, with a number per instance and arm, and `spec.json` in its output folder.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -85,9 +86,9 @@ class DistillArguments(PlayArguments):
 
 def info(arguments: InfoArguments) -> None:
     """Print what the checkpoint says of itself."""
-    from esper.policies.simic.policy import SimicPolicy, policy_folder
+    from esper.policies.simic.policy import SimicPolicy, policy_file
 
-    folder = policy_folder(arguments.checkpoint)
+    folder = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(folder)
     card, own = policy.card, spec_beside(folder)
     extra = {key: value for key, value in card["extra"].items() if value is not None}
@@ -100,7 +101,7 @@ def info(arguments: InfoArguments) -> None:
         "preset": extra.get("preset") or (own and read_json(own, str(own), "the spec.json of a run").get("preset")),
         **counts,
         "seed": extra.get("seed"),
-        "weights": f"sha256 {card['sha256']}",
+        "weights": f"sha256 {hashlib.sha256(folder.read_bytes()).hexdigest()}",
         "folder": folder.absolute(),
     }
     for name, value in known.items():
@@ -114,12 +115,12 @@ def evaluate(arguments: EvaluateArguments) -> None:
     from esper.pipelines.controllers.evaluation import Evaluation, compare
     from esper.policies.arms import ArmInputs, make_policy
     from esper.policies.schedule import SchedulePolicy
-    from esper.policies.simic.policy import SimicPolicy, policy_folder
+    from esper.policies.simic.policy import SimicPolicy, policy_file
     from esper.workers.instances import instance_set
     from esper.workers.laws.surrogate import SurrogateRun
     from esper.workers.run import GrowthRun
 
-    folder = policy_folder(arguments.checkpoint)
+    folder = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(folder)
     on_text = arguments.data is not None
     spec = spec_for(arguments, folder, on_text=on_text)
@@ -165,12 +166,12 @@ def distill(arguments: DistillArguments) -> None:
     from esper.pipelines.common.statistics import Interval
     from esper.pipelines.controllers.evaluation import Evaluation
     from esper.policies.schedule import SchedulePolicy
-    from esper.policies.simic.policy import SimicPolicy, policy_folder
+    from esper.policies.simic.policy import SimicPolicy, policy_file
     from esper.workers.laws.surrogate import SurrogateRun
 
     check_new_file(arguments.out)
     out = arguments.out.absolute()
-    folder = policy_folder(arguments.checkpoint)
+    folder = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(folder)
     spec = spec_for(CommonArguments(preset=arguments.preset, set=arguments.set), folder, on_text=False)
     chosen = instances(spec, arguments.instances, arguments.episodes)
@@ -221,11 +222,10 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
 
 def spec_beside(folder: Path) -> Path | None:
     """The `spec.json` of the `ppo` run that a policy's folder lies in; None where it lies elsewhere."""
-    from esper.policies.simic.policy import CHECKPOINTS, FOLDER
+    from esper.policies.simic.policy import CHECKPOINTS
 
     checkpoint = folder.absolute().parent
-    inside = folder.absolute().name == FOLDER and checkpoint.parent.name == CHECKPOINTS
-    path = checkpoint.parents[1] / "spec.json" if inside else None
+    path = checkpoint.parents[1] / "spec.json" if checkpoint.parent.name == CHECKPOINTS else None
     return path if path is not None and path.is_file() else None
 
 

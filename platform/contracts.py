@@ -6,14 +6,15 @@ observation's fields.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from esper.platform.frozen import Frozen
-from esper.platform.telemetry import Telemetry
+from esper.platform.telemetry import CHECKED, Telemetry
 
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SiteKind = Literal["pre_attention", "post_ffn", "residual_stream"]
 
 
@@ -172,8 +173,10 @@ class Transition:
         info: the curve point of this decision, and under `summary` the run's summary when it has ended.
     """
 
+    __pydantic_config__ = CHECKED
+
     telemetry: Telemetry
-    reward: float
+    reward: Annotated[float, Field(allow_inf_nan=False)]
     terminated: bool
     truncated: bool = False
     info: dict[str, Any] = field(default_factory=dict)
@@ -230,16 +233,16 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker is asked for: what the last of `actions` leads to, in an episode that any worker can take up.
+    """What the last of `actions` leads to, in an episode that any worker can take up.
 
-    It names the whole way there, so that it can be sent again, to any worker, and gets the same answer.
+    It names the whole way there: sent again, to any worker, it gets the same answer.
 
     Attributes:
         episode: its number.
         seed: its seed.
         instance: as for `Run.reset`.
         actions: rows chosen so far, in order, the last not answered yet; none of them asks for the first observation.
-        fresh: use no save: something was wrong with what it led to.
+        fresh: use no checkpoint: something was wrong with what it led to.
     """
 
     episode: int
@@ -251,7 +254,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's answer to an Order.
+    """A worker's answer to an Order. `Reply.checked` refuses one that is not of this form.
 
     Attributes:
         episode: of the order.
@@ -260,21 +263,39 @@ class Reply:
         redone: decisions that were trained again to get there, after another worker's end.
         waited: seconds that the worker waited for the order.
         worked: seconds from the order to this answer.
-        unsaved: why the worker's last save is not on the disk, as a sentence; None when it is, or is being written.
+        unsaved: why the worker's last checkpoint was not written, as a sentence; None when it was, or is being written.
     """
+
+    __pydantic_config__ = CHECKED
 
     episode: int
     answer: Telemetry | Transition
-    expected: float
-    redone: int = 0
-    waited: float = 0.0
-    worked: float = 0.0
+    expected: Seconds
+    redone: Annotated[int, Field(ge=0)] = 0
+    waited: Seconds = 0.0
+    worked: Seconds = 0.0
     unsaved: str | None = None
 
     @property
     def telemetry(self) -> Telemetry:
         """The observation in the answer."""
         return self.answer.telemetry if isinstance(self.answer, Transition) else self.answer
+
+    @classmethod
+    def checked(cls, value: Any) -> "Reply":
+        """What came from a worker, as a Reply whose every field has its type, and numbers are finite.
+
+        Raises:
+            ValueError: it is none, in a clause.
+        """
+        try:
+            return _REPLY.validate_python(value)
+        except ValidationError as error:
+            first = max(error.errors(include_url=False, include_input=False), key=lambda each: len(each["loc"]))
+            raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'reply'}: {first['msg']}") from None
+
+
+_REPLY = TypeAdapter(Reply)
 
 
 class Worker(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from pydantic import ConfigDict
 
 VERSION = 1
 
@@ -73,9 +74,15 @@ CANDIDATE = (
 )
 
 
+CHECKED = ConfigDict(arbitrary_types_allowed=True, revalidate_instances="always")
+"""For dataclasses that come from another process: pydantic looks at each field, of instances too."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What one row of `candidates` stands for."""
+
+    __pydantic_config__ = CHECKED
 
     operation: Literal["wait", "graft", "prune"]
     site: str | None = None
@@ -123,6 +130,8 @@ class Telemetry:
         version: of this schema.
     """
 
+    __pydantic_config__ = CHECKED
+
     sequence: int
     globals: np.ndarray
     sites: np.ndarray
@@ -158,8 +167,13 @@ class Telemetry:
             return f"telemetry of version {self.version}, but this code reads version {VERSION}"
         for name, shape in space.shapes.items():
             array = self.arrays()[name]
-            if array.shape != shape:
-                return f"{name} has shape {array.shape}, but must have {shape}"
+            if array.shape != shape or array.dtype != (bool if name == "mask" else np.float32):
+                return f"{name} is {array.dtype} of shape {array.shape}, but must have {shape}"
             if not np.isfinite(array).all():
                 return f"{name} holds a value that is not finite"
+        for name, ids in (("sites", self.site_ids), ("candidates", self.actions)):
+            if len(ids) != (present := int(self.arrays()[name][:, 0].sum())):
+                return f"it names {len(ids)} {name}, but {present} are present"
+        if self.mask[len(self.actions) :].any():
+            return "a row that stands for no action is legal"
         return None if self.mask[0] else "WAIT is not legal"

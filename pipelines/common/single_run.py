@@ -21,7 +21,7 @@ from esper.platform.telemetry import Telemetry
 from esper.platform.tracking import Tracker, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.policies.arms import ArmInputs, make_policy
-from esper.policies.simic.policy import policy_folder
+from esper.policies.simic.policy import policy_file
 from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 
@@ -148,16 +148,14 @@ def keep(folder: RunFolder, tracker: Tracker) -> None:
 
 
 def pinned(files: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The single files of what the arm needs; a policy is a folder of several."""
+    """The single files of what the arm needs."""
     found = {name: path for name, path in files.items() if path is not None}
     if policy := found.pop("policy", None):
-        found |= {path.stem: path for path in policy_folder(policy).iterdir()}
+        found["policy"] = policy_file(policy)
     return found
 
 
 def policy_of(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:
     """The arm's controller, from the files that the user named or their copies."""
     given = {name: files.get(name) for name in ("policy", "schedule", "match")}
-    if given["policy"] is not None:
-        given["policy"] = policy_folder(given["policy"].parent if given["policy"].is_file() else given["policy"])
     return make_policy(arm, ArmInputs(seed=seed, blueprints=tuple(spec.growth.blueprints), **given))

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.platform.console import Eta, duration, said_to, say
-from esper.policies.simic.view import WorkerView
+from esper.policies.simic.worker_table import WorkerView
 
 REFRESH_SECONDS = 0.25
 COURSE = 16  # iterations that a sparkline shows

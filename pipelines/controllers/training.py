@@ -8,7 +8,6 @@ from its last decision (`esper ppo --resume`). At the end the kept policies are 
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,8 +31,8 @@ from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker, milliseconds, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.policies.simic.health import Health
-from esper.policies.simic.learner import build_algorithm, iteration_metrics, restore_algorithm, runner, save_algorithm
-from esper.policies.simic.policy import CHECKPOINTS, FOLDER, SimicPolicy, checkpoints
+from esper.policies.simic.learner import build_algorithm, iteration_metrics, runner, save_algorithm
+from esper.policies.simic.policy import CHECKPOINTS, FILE, SimicPolicy, checkpoints
 from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
 from esper.workers.worker import save_name
@@ -123,13 +122,13 @@ def train_controller(
     there = checkpoints(out)
     reached = Reached.of(folder)
     (out / "summary.json").unlink(missing_ok=True)  # of a training that is given more iterations
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    (out / FILE).unlink(missing_ok=True)
     with track(folder, parent) as tracker:
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
         history = History(out, tracker)
         if reached.last is not None:
             history.add(reached.last)  # the process may have died before it was noted
-        algorithm = (partial(restore_algorithm, there[-1]) if there else build_algorithm)(
+        algorithm = build_algorithm(
             spec,
             telemetry_space(spec),
             fleet_maker(spec, folder.data, storage),
@@ -137,8 +136,9 @@ def train_controller(
             instances=_instances(spec) if surrogate else None,
             journal=out / EPISODES,
             check=check,
+            start=there[-1] if there else None,
         )
-        ours = runner(algorithm)
+        dispatcher = runner(algorithm).dispatcher
         try:
             reached = _iterate(algorithm, spec.ppo.iterations, out, reached, history)
         finally:
@@ -146,7 +146,7 @@ def train_controller(
         played = held_out(_candidates(out), spec, folder.data, out, folder.seed, check)
         losses = mean_losses(played)
         best = min(losses, key=lambda iteration: (losses[iteration], -iteration), default=reached.iterations)
-        in_flight, dropped = ours.in_flight(), ours.dropped()
+        in_flight, dropped = dispatcher.in_flight(), dispatcher.dropped
         summary = {
             **reached.model_dump(mode="json", exclude={"last"}),
             "episode_return_mean": history.entries[-1]["return_mean"],
@@ -161,7 +161,7 @@ def train_controller(
         if not surrogate:
             with CheckpointStore(storage) as saves:
                 saves.keep_only(map(save_name, in_flight))
-        shutil.copytree(_checkpoint(out, best) / FOLDER, out / FOLDER)
+        shutil.copyfile(_checkpoint(out, best) / FILE, out / FILE)
         rows = [row | {"held_out_loss": losses.get(int(row["iteration"]), math.nan)} for row in history.rows()]
         training_picture(rows, out / "training.png")
         write_json(out / "summary.json", summary)
@@ -176,7 +176,7 @@ def train_controller(
         say(
             f"best    iteration {best}, held-out loss {losses[best]:.4f}; the last has {losses[reached.iterations]:.4f}"
         )
-    say(f"policy  {out / FOLDER}; use it with: esper train ppo --policy {out}")
+    say(f"policy  {out / FILE}; use it with: esper train ppo --policy {out}")
     return {**summary, "where": tracker.where}
 
 
@@ -191,7 +191,7 @@ def keep(folder: RunFolder, tracker: Tracker) -> None:
     """Keep a training's results with its run in MLflow."""
     for name in ("summary.json", "training.png"):
         tracker.artifact(folder.out / name)
-    tracker.artifact(folder.out / FOLDER, FOLDER)
+    tracker.artifact(folder.out / FILE)
 
 
 def send(folder: RunFolder) -> bool:
@@ -215,7 +215,7 @@ def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, histo
     health = Health(iterations)
     for row in history.rows():
         health.look({name: value for name, value in row.items() if name not in OWN})  # said already
-    with TrainingView(iterations, reached.iterations, runner(algorithm).workers) as view:
+    with TrainingView(iterations, reached.iterations, runner(algorithm).dispatcher.workers) as view:
         while reached.iterations < iterations:
             metrics = iteration_metrics(algorithm.train())
             reached = reached.after(metrics)
@@ -241,8 +241,6 @@ def _save(algorithm: PPO, out: Path, reached: Reached, every: int) -> None:
             f"checkpoint {checkpoint} cannot be written ({error.strerror or error}): make room, and go on with "
             f"`esper ppo --resume {out}`."
         ) from error
-    for path in (out / CHECKPOINTS).glob(".*.partial"):  # of a process that was killed
-        shutil.rmtree(path, ignore_errors=True)
     for path in checkpoints(out)[:-1]:
         if int(path.name) % every:
             shutil.rmtree(path, ignore_errors=True)

@@ -26,6 +26,7 @@ from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.platform.tracking import Tracker
 from esper.platform.tracking_store import connect
+from esper.policies.simic.policy import policy_file
 
 STATE = "sweep.json"
 
@@ -39,7 +40,8 @@ def begin(arguments: SweepArguments, name: str = "sweep") -> int:
     spec = resolve_spec(arguments, on="fleet" if SweepPlan.trains_on_text(arguments) else "here")
     plan = SweepPlan.settled(arguments, spec)
     folder = RunFolder.new(arguments, spec, name)
-    with folder.begin("sweep", plan, {"policy": arguments.policy, "schedule": arguments.schedule}) as inputs:
+    policy = None if arguments.policy is None else policy_file(arguments.policy)
+    with folder.begin("sweep", plan, {"policy": policy, "schedule": arguments.schedule}) as inputs:
         return compare(folder, plan, inputs)
 
 

@@ -3,24 +3,26 @@
     workers ──replies──► ready ──► one batched inference ──► orders ──► workers
                            │ episode ended
                            ▼
-                         queue ──► SimicEnvRunner.sample() ──► PPO's learner ──► new weights, between two batches
+                         ended ──► SimicEnvRunner.sample() ──► PPO's learner ──► new weights, between two batches
 
 Rules, each tested:
 1. Whatever is ready is answered in one batch; nothing waits for what is not, and nothing is polled.
-2. Whole episodes only, every one that was started, queued in the order in which they end.
-3. A step keeps what *chose* its action: logits, log-probability, value and the weights' number (`flight.py`). PPO's
-   ratio is then right at any lag.
+2. Whole episodes only, every one that was begun, and learned from in the order in which they *began*: in the order in
+   which they end, those that end soon would be preferred.
+3. A step keeps what *chose* its action: logits, log-probability, value and the weights' number. PPO's ratio is then
+   right at any lag.
 4. Episode i has the seed `derive(seed, "episode", i)`; the noise of its decision k comes from the stream (seed,
    "policy", i, k), and a row's logits do not depend on its batch: no action depends on who shared it.
 5. An episode belongs to no worker. When one dies, hangs past its deadline or leaves with its node, the episode's order
    goes, as it was, to the next free worker, which takes the episode up where it was saved (`workers/worker.py`).
-6. What must not be learned from (not finite, of another version or shape, an answer to another order) is refused and
-   counted, and the order sent again to another worker. An order that `TRIES` workers failed at, or that took
-   `DEATHS` processes with it, gives its episode up: it is counted and listed in `dropped`.
+6. What must not be learned from (of another form, not finite, an answer to another order) is refused and counted, and
+   the order sent again to another worker. An order that `TRIES` workers failed at, or that took `DEATHS` processes with
+   it, gives its episode up: it is counted and listed in `dropped`.
 7. When nothing but loss happens, the training ends with the last one's own words; and at once where they are a user's
    to mend.
-8. The fleet runs at most `ahead` decisions ahead of the learner: while the queue holds as many, a worker whose episode
-   has ended rests before its next; never within an episode.
+8. A worker begins no episode while `ahead` decisions could be learned from, or while, beside so many, `OVERTAKING`
+   episodes a worker have ended and wait for one that began before them. With W workers, episodes of K decisions and
+   batches of B, a decision is then learned from within 1 + (ahead + (OVERTAKING + 1)·W·K) / B updates.
 9. With a journal, all of this outlives this process (`journal.py`).
 
 With a lockstep fleet (LocalFleet) there is no thread: `collect()` itself turns the loop until it has what it was asked
@@ -29,29 +31,46 @@ for. No weights arrive meanwhile and the order of answers is fixed, so equal see
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
+from pydantic import Field
 from ray.exceptions import RayTaskError
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from esper.platform.console import say
 from esper.platform.contracts import Instance, Reply
 from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
 from esper.platform.seeding import derive, stream
-from esper.platform.telemetry import Telemetry, TelemetrySpace
-from esper.policies.simic.desk import Deadlines, Desk
+from esper.platform.telemetry import Candidate, TelemetrySpace
+from esper.policies.simic.episode import Choice, InFlight
 from esper.policies.simic.fleet import Fleet, Joined, process_lost, sentence
-from esper.policies.simic.flight import Choice, Flight
-from esper.policies.simic.inference import infer
-from esper.policies.simic.journal import Journal
+from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import draw
-from esper.policies.simic.view import WorkerView
+from esper.policies.simic.policy import batch, draw
+from esper.policies.simic.worker_table import Deadlines, WorkerTable, WorkerView
 
 TRIES = 3  # workers that may fail at one order, the later ones from the episode's start: it is the order's fault
 DEATHS = 10  # processes that may die over one order
+COUNTS = ("failures", "late", "refused", "dropped", "redone", "unsaved")
 GIVE_UP = 6  # times as many losses as workers, with nothing between them; pauses give a fleet half a minute
+OVERTAKING = 2  # episodes a worker that may end before one that began before them
+
+
+class Progress(Frozen):
+    """What a resumed training goes on from, beside the journal.
+
+    Attributes:
+        learned: episodes that have been learned from or given up: all with lower numbers.
+        dropped: numbers of the episodes that were given up.
+        counts: since the training's start, as `Dispatcher.counts`.
+    """
+
+    learned: int = Field(default=0, ge=0)
+    dropped: tuple[int, ...] = ()
+    counts: dict[str, int] = Field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
 
 
 class Dispatcher:
@@ -62,17 +81,19 @@ class Dispatcher:
         net: a network of its own: the thread reads it while the learner trains another.
         space: what a telemetry must look like.
         seed: of episodes and action noise.
-        ahead: decisions that may wait in the queue before workers rest.
-        first_episode: number of the first episode, above 0 in a resumed training.
+        ahead: decisions that may wait for the learner before workers rest.
+        start: where a training stands that is gone on with.
         instances: episode number → instance.
         deadlines: how long orders may take.
         journal: keeps the episodes; what it holds is gone on with.
 
     Attributes:
-        counts: since the start: `failures` (orders lost with their process, or because the run raised, and workers that
-            could not start), `late` (orders past their deadline), `refused` (replies), `dropped` (episodes), `redone`
-            (decisions trained again), `unsaved` (replies of workers whose last save failed).
+        counts: since the training's start: `failures` (orders lost with their process, or because the run raised, and
+            workers that could not start), `late` (orders past their deadline), `refused` (replies), `dropped`
+            (episodes), `redone` (decisions trained again), `unsaved` (replies of workers whose last checkpoint was not
+            written).
         dropped: numbers of the episodes that were given up.
+        begun: how many episodes have begun.
     """
 
     def __init__(
@@ -83,10 +104,10 @@ class Dispatcher:
         *,
         seed: int,
         ahead: int,
-        first_episode: int = 0,
+        start: Progress | None = None,
         instances: Callable[[int], Instance | None] | None = None,
         deadlines: Deadlines | None = None,
-        journal: Journal | None = None,
+        journal: EpisodeJournal | None = None,
     ) -> None:
         self._fleet, self._net, self._space = fleet, net.double().eval(), space
         self._seed, self._ahead, self._wanted = seed, ahead, 0
@@ -94,29 +115,29 @@ class Dispatcher:
         self._weights_seq_no = 0
         self._losses = 0  # of orders, since the last good reply
         self._drops = 0  # of episodes, since the last that ended
-        self._unsaved = False  # said
         self._journal = journal
-        # Shared with the learner's thread, under `_changed`.
-        self._changed = threading.Condition()
-        self._desk = Desk(deadlines or Deadlines())
-        self._adrift: deque[Flight] = deque()  # episodes without a worker
-        self._queue: deque[SingleAgentEpisode] = deque()
+        self._changed = threading.Condition()  # held for all that follows, which the learner's thread reads too
+        self._table = WorkerTable(deadlines or Deadlines())
+        self._orphaned: deque[InFlight] = deque()  # episodes without a worker
+        self._unlearned: deque[int] = deque()  # numbers of the episodes that have begun and were not taken, in order
+        self._ended: dict[int, SingleAgentEpisode] = {}  # of those
+        self._longest = 0  # decisions of an episode
         self._new_weights: tuple[Mapping[str, torch.Tensor], int] | None = None
         self._error: BaseException | None = None
         self._stopped = False
-        self.next_episode = first_episode
-        self.counts: Counter[str] = Counter(
-            dict.fromkeys(("failures", "late", "refused", "dropped", "redone", "unsaved"), 0)
-        )
-        self.dropped: list[int] = []
+        self._taken: list[int] = []  # numbers of the episodes whose journal is still there
         self._thread: threading.Thread | None = None
+        start = start or Progress()
+        self.begun = start.learned
+        self.counts: Counter[str] = Counter(start.counts)
+        self.dropped = list(start.dropped)
         if journal is not None:
             self._take_up(journal)
 
     # -- The learner's side --------------------------------------------------------------------------------------
 
     def collect(self, decisions: int, check: Callable[[], None] | None = None) -> list[SingleAgentEpisode]:
-        """Wait for whole episodes of at least `decisions` decisions and take them, the first ended first.
+        """Wait for whole episodes of at least `decisions` decisions and take them, the first begun first.
 
         Args:
             decisions: at least.
@@ -126,27 +147,28 @@ class Dispatcher:
             UserError: the workers do nothing but fail, or one says what a user can mend.
             Exception: whatever ended the dispatcher's thread.
         """
-        if check is not None:
-            check()
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
             self._thread.start()
         self._wanted = decisions
         self._fleet.wake()
-        while self._fleet.lockstep and self._queued() < decisions:
+        while True:
             if check is not None:
                 check()
+            with self._changed:
+                if self._error is not None:
+                    raise self._error
+                if self.ready() >= decisions:
+                    break
+                if not self._fleet.lockstep:
+                    self._changed.wait(0.25)
+                    continue
             self._turn()
         with self._changed:
-            while self._queued() < decisions and self._error is None:
-                if check is not None:
-                    check()
-                self._changed.wait(0.25 if check is not None else None)
-            if self._error is not None:
-                raise self._error
             taken: list[SingleAgentEpisode] = []
             while sum(map(len, taken)) < decisions:
-                taken.append(self._queue.popleft())
+                self._taken.append(self._unlearned.popleft())
+                taken.append(self._ended.pop(self._taken[-1]))
             self._wanted = 0
         self._fleet.wake()
         return taken
@@ -158,26 +180,48 @@ class Dispatcher:
 
     def busy_fraction(self) -> float | None:
         """Mean fraction of the time since the last call in which a worker had an order; none in lockstep."""
-        if self._fleet.lockstep:
-            return None
         with self._changed:
-            return self._desk.busy_fraction()
+            return None if self._fleet.lockstep else self._table.busy_fraction()
+
+    def progress(self) -> Progress:
+        """Where the training stands, if what was taken has been learned from."""
+        with self._changed:
+            learned = self._unlearned[0] if self._unlearned else self.begun
+            return Progress(learned=learned, dropped=tuple(self.dropped), counts=dict(self.counts))
+
+    def forget(self) -> None:
+        """A checkpoint that has learned from all that was taken is whole: the journal need not keep it."""
+        if self._journal is not None:
+            self._journal.remove(self._taken)
+        self._taken = []
+
+    def instance(self, number: int) -> Instance | None:
+        """That of an episode."""
+        return self._instances(number)
 
     def in_flight(self) -> list[int]:
-        """Numbers of the episodes that have begun and not ended, and of those that have ended and were not taken."""
+        """Numbers of the episodes that have begun and were not taken, ascending."""
         with self._changed:
-            flying = [flight.number for flight in (*self._desk.flights(), *self._adrift)]
-            return sorted([*flying, *(int(episode.id_) for episode in self._queue)])
+            return list(self._unlearned)
+
+    def ready(self) -> int:
+        """Decisions that could be taken: of ended episodes before which none is under way."""
+        with self._changed:
+            return sum(map(len, self._first_ended()))
+
+    def waiting(self) -> int:
+        """Decisions of ended episodes that wait for one that began before them."""
+        with self._changed:
+            return sum(map(len, self._ended.values())) - self.ready()
 
     def workers(self) -> list[WorkerView]:
         """A line a worker, for the live view; from any thread."""
         with self._changed:
-            return self._desk.views(self._fleet.starting())
+            return self._table.views(self._fleet.starting())
 
     def stop(self) -> None:
         """End the thread and the workers; a journal keeps the episodes under way."""
-        with self._changed:
-            self._stopped = True
+        self._stopped = True
         self._fleet.wake()
         if self._thread is not None:
             self._thread.join()
@@ -196,75 +240,98 @@ class Dispatcher:
 
     def _turn(self) -> None:
         """Give out orders, take what is ready, answer it in one batch."""
-        self._give_out()
         with self._changed:
-            timeout = self._desk.next_deadline()
-        waiting: list[tuple[int, Telemetry]] = []
-        for worker, event in self._fleet.ready(timeout):
-            if isinstance(event, Joined):
-                with self._changed:
-                    self._desk.join(worker)
-            elif isinstance(event, Reply):
-                telemetry = self._receive(worker, event)
-                if telemetry is not None:
-                    waiting.append((worker, telemetry))
-            else:
-                self._fail(worker, event)
+            self._give_out()
+            timeout = self._table.next_deadline()
+        events = self._fleet.ready(timeout)
         with self._changed:
-            late = self._desk.late()
-        for worker, seconds in late:
-            self._miss(worker, TimeoutError(f"no answer in {seconds:,.0f} s"), "late")
-        if waiting:
-            self._swap_weights()
-            self._decide(waiting)
+            wanting: dict[int, tuple[Candidate, ...]] = {}
+            for worker, event in events:
+                if isinstance(event, Joined):
+                    self._table.join(worker)
+                elif isinstance(event, Exception):
+                    self._fail(worker, event)
+                elif (reply := self._receive(worker, event)) is not None:
+                    wanting[worker] = reply.telemetry.actions
+            for worker, seconds in self._table.late():
+                self._lose(worker, TimeoutError(f"no answer in {seconds:,.0f} s"), "late")
+            if wanting:
+                self._decide(wanting)
 
     def _give_out(self) -> None:
         """Give every free worker an episode: one that lost its worker, else a new one."""
-        for worker in self._desk.free():
-            with self._changed:
-                if not self._adrift and self._queued() >= max(self._ahead, self._wanted):
-                    return
-                flight = self._adrift.popleft() if self._adrift else None
-                number, self.next_episode = self.next_episode, self.next_episode + (flight is None)
-            self._send(worker, flight or self._new_flight(number))
+        for worker in self._table.free():
+            if self._orphaned:
+                self._send(worker, self._orphaned.popleft())
+            elif self._resting():
+                return
+            else:
+                self._send(worker, self._begin(self.begun))
 
-    def _new_flight(self, number: int) -> Flight:
-        flight = Flight(number, derive(self._seed, "episode", number), self._instances(number))
+    def _resting(self) -> bool:
+        """Rule 8."""
+        most = max(self._ahead, self._wanted)
+        overtaking = OVERTAKING * self._table.most * self._longest
+        return self.ready() >= most or sum(map(len, self._ended.values())) >= most + overtaking
+
+    def _begin(self, number: int) -> InFlight:
+        episode = InFlight(number, derive(self._seed, "episode", number), self._instances(number))
+        self.begun = max(self.begun, number + 1)
+        self._unlearned.append(number)
         if self._journal is not None:
-            self._journal.begin(flight)
-        return flight
+            self._journal.begin(episode)
+        return episode
 
-    def _send(self, worker: int, flight: Flight) -> None:
-        with self._changed:
-            self._desk.assign(worker, flight)
-        self._fleet.submit(worker, flight.order)
+    def _send(self, worker: int, episode: InFlight) -> None:
+        self._table.assign(worker, episode)
+        self._fleet.submit(worker, episode.order)
 
-    def _receive(self, worker: int, reply: Reply) -> Telemetry | None:
-        """Book a reply; the telemetry, if it wants an action."""
-        flight = self._desk.flight(worker)
-        if flight is None:
+    def _receive(self, worker: int, answer: object) -> Reply | None:
+        """Book a reply; returned if it wants an action."""
+        episode = self._table.episode(worker)
+        if episode is None:
             return None
-        problem = flight.problem(reply, self._space)
-        if problem is not None:
-            self._miss(worker, ValueError(f"its reply was refused: {problem}"), "refused")
+        try:
+            reply = episode.checked(answer, self._space)
+        except ValueError as error:
+            self._lose(worker, ValueError(f"its reply was refused: {error}"), "refused")
             return None
         self._losses = 0
         self.counts["redone"] += reply.redone
-        self._tell_unsaved(reply.unsaved)
-        with self._changed:
-            self._desk.answered(worker, reply)
-            flight.take(reply)
-        assert flight.episode is not None
-        if not flight.episode.is_done:
-            return reply.telemetry
+        if reply.unsaved is not None:
+            if not self.counts["unsaved"]:  # said once, for all workers
+                say(reply.unsaved)
+            self.counts["unsaved"] += 1
+        self._table.answered(worker, reply)
+        episode.take(reply)
+        if not episode.ended:
+            return reply
         if self._journal is not None:
-            self._journal.note(flight)
-        with self._changed:
-            self._desk.release(worker)
-            self._queue.append(flight.episode.to_numpy())
-            self._drops = 0
-            self._changed.notify_all()
+            self._journal.note(episode)
+        self._table.release(worker)
+        self._end(episode)
+        self._drops = 0
+        self._changed.notify_all()
         return None
+
+    def _decide(self, wanting: Mapping[int, tuple[Candidate, ...]]) -> None:
+        """One inference for all, then the orders."""
+        if self._new_weights is not None:
+            weights, self._weights_seq_no = self._new_weights
+            self._net.load_state_dict(weights)
+            self._new_weights = None
+        episodes = {worker: self._table.episode(worker) for worker in wanting}
+        under_way = [(worker, episode) for worker, episode in episodes.items() if episode is not None]
+        logits, log_p, values = infer(self._net, [episode.observation for _, episode in under_way])
+        for row, (worker, episode) in enumerate(under_way):
+            uniform = stream(self._seed, "policy", episode.number, len(episode.actions)).random()
+            action = draw(logits[row], episode.observation["mask"], uniform)
+            doing = str(wanting[worker][action])
+            chosen = float(log_p[row, action])
+            episode.choose(Choice(action, logits[row], chosen, float(values[row]), self._weights_seq_no, doing))
+            if self._journal is not None:
+                self._journal.note(episode)
+            self._send(worker, episode)
 
     # -- Losses --------------------------------------------------------------------------------------------------
 
@@ -274,89 +341,85 @@ class Dispatcher:
         if isinstance(cause, UserError):
             self.counts["failures"] += 1
             raise cause
-        self._miss(worker, error, "failures")
+        self._lose(worker, error, "failures")
 
-    def _miss(self, worker: int, error: Exception, count: str) -> None:
+    def _lose(self, worker: int, error: Exception, count: str) -> None:
         """A worker did not do its order: it is replaced, the order is another's; give up if nothing else happens."""
         self.counts[count] += 1
         self._losses += 1
-        lost = process_lost(error)
-        with self._changed:
-            flight = self._desk.leave(worker)
+        episode = self._table.leave(worker)
         self._fleet.replace(worker)
-        enough = max(GIVE_UP * max(self._desk.size(), self._fleet.starting()), DEATHS + 1)
+        enough = max(GIVE_UP * max(self._table.most, self._fleet.starting()), DEATHS + 1)
         if self._losses >= enough:
-            raise self._given_up(f"{self._losses} orders in a row were lost", error)
-        if flight is None:
+            raise _given_up(f"{self._losses} orders in a row were lost", error)
+        if episode is None:
             say(f"worker {worker} is gone: {sentence(error)}")
             return
-        kind = "deaths" if lost or count == "late" else "tries"
-        flight.missed[kind] = flight.missed.get(kind, 0) + 1
-        where = f"episode {flight.number}, decision {len(flight.actions)}"
-        if flight.missed[kind] < (DEATHS if kind == "deaths" else TRIES):
+        kind, most = ("deaths", DEATHS) if process_lost(error) or count == "late" else ("tries", TRIES)
+        episode.lost[kind] += 1
+        where = f"episode {episode.number}, decision {len(episode.actions)}"
+        if episode.lost[kind] < most:
             say(f"worker {worker} lost {where} ({sentence(error)}): another takes it up")
-            with self._changed:
-                self._adrift.append(flight)
+            self._orphaned.append(episode)
             return
-        say(f"{where} was lost {flight.missed[kind]} times ({sentence(error)}): the episode is given up")
+        say(f"{where} was lost {episode.lost[kind]} times ({sentence(error)}): the episode is given up")
         self.counts["dropped"] += 1
-        self.dropped.append(flight.number)
+        self.dropped.append(episode.number)
+        self._unlearned.remove(episode.number)
         self._drops += 1
         if self._journal is not None:
-            self._journal.remove([flight.number])
+            self._journal.remove([episode.number])
         if self._drops >= enough:
-            raise self._given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
-
-    @staticmethod
-    def _given_up(what: str, error: Exception) -> UserError:
-        return UserError(
-            f"{what}; the last one by {sentence(error).rstrip('.')}: mend that, and try one run with `esper train`."
-        )
-
-    def _tell_unsaved(self, unsaved: str | None) -> None:
-        """Say once, for all workers, that saves fail."""
-        if unsaved is not None:
-            self.counts["unsaved"] += 1
-            if not self._unsaved:
-                say(unsaved)
-            self._unsaved = True
-
-    # -- Choosing ------------------------------------------------------------------------------------------------
-
-    def _decide(self, waiting: list[tuple[int, Telemetry]]) -> None:
-        """One inference for all, then the orders."""
-        logits, log_p, values = infer(self._net, [telemetry for _, telemetry in waiting])  # (B, A), (B, A), (B,)
-        for row, (worker, telemetry) in enumerate(waiting):
-            flight = self._desk.flight(worker)
-            assert flight is not None
-            uniform = stream(self._seed, "policy", flight.number, telemetry.sequence).random()
-            index = draw(logits[row], telemetry.mask, uniform)
-            chosen = Choice(index, logits[row], float(log_p[row, index]), float(values[row]), self._weights_seq_no)
-            with self._changed:
-                flight.choose(chosen)
-                flight.doing = str(telemetry.actions[index])
-            if self._journal is not None:
-                self._journal.note(flight)
-            self._send(worker, flight)
-
-    def _swap_weights(self) -> None:
-        with self._changed:
-            new, self._new_weights = self._new_weights, None
-        if new is not None:
-            self._net.load_state_dict(new[0])
-            self._weights_seq_no = new[1]
+            raise _given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
 
     # -- Helpers -------------------------------------------------------------------------------------------------
 
-    def _take_up(self, journal: Journal) -> None:
-        """Go on with what a journal holds."""
-        found = journal.read()
-        self._queue.extend(found.ended)
-        self.next_episode = max(self.next_episode, found.next_episode)
-        self._adrift.extend(found.flights)
-        self._adrift.extend(self._new_flight(number) for number in found.blank)
+    def _first_ended(self) -> Iterator[SingleAgentEpisode]:
+        for number in self._unlearned:
+            if number not in self._ended:
+                return
+            yield self._ended[number]
 
-    def _queued(self) -> int:
-        """Decisions in the queue."""
-        with self._changed:  # re-entrant
-            return sum(map(len, self._queue))
+    def _end(self, episode: InFlight) -> None:
+        assert episode.episode is not None
+        self._ended[episode.number] = episode.episode.to_numpy()
+        self._longest = max(self._longest, len(episode.episode))
+
+    def _take_up(self, journal: EpisodeJournal) -> None:
+        """Go on with what a journal holds."""
+        learned, there = self.begun, journal.numbers()
+        journal.remove([number for number in there if number < learned or number in self.dropped])
+        for number in range(learned, max([learned, *(number + 1 for number in (*there, *self.dropped))])):
+            if number in self.dropped:
+                continue
+            episode = journal.read(number)
+            if episode is None:
+                self._orphaned.append(self._begin(number))
+                continue
+            self._unlearned.append(number)
+            if episode.ended:
+                self._end(episode)
+            else:
+                self._orphaned.append(episode)
+        self.begun = max([learned, *(number + 1 for number in (*self._unlearned, *self.dropped))])
+
+
+def infer(net: ControllerNet, observations: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits (B, A), log-probabilities (B, A) and values (B,), all float32, of a network in float64.
+
+    In float32 the rounding of a matrix product depends on its shape and on a row's place in it: the same row gets
+    logits that differ in the last bit or two from batch to batch. In float64 that difference is gone once the result is
+    rounded to float32, but for one value in 10^8. Then an action depends on its own telemetry, seed and weights only,
+    whatever the fleet's timing, and an episode can be repeated to the bit.
+    """
+    with torch.no_grad():
+        logits, values = net({name: array.double() for name, array in batch(observations).items()})
+        outputs = (logits, logits.log_softmax(dim=-1), values)
+    logits, log_p, values = (output.float().numpy() for output in outputs)
+    return logits, log_p, values
+
+
+def _given_up(what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{what}; the last one by {sentence(error).rstrip('.')}: mend that, and try one run with `esper train`."
+    )

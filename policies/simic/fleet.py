@@ -26,14 +26,15 @@ class Joined:
 
 
 Event = Joined | Reply | Exception
+"""An exception says what became of an order; where it says that the process is gone, so is the worker."""
 
 
 class Fleet(Protocol):
     """What the dispatcher asks of workers. Each has a number that no other ever gets.
 
     Attributes:
-        lockstep: whether orders are carried out in the caller's thread. Then the dispatcher is pumped by the learner's
-            thread, between updates, and a training is a function of its seed.
+        lockstep: whether orders are carried out in the caller's thread. Then the learner's thread turns the
+            dispatcher's loop, between updates, and a training is a function of its seed.
     """
 
     lockstep: bool
@@ -43,10 +44,7 @@ class Fleet(Protocol):
         ...
 
     def ready(self, timeout: float) -> list[tuple[int, Event]]:
-        """Every event there is, waiting up to `timeout` seconds for the first.
-
-        An exception says what became of an order; where it says that the process is gone, so is the worker.
-        """
+        """Every event there is, waiting up to `timeout` seconds for the first."""
         ...
 
     def replace(self, worker: int) -> None:
@@ -66,7 +64,7 @@ class Fleet(Protocol):
         ...
 
 
-class RayFleet:
+class RayFleet(Fleet):
     """Ray actors with the methods `up()`, which returns once it is there, and `advance(order) -> Reply`.
 
     Nothing is polled: Ray's own thread puts each answer into a queue. Workers join as the cluster has room for them and
@@ -82,10 +80,7 @@ class RayFleet:
     lockstep = False
 
     def __init__(
-        self,
-        make_worker: Callable[[], Any],
-        wanted: Callable[[], int],
-        at_once: Callable[[], int] | None = None,
+        self, make_worker: Callable[[], Any], wanted: Callable[[], int], at_once: Callable[[], int] | None = None
     ) -> None:
         self._make_worker, self._wanted, self._at_once = make_worker, wanted, at_once
         self._joined = False  # whether any worker ever did
@@ -106,17 +101,18 @@ class RayFleet:
         """Block for one event, then take all that have come."""
         if time.monotonic() >= self._look_at:
             self._look()
-        events: list[tuple[int, Event]] = []
         try:
             arrived = [self._events.get(timeout=max(0.0, min(timeout, self._look_at - time.monotonic())))]
             while not self._events.empty():
                 arrived.append(self._events.get_nowait())
         except Empty:
-            return events
-        for worker, future in arrived:
-            if future is not None and worker in self._actors:  # of one that was replaced: too late
-                events.append((worker, self._event(worker, future)))
-        return events
+            return []
+        # One by one: an event may take the next one's worker away.
+        return [
+            (worker, self._event(worker, future))
+            for worker, future in arrived
+            if future is not None and worker in self._actors  # of one that was replaced: too late
+        ]
 
     def replace(self, worker: int) -> None:
         """Kill the actor, and start another if it is wanted."""
@@ -161,15 +157,13 @@ class RayFleet:
 
     def _event(self, worker: int, future: "Future[Any]") -> Event:
         error = future.exception()
-        starting = worker in self._starting
-        self._starting.pop(worker, None)
+        starting = self._starting.pop(worker, None) is not None
         if isinstance(error, Exception):
             if process_lost(error):
                 ray.kill(self._actors.pop(worker))  # it may be unreachable, not dead
                 if starting:  # a fleet that cannot start must not start hundreds
-                    pause = min(LONGEST_PAUSE, PAUSE * 2**self._failed_starts)
+                    self._look_at = time.monotonic() + min(LONGEST_PAUSE, PAUSE * 2**self._failed_starts)
                     self._failed_starts += 1
-                    self._look_at = time.monotonic() + pause
                 else:
                     self._look()
             return error
@@ -181,7 +175,7 @@ class RayFleet:
         return Joined()
 
 
-class LocalFleet:
+class LocalFleet(Fleet):
     """Workers in this process: an order is carried out when `submit` returns. For surrogates.
 
     Args:

@@ -1,4 +1,4 @@
-"""Simic's learner: RLlib's PPO, unchanged, with Esper's settings, its metrics and its checkpoints.
+"""Simic's learner: RLlib's PPO with Esper's settings, its metrics and its checkpoints.
 
 Settings that are not in PPOSpec, and why (PPO: Schulman et al. 2017, 1707.06347):
 
@@ -7,45 +7,73 @@ Settings that are not in PPOSpec, and why (PPO: Schulman et al. 2017, 1707.06347
   (`baseline.py`); without that PPO learned next to nothing on the loss laws.
 - `vf_clip_param` = ∞: RLlib clamps the value's *squared error* at it, with no gradient beyond, so that a value which is
   far off would never be learned.
-- Advantages are standardised over the whole batch by RLlib's GAE connector, so the policy's loss has no unit.
+- Advantages are standardised over the batch's decisions (`module.py`), so the policy's loss has no unit.
 - `vf_loss_coeff` 0.5 (Huang et al. 2022) and a gradient clip of 0.5 *per tensor* (`grad_clip_by="norm"`), not of the
   global norm: policy and value share no tensor (`net.py`), and a global clip would let a large error of the value
   shrink the policy's step, the only coupling left.
 - KL loss as in RLlib (coefficient 0.2, target 0.01, adaptive): data may be an update or two old.
+
+A checkpoint is a folder of two files, neither of them pickled: `learner.safetensors`, from which a training goes on,
+and then `policy.safetensors`, which needs no Ray.
 """
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from pydantic import Field
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS, TIMERS
+from ray.rllib.utils.metrics import LEARNER_RESULTS, TIMERS, WEIGHTS_SEQ_NO
+from torch import Tensor
 
+from esper.platform import checkpoint
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
 from esper.platform.seeding import derive
 from esper.platform.spaces import action_space, observation_space
 from esper.platform.spec import RunSpec
-from esper.platform.storage import whole_folder
 from esper.platform.telemetry import TelemetrySpace
-from esper.policies.simic.desk import Deadlines
+from esper.policies.simic.dispatcher import Dispatcher, Progress
 from esper.policies.simic.fleet import Fleet
-from esper.policies.simic.module import SimicModule
+from esper.policies.simic.journal import EpisodeJournal
+from esper.policies.simic.module import KL_COEFFICIENT, SimicLearner, SimicModule
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import FOLDER, SimicPolicy
-from esper.policies.simic.runner import SIMIC, SimicEnvRunner, Source
+from esper.policies.simic.policy import FILE, SimicPolicy
+from esper.policies.simic.runner import SimicEnvRunner, net_weights
+from esper.policies.simic.worker_table import Deadlines
 
-ALGORITHM = "algorithm"  # RLlib's checkpoint, beside `policy/`
+STATE = "learner.safetensors"  # beside the policy
+SIMIC = "simic"  # our metrics in an iteration's result
+AHEAD = 2  # iterations of decisions that may wait for the learner
 
 _LEARNER_METRICS = {  # ours → RLlib's, of the last minibatch of the last epoch
     "kl_coefficient": "curr_kl_coeff",
     "policy_loss": "policy_loss",
     "value_loss": "vf_loss",
 }
+
+
+class LearnerState(Frozen):
+    """What a checkpoint holds beside its tensors.
+
+    Attributes:
+        updates: number of the weights.
+        kl_coefficient: PPO's, adapted so far.
+        progress: of the dispatcher.
+        baseline: its JSON values.
+    """
+
+    format: Literal["learner-1"] = "learner-1"
+    updates: int = Field(ge=0)
+    kl_coefficient: float = Field(ge=0)
+    progress: Progress
+    baseline: dict[str, Any]
 
 
 def build_algorithm(
@@ -57,6 +85,7 @@ def build_algorithm(
     instances: Callable[[int], Instance | None] | None = None,
     journal: Path | None = None,
     check: Callable[[], None] | None = None,
+    start: Path | None = None,
 ) -> PPO:
     """PPO over the fleet, whose workers start while PPO is built. Ray must be initialised; end it with `stop()`.
 
@@ -71,18 +100,19 @@ def build_algorithm(
         instances: episode number → instance; none means the spec's own.
         journal: folder in which the episodes are kept until a checkpoint has learned from them.
         check: called a few times a second while the learner waits for episodes; what it raises passes through.
+        start: the checkpoint to go on from, as `save_algorithm` left it; episodes under way go on from the journal.
+
+    Raises:
+        UserError: `start` holds no checkpoint, or one that does not fit the spec.
     """
+    kept = None if start is None else _read(start, spec.ppo.hidden)
     ppo, learners = spec.ppo, max(1, spec.ppo.learners)
     fleet = make_fleet()
-    deadlines = Deadlines(spec.fleet.deadline, spec.fleet.grace)
-    source = Source(space, fleet, seed, instances, deadlines, journal, check)
     config = (
         PPOConfig()
-        .environment(
-            observation_space=observation_space(space), action_space=action_space(space), env_config={"source": source}
-        )
+        .environment(observation_space=observation_space(space), action_space=action_space(space))
         .env_runners(env_runner_cls=SimicEnvRunner, num_env_runners=0, batch_mode="complete_episodes")
-        .learners(num_learners=ppo.learners, num_gpus_per_learner=ppo.learner_gpus)
+        .learners(learner_class=SimicLearner, num_learners=ppo.learners, num_gpus_per_learner=ppo.learner_gpus)
         .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
         .training(
             gamma=1.0,
@@ -98,7 +128,7 @@ def build_algorithm(
             grad_clip=0.5,
             grad_clip_by="norm",
         )
-        .callbacks(on_train_result=_add_update_metrics)
+        .callbacks(on_train_result=_add_metrics)
         .debugging(log_level="ERROR", seed=derive(seed, "rllib") % 2**31)
     )
     for noisy in ("ray.rllib", "ray.tune"):
@@ -106,10 +136,24 @@ def build_algorithm(
     torch.set_num_threads(1)
     try:
         algorithm = cast(PPO, config.build_algo())
+        _drop_log_folder(algorithm)
+        dispatcher = Dispatcher(
+            fleet,
+            ControllerNet(ppo.hidden),
+            space,
+            seed=seed,
+            ahead=AHEAD * config.total_train_batch_size,
+            start=None if kept is None else kept[0].progress,
+            instances=instances,
+            deadlines=Deadlines(spec.fleet.deadline, spec.fleet.grace),
+            journal=None if journal is None else EpisodeJournal(journal, space),
+        )
+        if kept is not None:
+            _give(algorithm, *kept)
     except BaseException:
         fleet.close()
         raise
-    _drop_log_folder(algorithm)
+    runner(algorithm).connect(dispatcher, check)
     return algorithm
 
 
@@ -118,85 +162,64 @@ def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
 
     - `return_mean`, `return_min`, `return_max` (nats), `val_loss` (mean final loss), `episodes`, `decisions`,
       `episode_length`.
-    - `explained_variance` (strict: see `SimicEnvRunner`) and `entropy` (nats), of the policy as it chose.
+    - `explained_variance` (strict: see `metrics.py`) and `entropy` (nats), of the policy as it chose.
     - `wait`, `graft`, `prune` and, by what a graft adds, `heads`, `width`, `expert`, `layer`: shares of the decisions.
-    - `kl`, `clip_fraction`: what the update did to the policy, over the whole batch (`SimicEnvRunner.update_metrics`).
+    - `kl`, `clip_fraction`: what the update did to the policy, over the whole batch.
     - `kl_coefficient`, `policy_loss`, `value_loss`: of the last minibatch.
     - `lag_mean`, `lag_max`: updates between choosing and learning. `busy`: fraction of the time in which a worker has
       an order; `waiting`: fraction of a worker's own time in which it has none. `episode_seconds` and
       `episode_seconds_max`: that a worker spent on an episode.
+    - `learned_share`: episodes that were learned from, of those that have begun. `overtaking`: decisions of episodes
+      that have ended and wait for one that began before.
     - `failures`, `late`, `refused`, `dropped`, `redone`, `unsaved`: counts since the start (`Dispatcher.counts`).
     - `sample_seconds`: the learner waits for episodes. `learn_seconds`: it updates (both smoothed by RLlib).
     """
-    sampled = result[ENV_RUNNER_RESULTS]
     learner = result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
-    metrics = {
-        **{f"return_{what}": sampled[f"episode_return_{what}"] for what in ("mean", "min", "max")},
-        "episode_length": sampled["episode_len_mean"],
-        **sampled[SIMIC],
-        **{name: learner[theirs] for name, theirs in _LEARNER_METRICS.items() if theirs in learner},
-        "sample_seconds": result[TIMERS]["env_runner_sampling_timer"],
-        "learn_seconds": result[TIMERS]["learner_update_timer"],
+    return {
+        **result[SIMIC],
+        **{name: float(learner[theirs]) for name, theirs in _LEARNER_METRICS.items() if theirs in learner},
+        "sample_seconds": float(result[TIMERS]["env_runner_sampling_timer"]),
+        "learn_seconds": float(result[TIMERS]["learner_update_timer"]),
     }
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def current_policy(algorithm: PPO) -> SimicPolicy:
     """The policy as learned so far, a copy."""
-    module = COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE
-    assert algorithm.learner_group is not None
-    state = algorithm.learner_group.get_state(components=module)[COMPONENT_LEARNER][COMPONENT_RL_MODULE]
-    weights = {name.removeprefix("net."): torch.tensor(value) for name, value in state[DEFAULT_MODULE_ID].items()}
-    net = ControllerNet(cast(Any, algorithm.config).model_config["hidden"])
-    net.load_state_dict(weights)
-    return SimicPolicy(net)
+    return _policy(_learner_state(algorithm))
 
 
 def save_algorithm(algorithm: PPO, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write `folder`, whole or not at all: RLlib's checkpoint in `algorithm/`, and `policy/`, which needs no Ray.
+    """Write a checkpoint; it is one once its policy is there, which comes last.
+
+    Args:
+        algorithm: to be saved.
+        folder: made if need be.
+        extra: plain JSON values for the policy's card.
 
     Raises:
-        UserError: `folder` exists.
+        UserError: `folder` holds a checkpoint already.
     """
-    if folder.exists():
+    if (folder / FILE).exists():
         raise UserError(f"checkpoint {folder} exists already: name a new folder, or delete it first.")
-    with whole_folder(folder) as partial:
-        algorithm.save_to_path(str((partial / ALGORITHM).absolute()))
-        current_policy(algorithm).save(partial / FOLDER, extra)
-    runner(algorithm).checkpointed()
-
-
-def restore_algorithm(
-    folder: Path,
-    spec: RunSpec,
-    space: TelemetrySpace,
-    make_fleet: Callable[[], Fleet],
-    *,
-    seed: int,
-    instances: Callable[[int], Instance | None] | None = None,
-    journal: Path | None = None,
-    check: Callable[[], None] | None = None,
-) -> PPO:
-    """`build_algorithm`, going on where `save_algorithm` left off: weights, optimizer, counters, next episode.
-
-    Episodes under way go on from the journal. RLlib's checkpoints hold pickles: restore only what you trust.
-
-    Raises:
-        UserError: `folder` holds no checkpoint, or one that does not fit the spec.
-    """
-    path = (folder / ALGORITHM).absolute()
-    if not path.is_dir():
-        raise UserError(f"checkpoint {folder} holds no {ALGORITHM}/ folder: name one that `esper ppo` left.")
-    algorithm = build_algorithm(spec, space, make_fleet, seed=seed, instances=instances, journal=journal, check=check)
-    try:
-        algorithm.restore_from_path(str(path))
-    except Exception as error:
-        algorithm.stop()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"checkpoint {folder} cannot be restored ({reason}): use the spec that it was made with."
-        ) from error
-    return algorithm
+    ours = runner(algorithm)
+    learner = _learner_state(algorithm)
+    module = learner[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
+    [optimizer] = learner[COMPONENT_OPTIMIZER].values()
+    values, baseline = ours.baseline.state()
+    tensors = {f"module.{name}": torch.tensor(array) for name, array in module.items()}
+    for index, moments in optimizer["state"]["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.tensor(array) for name, array in moments.items()}
+    tensors |= {f"baseline.{name}": tensor for name, tensor in baseline.items()}
+    state = LearnerState(
+        updates=learner[WEIGHTS_SEQ_NO],
+        kl_coefficient=learner[KL_COEFFICIENT],
+        progress=ours.dispatcher.progress(),
+        baseline=values,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(folder / STATE, state.model_dump(mode="json"), tensors)
+    _policy(learner).save(folder / FILE, extra)
+    ours.dispatcher.forget()
 
 
 def runner(algorithm: PPO) -> SimicEnvRunner:
@@ -204,9 +227,63 @@ def runner(algorithm: PPO) -> SimicEnvRunner:
     return cast(SimicEnvRunner, algorithm.env_runner)
 
 
-def _add_update_metrics(*, algorithm: Any, result: dict[str, Any], **_: Any) -> None:
-    """RLlib's callback at the end of an iteration: the runner has the new weights by then, and still the old batch."""
-    result[ENV_RUNNER_RESULTS][SIMIC] |= runner(algorithm).update_metrics()
+def _read(folder: Path, hidden: int) -> tuple[LearnerState, dict[str, Tensor]]:
+    """A checkpoint's state, if it fits a network of that width."""
+    values, tensors = checkpoint.read(folder / STATE)
+    state = LearnerState.checked(values, f"checkpoint {folder}")
+    wanted = {f"module.net.{name}": tensor.shape for name, tensor in ControllerNet(hidden).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("module.")}
+    if found != wanted:
+        raise UserError(f"checkpoint {folder} does not fit ppo.hidden {hidden}: use the spec that it was made with.")
+    return state, tensors
+
+
+def _give(algorithm: PPO, state: LearnerState, tensors: dict[str, Tensor]) -> None:
+    """Put what a checkpoint held where RLlib and the runner have it."""
+    learner = _learner_state(algorithm)
+    [(name, optimizer)] = learner[COMPONENT_OPTIMIZER].items()
+    moments: dict[int, dict[str, Any]] = {}
+    for key, tensor in _below("optimizer", tensors).items():
+        index, moment = key.split(".")
+        moments.setdefault(int(index), {})[moment] = tensor.numpy()
+    optimizer["state"]["state"] = moments
+    cast(LearnerGroup, algorithm.learner_group).set_state(
+        {
+            COMPONENT_LEARNER: {
+                WEIGHTS_SEQ_NO: state.updates,
+                KL_COEFFICIENT: state.kl_coefficient,
+                COMPONENT_RL_MODULE: {
+                    DEFAULT_MODULE_ID: {key: tensor.numpy() for key, tensor in _below("module", tensors).items()}
+                },
+                COMPONENT_OPTIMIZER: {name: optimizer},
+            }
+        }
+    )
+    learner = _learner_state(algorithm)
+    ours = runner(algorithm)
+    ours.set_state({WEIGHTS_SEQ_NO: state.updates, COMPONENT_RL_MODULE: learner[COMPONENT_RL_MODULE]})
+    ours.baseline.load(state.baseline, _below("baseline", tensors))
+
+
+def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _learner_state(algorithm: PPO) -> dict[str, Any]:
+    """Of one learner: they are equal."""
+    return cast(LearnerGroup, algorithm.learner_group).get_state()[COMPONENT_LEARNER]
+
+
+def _policy(learner: dict[str, Any]) -> SimicPolicy:
+    weights = net_weights(learner[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])
+    net = ControllerNet(weights["score.2.weight"].shape[1])
+    net.load_state_dict(weights)
+    return SimicPolicy(net)
+
+
+def _add_metrics(*, algorithm: Any, result: dict[str, Any], **_: Any) -> None:
+    """RLlib's callback at the end of an iteration: the runner has the new weights by then."""
+    result[SIMIC] = runner(algorithm).iteration()
 
 
 def _drop_log_folder(algorithm: PPO) -> None:

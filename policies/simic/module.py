@@ -1,13 +1,32 @@
-"""SimicModule: ControllerNet as RLlib's RLModule."""
+"""What RLlib is given in place of its own: ControllerNet as its RLModule, and PPO's learner with three differences.
 
-from typing import Any
+1. Advantages are standardised over decisions alone, and nothing else is learned from: RLlib adds a row to each episode,
+   for the value of its last state, and counts it among them.
+2. The order of minibatches is a function of the seed and of the update's number.
+3. Its state holds PPO's adaptive KL coefficient too.
+So an update depends on its episodes, the seed, the state and nothing else, and a resumed training repeats it.
+"""
 
+from collections.abc import Collection
+from typing import Any, cast
+
+import numpy as np
+import tree
+from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from torch import Tensor
 
+from esper.platform.seeding import derive
 from esper.policies.simic.net import ControllerNet
+
+KL_COEFFICIENT = "kl_coefficient"
+SMALLEST = 1e-4  # standard deviation that advantages are divided by; RLlib's
 
 
 class SimicModule(TorchRLModule, ValueFunctionAPI):
@@ -23,3 +42,50 @@ class SimicModule(TorchRLModule, ValueFunctionAPI):
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
         """Values (B,). The value has a trunk of its own, so there are no embeddings to share."""
         return self.net.value(batch[Columns.OBS])
+
+
+class DecisionsOnly(ConnectorV2):
+    """Drops the rows that RLlib added to the batch, and standardises the advantages of those that are left."""
+
+    def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """The batch, of decisions only."""
+        rows = batch[DEFAULT_MODULE_ID]
+        real = rows.pop(Columns.LOSS_MASK)
+        rows = cast(dict[str, Any], tree.map_structure(lambda column: column[real], rows))
+        advantages = rows[Postprocessing.ADVANTAGES]
+        spread = advantages.std(correction=0).clamp(min=SMALLEST)
+        rows[Postprocessing.ADVANTAGES] = (advantages - advantages.mean()) / spread
+        return {DEFAULT_MODULE_ID: rows}
+
+
+class SimicLearner(PPOTorchLearner):
+    """See the module."""
+
+    def build(self) -> None:
+        """Build RLlib's, and put `DecisionsOnly` behind its advantages."""
+        super().build()
+        assert self._learner_connector is not None
+        self._learner_connector.append(DecisionsOnly())
+
+    def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        """RLlib shuffles by numpy's global generator."""
+        super().before_gradient_based_update(timesteps=timesteps)
+        number = self.get_state(components=[])[WEIGHTS_SEQ_NO]
+        np.random.seed(derive(self.config.seed or 0, "minibatches", number) % 2**32)
+
+    def get_state(
+        self,
+        components: str | Collection[str] | None = None,
+        *,
+        not_components: str | Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """RLlib's, and the KL coefficient."""
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        return state | {KL_COEFFICIENT: self.curr_kl_coeffs_per_module[DEFAULT_MODULE_ID].item()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take both."""
+        super().set_state(state)
+        if KL_COEFFICIENT in state:
+            cast(Tensor, self.curr_kl_coeffs_per_module[DEFAULT_MODULE_ID]).fill_(state[KL_COEFFICIENT])

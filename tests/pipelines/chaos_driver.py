@@ -14,11 +14,11 @@ import torch
 
 from esper.pipelines.controllers.workers import make_run
 from esper.platform.spec import RunSpec
-from esper.policies.simic.desk import Deadlines
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet, RayFleet
-from esper.policies.simic.journal import Journal
+from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.net import ControllerNet
+from esper.policies.simic.worker_table import Deadlines
 from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
 
@@ -45,7 +45,7 @@ def dispatcher(spec: RunSpec, fleet: Fleet, folder: Path | None) -> Dispatcher:
         seed=SEED,
         ahead=10**6,
         deadlines=Deadlines(factor=20, grace=20),
-        journal=Journal(folder / "episodes") if folder is not None else None,
+        journal=EpisodeJournal(folder / "episodes", telemetry_space(spec)) if folder is not None else None,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from esper.pipelines.controllers.live import TrainingView
 from esper.platform.console import say
-from esper.policies.simic.view import WorkerView
+from esper.policies.simic.worker_table import WorkerView
 
 ITERATIONS = 4
 LOCK = threading.Lock()  # as the dispatcher's: held while something is said, wanted by whoever looks at the workers

@@ -23,7 +23,7 @@ from rich.live import Live
 
 from esper.pipelines.controllers.live import TrainingView, sparkline
 from esper.platform.console import said_to
-from esper.policies.simic.view import STATES, WorkerView
+from esper.policies.simic.worker_table import STATES, WorkerView
 
 SCENE = Path(__file__).parent / "live_scene.py"
 METRICS = {

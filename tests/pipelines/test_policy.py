@@ -3,7 +3,9 @@
 Alone: `pytest tests/pipelines/test_policy.py`.
 """
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,11 +18,12 @@ from esper.pipelines import policy as pipeline
 from esper.pipelines.common.play import play
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.controllers.evaluation import Comparison
+from esper.platform import checkpoint
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import CARD, SimicPolicy
+from esper.policies.simic.policy import FILE, SimicPolicy
 from esper.workers.run import GrowthRun
 
 EXTRA = {"iterations": 2, "episodes": 30.0, "decisions": 1240.0, "seed": 7, "surrogate": True}
@@ -38,7 +41,7 @@ def trained(tmp_path, monkeypatch):
         net = ControllerNet(16)
         with torch.no_grad():
             net.score[-1].weight.normal_(0, SCALE)  # pyright: ignore[reportCallIssue]
-        SimicPolicy(net).save(run / "checkpoints" / f"{iteration:06d}" / "policy", {**EXTRA, "iterations": iteration})
+        SimicPolicy(net).save(run / "checkpoints" / f"{iteration:06d}" / FILE, {**EXTRA, "iterations": iteration})
     (run / "spec.json").write_text(load_spec("tinystories-char").model_dump_json())
     return run
 
@@ -53,9 +56,9 @@ def test_info_says_what_it_is(trained, capsys):
         line.split(maxsplit=1)
         for line in capsys.readouterr().out.replace("hidden width", "width").replace("trained on", "on").splitlines()
     )
-    folder = trained / "checkpoints" / "000002" / "policy"
+    file = trained / "checkpoints" / "000002" / FILE
     assert told == {
-        "format": "simic-2, telemetry version 1",
+        "format": "simic-3, telemetry version 1",
         "width": "16",
         "parameters": f"{sum(p.numel() for p in ControllerNet(16).parameters()):,}",
         "on": "loss laws (surrogate)",
@@ -64,8 +67,8 @@ def test_info_says_what_it_is(trained, capsys):
         "episodes": "30",
         "decisions": "1,240",
         "seed": "7",
-        "weights": f"sha256 {json.loads((folder / CARD).read_text())['sha256']}",
-        "folder": str(folder),
+        "weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
+        "folder": str(file),
     }
 
 
@@ -73,14 +76,13 @@ def test_a_checkpoint_loads_in_a_plain_process_whichever_folder_is_named(trained
     """No Ray, no training config: the policy's folder may even lie somewhere else."""
     newest = trained / "checkpoints" / "000002"
     elsewhere = trained.parent / "elsewhere"
-    (newest / "policy").rename(elsewhere)
-    (newest / "policy").symlink_to(elsewhere)
+    shutil.copyfile(newest / FILE, elsewhere)
     code = (
         "import sys; from esper.pipelines.policy import main\n"
         "assert not any(main(['info', path]) for path in sys.argv[1:])\n"
         "assert 'ray' not in sys.modules and 'mlflow' not in sys.modules"
     )
-    paths = [str(path) for path in (trained, newest, newest / "policy", elsewhere)]
+    paths = [str(path) for path in (trained, newest, newest / FILE, elsewhere)]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *paths], check=True, capture_output=True, text=True
     )
@@ -208,11 +210,12 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(trained, tmp_path, capsys,
 
 
 def test_a_damaged_checkpoint_is_told_by_every_action(trained, capsys):
-    card = trained / "checkpoints" / "000002" / "policy" / CARD
-    card.write_text(card.read_text().replace('"telemetry_version": 1', '"telemetry_version": 0'))
+    file = trained / "checkpoints" / "000002" / FILE
+    card, tensors = checkpoint.read(file)
+    checkpoint.write(file, {**card, "telemetry_version": 0}, tensors)
     for action in ("info", "evaluate", "distill"):
         assert pipeline.main([action, str(trained), *(["--out", "plan.json"] if action == "distill" else [])]) == 2
-        assert "was trained on telemetry version 0" in capsys.readouterr().err
-    card.write_text("{")
+        assert "has telemetry version 0" in capsys.readouterr().err
+    file.write_text("{")
     assert pipeline.main(["info", str(trained)]) == 2
     assert "is damaged" in capsys.readouterr().err

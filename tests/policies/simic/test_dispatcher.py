@@ -20,10 +20,10 @@ from esper.platform.errors import UserError
 from esper.platform.seeding import derive
 from esper.policies.simic import dispatcher as module
 from esper.policies.simic import fleet as fleets
-from esper.policies.simic.desk import Deadlines
-from esper.policies.simic.dispatcher import Dispatcher
+from esper.policies.simic.dispatcher import Dispatcher, Progress
 from esper.policies.simic.fleet import LocalFleet, RayFleet
 from esper.policies.simic.net import ControllerNet
+from esper.policies.simic.worker_table import Deadlines
 from esper.workers.actor import GrowthWorker
 from esper.workers.worker import EpisodeWorker
 
@@ -104,7 +104,9 @@ def test_episodes_have_their_seeds_and_instances(make):
             return super().reset(instance, seed)
 
     chosen = [Instance(n_layer=1 + i) for i in range(99)]
-    make(LocalFleet(local(Recorded), 2), seed=7, first_episode=5, instances=lambda i: chosen[i]).collect(4 * DECISIONS)
+    make(LocalFleet(local(Recorded), 2), seed=7, start=Progress(learned=5), instances=lambda i: chosen[i]).collect(
+        4 * DECISIONS
+    )
     assert seeds[:4] == [derive(7, "episode", i) for i in (5, 6, 7, 8)]
     assert instances[:4] == chosen[5:9]
 
@@ -240,10 +242,10 @@ def test_the_fleet_rests_when_it_is_far_ahead_and_goes_on(make):
 
     # Between two episodes a seat is empty for a moment, so empty seats alone do not tell that the fleet rests.
     def resting() -> bool:
-        return dispatcher._queued() >= 5 * DECISIONS and all(w.state == "resting" for w in dispatcher.workers())
+        return dispatcher.ready() >= 5 * DECISIONS and all(w.state == "resting" for w in dispatcher.workers())
 
     wait_until(resting)
-    queued = dispatcher._queued()
+    queued = dispatcher.ready()
     assert queued < (5 + 3) * DECISIONS
     assert queued % DECISIONS == 0
     assert sum(map(len, dispatcher.collect(20 * DECISIONS))) == 20 * DECISIONS
@@ -252,8 +254,8 @@ def test_the_fleet_rests_when_it_is_far_ahead_and_goes_on(make):
 def test_workers_are_served_while_the_learner_is_busy(make):
     dispatcher = make(threaded(lambda: ToyRun(seconds=0.005), 2))
     dispatcher.collect(DECISIONS)
-    before = dispatcher._queued()
-    wait_until(lambda: dispatcher._queued() >= before + 4 * DECISIONS)  # this thread, the learner's, does nothing
+    before = dispatcher.ready()
+    wait_until(lambda: dispatcher.ready() >= before + 4 * DECISIONS)  # this thread, the learner's, does nothing
     assert 0.0 < dispatcher.busy_fraction() <= 1.0
 
 
@@ -273,7 +275,7 @@ def test_a_worker_a_hundred_times_too_slow_is_replaced(make, local_ray, capfd):
     dispatcher = make(actors(runs), deadlines=Deadlines(factor=10, grace=1.0))
     numbers = [int(episode.id_) for episode in dispatcher.collect(6 * DECISIONS)]
     wait_until(lambda: dispatcher.counts["late"] > 0)
-    numbers += [int(episode.id_) for episode in dispatcher.collect(dispatcher._queued() + 2 * DECISIONS)]
+    numbers += [int(episode.id_) for episode in dispatcher.collect(dispatcher.ready() + 2 * DECISIONS)]
     assert {0, 1} <= set(numbers)  # its episode too
     assert dispatcher.counts["failures"] == dispatcher.counts["dropped"] == 0
     said = capfd.readouterr().err
@@ -288,7 +290,7 @@ def test_a_hung_worker_is_replaced(make, local_ray):
     # A call beside its orders: an actor does one thing at a time, and this one stops its own process.
     fleet._actors[hung].__ray_call__.remote(lambda self: os.kill(os.getpid(), signal.SIGSTOP))
     wait_until(lambda: dispatcher.counts["late"] > 0)
-    numbers = [int(episode.id_) for episode in dispatcher.collect(dispatcher._queued() + 4 * DECISIONS)]
+    numbers = [int(episode.id_) for episode in dispatcher.collect(dispatcher.ready() + 4 * DECISIONS)]
     assert numbers == sorted(set(numbers)) or len(numbers) == len(set(numbers))
     assert set(range(2, max(numbers))) - set(numbers) <= {*dispatcher.in_flight(), 2}
     assert hung not in fleet._actors
@@ -304,7 +306,7 @@ def test_workers_join_and_leave(make, local_ray):
     wait_until(lambda: [w.state for w in dispatcher.workers()] == ["training"] * 2)
     wanted[0] = 1
     local_ray.kill(fleet._actors[0])  # its node is gone, say
-    dispatcher.collect(dispatcher._queued() + 2 * DECISIONS)
+    dispatcher.collect(dispatcher.ready() + 2 * DECISIONS)
     assert [w.worker for w in dispatcher.workers()] == [1]
 
 
@@ -314,7 +316,7 @@ def test_a_worker_whose_process_dies_comes_back(make, local_ray):  # gone for go
     assert len(dispatcher.collect(DECISIONS)) == 1
     local_ray.kill(fleet._actors[0])
     wait_until(lambda: dispatcher.counts["failures"] > 0)
-    numbers = [int(episode.id_) for episode in dispatcher.collect(dispatcher._queued() + 2 * DECISIONS)]
+    numbers = [int(episode.id_) for episode in dispatcher.collect(dispatcher.ready() + 2 * DECISIONS)]
     assert numbers == list(range(1, 1 + len(numbers)))  # the one it was at is not missing
     assert list(fleet._actors) != [0]
 

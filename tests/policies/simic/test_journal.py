@@ -14,10 +14,10 @@ from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import LocalFleet
-from esper.policies.simic.journal import Journal
+from esper.policies.simic.journal import EpisodeJournal
 
 
-def dispatcher(journal: Journal | None, **kwargs) -> Dispatcher:
+def dispatcher(journal: EpisodeJournal | None, **kwargs) -> Dispatcher:
     instances = lambda number: Instance(n_layer=1 + number)  # noqa: E731
     fleet = LocalFleet(local(ToyRun), 3)
     return Dispatcher(fleet, make_net(), SPACE, seed=0, ahead=10_000, instances=instances, journal=journal, **kwargs)
@@ -44,11 +44,11 @@ def equal(one, other) -> None:
 @pytest.mark.parametrize("turns", [1, 3, 2 * DECISIONS, 3 * DECISIONS + 5])
 def test_a_driver_that_dies_anywhere_is_gone_on_with(tmp_path, turns):
     whole = {int(e.id_): content(e) for e in dispatcher(None).collect(9 * DECISIONS)}
-    first = dispatcher(Journal(tmp_path))
+    first = dispatcher(EpisodeJournal(tmp_path, SPACE))
     for _ in range(turns):
         first._turn()
     del first  # it dies: nothing is closed
-    second = dispatcher(Journal(tmp_path))
+    second = dispatcher(EpisodeJournal(tmp_path, SPACE))
     found = second.collect(9 * DECISIONS)
     assert sorted(int(e.id_) for e in found) == list(range(9))
     for episode in found:
@@ -56,14 +56,14 @@ def test_a_driver_that_dies_anywhere_is_gone_on_with(tmp_path, turns):
 
 
 def test_episodes_go_once_they_are_learned_from(tmp_path):
-    journal = Journal(tmp_path)
+    journal = EpisodeJournal(tmp_path, SPACE)
     one = dispatcher(journal)
     numbers = [int(episode.id_) for episode in one.collect(4 * DECISIONS)]
     left = one.in_flight()
-    journal.remove(numbers)
+    one.forget()
     assert sorted(int(path.stem) for path in tmp_path.iterdir()) == left
-    again = dispatcher(Journal(tmp_path))
-    assert again.next_episode == one.next_episode
+    again = dispatcher(EpisodeJournal(tmp_path, SPACE), start=one.progress())
+    assert again.begun == one.begun
     assert again.in_flight() == left
     later = [int(episode.id_) for episode in again.collect(4 * DECISIONS)]
     assert not set(later) & set(numbers)
@@ -72,32 +72,34 @@ def test_episodes_go_once_they_are_learned_from(tmp_path):
 
 def test_a_last_line_that_was_not_finished_is_cut_off(tmp_path):
     expected = {int(e.id_): content(e) for e in dispatcher(None).collect(3 * DECISIONS)}
-    one = dispatcher(Journal(tmp_path))
+    one = dispatcher(EpisodeJournal(tmp_path, SPACE))
     for _ in range(4):
         one._turn()
     for path in tmp_path.iterdir():
         data = path.read_bytes()
         path.write_bytes(data[: -1 - int(path.stem) * 200])
     (tmp_path / "000000002.jsonl").write_bytes(b'{"ver')  # not even its first line
-    found = {int(e.id_): content(e) for e in dispatcher(Journal(tmp_path)).collect(3 * DECISIONS)}
+    found = {int(e.id_): content(e) for e in dispatcher(EpisodeJournal(tmp_path, SPACE)).collect(3 * DECISIONS)}
     assert found.keys() == expected.keys()
     equal(found, expected)
 
 
-@pytest.mark.parametrize(("old", "new"), [('"version":1', '"version":9'), ('"float32":"', '"float32":"!!'), ("{", "[")])
+@pytest.mark.parametrize(
+    ("old", "new"), [('"version":2', '"version":9'), ('"observation":"', '"observation":"!!'), ("{", "[")]
+)
 def test_damage_before_the_last_line_is_told_of(tmp_path, old, new):
-    one = dispatcher(Journal(tmp_path))
+    one = dispatcher(EpisodeJournal(tmp_path, SPACE))
     for _ in range(4):
         one._turn()
     path = tmp_path / "000000001.jsonl"
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(UserError, match=r"the episode in .*000000001.jsonl is damaged .*delete that file"):
-        dispatcher(Journal(tmp_path))
+        dispatcher(EpisodeJournal(tmp_path, SPACE))
 
 
 def test_a_full_disk_is_told_of_once_and_what_was_written_is_gone_on_with(tmp_path, capfd, files_of_at_most):
     expected = {int(e.id_): content(e) for e in dispatcher(None).collect(6 * DECISIONS)}
-    one = dispatcher(Journal(tmp_path))
+    one = dispatcher(EpisodeJournal(tmp_path, SPACE))
     for _ in range(3):
         one._turn()
     size = max(path.stat().st_size for path in tmp_path.iterdir())
@@ -107,5 +109,5 @@ def test_a_full_disk_is_told_of_once_and_what_was_written_is_gone_on_with(tmp_pa
     assert capfd.readouterr().err.count("cannot be written") == 1
     for path in tmp_path.iterdir():
         assert all(json.loads(line) for line in path.read_text().splitlines())
-    for episode in dispatcher(Journal(tmp_path)).collect(6 * DECISIONS):
+    for episode in dispatcher(EpisodeJournal(tmp_path, SPACE)).collect(6 * DECISIONS):
         equal(content(episode), expected[int(episode.id_)])

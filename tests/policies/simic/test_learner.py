@@ -18,6 +18,7 @@ from esper.platform.errors import UserError
 from esper.platform.spec import PPOSpec, RunSpec
 from esper.policies.simic.fleet import LocalFleet, RayFleet
 from esper.policies.simic.learner import (
+    AHEAD,
     build_algorithm,
     current_policy,
     iteration_metrics,
@@ -26,7 +27,7 @@ from esper.policies.simic.learner import (
     save_algorithm,
 )
 from esper.policies.simic.policy import SimicPolicy
-from esper.policies.simic.runner import AHEAD, SimicEnvRunner
+from esper.policies.simic.runner import SimicEnvRunner
 from esper.workers.actor import GrowthWorker
 
 SPEC = RunSpec(ppo=PPOSpec(decisions=128, minibatch=64, epochs=6, learning_rate=2e-3, hidden=64, entropy=0.01))
@@ -149,7 +150,7 @@ def test_two_workers_at_one_to_eight_every_episode_is_learned_from_once(local_ra
     algorithm = build_algorithm(SPEC, SPACE, lambda: RayFleet(make_worker, lambda: 2), seed=0)
     try:
         metrics = [iteration_metrics(algorithm.train()) for _ in range(4)]
-        flying = runner(algorithm).in_flight()
+        flying = runner(algorithm).dispatcher.in_flight()
     finally:
         algorithm.stop()
     assert len(learned) == len(set(learned)) == sum(each["episodes"] for each in metrics)

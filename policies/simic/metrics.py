@@ -1,0 +1,131 @@
+"""What an iteration's episodes, and the update on them, come to in numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+
+from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS
+from esper.policies.simic.net import ControllerNet, entropy
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Whole episodes, decision by decision: N of them in all.
+
+    Attributes:
+        lengths: decisions of each episode.
+        observations: float32 arrays (N, …) by name.
+        actions: int64 (N,).
+        logits: float32 (N, A), which chose them.
+        values: float32 (N,), as said by the same network.
+        weights: int64 (N,), its number.
+        to_come: true rewards still to come, float64 (N,), in nats.
+        infos: of every decision's outcome.
+        last: indices in `infos` of each episode's last.
+    """
+
+    lengths: list[int]
+    observations: dict[str, np.ndarray]
+    actions: np.ndarray
+    logits: np.ndarray
+    values: np.ndarray
+    weights: np.ndarray
+    to_come: np.ndarray
+    infos: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, episodes: Sequence[SingleAgentEpisode]) -> "Sample":
+        """Copied out of numpy'ised episodes, which RLlib changes."""
+        observations = [episode.get_observations(slice(0, len(episode))) for episode in episodes]
+
+        def stacked(column: str) -> np.ndarray:
+            return np.concatenate([episode.get_extra_model_outputs(column) for episode in episodes])
+
+        return cls(
+            [len(episode) for episode in episodes],
+            {name: np.concatenate([each[name] for each in observations]) for name in observations[0]},
+            np.concatenate([episode.get_actions() for episode in episodes]),
+            stacked(Columns.ACTION_DIST_INPUTS),
+            stacked(Columns.VF_PREDS),
+            stacked(WEIGHTS_SEQ_NO),
+            np.concatenate([np.cumsum(episode.get_rewards()[::-1])[::-1] for episode in episodes]),
+            [info for episode in episodes for info in episode.get_infos()[1:]],
+        )
+
+    def split(self, array: np.ndarray) -> list[np.ndarray]:
+        """An array (N, …) by episode."""
+        return np.split(array, np.cumsum(self.lengths)[:-1])
+
+
+def sample_metrics(sample: Sample, said: np.ndarray, weights_seq_no: int) -> dict[str, float]:
+    """Of the policy as it chose, and of the episodes it led to.
+
+    Args:
+        sample: the episodes.
+        said: what baseline and value network, as they were then, said of `to_come`, in nats (N,).
+        weights_seq_no: number of the newest weights.
+    """
+    returns = [each[0] for each in sample.split(sample.to_come)]
+    # Not below 0: a resumed training may learn from what was chosen by weights after its checkpoint's.
+    lag = np.maximum(0, weights_seq_no - sample.weights)
+    spent = [each.sum() for each in sample.split(np.array([info.get("worked", 0.0) for info in sample.infos]))]
+    metrics = {
+        "episodes": len(sample.lengths),
+        "decisions": len(sample.actions),
+        "episode_length": np.mean(sample.lengths),
+        "return_mean": np.mean(returns),
+        "return_min": np.min(returns),
+        "return_max": np.max(returns),
+        "explained_variance": explained_variance(sample, said),
+        "entropy": entropy(torch.from_numpy(sample.logits)).mean(),
+        "lag_mean": lag.mean(),
+        "lag_max": lag.max(),
+        "episode_seconds": np.mean(spent),
+        "episode_seconds_max": np.max(spent),
+        **action_shares(sample),
+    }
+    losses = [info["val_loss"] for info in sample.infos if info.get("val_loss") is not None]
+    if losses:
+        metrics["val_loss"] = np.mean(losses)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def explained_variance(sample: Sample, said: np.ndarray) -> float:
+    """1 − Var[G − V] / Var[G | k], at least −1: G the rewards still to come at decision k, V what was said of them.
+
+    Stricter than RLlib's `vf_explained_var`: of all decisions, before the update on them, and against what is left when
+    the mean of each decision is known. Most of the plain variance is the fall of the loss itself.
+    """
+    decision = np.concatenate([np.arange(length) for length in sample.lengths])
+    means = np.bincount(decision, sample.to_come) / np.bincount(decision)
+    variance = ((sample.to_come - means[decision]) ** 2).mean()
+    return float(max(-1.0, 1 - (sample.to_come - said).var() / variance)) if variance > 0 else 0.0
+
+
+def action_shares(sample: Sample) -> dict[str, float]:
+    """Fraction of the decisions by operation, and by what a graft adds: `wait`, `graft`, `prune`, `heads` …"""
+    chosen = sample.observations["candidates"][np.arange(len(sample.actions)), sample.actions]
+    grafts = chosen[:, CANDIDATE.index("is_graft")]
+    shares = {name: chosen[:, CANDIDATE.index(f"is_{name}")].mean() for name in OPERATIONS}
+    return shares | {kind: (grafts * chosen[:, CANDIDATE.index(f"adds_{kind}")]).mean() for kind in GROWTH_KINDS}
+
+
+def update_metrics(sample: Sample, net: ControllerNet, clip: float) -> dict[str, float]:
+    """What an update did to the policy, over all decisions it learned from.
+
+    - `clip_fraction`: of those where p_new/p_old of the action is outside 1 ± clip;
+    - `kl`: mean of Σ p_old ln(p_old/p_new), nats.
+    """
+    before = torch.from_numpy(sample.logits).log_softmax(dim=-1)
+    with torch.no_grad():
+        after = net.logits({name: torch.from_numpy(array) for name, array in sample.observations.items()})
+    after = after.log_softmax(dim=-1)
+    ratio = (after - before).gather(-1, torch.from_numpy(sample.actions).unsqueeze(-1)).exp()
+    kl = (before.exp() * (before - after)).sum(dim=-1)
+    return {"clip_fraction": float(((ratio - 1).abs() > clip).float().mean()), "kl": float(kl.mean())}
