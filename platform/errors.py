@@ -11,6 +11,12 @@ class UserError(ValueError):
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a name that is not among the `known` ones, with the closest of them suggested."""
     names = sorted(known)
-    close = get_close_matches(str(name), names, n=1)
+    close = get_close_matches(str(name)[:100], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return UserError(f"unknown {what} {name!r}: it must be one of {', '.join(names)}.{hint}")
+    return UserError(f"unknown {what} {clipped(name)}: it must be one of {', '.join(names)}.{hint}")
+
+
+def clipped(value: object) -> str:
+    """A value as sentences show it: its repr, and of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

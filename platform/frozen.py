@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError, clipped, unknown
 
 
 class Frozen(BaseModel):
@@ -33,7 +33,9 @@ def _sentence(cls: type[BaseModel], error: ValidationError, what: str) -> UserEr
     rule = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":  # our own sentence names what was wrong
         return UserError(f"{what}: {rule}")
-    return UserError(f"{what}: {'.'.join(path) or 'value'} is {first.get('input')!r}: {rule[0].lower()}{rule[1:]}.")
+    return UserError(
+        f"{what}: {'.'.join(path) or 'value'} is {clipped(first.get('input'))}: {rule[0].lower()}{rule[1:]}."
+    )
 
 
 def _keys(cls: type[BaseModel], path: list[str]) -> list[str]:

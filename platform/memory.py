@@ -1,7 +1,29 @@
-"""Memory that the C library keeps though nobody uses it."""
+"""Memory: whether there is enough, and what the C library keeps though nobody uses it."""
 
 import ctypes
 import sys
+
+import psutil
+
+from esper.platform.errors import UserError
+
+
+def check_fits(needed: int, what: str) -> None:
+    """Refuse what cannot be held by this machine, before it is tried.
+
+    Args:
+        needed: bytes.
+        what: for which, as errors call it.
+
+    Raises:
+        UserError: the machine's whole memory is less.
+    """
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"{what} needs about {needed / 2**30:,.0f} GiB of memory and this machine has {there / 2**30:,.0f}: "
+            "choose a smaller host, context or batch."
+        )
 
 
 def give_back() -> None:

@@ -1,10 +1,11 @@
 """RunSpec: everything that decides a run's numbers, as frozen models read from a preset and overrides.
 
-Names that need a registry (a blueprint, a host, a tokenizer) are resolved where the registry lives.
+Every size that memory is taken for has a bound. Names that need a registry (a blueprint, a host, a tokenizer) are
+resolved where the registry lives.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +18,7 @@ from esper.platform.ledger import Axis
 from esper.platform.storage import read_json
 
 PRESETS = Path(__file__).parent / "presets"
+MOST_LAYERS, MOST_HEADS, MOST_WIDTH = 512, 1024, 2**20
 Range = tuple[float, float]
 """Low and high; equal for a number that is not drawn."""
 
@@ -25,7 +27,7 @@ class ExpertSpec(Frozen):
     """An expert that a host is born with."""
 
     uid: int = Field(ge=0)
-    width: int = Field(ge=1, description="neurons")
+    width: int = Field(ge=1, le=MOST_WIDTH, description="neurons")
     share: float = Field(gt=0, le=1, description="of the tokens that its gate is balanced to")
 
 
@@ -33,30 +35,34 @@ class LayerSpec(Frozen):
     """A layer that a host is born with."""
 
     uid: int = Field(ge=0, description="names its sites: h<uid>.attention, …")
-    heads: int = Field(ge=1)
-    width: int = Field(ge=1, description="neurons of the MLP")
-    experts: tuple[ExpertSpec, ...] = ()
+    heads: int = Field(ge=1, le=MOST_HEADS)
+    width: int = Field(ge=1, le=MOST_WIDTH, description="neurons of the MLP")
+    experts: tuple[ExpertSpec, ...] = Field(default=(), max_length=256)
 
 
 class HostSpec(Frozen):
     """The shape a host starts with."""
 
     kind: Literal["transformer"] = "transformer"
-    n_layer: int = Field(default=2, ge=1, description="layers at the start")
-    n_head: int = Field(default=4, ge=1, description="attention heads of a layer at the start")
-    n_embd: int = Field(default=64, ge=1, description="embedding dimension C")
-    block_size: int = Field(default=64, ge=2, description="context length T, in tokens")
-    head_dim: int | None = Field(default=None, ge=1, description="dimension D of a head; none means n_embd / n_head")
-    mlp_width: int | None = Field(default=None, ge=1, description="neurons of an MLP at the start; none means 4 n_embd")
+    n_layer: int = Field(default=2, ge=1, le=MOST_LAYERS, description="layers at the start")
+    n_head: int = Field(default=4, ge=1, le=MOST_HEADS, description="attention heads of a layer at the start")
+    n_embd: int = Field(default=64, ge=1, le=2**16, description="embedding dimension C")
+    block_size: int = Field(default=64, ge=2, le=2**17, description="context length T, in tokens")
+    head_dim: int | None = Field(
+        default=None, ge=1, le=2**12, description="dimension D of a head; none means n_embd / n_head"
+    )
+    mlp_width: int | None = Field(
+        default=None, ge=1, le=MOST_WIDTH, description="neurons of an MLP at the start; none means 4 n_embd"
+    )
     layers: tuple[LayerSpec, ...] | None = Field(
         default=None,
-        description="each layer's own shape, n_layer of them, as in a summary's `shape`; none: all are alike",
+        max_length=MOST_LAYERS,
+        description="each layer's own shape, as in a summary's `shape`; none: all alike",
     )
     tied: bool = Field(default=True, description="the output head is the token embedding")
     dropout: float = Field(default=0.0, ge=0, lt=1)
     attention: Literal["sdpa", "flash"] = Field(
-        default="sdpa",
-        description="torch's own, or flash-attn's, which needs a CUDA GPU, bfloat16 and the extra flash-attn",
+        default="sdpa", description="torch's own, or flash-attn's: CUDA, bfloat16 and the extra flash-attn"
     )
 
     @model_validator(mode="after")
@@ -88,8 +94,8 @@ class DataSpec(Frozen):
         default="tinystories", description="a source name, a text file, a folder of them, or prepared shards"
     )
     tokenizer: str = Field(default="char", description="char, bpe:N or gpt2")
-    batch_size: int = Field(default=16, ge=1, description="sequences in a batch")
-    eval_tokens: int = Field(default=65536, ge=64, description="tokens of the fixed held-out set")
+    batch_size: int = Field(default=16, ge=1, le=2**14, description="sequences in a batch")
+    eval_tokens: int = Field(default=65536, ge=64, le=2**26, description="tokens of the fixed held-out set")
     valid_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="documents held out where the source has no split"
     )
@@ -133,20 +139,15 @@ class OptimizerSpec(Frozen):
     def _check(self) -> Self:
         if self.warmup >= self.decay_from:
             raise ValueError(f"optimizer.warmup is {self.warmup}, but must be below decay_from = {self.decay_from}.")
-        _check_pairs("rate_path", "budget fractions", self.rate_path)
-        _check_pairs("rates", "numbers of parameters", self.rates)
+        for name, what in (("rate_path", "budget fractions"), ("rates", "numbers of parameters")):
+            places = [place for place, _ in getattr(self, name)]
+            if places != sorted(set(places)) or any(rate <= 0 for _, rate in getattr(self, name)):
+                raise ValueError(f"optimizer.{name} must hold rising {what}, each with a rate above 0.")
         if self.rates and self.rates[0][0] < 1:
             raise ValueError(f"optimizer.rates starts at {self.rates[0][0]} parameters, but must at 1 or more.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}, but both must be in [0, 1).")
         return self
-
-
-def _check_pairs(name: str, what: str, pairs: Sequence[tuple[float, float]]) -> None:
-    """Pairs of something that rises, and a rate."""
-    places = [place for place, _ in pairs]
-    if places != sorted(set(places)) or any(rate <= 0 for _, rate in pairs):
-        raise ValueError(f"optimizer.{name} must hold rising {what}, each with a rate above 0.")
 
 
 class BudgetSpec(Frozen):
@@ -155,25 +156,19 @@ class BudgetSpec(Frozen):
     axis: Axis = "parameter_seconds"
     amount: float = Field(default=1e6, gt=0, description="in the axis's own unit")
     decisions: int = Field(default=24, ge=1, le=1000, description="decisions K in an episode")
-    interior: tuple[float, float] | None = Field(
-        default=None,
-        description="amounts from and to which the best static size was neither the smallest nor the largest",
-    )
     cooldowns: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(), description="budget fractions whose annealed loss is taken on a fork, not charged"
+        default=(), max_length=1000, description="budget fractions whose annealed loss is taken on a fork, not charged"
     )
 
 
 class GrowthSpec(Frozen):
     """How far and how a host may grow."""
 
-    max_layers: int = Field(default=4, ge=1, description="layers at most")
+    max_layers: int = Field(default=4, ge=1, le=MOST_LAYERS, description="layers at most")
     max_parameters: int | None = Field(
-        default=None, ge=1, description="parameters at most; none means no cap but max_layers"
+        default=None, ge=1, description="parameters at most; none: no cap but max_layers"
     )
-    min_optimizer_steps: int = Field(
-        default=10, ge=1, description="steps a decision must hold after a graft for it to be legal"
-    )
+    min_optimizer_steps: int = Field(default=10, ge=1, description="steps a decision must hold after a graft")
     probation_steps: int = Field(
         default=200, ge=1, description="optimizer steps over which a seed's learning rate warms up"
     )
@@ -190,16 +185,16 @@ class RewardSpec(Frozen):
 
     rent: float = Field(default=0.2, ge=0, description="nats that a reference run's parameter-seconds cost")
     reference: float | None = Field(
-        default=None,
-        gt=0,
-        description="those parameter-seconds; none means the budget, or what the starting size would use",
+        default=None, gt=0, description="those parameter-seconds; none: the budget, or what the starting size would use"
     )
 
 
 class FleetSpec(Frozen):
     """Where workers run."""
 
-    workers: int | None = Field(default=None, ge=1, description="GrowthWorkers; none means one a core (or a GPU share)")
+    workers: int | None = Field(
+        default=None, ge=1, le=10_000, description="GrowthWorkers; none: one a core (or a GPU share)"
+    )
     cpus: float = Field(default=1.0, ge=0, description="cores of a worker")
     gpus: float = Field(default=0.0, ge=0, description="GPUs of a worker; fractions share one")
     storage: str | None = Field(
@@ -220,15 +215,17 @@ class PPOSpec(Frozen):
     """Simic's PPO (Schulman et al. 2017, 1707.06347), in RLlib's terms; γ is 1 by design."""
 
     iterations: int = Field(default=20, ge=1)
-    decisions: int = Field(default=256, ge=8, description="decisions an iteration learns from (train_batch_size)")
-    minibatch: int = Field(default=64, ge=8)
+    decisions: int = Field(
+        default=256, ge=8, le=2**20, description="decisions an iteration learns from (train_batch_size)"
+    )
+    minibatch: int = Field(default=64, ge=8, le=2**20)
     epochs: int = Field(default=6, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     clip: float = Field(default=0.2, gt=0, lt=1)
     entropy: float = Field(default=0.005, ge=0)
-    hidden: int = Field(default=64, ge=4, description="width of the policy network")
-    learners: int = Field(default=0, ge=0, description="learner processes; 0 learns in the driver")
+    hidden: int = Field(default=64, ge=4, le=2**12, description="width of the policy network")
+    learners: int = Field(default=0, ge=0, le=1024, description="learner processes; 0 learns in the driver")
     learner_gpus: float = Field(default=0.0, ge=0, description="GPUs of a learner")
     held_out: int = Field(
         default=4, ge=0, le=64, description="episodes by which the best policy is chosen; 0 takes the last"
@@ -249,7 +246,7 @@ class LawSpec(Frozen):
     heads: Range = Field(default=(0.03, 6.0), description="weight of an attention parameter; evenly in the logarithm")
     width: Range = Field(default=(0.03, 6.0), description="weight of any other parameter; evenly in the logarithm")
     layer: Range = Field(
-        default=(0.02, 1.0), description="weight of a layer itself, in parameters of the first; evenly in the logarithm"
+        default=(0.02, 1.0), description="weight of a layer itself, in the first's parameters; likewise"
     )
 
     @model_validator(mode="after")
@@ -279,7 +276,9 @@ class RunSpec(Frozen):
     laws: LawSpec = LawSpec()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of matrix products (autocast)")
-    threads: int = Field(default=1, ge=1, description="CPU threads of a run; numbers are equal only at equal threads")
+    threads: int = Field(
+        default=1, ge=1, le=1024, description="CPU threads of a run; numbers are equal only at equal threads"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -300,6 +299,19 @@ class RunSpec(Frozen):
             )
         return self
 
+    def training_bytes(self) -> int:
+        """About the least memory that training takes at the starting size, without the vocabulary's part.
+
+        Weights, gradients and AdamW's two moments in float32; of activations, 12 of width C per token and layer.
+        """
+        host, c = self.host, self.host.n_embd
+        heads = host.n_head * (host.head_dim or c // host.n_head)
+        alike = [(heads, host.mlp_width or 4 * c)] * host.n_layer
+        layers = alike if host.layers is None else [(x.heads * heads // host.n_head, x.width) for x in host.layers]
+        parameters = sum(4 * c * heads + 2 * c * width for heads, width in layers) + host.block_size * c
+        tokens = self.data.batch_size * host.block_size
+        return 16 * parameters + 4 * 12 * tokens * c * len(layers)
+
     def overridden(self, values: Mapping[str, Any]) -> Self:
         """With the values of dotted keys (`budget.amount`) put in.
 
@@ -308,7 +320,7 @@ class RunSpec(Frozen):
         """
         dump = self.model_dump(mode="json")
         for key, value in values.items():
-            _assign(dump, key.split("."), value, key)
+            _assign(dump, key, value)
         return type(self).checked(dump, "the spec")
 
 
@@ -323,53 +335,55 @@ def load_spec(preset: str, overrides: Sequence[str] = ()) -> RunSpec:
     A value is read as JSON where it is JSON (`8`, `0.1`, `null`, `[0.9, 0.95]`), else as text.
 
     Raises:
-        UserError: unknown preset or key, or a value that is not allowed.
+        UserError: unknown preset or key, or a value that is not allowed; it names the file that it is in.
     """
     values = _read_preset(preset)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"--set {override!r} is not of the form key.path=value, such as budget.decisions=12.")
-        _assign(values, key.split("."), value_of(text), key)
-    return RunSpec.checked(values, "the spec")
+        _assign(values, key, value_of(text))
+    try:
+        return RunSpec.checked(values, "the spec")
+    except UserError:
+        RunSpec.checked(_read_preset(preset), preset)
+        raise
 
 
 def saved_spec(path: Path) -> RunSpec:
     """The resolved spec that a run left in its folder."""
-    return RunSpec.checked(_read_json(path), str(path))
-
-
-def _read_preset(preset: str) -> dict[str, Any]:
-    if preset in presets():
-        return {"preset": preset, **_read_json(PRESETS / f"{preset}.json")}
-    path = Path(preset)
-    if path.suffix == ".json" or path.exists():
-        return {"preset": path.stem, **_read_json(path)}
-    error = unknown("preset", preset, presets())
-    raise UserError(f"{error} A path to a JSON file is allowed too.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    values = read_json(path, str(path), "a JSON file of a spec")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object: a spec is an object with keys such as host and budget.")
-    return values
+    return RunSpec.checked(_read_object(path), str(path))
 
 
 def value_of(text: str) -> Any:
     """A value as it is typed: JSON where it is JSON, else text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _assign(values: dict[str, Any], path: Iterable[str], value: Any, key: str) -> None:
-    *parents, last = path
-    node = values
+def _read_preset(preset: str) -> dict[str, Any]:
+    if preset in presets():
+        return {"preset": preset, **_read_object(PRESETS / f"{preset}.json")}
+    path = Path(preset)
+    if path.suffix == ".json" or path.exists():
+        return {"preset": path.stem, **_read_object(path)}
+    error = unknown("preset", preset, presets())
+    raise UserError(f"{error} A path to a JSON file is allowed too.")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = read_json(path, str(path), "a JSON file of a spec")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object: a spec is an object with keys such as host and budget.")
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
     for part in parents:
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
             raise UserError(f"{key}: {part!r} is a value, not a group of keys: name a key it has.")
-        node = child
-    node[last] = value
+    values[last] = value

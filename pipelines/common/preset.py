@@ -7,6 +7,7 @@ import torch
 from esper.pipelines.common.arguments import CommonArguments
 from esper.platform.console import counted
 from esper.platform.errors import unknown
+from esper.platform.memory import check_fits
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.candidates import telemetry_space
 from esper.workers.tolaria.data.sources import SOURCES
@@ -40,6 +41,8 @@ def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "la
         named = str(arguments.data) in [source.name for source in SOURCES]
         overrides.append(f"data.source={arguments.data if named else arguments.data.resolve()}")
     spec = load_spec(preset, overrides)
+    if on != "laws" and spec.device != "cuda":
+        check_fits(spec.training_bytes(), "training")
     telemetry_space(spec)  # resolves the blueprints
     if on == "here":
         pick_device(spec)

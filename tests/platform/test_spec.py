@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from esper.platform.errors import UserError
+from esper.platform.memory import check_fits
 from esper.platform.spec import RunSpec, load_spec, presets, saved_spec
 
 
@@ -80,3 +83,48 @@ def test_an_unknown_preset_names_the_known():
 def test_a_spec_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         RunSpec().threads = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("growth.max_layers", "host.n_layer", "host.n_head", "host.n_embd", "host.block_size", "host.mlp_width"),
+        *("data.batch_size", "data.eval_tokens", "ppo.hidden", "ppo.decisions", "ppo.minibatch", "fleet.workers"),
+        *("budget.decisions", "threads"),
+    ],
+)
+def test_a_size_that_memory_is_taken_for_has_a_bound(key):
+    with pytest.raises(UserError, match="should be less than or equal to"):
+        load_spec("demo", [f"{key}=1000000000"])
+
+
+def test_what_no_machine_holds_is_refused_before_it_is_tried():
+    spec = load_spec("demo", ["host.n_embd=65536", "host.n_layer=512", "growth.max_layers=512"])
+    with pytest.raises(UserError, match="GiB of memory and this machine has"):
+        check_fits(spec.training_bytes(), "training")
+    for name in presets():
+        check_fits(load_spec(name).training_bytes(), "training")
+
+
+def test_a_mistake_in_a_preset_s_file_names_the_file(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"budget": {"amont": 3}}))
+    with pytest.raises(UserError, match=r"unknown key in .*mine\.json 'budget\.amont'"):
+        load_spec(str(path), ["budget.decisions=4"])
+
+
+@given(data=st.data())
+def test_a_mutated_spec_is_a_spec_or_a_sentence(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("spec") / "spec.json"
+    text = load_spec("demo").model_dump_json().encode()
+    begin = data.draw(st.integers(0, len(text)))
+    piece = data.draw(st.binary(max_size=6) | st.sampled_from([b"[" * 9999, b"1e999", b"null", b'{"a":[', b"9" * 5000]))
+    path.write_bytes(text[:begin] + piece + text[begin + data.draw(st.integers(0, 6)) :])
+    try:
+        saved_spec(path)
+    except UserError as error:
+        sentence = str(error)
+    else:
+        sentence = ""
+    assert "\n" not in sentence
+    assert len(sentence) < 1000

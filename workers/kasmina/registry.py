@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind, Swap
 from esper.platform.errors import UserError, unknown
 
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 """The type of a setting that counts something."""
 
 
