@@ -18,6 +18,7 @@ from esper.platform.console import duration, say
 class DemoArguments(SweepArguments):
     """The whole story in minutes on a laptop."""
 
+    preset: str | None = Field(default="demo", title="NAME|FILE", description="A preset's name or a JSON file.")
     arms: str = Field(default="static,tamiyo,ppo", title="A,B,C", description="Arms to compare.")
 
 
@@ -29,7 +30,7 @@ def run(arguments: DemoArguments) -> int:
         return comparison.resume(arguments.resume)
     begun = time.perf_counter()
     say("Esper's demo: prepares text, trains a controller with PPO, and compares arms, in about 2 minutes on 2 cores.")
-    code = comparison.begin(arguments.model_copy(update={"preset": arguments.preset or "demo"}), "demo")
+    code = comparison.begin(arguments, "demo")
     told = duration(time.perf_counter() - begun)
     say(f"done in {told}; a demo this short does not train a good policy: that takes hours")
     return code
