@@ -24,9 +24,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in minutes on a laptop
 	$(BIN)/python pipelines/demo.py
 
-# Two at once, for many wait for Ray or MLflow to start. File by file and in order: they share what they have started.
+# Two at once, for many wait for Ray or MLflow to start; what shares one of them stays together (tests/conftest.py).
 test: $(READY)  ## all tests but the slow ones; those for a GPU show as skipped without one
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-all: $(READY)  ## all tests, one after another
 	ESPER_TEST_ALL=1 $(BIN)/python -m pytest
