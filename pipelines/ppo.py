@@ -106,14 +106,10 @@ def train(folder: "RunFolder") -> None:
     from esper.pipelines.controllers.workers import gpus_needed
     from esper.platform import cluster
 
-    def check() -> None:
-        signals.check()
-        cluster.check()
-
     gpus = None if folder.data is None else gpus_needed(folder.spec)
     with cluster.session(gpus=gpus), StopSignals() as signals:  # `ray.init` puts in a handler of its own, in C
         try:
-            summary = train_controller(folder, check=check)
+            summary = train_controller(folder, check=signals.check)
         except Stopped as stopped:
             how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
             raise Stopped(stopped.number, str(stopped) or how) from None
