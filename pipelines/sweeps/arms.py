@@ -20,21 +20,13 @@ CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it name
 
 @dataclass(frozen=True)
 class Kind:
-    """What a sweep has to know of a kind of arm.
+    """What a sweep has to know of a kind of arm."""
 
-    Attributes:
-        plays: the policy of its runs (`policies/arms.py`).
-        grows: whether its runs may graft.
-        anneals: whether its loss is also taken annealed on the way, for it is a baseline on every axis.
-        needs: what has to be given, or for a policy trained first.
-        follows: whether it takes after another arm's run on the same seed: it may, or it must.
-    """
-
-    plays: str
-    grows: bool = True
-    anneals: bool = False
-    needs: Literal["policy", "schedule"] | None = None
-    follows: Literal["may", "must"] | None = None
+    plays: str  # the policy of its runs (`policies/arms.py`)
+    grows: bool = True  # its runs may graft
+    anneals: bool = False  # its loss is also taken annealed on the way: it is a baseline on every axis
+    needs: Literal["policy", "schedule"] | None = None  # that has to be given; a policy may be trained first
+    follows: Literal["may", "must"] | None = None  # it takes after another arm's run on the same seed
 
 
 STATIC, RANDOM, PPO, OPENLOOP, FINAL, LRPATH = "static", "random", "ppo", "openloop", "static_final", "static_lrpath"

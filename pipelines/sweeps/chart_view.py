@@ -34,12 +34,8 @@ def share_view(run: Tracker, axis: str = "parameter_seconds") -> str | None:
     """Save the chart of a sweep's test trials with its experiment; once more replaces it.
 
     The page shows `grid/val_loss` over `grid/<axis>` and `annealed/val_loss` over `annealed/<axis>`, the mean and the
-    range over seeds by arm (and grid point, where there are several). The scale of the loss is fitted to what has been
-    logged by now.
-
-    Args:
-        run: the sweep's own; its children with the tag `purpose` = `test` are drawn.
-        axis: the cost on the x axis.
+    range over seeds by arm (and grid point, where there are several). MLflow's legend has room for two lines, and is
+    scrolled; the table beside the chart names all arms.
 
     Returns:
         how to open it; None where the run is not tracked, or the store does not answer.

@@ -12,7 +12,7 @@ from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
 from esper.pipelines.sweeps.chart_view import share_view
-from esper.pipelines.sweeps.log import SweepLog
+from esper.pipelines.sweeps.log import CLOSE_SECONDS, SYNC_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepArguments, SweepPlan
 from esper.pipelines.sweeps.stages import STAGES, PointStages, Settled
 from esper.pipelines.sweeps.trials import Trial
@@ -29,6 +29,7 @@ from esper.platform.tracking_store import connect
 from esper.policies.simic.policy import policy_file
 
 STATE = "sweep.json"
+Inputs = Mapping[str, Path]  # the files that were given
 
 
 def begin(arguments: SweepArguments, name: str = "sweep") -> int:
@@ -57,7 +58,7 @@ def resume(out: Path) -> int:
         return compare(folder, plan, inputs)
 
 
-def compare(folder: RunFolder, plan: SweepPlan, inputs: Mapping[str, Path]) -> int:
+def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
     """Run what is missing and report; 1 if a trial failed."""
     manifest = folder.tokens.manifest
     data = f"{manifest.source}, {manifest.tokenizer}, {manifest.splits['train'].tokens:,} training tokens"
@@ -66,12 +67,13 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Mapping[str, Path]) -> i
         StopSignals() as signals,  # after `ray.init`, which puts in a handler of its own, in C, that aborts
     ):
         parent = folder.track({"kind": "sweep", "data": data, **provenance()}, system_metrics=True)
-        try:
-            with parent:
+        with parent:
+            try:
                 failures = Sweep(folder, plan, inputs, parent, signals.check).run()
-        except Stopped as stopped:
-            how = f"stopped, with nothing lost; go on with: esper sweep --resume {folder.out}"
-            raise Stopped(stopped.number, str(stopped) or how) from None
+            except Stopped as stopped:
+                parent.close("KILLED", CLOSE_SECONDS)
+                how = f"stopped, with nothing lost; go on with: esper sweep --resume {folder.out}"
+                raise Stopped(stopped.number, str(stopped) or how) from None
         report(folder, parent)
     return 1 if failures else 0
 
@@ -92,23 +94,10 @@ def report(folder: RunFolder, parent: Tracker) -> None:
 
 
 class Sweep:
-    """A sweep on the connected cluster.
-
-    Args:
-        folder: its results.
-        plan: what it is.
-        inputs: the files that were given.
-        parent: its run in MLflow.
-        check: called often; what it raises ends the sweep.
-    """
+    """A sweep on the connected cluster; what `check` raises, which is called often, ends it."""
 
     def __init__(
-        self,
-        folder: RunFolder,
-        plan: SweepPlan,
-        inputs: Mapping[str, Path],
-        parent: Tracker,
-        check: Callable[[], None],
+        self, folder: RunFolder, plan: SweepPlan, inputs: Inputs, parent: Tracker, check: Callable[[], None]
     ) -> None:
         self._folder, self._plan, self._parent, self._check = folder, plan, parent, check
         storage = folder.spec.fleet.storage
@@ -126,10 +115,12 @@ class Sweep:
         """Everything that is missing; how many trials failed."""
         out = self._folder.out
         self._parent.artifact(out / "spec.json")
+        seconds = CLOSE_SECONDS  # where the sweep is stopped
         try:
             self._walk()
+            seconds = SYNC_SECONDS
         finally:
-            sent = self._log.close([self._controller_folder(stages.point) for stages in self._points])
+            sent = self._log.close([self._controller_folder(stages.point) for stages in self._points], seconds)
             self._keep()
         tests = [trial for trial in self._trials.values() if trial.purpose == "test"]
         found = [(trial, self._log.summary(trial)) for trial in tests]
@@ -207,20 +198,12 @@ class Sweep:
 
 
 def arm_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row per arm: means over its seeds, the loss with its sample standard deviation where there are several."""
-    rows = []
-    for arm in dict.fromkeys(summary["arm"] for summary in summaries):
-        runs = pd.DataFrame([summary for summary in summaries if summary["arm"] == arm])
-        loss = f"{runs['val_loss'].mean():.4f}" + (f" ± {runs['val_loss'].std():.4f}" if len(runs) > 1 else "")
-        means = {key: f"{runs[key].mean():,.0f}" for key in ("parameters", "parameter_seconds", "tokens")}
-        rows.append(
-            {
-                "arm": arm,
-                "seeds": len(runs),
-                "val loss ± sd": loss + (" (diverged)" if any(runs["diverged"]) else ""),
-                "perplexity": f"{runs['perplexity'].mean():.2f}",
-                **means,
-                "grafts": f"{runs['grafts'].map(len).mean():.1f}",
-            }
-        )
-    return pd.DataFrame(rows).to_string(index=False)
+    """A row per arm: means over its seeds, the loss with its sample standard deviation."""
+    runs = pd.DataFrame(summaries).assign(grafts=lambda frame: frame["grafts"].map(len))
+    by_arm, whole = runs.groupby("arm", sort=False), "{:,.0f}"
+    styles = {"val_loss": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole, "parameter_seconds": whole}
+    styles |= {"tokens": whole, "grafts": "{:.1f}"} | ({"diverged": "{:.0%}"} if runs["diverged"].any() else {})
+    table = by_arm[list(styles)].mean()
+    table.insert(0, "seeds", by_arm.size())
+    table.insert(2, "± sd", by_arm["val_loss"].std())
+    return table.to_string(formatters={"± sd": "{:.4f}".format} | {k: v.format for k, v in styles.items()}, na_rep="")

@@ -30,22 +30,13 @@ def trained(
     parent: Tracker,
     check: Callable[[], None],
 ) -> dict[str, Any]:
-    """Train a controller in `out`, or go on with it, or take the one that is there.
-
-    Args:
-        out: its folder.
-        sweep: the sweep's.
-        plan: likewise.
-        spec: what it is trained for.
-        tuning: summaries of the static runs that laws are fitted to.
-        parent: the sweep's run in MLflow.
-        check: called often; what it raises ends the training, from where it can be resumed.
+    """Train a controller for `spec` in `out`, or go on with it, or take the one that is there.
 
     Returns:
         `checkpoint`, `trained_on`, and what it has `spent` on each ledger axis.
 
     Raises:
-        UserError: the laws cannot be fitted.
+        UserError: laws cannot be fitted to the static runs, whose summaries `tuning` are.
     """
     if (out / PLAN).exists():
         with RunFolder.reopen(out, "ppo", Frozen) as (own, _):

@@ -31,14 +31,7 @@ SYNC_SECONDS = 60.0  # that it has for it once all have ended
 
 
 class SweepLog(tune.Callback):
-    """The driver's side of all trials.
-
-    Args:
-        folder: the sweep's.
-        parent: its run in MLflow.
-        store: the trials' checkpoints.
-        check: called often; what it raises ends the sweep.
-    """
+    """The driver's side of all trials: children of the sweep's run, whose checkpoints lie in `store`."""
 
     def __init__(self, folder: RunFolder, parent: Tracker, store: CheckpointStore, check: Callable[[], None]) -> None:
         self.out = folder.out
@@ -88,11 +81,12 @@ class SweepLog(tune.Callback):
         labels = ", ".join(dict.fromkeys(trial.arm.label for trial in trials))
         say(f"{stage:<7} {counted(len(trials), 'trial')}: {labels}")
 
-    def close(self, others: Iterable[Path]) -> bool:
+    def close(self, others: Iterable[Path], seconds: float) -> bool:
         """End what is still open (the sweep was stopped), and send MLflow what it lacks of what is done.
 
         Args:
             others: folders of other tracked runs, which may not be there.
+            seconds: the longest to take.
 
         Returns:
             whether MLflow has had everything.
@@ -100,11 +94,11 @@ class SweepLog(tune.Callback):
         self._store.close()
         for tracker in self._open.values():
             tracker.close("KILLED", self._close_seconds)
-        uri, deadline = self._parent.uri, time.monotonic() + SYNC_SECONDS
+        uri, deadline = self._parent.uri, time.monotonic() + seconds
         done = [(trial, summary) for trial in self._trials.values() if (summary := self.summary(trial)) is not None]
         late = [(trial, summary) for trial, summary in done if not synced(self.folder(trial), uri)]
         if late:
-            say(f"MLflow gets what it lacks of {counted(len(late), 'trial')}: this takes {SYNC_SECONDS:g} s at most")
+            say(f"MLflow gets what it lacks of {counted(len(late), 'trial')}: this takes {seconds:g} s at most")
         taken = [self._finish(trial, summary, deadline - time.monotonic()) for trial, summary in late]
         taken += [sync(folder, uri, deadline - time.monotonic()) for folder in others if (folder / SUMMARY).exists()]
         return all(taken)
@@ -213,7 +207,8 @@ class SweepLog(tune.Callback):
         left += f", {self._eta.left(done)} left" if done < 1 else ""
         if (summary := result.get("summary")) is not None:
             loss = "given up" if summary["diverged"] else f"val loss {summary['val_loss']:.4f}"
-            grown = f", {counted(len(summary['grafts']), 'graft')}" if trial.arm.kind.grows else ""
+            grafts = counted(len(summary["grafts"]), "graft") if summary["grafts"] else "it did not grow"
+            grown = f", {grafts}" if trial.arm.kind.grows else ""
             say(f"  {trial.name}: {loss}, {summary['parameters']:,} parameters{grown} ({self._stage}: {left})")
             if told := unplayed(summary):
                 say(f"  {trial.name}: {told}")

@@ -5,7 +5,7 @@ Imports no torch.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,7 +124,7 @@ class SweepPlan(Frozen):
             own=tuple(override.partition("=")[0] for override in arguments.set),
             command=tuple(sys.argv),
         )
-        plan._check({"policy": arguments.policy, "schedule": arguments.schedule}, spec)
+        plan._check(arguments.policy, arguments.schedule, spec)
         return plan
 
     def points(self, spec: RunSpec) -> list[Point]:
@@ -139,15 +139,14 @@ class SweepPlan(Frozen):
         """The static sizes."""
         return [Arm(name=STATIC, size=size) for size in self.sizes]
 
-    def _check(self, files: Mapping[str, Path | None], spec: RunSpec) -> None:
+    def _check(self, policy: Path | None, schedule: Path | None, spec: RunSpec) -> None:
         """Refuse an arm that lacks what it needs, and what no arm uses."""
         for point in self.points(spec):
-            blueprints = tuple(point.spec.growth.blueprints)
-            inputs = ArmInputs(policy=files["policy"], schedule=files["schedule"], blueprints=blueprints)
+            inputs = ArmInputs(policy=policy, schedule=schedule, blueprints=tuple(point.spec.growth.blueprints))
             for arm in self.arms:
                 if arm.kind.needs != "policy":
                     make_policy(arm.kind.plays, inputs)
-                elif files["policy"] is not None:
+                elif policy is not None:
                     make_policy(PPO, inputs)
                 elif not self.trains:
                     raise UserError(
@@ -155,21 +154,19 @@ class SweepPlan(Frozen):
                         "--arms, which trains one first."
                     )
         needed, laws = {arm.kind.needs for arm in self.arms}, self.train_on == "laws"
-        for unused, flag, user in (
-            (files["policy"] is not None and "policy" not in needed, "--policy", PPO),
-            (files["schedule"] is not None and "schedule" not in needed, "--schedule", "schedule"),
-            (laws and not self.trains, "--train-on laws", PPO),
-        ):
+        for flag, unused in {
+            "--policy": policy is not None and "policy" not in needed,
+            "--schedule": schedule is not None and "schedule" not in needed,
+            "--train-on laws": laws and not self.trains,
+        }.items():
             if unused:
-                raise UserError(
-                    f"{flag} is for arm {user!r}, and no such arm would use it: leave it out, or add {user}."
-                )
-        for wanted, what in (
-            (self.tune_lr, "--tune-lr"),
-            (self.has(OPENLOOP), "arm 'openloop'"),
-            (laws, "--train-on laws"),
-            (self.has(LRPATH) and len(self.sizes) > 1, f"arm '{LRPATH}' with several sizes"),
-        ):
+                raise UserError(f"no arm of --arms uses {flag}: leave it out, or name one that does.")
+        for what, wanted in {
+            "--tune-lr": self.tune_lr,
+            "arm 'openloop'": self.has(OPENLOOP),
+            "--train-on laws": laws,
+            f"arm '{LRPATH}' with several sizes": self.has(LRPATH) and len(self.sizes) > 1,
+        }.items():
             if wanted and not self.tuning_seeds:
                 raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
         if laws and len(self.sizes) < LAW_SIZES:

@@ -51,38 +51,19 @@ Train = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], dict[str, Any]]
 
 
 class Settled(Frozen):
-    """What is settled for a grid point; a field that has not been set is open.
+    """What is settled for a grid point; a field that has not been set is open."""
 
-    Attributes:
-        rates: best rate by static size.
-        bracketed: whether each of them lies between two others that were tried.
-        size: the best static size; None where nobody could choose.
-        schedule: label of the best schedule, likewise.
-        controller: `trained_on`, `checkpoint` and what it has `spent`; None where there is none.
-        no_controller: why not.
-        openloop: whether the controller's median schedule is known.
-    """
-
-    rates: dict[int, float] | None = None
-    bracketed: bool = False
-    size: int | None = None
-    schedule: str | None = None
-    controller: dict[str, Any] | None = None
-    no_controller: str | None = None
-    openloop: bool = False
+    rates: dict[int, float] | None = None  # best rate by static size
+    bracketed: bool = False  # each of them lies between two others that were tried
+    size: int | None = None  # the best static one; None where nobody could choose
+    schedule: str | None = None  # label of the best one, likewise
+    controller: dict[str, Any] | None = None  # `trained_on`, `checkpoint` and what it has `spent`, if there is one
+    no_controller: str | None = None  # why there is none
+    openloop: bool = False  # the controller's median schedule is known
 
 
 class PointStages:
-    """The stages of one grid point.
-
-    Args:
-        plan: the sweep's.
-        point: the grid point.
-        settled: what has been settled before.
-        inputs: the files that were given.
-        log: of the sweep, with the results.
-        train: trains a controller.
-    """
+    """The stages of one grid point, from what has been settled before; the results are in the sweep's log."""
 
     def __init__(
         self, plan: SweepPlan, point: Point, settled: Settled, inputs: Mapping[str, Path], log: SweepLog, train: Train

@@ -25,27 +25,16 @@ COOLDOWNS = (0.3, 0.6)  # budget fractions of the annealed losses that baselines
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One run.
-
-    Attributes:
-        arm: whose.
-        purpose: what for.
-        seed: of the run.
-        point: where.
-        spec: everything that decides its numbers.
-        inputs: files that its policy needs.
-        note: tells it from others of the same label and seed.
-        impossible: why it cannot be run; None if it can.
-    """
+    """One run."""
 
     arm: Arm
     purpose: Purpose
     seed: int
     point: Point
     spec: RunSpec
-    inputs: ArmInputs = field(default_factory=ArmInputs)
-    note: str = ""
-    impossible: str | None = None
+    inputs: ArmInputs = field(default_factory=ArmInputs)  # files that its policy needs
+    note: str = ""  # tells it from others of the same label and seed
+    impossible: str | None = None  # why it cannot be run, if it cannot
 
     @property
     def name(self) -> str:

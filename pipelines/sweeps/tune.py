@@ -39,14 +39,9 @@ STARTS = 3  # of a trial whose process dies, before it counts as failed
 
 
 def run_trials(stage: str, trials: Sequence[Trial], folder: RunFolder, log: SweepLog, saves: str) -> None:
-    """Run trials of a sweep, whose results go to `log`; one that fails ends no other.
+    """Run trials of a sweep, whose results go to its `log`; one that fails ends no other.
 
-    Args:
-        stage: theirs.
-        trials: each with a name of its own.
-        folder: the sweep's.
-        log: likewise.
-        saves: place of the checkpoints, which every node sees.
+    Their checkpoints lie in `saves`, a place that every node sees.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
