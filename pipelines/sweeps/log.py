@@ -42,7 +42,6 @@ class SweepLog(tune.Callback):
         self._open: dict[str, Tracker] = {}
         self._curves: dict[str, list[dict[str, float]]] = {}  # of those that are open
         self._close_seconds = CLOSE_SECONDS
-        self._ended: dict[str, list[float]] = {}
         self._stage, self._shown, self._eta = "", 0.0, Eta()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,9 +63,9 @@ class SweepLog(tune.Callback):
         missing = []
         for trial in trials:
             self._trials[trial.name] = trial
-            if (summary := self.summary(trial)) is not None:
-                self._note_end(trial, summary)
-            elif trial.impossible:
+            if self.summary(trial) is not None:
+                continue
+            if trial.impossible:
                 self.failures[trial.name] = trial.impossible
             else:
                 missing.append(trial)
@@ -137,7 +136,6 @@ class SweepLog(tune.Callback):
             self._store.drop(name)
             if not self._finish(planned, result["summary"], self._close_seconds):
                 self._close_seconds = 0.0  # it is away: all that it lacks is sent at the end
-            self._note_end(planned, result["summary"])
         self._show(planned, result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -191,10 +189,6 @@ class SweepLog(tune.Callback):
             if (tracker := self._open.pop(trial.name, None)) is not None:  # its process may never have come up
                 tracker.close("FAILED", self._close_seconds)
 
-    def _note_end(self, trial: Trial, summary: dict[str, Any]) -> None:
-        if trial.purpose == "test" and not summary["diverged"]:
-            self._ended.setdefault(trial.row, []).append(summary["val_loss"])
-
     def _show(self, trial: Trial, result: dict[str, Any]) -> None:
         if result.get("action", "wait") != "wait":
             size = result["points"][-1]["parameters"]
@@ -214,8 +208,7 @@ class SweepLog(tune.Callback):
                 say(f"  {trial.name}: {told}")
         if done - self._shown >= SHOWN:
             self._shown = done
-            means = ", ".join(f"{label} {fmean(losses):.4f}" for label, losses in self._ended.items())
-            say(f"  {done:.0%} of {self._stage}: {left}" + (f"; mean loss so far: {means}" if means else ""))
+            say(f"  {done:.0%} of {self._stage}: {left}")
 
 
 def _log_curve(tracker: Tracker, trial: Trial, curve: Sequence[dict[str, float]], first: int) -> None:

@@ -69,7 +69,7 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     flags = ["--arms", ",".join(ARMS), "--sizes", "1,2", "--seeds", "1", "--tuning-seeds", "1", "--tune-lr"]
     assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
     printed = capfd.readouterr().err
-    for part in ("rates   6 trials", "tuning ", "test   ", "follow ", "done", "left", "mean loss", "viewStateShareKey"):
+    for part in ("rates   6 trials", "tuning ", "test   ", "follow ", "done", "left", "viewStateShareKey"):
         assert part in printed
     assert "WARNING" not in printed
     assert "0 running" not in printed

@@ -1,7 +1,7 @@
 """The link that a sweep prints opens, in a real browser, the chart that it promises.
 
 A real `mlflow server`, and Chromium without a screen through Playwright; skipped, visibly, without one. The page's
-picture stays in the test's folder. Alone: `pytest tests/pipelines/sweeps/test_chart_view.py` (about 30 s).
+picture stays in the test's folder.
 """
 
 import base64
@@ -17,19 +17,20 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from esper.pipelines.sweeps import chart_view
-from esper.pipelines.sweeps.chart_view import TAG, share_view
+from esper.pipelines.sweeps.chart_view import CURVE, TAG, _color, curve_names, share_view
 from esper.platform.tracking import Tracker, milliseconds
 from tests.mlflow_servers import MlflowServer, mlflow_server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LABELS = {"onejump": 1.3, "static-1": 1.5, "static-2": 1.4}  # and the loss that each comes to
+LABELS = ["gradual", "lag", "onejump", "random:tamiyo", "static-1", "static-2", "static_final:tamiyo", "tamiyo"]
 BUDGET, DECISIONS = 1e6, 20
 
-# Of each chart on the page: what its axis is called, its lines as (points, least and greatest y), and its legend.
+# Of each chart on the page: what its axis is called, its lines as x, the colours of its bands, and its legend's text.
 READ = """() => [...document.querySelectorAll('.js-plotly-plot')].map(plot => ({
     axis: plot.layout.xaxis.title?.text,
     range: plot.layout.yaxis.range,
     lines: plot.data.filter(line => !line.fill).map(line => line.x),
+    bands: plot.data.filter(line => line.fill).map(line => line.fillcolor),
     text: plot.parentElement.parentElement.parentElement.textContent,
 }))"""
 
@@ -39,6 +40,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     folder = tmp_path_factory.mktemp("server")
     with mlflow_server(folder, f"sqlite:///{folder}/server.db") as server:
         yield server
+
+
+def loss(label: str) -> float:
+    """That an arm comes to."""
+    return 1.3 + 0.03 * LABELS.index(label)
 
 
 def trial(
@@ -51,20 +57,24 @@ def trial(
     now, metrics = milliseconds(), []
     for k in range(DECISIONS + 1):
         cost = BUDGET * k / DECISIONS
-        loss = LABELS[label] + 2 * math.exp(-5 * k / DECISIONS) + 0.05 * seed + sum(json.loads(grid).values())
+        value = loss(label) + 2 * math.exp(-5 * k / DECISIONS) + 0.05 * seed + sum(json.loads(grid).values())
         step = 100 * k + seed
-        metrics += [Metric("val_loss", loss, now, step), Metric("parameter_seconds", cost, now, step)]
-        metrics += [Metric("grid/val_loss", loss, now, k), Metric("grid/parameter_seconds", cost, now, k)]
+        metrics += [Metric("val_loss", value, now, step), Metric("parameter_seconds", cost, now, step)]
+        metrics += [Metric("grid/val_loss", value, now, k), Metric("grid/parameter_seconds", cost, now, k)]
         if k in (5, 10, 15):
-            metrics += [Metric("annealed/val_loss", loss - 0.1, now, step)]
+            metrics += [Metric("annealed/val_loss", value - 0.1, now, step)]
             metrics += [Metric("annealed/parameter_seconds", cost, now, step)]
     client.log_batch(run.info.run_id, metrics)
     client.set_terminated(run.info.run_id)
 
 
-def sweep(uri: str, name: str) -> Tracker:
-    """A sweep's own run, with six test trials, and others that the chart is not to show."""
-    parent = Tracker.start("esper-chart", name, tags={"kind": "sweep"})
+def start(folder: Path, experiment: str, name: str = "sweep") -> Tracker:
+    return Tracker.start(folder / name, experiment, name, key=f"{experiment}/{name}", tags={"kind": "sweep"})
+
+
+def sweep(folder: Path, uri: str, name: str) -> Tracker:
+    """A sweep's own run, with two test trials an arm, and others that the chart is not to show."""
+    parent = start(folder, "esper-chart", name)
     assert parent.run_id
     assert parent.experiment_id
     client = MlflowClient(uri)
@@ -80,16 +90,16 @@ def test_the_link_opens_loss_against_cost_by_label(
 ):
     from playwright.sync_api import sync_playwright
 
+    assert len({_color(label) for label in LABELS}) < len(LABELS)  # without care two arms would have one colour
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    with sweep(server.uri, "another"), sweep(server.uri, "this") as parent:
-        view = share_view(parent)
-        assert view
-        assert (view.command, view.clicks) == (None, None)
-        assert view.url == str(view)
+    with sweep(tmp_path, server.uri, "another"), sweep(tmp_path, server.uri, "this") as parent:
+        url = share_view(parent)
+    assert url
+    assert url.startswith(server.uri)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1600, "height": 1500})
-        page.goto(view.url)
+        page.goto(url)
         page.wait_for_function(
             "() => document.querySelectorAll('.js-plotly-plot').length >= 2 && "
             "[...document.querySelectorAll('.js-plotly-plot')].every(plot => plot.data?.length > 3)",
@@ -102,10 +112,10 @@ def test_the_link_opens_loss_against_cost_by_label(
     assert curve["axis"] == "grid/parameter_seconds"
     assert annealed["axis"] == "annealed/parameter_seconds"
     for label in LABELS:
-        assert f"{label} (grid/val_loss)" in text  # the legend
-        assert f"Group: {label}" in text
+        assert f"{label} (grid/val_loss)" in " ".join(curve["text"].split())  # the legend
+    assert len(set(curve["bands"])) == len(curve["bands"]) == len(LABELS)
     assert "Unassigned" not in text  # the parent is no curve
-    assert "6 matching runs" in text  # neither the other sweep's, nor the tuning runs
+    assert f"{2 * len(LABELS)} matching runs" in text  # neither the other sweep's, nor the tuning runs
     assert curve["lines"]
     assert all(line == [BUDGET * k / DECISIONS for k in range(DECISIONS + 1)] for line in curve["lines"])
     low, high = curve["range"]
@@ -113,9 +123,9 @@ def test_the_link_opens_loss_against_cost_by_label(
     assert 2.5 < high < 3.2
 
 
-def test_once_more_replaces_the_view(server: MlflowServer, monkeypatch: pytest.MonkeyPatch):
+def test_once_more_replaces_the_view(server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    with Tracker.start("esper-twice", "sweep") as parent:  # no trial has ended yet
+    with start(tmp_path, "esper-twice") as parent:  # no trial has ended yet
         first, second = share_view(parent, "flops"), share_view(parent, "flops")
     assert first == second
     group = MlflowClient(server.uri).get_experiment_by_name("esper-twice")
@@ -123,47 +133,46 @@ def test_once_more_replaces_the_view(server: MlflowServer, monkeypatch: pytest.M
     assert [tag for tag in group.tags if tag.startswith(TAG)] == [f"{TAG}{parent.run_id}"]
 
 
-def test_grid_points_are_groups_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_grid_points_are_curves_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = MlflowClient(uri)
-    with Tracker.start("esper-grid", "sweep") as parent:
+    with start(tmp_path, "esper-grid") as parent:
         assert parent.run_id
         assert parent.experiment_id
         for added in (0, 5):
             trial(client, parent.experiment_id, parent.run_id, "onejump", 0, "test", grid=json.dumps({"added": added}))
-        assert share_view(parent)
-    tag = client.get_experiment(parent.experiment_id).tags[TAG + parent.run_id]
-    packed = json.loads(tag)["state"].removeprefix("deflate;")
-    state = json.loads(zlib.decompress(base64.b64decode(packed)))
-    assert [key["groupByData"] for key in state["groupBy"]["groupByKeys"]] == ["label", "grid"]
+        view = share_view(parent)
+    command = f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
+    page = f"http://127.0.0.1:5000/#/experiments/{parent.experiment_id}/runs"
+    assert view == f"start `{command}`, then open {page}?viewStateShareKey={parent.run_id}&compareRunsMode=CHART"
+    runs = client.search_runs([parent.experiment_id], "tags.purpose = 'test'")
+    assert {run.data.tags[CURVE].strip() for run in runs} == {'onejump {"added": 0}', 'onejump {"added": 5}'}
+    packed = json.loads(client.get_experiment(parent.experiment_id).tags[TAG + parent.run_id])["state"]
+    state = json.loads(zlib.decompress(base64.b64decode(packed.removeprefix("deflate;"))))
     scale = state["compareRunCharts"][0]["range"]
-    assert scale["yMin"] < 1.35  # the lower point's end
+    assert scale["yMin"] < 1.4  # the lower point's end
     assert scale["yMax"] > 7  # the higher one's start, but for its steepest
 
 
-def test_a_file_needs_a_command_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    with Tracker.start("esper-chart", "sweep") as parent:
-        view = share_view(parent)
-    command = f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --host 127.0.0.1"
-    url = (
-        f"http://127.0.0.1:5000/#/experiments/{parent.experiment_id}/runs?viewStateShareKey={parent.run_id}"
-        "&compareRunsMode=CHART"
-    )
-    assert str(view) == f"start `{command}`, then open {url}"
+def test_more_curves_than_colours_share_them():
+    names = curve_names([f"arm-{i}" for i in range(60)])
+    assert [text.strip() for text in names.values()] == list(names)
+    assert len({_color(text) for text in names.values()}) == chart_view.COLORS
 
 
-def test_another_mlflow_gets_no_tag_but_the_clicks(server: MlflowServer, monkeypatch: pytest.MonkeyPatch):
+def test_another_mlflow_gets_no_tag_but_the_clicks(
+    server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    monkeypatch.setattr(chart_view, "KNOWN", (b"a text that is in no page of MLflow's",))
-    with Tracker.start("esper-other", "sweep") as parent:
+    monkeypatch.setattr(chart_view, "TESTED", "99.")
+    with start(tmp_path, "esper-other") as parent:
         view = share_view(parent, "flops")
     page = f"{server.uri}/#/experiments/{parent.experiment_id}/runs"
-    assert str(view) == f"{page} (choose the chart view, then in its gear X-axis, Metric, flops)"
+    assert view == f"{page} (choose the chart view, then in its gear X-axis, Metric, flops)"
 
 
-def test_no_server_no_link(monkeypatch: pytest.MonkeyPatch):
+def test_no_server_no_link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    with Tracker.start("esper-chart", "sweep") as parent:
+    with start(tmp_path, "esper-chart") as parent:
         assert share_view(parent) is None
