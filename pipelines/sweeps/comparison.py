@@ -198,12 +198,14 @@ class Sweep:
 
 
 def arm_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row per arm: means over its seeds, the loss with its sample standard deviation."""
+    """A row per arm: means over its seeds, the loss with its sample standard deviation where there are several."""
     runs = pd.DataFrame(summaries).assign(grafts=lambda frame: frame["grafts"].map(len))
     by_arm, whole = runs.groupby("arm", sort=False), "{:,.0f}"
-    styles = {"val_loss": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole, "parameter_seconds": whole}
-    styles |= {"tokens": whole, "grafts": "{:.1f}"} | ({"diverged": "{:.0%}"} if runs["diverged"].any() else {})
-    table = by_arm[list(styles)].mean()
+    styles = {"val_loss": "{:.4f}", "± sd": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole}
+    styles |= {"parameter_seconds": whole, "tokens": whole, "grafts": "{:.1f}", "diverged": "{:.0%}"}
+    table = by_arm[[key for key in styles if key in runs]].mean()
+    table.insert(1, "± sd", by_arm["val_loss"].std())
+    for key, style in styles.items():
+        table[key] = table[key].map(style.format, na_action="ignore").fillna("")
     table.insert(0, "seeds", by_arm.size())
-    table.insert(2, "± sd", by_arm["val_loss"].std())
-    return table.to_string(formatters={"± sd": "{:.4f}".format} | {k: v.format for k, v in styles.items()}, na_rep="")
+    return table.rename_axis(None).drop(columns=[] if runs["diverged"].any() else ["diverged"]).to_string()

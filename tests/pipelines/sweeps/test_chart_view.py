@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from mlflow.entities import Metric
 from esper.pipelines.sweeps import chart_view
 from esper.pipelines.sweeps.chart_view import CURVE, TAG, _color, curve_names, share_view
 from esper.platform.tracking import Tracker, milliseconds
-from tests.mlflow_servers import MlflowServer, mlflow_server
+from tests.mlflow_servers import MlflowServer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LABELS = ["gradual", "lag", "onejump", "random:tamiyo", "static-1", "static-2", "static_final:tamiyo", "tamiyo"]
@@ -33,13 +32,6 @@ READ = """() => [...document.querySelectorAll('.js-plotly-plot')].map(plot => ({
     bands: plot.data.filter(line => line.fill).map(line => line.fillcolor),
     text: plot.parentElement.parentElement.parentElement.textContent,
 }))"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    folder = tmp_path_factory.mktemp("server")
-    with mlflow_server(folder, f"sqlite:///{folder}/server.db") as server:
-        yield server
 
 
 def loss(label: str) -> float:
