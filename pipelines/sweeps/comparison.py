@@ -199,7 +199,7 @@ class Sweep:
 
 def arm_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     """A row per arm: means over its seeds, the loss with its sample standard deviation where there are several."""
-    runs = pd.DataFrame(summaries).assign(grafts=lambda frame: frame["grafts"].map(len))
+    runs: Any = pd.DataFrame(summaries).assign(grafts=lambda frame: frame["grafts"].map(len))
     by_arm, whole = runs.groupby("arm", sort=False), "{:,.0f}"
     styles = {"val_loss": "{:.4f}", "± sd": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole}
     styles |= {"parameter_seconds": whole, "tokens": whole, "grafts": "{:.1f}", "diverged": "{:.0%}"}
