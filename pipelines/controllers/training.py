@@ -155,6 +155,7 @@ def train_controller(
             "held_out_losses": _as_json(losses),
             "in_flight": in_flight,
             "dropped": dropped,
+            **_spent({} if surrogate else {**dispatcher.spent(), "held_out": _totals(played)}),
             "mlflow": tracker.run_id,
             "history": history.entries,
         }

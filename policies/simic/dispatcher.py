@@ -43,6 +43,7 @@ from esper.platform.console import say
 from esper.platform.contracts import Instance, Reply
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
+from esper.platform.ledger import AXES
 from esper.platform.seeding import derive, stream
 from esper.platform.telemetry import Candidate, TelemetrySpace
 from esper.policies.simic.episode import Choice, InFlight
@@ -66,11 +67,13 @@ class Progress(Frozen):
         learned: episodes that have been learned from or given up: all with lower numbers.
         dropped: numbers of the episodes that were given up.
         counts: since the training's start, as `Dispatcher.counts`.
+        spent: what the episodes `learned` from and those `dropped` have used of each ledger axis.
     """
 
     learned: int = Field(default=0, ge=0)
     dropped: tuple[int, ...] = ()
     counts: dict[str, int] = Field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    spent: dict[str, dict[str, float]] = Field(default_factory=lambda: {"learned": {}, "dropped": {}})
 
 
 class Dispatcher:
@@ -121,6 +124,7 @@ class Dispatcher:
         self._orphaned: deque[InFlight] = deque()  # episodes without a worker
         self._unlearned: deque[int] = deque()  # numbers of the episodes that have begun and were not taken, in order
         self._ended: dict[int, SingleAgentEpisode] = {}  # of those
+        self._used: dict[int, dict[str, float]] = {}  # ledger axes of those that have begun
         self._longest = 0  # decisions of an episode
         self._new_weights: tuple[Mapping[str, torch.Tensor], int] | None = None
         self._error: BaseException | None = None
@@ -131,6 +135,7 @@ class Dispatcher:
         self.begun = start.learned
         self.counts: Counter[str] = Counter(start.counts)
         self.dropped = list(start.dropped)
+        self._spent = {fate: dict(used) for fate, used in start.spent.items()}
         if journal is not None:
             self._take_up(journal)
 
@@ -169,6 +174,7 @@ class Dispatcher:
             while sum(map(len, taken)) < decisions:
                 self._taken.append(self._unlearned.popleft())
                 taken.append(self._ended.pop(self._taken[-1]))
+                _add(self._spent["learned"], self._used.pop(self._taken[-1], {}))
             self._wanted = 0
         self._fleet.wake()
         return taken
@@ -187,7 +193,16 @@ class Dispatcher:
         """Where the training stands, if what was taken has been learned from."""
         with self._changed:
             learned = self._unlearned[0] if self._unlearned else self.begun
-            return Progress(learned=learned, dropped=tuple(self.dropped), counts=dict(self.counts))
+            spent = {fate: dict(used) for fate, used in self._spent.items()}
+            return Progress(learned=learned, dropped=tuple(self.dropped), counts=dict(self.counts), spent=spent)
+
+    def spent(self) -> dict[str, dict[str, float]]:
+        """What episodes have used of each ledger axis: `learned` from (or taken to be), `in_flight`, and `dropped`."""
+        with self._changed:
+            in_flight: dict[str, float] = {}
+            for used in self._used.values():
+                _add(in_flight, used)
+            return {**{fate: dict(used) for fate, used in self._spent.items()}, "in_flight": in_flight}
 
     def forget(self) -> None:
         """A checkpoint that has learned from all that was taken is whole: the journal need not keep it."""
@@ -304,6 +319,7 @@ class Dispatcher:
             self.counts["unsaved"] += 1
         self._table.answered(worker, reply)
         episode.take(reply)
+        self._note_cost(episode)
         if not episode.ended:
             return reply
         if self._journal is not None:
@@ -366,6 +382,7 @@ class Dispatcher:
         self.counts["dropped"] += 1
         self.dropped.append(episode.number)
         self._unlearned.remove(episode.number)
+        _add(self._spent["dropped"], self._used.pop(episode.number, {}))
         self._drops += 1
         if self._journal is not None:
             self._journal.remove([episode.number])
@@ -379,6 +396,9 @@ class Dispatcher:
             if number not in self._ended:
                 return
             yield self._ended[number]
+
+    def _note_cost(self, episode: InFlight) -> None:
+        self._used[episode.number] = {axis: episode.reached[axis] or 0.0 for axis in AXES if axis in episode.reached}
 
     def _end(self, episode: InFlight) -> None:
         assert episode.episode is not None
@@ -397,6 +417,7 @@ class Dispatcher:
                 self._orphaned.append(self._begin(number))
                 continue
             self._unlearned.append(number)
+            self._note_cost(episode)
             if episode.ended:
                 self._end(episode)
             else:
@@ -417,6 +438,11 @@ def infer(net: ControllerNet, observations: list[dict[str, np.ndarray]]) -> tupl
         outputs = (logits, logits.log_softmax(dim=-1), values)
     logits, log_p, values = (output.float().numpy() for output in outputs)
     return logits, log_p, values
+
+
+def _add(total: dict[str, float], used: Mapping[str, float]) -> None:
+    for axis, amount in used.items():
+        total[axis] = total.get(axis, 0.0) + amount
 
 
 def _given_up(what: str, error: Exception) -> UserError:

@@ -13,10 +13,11 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from esper.platform.contracts import Instance, Order, Reply, Transition
+from esper.platform.ledger import AXES
 from esper.platform.spaces import observation
 from esper.platform.telemetry import TelemetrySpace
 
-REACHED = ("budget_fraction", "val_loss", "parameters")  # of a run's point: what the live view shows
+REACHED = ("budget_fraction", "val_loss", "parameters", *AXES)  # of a run's point: for the live view, and what it cost
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class InFlight:
         choice: that of the last action.
         expected: seconds that the order under way should take, by the run's clock.
         lost: how often the order under way was lost: `deaths` with a process, `tries` by the run's or reply's fault.
-        reached: budget fraction, loss and parameters at the last observation, as far as known.
+        reached: budget fraction, loss, parameters and ledger axes at the last observation, as far as known.
     """
 
     number: int

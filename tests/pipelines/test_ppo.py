@@ -158,7 +158,7 @@ def test_what_is_refused(laws, tiny, tmp_path, capfd):
     refused(["--surrogate", "--data", str(text)], f"leave out --data {text}")
     refused(["--resume", str(out), "--seed", "1"], "leave out --seed")
     refused(["--resume", str(out), "--set", "host.n_embd=8"], "only keys of ppo and fleet may change")
-    refused(["--resume", str(tmp_path)], "no work to go on with")
+    refused(["--resume", str(tmp_path)], "holds no work of `esper ppo`")
     refused([*go_on, "--set", "ppo.hidden=8"], "ppo.hidden, the network's own")
     for setting, sentence in (
         ("fleet.cpus=999", "does not fit a cluster"),
