@@ -263,8 +263,9 @@ def _instances(spec: RunSpec) -> Callable[[int], Instance]:
 
 def _spent(parts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What the training used of each ledger axis, in all and by what it went to; nothing on loss laws."""
-    total = {axis: sum(part.get(axis, 0.0) for part in parts.values()) for axis in AXES}
-    return {"spent": total, "spent_on": parts, "spent_counts": COUNTED if parts else "nothing: no GPT was trained"}
+    whole = {name: {axis: part.get(axis, 0.0) for axis in AXES} for name, part in parts.items()}
+    total = {axis: sum(part[axis] for part in whole.values()) for axis in AXES}
+    return {"spent": total, "spent_on": whole, "spent_counts": COUNTED if parts else "nothing: no GPT was trained"}
 
 
 def _totals(played: Sequence[Mapping[str, float]]) -> dict[str, float]:
