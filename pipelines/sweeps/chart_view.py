@@ -10,15 +10,11 @@ import json
 import math
 import urllib.request
 import zlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from esper.platform.tracking import Tracker, milliseconds
 from esper.platform.tracking_store import PROBE_SECONDS, connect, is_server, shown, ui_command
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 TESTED = "3.17."  # MLflow's versions
 TAG = "mlflow.sharedViewState."
@@ -30,12 +26,12 @@ SETTLED = 0.1  # the share of the budget whose steep start does not set the scal
 RUNS = 1000
 
 
-def share_view(run: Tracker, axis: str = "parameter_seconds") -> str | None:
+def share_view(run: Tracker, axis: str, summaries: Iterable[Mapping[str, Any]]) -> str | None:
     """Save the chart of a sweep's test trials with its experiment; once more replaces it.
 
     The page shows `grid/val_loss` over `grid/<axis>` and `annealed/val_loss` over `annealed/<axis>`, the mean and the
-    range over seeds by arm (and grid point, where there are several). MLflow's legend has room for two lines, and is
-    scrolled; the table beside the chart names all arms.
+    range over seeds by the tag `curve`, on a scale for what the trials' summaries hold. MLflow's legend has room for
+    two lines, and is scrolled; the table beside the chart names all arms.
 
     Returns:
         how to open it; None where the run is not tracked, or the store does not answer.
@@ -48,10 +44,39 @@ def share_view(run: Tracker, axis: str = "parameter_seconds") -> str | None:
     try:
         if not _version(run.uri).startswith(TESTED):
             return f"{first}{page} (choose the chart view, then in its gear X-axis, Metric, {axis})"
-        _save(connect(run.uri), run.experiment_id, run.run_id, axis)
+        client, tag = connect(run.uri), TAG + run.run_id
+        before, now = client.get_experiment(run.experiment_id).tags.get(tag), milliseconds()
+        state = zlib.compress(json.dumps(_state(run.run_id, axis, _loss_range(summaries))).encode())
+        envelope = {
+            "name": f"Sweep {run.run_id[:8]}: loss against {axis}",
+            "createdAt": json.loads(before)["createdAt"] if before else now,
+            "updatedAt": now,
+            "state": "deflate;" + base64.b64encode(state).decode(),
+        }
+        client.set_experiment_tag(run.experiment_id, tag, json.dumps(envelope))
     except Exception:  # the store's; the link is a convenience
         return None
     return f"{first}{page}?viewStateShareKey={run.run_id}&compareRunsMode=CHART"
+
+
+def curve_names(rows: Iterable[str]) -> dict[str, str]:
+    """Each row with so many spaces behind it that MLflow's pages give it a colour of its own, as long as there are."""
+    taken: set[int] = set()
+    found = {}
+    for row in rows:
+        padded = (row + " " * spaces for spaces in range(10 * COLORS))
+        found[row] = next((name for name in padded if _color(name) not in taken), row)
+        taken.add(_color(found[row]))
+    return found
+
+
+def _color(name: str) -> int:
+    """Number in the palette of the group of a tag's value, by the page's hash (Fletcher's checksum)."""
+    low = high = 0
+    for character in f"tag.{CURVE}.{name}":
+        low = (low + ord(character)) % 255
+        high = (high + low) % 255
+    return (low | high << 8) % COLORS
 
 
 def _version(uri: str) -> str:
@@ -64,55 +89,13 @@ def _version(uri: str) -> str:
         return answer.read().decode().strip()
 
 
-def _save(client: "MlflowClient", experiment_id: str, parent: str, axis: str) -> None:
-    """Tag the trials with their curves, and the experiment with the view."""
-    chosen = f"tags.`mlflow.parentRunId` = '{parent}' AND tags.purpose = 'test'"
-    trials: list[Run] = list(client.search_runs([experiment_id], chosen, max_results=RUNS))
-    several = len({trial.data.tags.get("grid") for trial in trials}) > 1
-    names = [" ".join([t.data.tags["label"], t.data.tags["grid"] if several else ""]).strip() for t in trials]
-    curves = curve_names(names)
-    for trial, name in zip(trials, names, strict=True):
-        client.set_tag(trial.info.run_id, CURVE, curves[name])
-    one_each = dict(zip(names, trials, strict=True))
-    state = _state(chosen, axis, _loss_range(client, list(one_each.values()), trials))
-    before = client.get_experiment(experiment_id).tags.get(TAG + parent)
-    now = milliseconds()
-    envelope = {
-        "name": f"Sweep {parent[:8]}: loss against {axis}",
-        "createdAt": json.loads(before)["createdAt"] if before else now,
-        "updatedAt": now,
-        "state": "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode(),
-    }
-    client.set_experiment_tag(experiment_id, TAG + parent, json.dumps(envelope))
-
-
-def curve_names(names: Sequence[str]) -> dict[str, str]:
-    """Each name with so many spaces behind it that MLflow's pages give it a colour of its own, as long as there are."""
-    taken: set[int] = set()
-    found = {}
-    for name in sorted(set(names)):
-        padded = (name + " " * spaces for spaces in range(10 * COLORS))
-        found[name] = next((text for text in padded if _color(text) not in taken), name)
-        taken.add(_color(found[name]))
-    return found
-
-
-def _color(value: str) -> int:
-    """Number in the palette of the group of a tag's value, by the page's hash (Fletcher's checksum)."""
-    low = high = 0
-    for character in f"tag.{CURVE}.{value}":
-        low = (low + ord(character)) % 255
-        high = (high + low) % 255
-    return (low | high << 8) % COLORS
-
-
-def _state(chosen: str, axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
+def _state(parent: str, axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
     """The runs page: which runs, how grouped, and its charts; what is left out keeps MLflow's own setting."""
     kinds = ("grid", "annealed")
     section = {"isReordered": True, "deleted": False, "isGenerated": False}
     others = ("Model metrics", *kinds, "System metrics")  # MLflow's own charts, one for each metric, lie there
     return {
-        "searchFilter": chosen,
+        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}' AND tags.purpose = 'test'",
         # Not by date: MLflow then adds the parents, as a group of their own.
         "orderByKey": "tags.`mlflow.runName`",
         "orderByAsc": True,
@@ -151,13 +134,9 @@ def _chart(kind: str, axis: str, loss: tuple[float, float] | None) -> dict[str, 
     }
 
 
-def _loss_range(
-    client: "MlflowClient", one_each: "Sequence[Run]", trials: "Sequence[Run]"
-) -> tuple[float, float] | None:
+def _loss_range(summaries: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
     """From below the best loss to above the worst after the steep start; MLflow's own scale starts at 0."""
-    curves = [client.get_metric_history(trial.info.run_id, "grid/val_loss") for trial in one_each]
-    losses = [p.value for curve in curves for p in curve if p.step >= SETTLED * max(point.step for point in curve)]
-    losses += [t.data.metrics[key] for t in trials for key in ("grid/val_loss", "val_loss") if key in t.data.metrics]
-    losses = [loss for loss in losses if math.isfinite(loss)]
+    points = [point for summary in summaries for point in summary["val_curve"] if point["budget_fraction"] >= SETTLED]
+    losses = [point["val_loss"] for point in points if math.isfinite(point["val_loss"])]
     margin = 0.05 * (max(losses) - min(losses)) if losses else 0
     return (round(min(losses) - margin, 4), round(max(losses) + margin, 4)) if margin > 0 else None

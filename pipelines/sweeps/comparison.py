@@ -11,7 +11,7 @@ from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
-from esper.pipelines.sweeps.chart_view import share_view
+from esper.pipelines.sweeps.chart_view import curve_names, share_view
 from esper.pipelines.sweeps.log import CLOSE_SECONDS, SYNC_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepArguments, SweepPlan
 from esper.pipelines.sweeps.stages import STAGES, PointStages, Settled
@@ -69,16 +69,16 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
         parent = folder.track({"kind": "sweep", "data": data, **provenance()}, system_metrics=True)
         with parent:
             try:
-                failures = Sweep(folder, plan, inputs, parent, signals.check).run()
+                summaries, failures = Sweep(folder, plan, inputs, parent, signals.check).run()
             except Stopped as stopped:
                 parent.close("KILLED", CLOSE_SECONDS)
                 how = f"stopped, with nothing lost; go on with: esper sweep --resume {folder.out}"
                 raise Stopped(stopped.number, str(stopped) or how) from None
-        report(folder, parent)
+        report(folder, parent, summaries)
     return 1 if failures else 0
 
 
-def report(folder: RunFolder, parent: Tracker) -> None:
+def report(folder: RunFolder, parent: Tracker, summaries: Sequence[Mapping[str, Any]]) -> None:
     """Write the report, and say where everything is."""
     say(f"results: {folder.out / 'summary.json'}")
     if parent.run_id is None:
@@ -90,7 +90,7 @@ def report(folder: RunFolder, parent: Tracker) -> None:
         say(f"no report: {error}")
     else:
         say(f"report:  {folder.out / 'report' / 'report.html'}")
-    say(f"compare: {share_view(parent, folder.spec.budget.axis) or parent.where}")
+    say(f"compare: {share_view(parent, folder.spec.budget.axis, summaries) or parent.where}")
 
 
 class Sweep:
@@ -102,17 +102,18 @@ class Sweep:
         self._folder, self._plan, self._parent, self._check = folder, plan, parent, check
         storage = folder.spec.fleet.storage
         self._saves = str(folder.out / "saves") if storage is None else below(storage, folder.key)
-        self._log = SweepLog(folder, parent, CheckpointStore(self._saves), check)
-        self._trials: dict[str, Trial] = {}
         path, points = folder.out / STATE, plan.points(folder.spec)
+        curves = curve_names(point.row(arm) for point in points for arm in plan.arms)
+        self._log = SweepLog(folder, parent, CheckpointStore(self._saves), curves, check)
+        self._trials: dict[str, Trial] = {}
         before = read_json(path, str(path), "the state of a sweep")["settled"] if path.exists() else [{}] * len(points)
         self._points = [
             PointStages(plan, point, Settled.checked(settled, str(path)), inputs, self._log, self._train)
             for point, settled in zip(points, before, strict=True)
         ]
 
-    def run(self) -> int:
-        """Everything that is missing; how many trials failed."""
+    def run(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Run everything that is missing; returns the summaries of the test runs, and why a trial has none by name."""
         out = self._folder.out
         self._parent.artifact(out / "spec.json")
         seconds = CLOSE_SECONDS  # where the sweep is stopped
@@ -124,7 +125,7 @@ class Sweep:
             self._keep()
         tests = [trial for trial in self._trials.values() if trial.purpose == "test"]
         found = [(trial, self._log.summary(trial)) for trial in tests]
-        summaries = [{**summary, "arm": trial.row} for trial, summary in found if summary is not None]
+        summaries = [{**summary, "arm": trial.point.row(trial.arm)} for trial, summary in found if summary is not None]
         write_json(out / "summary.json", summaries)
         self._parent.artifact(out / "summary.json")
         if summaries:
@@ -134,7 +135,7 @@ class Sweep:
             say(f"failed  {name}: {why}")
         if not sent:
             say(f"MLflow has not had everything: send the rest with: esper sweep --resume {out}")
-        return len(failures)
+        return summaries, failures
 
     def _walk(self) -> None:
         """All points' batches, those of one stage together."""
@@ -201,11 +202,9 @@ def arm_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     """A row per arm: means over its seeds, the loss with its sample standard deviation where there are several."""
     runs: Any = pd.DataFrame(summaries).assign(grafts=lambda frame: frame["grafts"].map(len))
     by_arm, whole = runs.groupby("arm", sort=False), "{:,.0f}"
-    styles = {"val_loss": "{:.4f}", "± sd": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole}
-    styles |= {"parameter_seconds": whole, "tokens": whole, "grafts": "{:.1f}", "diverged": "{:.0%}"}
-    table = by_arm[[key for key in styles if key in runs]].mean()
-    table.insert(1, "± sd", by_arm["val_loss"].std())
-    for key, style in styles.items():
-        table[key] = table[key].map(style.format, na_action="ignore").fillna("")
+    styles = {"val_loss": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole, "parameter_seconds": whole}
+    styles |= {"tokens": whole, "grafts": "{:.1f}"} | ({"diverged": "{:.0%}"} if runs["diverged"].any() else {})
+    table = pd.DataFrame({key: by_arm[key].mean().map(style.format) for key, style in styles.items()})
+    table.insert(1, "± sd", by_arm["val_loss"].std().map("{:.4f}".format, na_action="ignore").fillna(""))
     table.insert(0, "seeds", by_arm.size())
-    return table.rename_axis(None).drop(columns=[] if runs["diverged"].any() else ["diverged"]).to_string()
+    return table.rename_axis(None).to_string()

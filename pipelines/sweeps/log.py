@@ -5,7 +5,7 @@ at its end `summary.json`, which makes it done.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +15,7 @@ from ray import tune
 
 from esper.pipelines.common.play import metrics, unplayed
 from esper.pipelines.common.run_folder import RunFolder
+from esper.pipelines.sweeps.chart_view import CURVE
 from esper.pipelines.sweeps.trials import Trial
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import Eta, counted, say
@@ -31,12 +32,23 @@ SYNC_SECONDS = 60.0  # that it has for it once all have ended
 
 
 class SweepLog(tune.Callback):
-    """The driver's side of all trials: children of the sweep's run, whose checkpoints lie in `store`."""
+    """The driver's side of all trials: children of the sweep's run, whose checkpoints lie in `store`.
 
-    def __init__(self, folder: RunFolder, parent: Tracker, store: CheckpointStore, check: Callable[[], None]) -> None:
+    `curves` names the chart's curves by row; what `check` raises, which is called often, ends the sweep.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        parent: Tracker,
+        store: CheckpointStore,
+        curves: Mapping[str, str],
+        check: Callable[[], None],
+    ) -> None:
         self.out = folder.out
         self.failures: dict[str, str] = {}
         self._folder, self._parent, self._store, self._check = folder, parent, store, check
+        self._curve_names = curves
         self._trials: dict[str, Trial] = {}
         self._fractions: dict[str, float] = {}
         self._open: dict[str, Tracker] = {}
@@ -158,7 +170,7 @@ class SweepLog(tune.Callback):
             self.folder(trial),
             self._folder.experiment,
             trial.name,
-            tags=trial.tags(),
+            tags=trial.tags() | {CURVE: self._curve_names.get(trial.point.row(trial.arm), "")},
             params=trial.spec.model_dump(mode="json"),
             parent=self._parent,
             key=f"{self._folder.key}/{trial.name}",

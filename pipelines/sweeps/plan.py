@@ -79,6 +79,10 @@ class Point:
         """As MLflow's tag has it."""
         return json.dumps(self.values, sort_keys=True)
 
+    def row(self, arm: Arm) -> str:
+        """An arm's row in a table of all points."""
+        return f"{arm.label} {self.grid}" if self.several else arm.label
+
     def __str__(self) -> str:
         return f"{self.grid}: " if self.values else ""
 

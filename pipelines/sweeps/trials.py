@@ -42,11 +42,6 @@ class Trial:
         parts = [self.arm.label.replace(":", ".of."), self.note, f"seed{self.seed}"]
         return "-".join(filter(None, [*parts, f"point{self.point.index}" if self.point.several else ""]))
 
-    @property
-    def row(self) -> str:
-        """Of a table of all grid points."""
-        return f"{self.arm.label} {self.point.grid}" if self.point.several else self.arm.label
-
     def tags(self) -> dict[str, Any]:
         """What MLflow's UI filters and groups by."""
         arm, spec = self.arm, self.spec

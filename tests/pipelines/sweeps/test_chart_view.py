@@ -22,6 +22,10 @@ from tests.mlflow_servers import MlflowServer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LABELS = ["gradual", "lag", "onejump", "random:tamiyo", "static-1", "static-2", "static_final:tamiyo", "tamiyo"]
+CURVES = curve_names(LABELS)
+SUMMARIES = [
+    {"val_curve": [{"budget_fraction": k / 20, "val_loss": 1.3 + 2 * math.exp(-5 * k / 20)} for k in range(21)]}
+]
 BUDGET, DECISIONS = 1e6, 20
 
 # Of each chart on the page: what its axis is called, its lines as x, the colours of its bands, and its legend's text.
@@ -44,7 +48,7 @@ def trial(
 ) -> None:
     """A run as a sweep logs it, with less in it; each value in `grid` adds to its losses."""
     tags = {"kind": "trial", "label": label, "seed": str(seed), "purpose": purpose, "mlflow.parentRunId": parent}
-    tags |= {"grid": grid}
+    tags |= {"grid": grid, CURVE: CURVES[label]}
     run = client.create_run(experiment, tags=tags, run_name=f"{label}-seed{seed}-{purpose}")
     now, metrics = milliseconds(), []
     for k in range(DECISIONS + 1):
@@ -85,7 +89,7 @@ def test_the_link_opens_loss_against_cost_by_label(
     assert len({_color(label) for label in LABELS}) < len(LABELS)  # without care two arms would have one colour
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     with sweep(tmp_path, server.uri, "another"), sweep(tmp_path, server.uri, "this") as parent:
-        url = share_view(parent)
+        url = share_view(parent, "parameter_seconds", SUMMARIES)
     assert url
     assert url.startswith(server.uri)
     with sync_playwright() as playwright:
@@ -112,39 +116,30 @@ def test_the_link_opens_loss_against_cost_by_label(
     assert all(line == [BUDGET * k / DECISIONS for k in range(DECISIONS + 1)] for line in curve["lines"])
     low, high = curve["range"]
     assert 1 < low < 1.35
-    assert 2.5 < high < 3.2
+    assert 2.5 < high < 2.7
 
 
 def test_once_more_replaces_the_view(server: MlflowServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     with start(tmp_path, "esper-twice") as parent:  # no trial has ended yet
-        first, second = share_view(parent, "flops"), share_view(parent, "flops")
+        first, second = share_view(parent, "flops", []), share_view(parent, "flops", [])
     assert first == second
     group = MlflowClient(server.uri).get_experiment_by_name("esper-twice")
     assert group
     assert [tag for tag in group.tags if tag.startswith(TAG)] == [f"{TAG}{parent.run_id}"]
 
 
-def test_grid_points_are_curves_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    client = MlflowClient(uri)
-    with start(tmp_path, "esper-grid") as parent:
-        assert parent.run_id
-        assert parent.experiment_id
-        for added in (0, 5):
-            trial(client, parent.experiment_id, parent.run_id, "onejump", 0, "test", grid=json.dumps({"added": added}))
-        view = share_view(parent)
-    command = f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1"
+def test_a_file_needs_a_command_first_and_the_scale_is_of_what_comes_after_the_start(store: str, tmp_path: Path):
+    with start(tmp_path, "esper-file") as parent:
+        view = share_view(parent, "parameter_seconds", SUMMARIES)
+    command = f"mlflow ui --backend-store-uri {store} --host 127.0.0.1"
     page = f"http://127.0.0.1:5000/#/experiments/{parent.experiment_id}/runs"
     assert view == f"start `{command}`, then open {page}?viewStateShareKey={parent.run_id}&compareRunsMode=CHART"
-    runs = client.search_runs([parent.experiment_id], "tags.purpose = 'test'")
-    assert {run.data.tags[CURVE].strip() for run in runs} == {'onejump {"added": 0}', 'onejump {"added": 5}'}
-    packed = json.loads(client.get_experiment(parent.experiment_id).tags[TAG + parent.run_id])["state"]
+    packed = json.loads(MlflowClient(store).get_experiment(parent.experiment_id).tags[f"{TAG}{parent.run_id}"])["state"]
     state = json.loads(zlib.decompress(base64.b64decode(packed.removeprefix("deflate;"))))
     scale = state["compareRunCharts"][0]["range"]
-    assert scale["yMin"] < 1.4  # the lower point's end
-    assert scale["yMax"] > 7  # the higher one's start, but for its steepest
+    assert 1.2 < scale["yMin"] < 1.32
+    assert 2.5 < scale["yMax"] < 2.7
 
 
 def test_more_curves_than_colours_share_them():
@@ -159,7 +154,7 @@ def test_another_mlflow_gets_no_tag_but_the_clicks(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setattr(chart_view, "TESTED", "99.")
     with start(tmp_path, "esper-other") as parent:
-        view = share_view(parent, "flops")
+        view = share_view(parent, "flops", [])
     page = f"{server.uri}/#/experiments/{parent.experiment_id}/runs"
     assert view == f"{page} (choose the chart view, then in its gear X-axis, Metric, flops)"
 
@@ -167,4 +162,4 @@ def test_another_mlflow_gets_no_tag_but_the_clicks(
 def test_no_server_no_link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with start(tmp_path, "esper-chart") as parent:
-        assert share_view(parent) is None
+        assert share_view(parent, "parameter_seconds", SUMMARIES) is None
