@@ -205,6 +205,6 @@ def arm_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     styles = {"val_loss": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole, "parameter_seconds": whole}
     styles |= {"tokens": whole, "grafts": "{:.1f}"} | ({"diverged": "{:.0%}"} if runs["diverged"].any() else {})
     table = pd.DataFrame({key: by_arm[key].mean().map(style.format) for key, style in styles.items()})
-    table.insert(1, "± sd", by_arm["val_loss"].std().map("{:.4f}".format, na_action="ignore").fillna(""))
+    table.insert(1, "± sd", [f"{sd:.4f}" if sd == sd else "" for sd in by_arm["val_loss"].std()])
     table.insert(0, "seeds", by_arm.size())
     return table.rename_axis(None).to_string()
