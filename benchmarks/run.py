@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +104,8 @@ def bench_growth() -> None:
             seed.probation = seed.fuse_age = 10**9
         born = Trainer(spec, data, blueprints, 0, Instance())
         shape = young.host.shape
-        born._take(TransformerHost(replace(young.host.config, n_layer=shape.depth(), layers=shape.layers)))
+        spec_born = spec.host.model_copy(update={"n_layer": shape.depth(), "layers": shape.layers})
+        born.take(TransformerHost(spec_born, shape.vocab_size))
         for stage, grown in (("fused", fused), ("on probation", young)):
             ratios = paired(lambda grown=grown: grown.step(1e-4), lambda born=born: born.step(1e-4), steps)
             grown.forget()

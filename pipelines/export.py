@@ -60,7 +60,7 @@ def run(arguments: ExportArguments) -> None:
     values, tensors = CheckpointStore(arguments.run / CHECKPOINTS).load(RUN)
     host = host_of(values, tensors)
     try:
-        step, fingerprint = int(values["books"]["ledger"]["steps"]), str(values["data"])
+        step, fingerprint = int(values["episode"]["ledger"]["steps"]), str(values["data"])
     except (LookupError, TypeError, ValueError):
         raise UserError(f"the checkpoint in {arguments.run} does not say how far it is: name another run.") from None
     say(f"run     {arguments.run}, at optimizer step {step:,}")

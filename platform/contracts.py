@@ -105,10 +105,6 @@ class HostProtocol(Protocol):
         """The shape now: frozen and hashable."""
         ...
 
-    def injection_specs(self) -> tuple[InjectionSpec, ...]:
-        """The sites, from input to output."""
-        ...
-
     def parameters(self) -> Iterator[Any]:
         """Every parameter, once."""
         ...
@@ -122,7 +118,7 @@ class HostProtocol(Protocol):
         ...
 
     def part(self, name: str) -> Any:
-        """The module of an inserted part; `KeyError` when it is gone."""
+        """The module of an inserted part; None when it is gone."""
         ...
 
     def remove(self, name: str) -> list[Any]:

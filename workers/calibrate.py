@@ -52,7 +52,7 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[Clock
         if i % 10 == 9:
             say(f"calibrate: {i + 1} of {steps + BURN_IN} rounds over {len(trainers)} shapes")
     wall = np.median(times[BURN_IN:], axis=0)
-    flops = batch_tokens(spec) * np.array([trainer.host.flops_per_token() for trainer in trainers], float)
+    flops = batch_tokens(spec) * np.array([trainer.host.shape.flops_per_token() for trainer in trainers], float)
     design = np.stack([np.ones(len(shapes)), [n for n, _ in shapes], flops], axis=1)
     scale = (design / wall[:, None]).max(axis=0)
     base, layer, flop = nnls(design / wall[:, None] / scale, np.ones(len(shapes)))[0] / scale
@@ -75,7 +75,7 @@ def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float
     grown, plain, gated = (_born(spec, data) for _ in range(3))
     grafts = [
         _timed(grown, lambda site=site, name=name: grown.kasmina.graft(site.id, name))
-        for site in grown.host.injection_specs()
+        for site in grown.host.shape.injection_specs()
         for name in site.blueprints
         if blueprints[name].units
     ]
@@ -83,7 +83,7 @@ def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float
     born = _born(spec, data, n_head=layer.heads, head_dim=head_dim, mlp_width=layer.width)
     split = _paired_steps(grown, born, steps)
     fuses = [_timed(grown, lambda seed=seed: grown.kasmina.fuse(seed)) for seed in grown.kasmina.seeds]
-    for site in gated.host.injection_specs():
+    for site in gated.host.shape.injection_specs():
         if site.kind == "post_ffn":
             gated.kasmina.graft(site.id, "expert")
     extra = median(first - second for first, second in _paired_steps(gated, plain, steps))
@@ -91,7 +91,7 @@ def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float
         "split_factor": max(1.0, median(first / second for first, second in split)),
         "graft_seconds": median(grafts),
         "fuse_seconds": median(fuses),
-        "expert_seconds": max(0.0, extra / gated.host.experts()),
+        "expert_seconds": max(0.0, extra / gated.host.shape.experts()),
     }
 
 

@@ -1,12 +1,12 @@
 """Candidates: every action possible at a shape, with the shape it leads to, from the blueprint registry alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 from esper.platform.contracts import HostShape
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import WAIT, Candidate, TelemetrySpace
-from esper.workers.kasmina.registry import Blueprint, make_blueprints
+from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
 from esper.workers.tolaria.hosts import start_shape
 
 
@@ -27,28 +27,7 @@ class Option:
     after: HostShape | None
 
 
-class Options(tuple[Option, ...]):
-    """Every candidate at a shape. Equal only to itself: what is kept by it is then found in no time."""
-
-    __slots__ = ()
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-@dataclass(frozen=True)
-class Planted:
-    """A seed on a host, as far as its blueprint has to know it (`kasmina.registry.PlantedSeed`)."""
-
-    site: str
-    blueprint: str
-    units: int
-    part: str
-
-
-@lru_cache(maxsize=512)
-def options(shape: HostShape, blueprints: tuple[Blueprint, ...], newest: tuple[Planted, ...] = ()) -> Options:
+def options(shape: HostShape, blueprints: Iterable[Blueprint], newest: Iterable[Planted] = ()) -> tuple[Option, ...]:
     """WAIT, then for each site from input to output each blueprint in use that it accepts, and its newest seed's end.
 
     Args:
@@ -60,16 +39,16 @@ def options(shape: HostShape, blueprints: tuple[Blueprint, ...], newest: tuple[P
     seeds = {seed.site: seed for seed in newest}
     by_name = {blueprint.name: blueprint for blueprint in blueprints}
     for i, site in enumerate(shape.injection_specs()):
-        for blueprint in blueprints:
-            if blueprint.name in site.blueprints:
+        for name, blueprint in by_name.items():
+            if name in site.blueprints:
                 after = blueprint.resized(shape, site.id) if blueprint.allowed(shape, site.id) else None
-                found.append(Option(Candidate("graft", site.id, blueprint.name), i, blueprint.adds, after))
+                found.append(Option(Candidate("graft", site.id, name), i, blueprint.adds, after))
         seed = seeds.get(site.id)
         if seed is not None:
             blueprint = by_name[seed.blueprint]
-            after = blueprint.pruned(shape, seed)
-            found.append(Option(Candidate("prune", site.id, seed.blueprint), i, blueprint.adds, after))
-    return Options(found)
+            candidate = Candidate("prune", site.id, seed.blueprint)
+            found.append(Option(candidate, i, blueprint.adds, blueprint.pruned(shape, seed)))
+    return tuple(found)
 
 
 def within_caps(shape: HostShape, max_layers: int, max_parameters: int | None) -> bool:
@@ -78,11 +57,8 @@ def within_caps(shape: HostShape, max_layers: int, max_parameters: int | None) -
 
 
 def telemetry_space(spec: RunSpec) -> TelemetrySpace:
-    """The fixed sizes of a spec's telemetry: those of its deepest shape, a prune row for each site included.
-
-    The vocabulary changes no count, so none is needed.
-    """
-    blueprints = tuple(make_blueprints(spec.growth.blueprints).values())
-    deepest = start_shape(spec, vocab_size=1).deepened(spec.growth.max_layers)
+    """The fixed sizes of a spec's telemetry: those of its deepest shape, a prune row for each site included."""
+    blueprints = make_blueprints(spec.growth.blueprints).values()
+    deepest = start_shape(spec, vocab_size=1).deepened(spec.growth.max_layers)  # the vocabulary changes no count
     sites = len(deepest.injection_specs())
     return TelemetrySpace(sites=sites, candidates=len(options(deepest, blueprints)) + sites)

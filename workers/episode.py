@@ -1,13 +1,13 @@
 """An episode: one host's training run, decision by decision, whatever does the training.
 
 `Episode` keeps the ledger, the decision clock, the reward and the records, and leaves to what trains: starting, growing
-and pruning, training to a reading, evaluating and measuring. `GrowthRun` does them with torch on text,
-`SurrogateRun` by a formula.
+and pruning, training to a reading, evaluating and measuring. `GrowthRun` does them with torch on text, `SurrogateRun`
+by a formula.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from esper.platform.budget import DecisionClock
@@ -16,11 +16,11 @@ from esper.platform.errors import UserError
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
-from esper.workers.candidates import Options, Planted, options, telemetry_space
-from esper.workers.kasmina.registry import make_blueprints
-from esper.workers.observe import Measured, Moment, Priced, Pricing, batch_tokens, lay_out, observe
+from esper.workers.kasmina.registry import Planted
+from esper.workers.observe import Layout, Measured, Observer, Standing
+from esper.workers.records import Change, EpisodeState, Graft, Point, Rollback
 
-RECORDS = ("curve", "grafts", "prunes", "rollbacks", "annealed", "failure")
+AXES = ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")  # in a point of the curve
 
 
 class Episode(ABC):
@@ -29,35 +29,42 @@ class Episode(ABC):
     Attributes:
         spec: what the run is.
         ledger: what it has used so far.
+        loss: at the last decision, nats per token.
         curve: a point per decision, the first at budget fraction 0 (`summary.json`'s `val_curve`).
         telemetry: the last observation.
-        grafts: a record per graft (`summary.json`'s `grafts`); its `outcome` is null, kept, rolled back or pruned.
+        sequence: its number.
+        grafts: a record per graft.
         prunes: a record per prune.
         rollbacks: a record per fault that the governor undid.
         annealed: a point per cooldown: the loss that a run of that budget would have ended at.
         failure: why the run was given up; None while it goes on.
+        grafted: (boundaries passed, site) of each graft.
+        lockout: (site, blueprint, boundaries passed when it may come again) of grafts rolled back.
+        paid: parameter-seconds that a reward has charged the rent of.
+        unfinished: whether a slice is under way: `finish` is then what comes next, not `step`.
     """
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
-        self.space = telemetry_space(spec)
-        self.blueprints = make_blueprints(spec.growth.blueprints)
-        self._pricing = Pricing.of(spec, self.space)
-        self.ledger = Ledger()
+        self.observer = Observer(spec)
+        self.space, self.blueprints = self.observer.space, self.observer.blueprints
+        self.telemetry: Telemetry
         self._clear()
 
     def _clear(self) -> None:
-        self.curve: list[dict[str, float]] = []
-        self.grafts: list[dict[str, Any]] = []
-        self.prunes: list[dict[str, Any]] = []
-        self.rollbacks: list[dict[str, Any]] = []
-        self.annealed: list[dict[str, float | None]] = []
+        self.ledger = Ledger()
+        self.loss = math.inf
+        self.curve: list[Point] = []
+        self.grafts: list[Graft] = []
+        self.prunes: list[Change] = []
+        self.rollbacks: list[Rollback] = []
+        self.annealed: list[Point] = []
         self.failure: str | None = None
-        self._grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
-        self._lockout: dict[tuple[str, str], int] = {}  # (site, blueprint) → boundaries passed when it may come again
-        self._slice: tuple[float, float] | None = None  # loss and parameter-seconds at the start of a slice under way
-        self._sequence = 0
-        self._last: Priced | None = None
+        self.grafted: list[tuple[int, str]] = []
+        self.lockout: list[tuple[str, str, int]] = []
+        self.unfinished = False
+        self.paid = 0.0
+        self.sequence = 0
 
     # -- What trains ---------------------------------------------------------------------------------------------
 
@@ -70,16 +77,12 @@ class Episode(ABC):
         """The host's shape now."""
 
     @abstractmethod
-    def _graft(self, site: str, blueprint: str) -> None:
-        """Grow, and charge the ledger."""
+    def _change(self, candidate: Candidate) -> None:
+        """Grow, or take a site's newest seed out, and charge the ledger; WAIT changes nothing."""
 
     @abstractmethod
-    def _prune(self, seed: Planted) -> None:
-        """Take a site's newest seed out, and charge the ledger."""
-
-    @abstractmethod
-    def _newest(self) -> tuple[Planted, ...]:
-        """The newest seed of each site that has one."""
+    def _planted(self) -> dict[int, Planted]:
+        """The seeds that are there, by their graft's number, in the order of their grafts."""
 
     @abstractmethod
     def _train(self, boundary: float) -> float:
@@ -114,12 +117,9 @@ class Episode(ABC):
         return self._observe()
 
     def _begin(self, instance: Instance, seed: int) -> None:
-        """A new host and empty books."""
-        self.instance = instance
-        self.seed = seed
-        self.ledger = Ledger()
-        budget = self.spec.budget
-        self.clock = DecisionClock(budget.amount * self.instance.budget, budget.decisions)
+        """A new host and empty records."""
+        self.instance, self.seed = instance, seed
+        self.clock = DecisionClock(self.spec.budget.amount * instance.budget, self.spec.budget.decisions)
         self._clear()
         self._start()
         self._start_shape = self._shape()
@@ -132,15 +132,10 @@ class Episode(ABC):
             UserError: the action answers an older observation or is not legal; nothing has been changed then.
         """
         candidate = self._accept(action)
-        self._slice = self.loss, self.ledger.parameter_seconds
+        self.unfinished = True
         if candidate.operation != "wait":
             self._apply(candidate, action.reason)
         return self.finish()
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether a slice is under way: `finish` is then what comes next, not `step`."""
-        return self._slice is not None
 
     @property
     def ended(self) -> bool:
@@ -149,22 +144,25 @@ class Episode(ABC):
 
     def finish(self) -> Transition:
         """Train to the next decision: the rest of a `step` that was interrupted."""
-        assert self._slice is not None
-        loss_before, cost_before = self._slice
+        for change in (*self.grafts[-1:], *self.prunes[-1:]):
+            if change.decision == self.sequence and change.val_loss_after is None:
+                change.val_loss_after = _finite(self._evaluate())
+        loss_before = self.loss
         self.loss = self._train(self.clock.boundary)
         self.clock.advance(self.reading())
-        self._sequence += 1
-        rented = self.ledger.parameter_seconds - cost_before
+        self.sequence += 1
+        rented, self.paid = self.ledger.parameter_seconds - self.paid, self.ledger.parameter_seconds
         if self.failure is not None:  # the rent that the run does not pay is charged
-            rented += self._unpaid()
-        self._slice = None
+            rented += self._cost_of(max(0.0, self.clock.amount - self.reading()))
+        self.unfinished = False
+        for graft in self.grafts if self.ended else ():
+            graft.outcome = graft.outcome or "on probation"
         telemetry = self._observe()
         reward = (loss_before - self.loss) - self.spec.reward.rent * rented / self.reference
-        terminated = self.ended
         info: dict[str, Any] = {"point": self.curve[-1]}
-        if terminated:
+        if self.ended:
             info["summary"] = self.summary()
-        return Transition(telemetry, reward, terminated, info=info)
+        return Transition(telemetry, reward, self.ended, info=info)
 
     def summary(self) -> dict[str, Any]:
         """Where the run stands: final loss, sizes, every ledger axis, curve and grafts, as plain JSON values."""
@@ -183,43 +181,30 @@ class Episode(ABC):
             **self.ledger.as_dict(),
             "clock": self.spec.clock.kind,
             "budget": {"axis": self.spec.budget.axis, "amount": self.clock.amount},
-            "decisions": self._sequence,
-            "grafts": list(self.grafts),
-            "prunes": list(self.prunes),
-            "rollbacks": list(self.rollbacks),
+            "decisions": self.sequence,
+            "grafts": [asdict(graft) for graft in self.grafts],
+            "prunes": [asdict(prune) for prune in self.prunes],
+            "rollbacks": [asdict(rollback) for rollback in self.rollbacks],
             "annealed": list(self.annealed),
             "val_curve": list(self.curve),
         }
 
-    # -- Saving --------------------------------------------------------------------------------------------------
+    def _episode_state(self) -> EpisodeState:
+        values = {name: getattr(self, name) for name in EpisodeState.model_fields if name != "passed"}
+        return EpisodeState(passed=self.clock.passed, **values)
 
-    def books(self) -> dict[str, Any]:
-        """Everything but what trains, as JSON values."""
-        return {
-            "spec": self.spec.model_dump(mode="json"),
-            "instance": self.instance.model_dump(mode="json"),
-            "seed": self.seed,
-            "ledger": self.ledger.as_dict(),
-            "passed": self.clock.passed,
-            "loss": self.loss,
-            **{name: getattr(self, name) for name in RECORDS},
-            "grafted": self._grafted,
-            "lockout": [[*key, until] for key, until in self._lockout.items()],
-            "slice": self._slice,
-            "sequence": self._sequence,
-        }
+    def _load_episode(self, state: EpisodeState) -> None:
+        """Begin the episode that `_episode_state` told of, and take over all but what trains.
 
-    def _load_books(self, books: dict[str, Any]) -> None:
-        """Take over what `books` gave, of an episode of this spec that has just begun with that instance and seed."""
-        self.ledger = Ledger(**books["ledger"])
-        self.clock.passed = books["passed"]
-        self.loss = books["loss"]
-        for name in RECORDS:
-            setattr(self, name, books[name])
-        self._grafted = [(passed, site) for passed, site in books["grafted"]]
-        self._lockout = {(site, blueprint): until for site, blueprint, until in books["lockout"]}
-        self._slice = books["slice"] and tuple(books["slice"])
-        self._sequence = books["sequence"]
+        Raises:
+            UserError: it is of another spec.
+        """
+        if state.spec != self.spec:
+            raise UserError("the checkpoint is of a run of another spec: go on with the spec that it was saved with.")
+        self._begin(state.instance, state.seed)
+        for name in set(EpisodeState.model_fields) - {"spec", "passed"}:
+            setattr(self, name, getattr(state, name))
+        self.clock.passed = state.passed
 
     # -- Where it stands -----------------------------------------------------------------------------------------
 
@@ -233,23 +218,20 @@ class Episode(ABC):
 
     def expected_seconds(self) -> float:
         """Seconds that the next decision should take at the size now, by the clock's formula; 0 once ended."""
-        clock, tokens, split = self.spec.clock, batch_tokens(self.spec), self._split()
-        left = max(0.0, self.clock.boundary - self.reading()) if not self.ended else 0.0
-        steps = left / clock.axis_per_step(self.spec.budget.axis, self._shape(), tokens, split=split)
-        return steps * clock.step_seconds(self._shape(), tokens, split=split)
+        layout, left = self._layout(), max(0.0, self.clock.boundary - self.reading())
+        return 0.0 if self.ended else left / float(layout.axis_per_step[0]) * layout.step_seconds
 
-    def options(self) -> Options:
-        """Every candidate at the shape now."""
-        return options(self._shape(), tuple(self.blueprints.values()), self._newest())
-
-    # -- Helpers -------------------------------------------------------------------------------------------------
+    def _layout(self) -> Layout:
+        """The candidates at the shape now, and what they cost."""
+        newest = {seed.site: seed for seed in self._planted().values()}
+        return self.observer.layout(self._shape(), tuple(newest.values()), self._split(), self._start_shape)
 
     def _accept(self, action: GraftAction) -> Candidate:
         if self.ended:
             raise UserError("the episode has ended: call reset before step.")
-        if action.sequence != self._sequence:
+        if action.sequence != self.sequence:
             raise UserError(
-                f"the action answers observation {action.sequence}, but the last one is {self._sequence}: "
+                f"the action answers observation {action.sequence}, but the last one is {self.sequence}: "
                 "a late reply is refused."
             )
         if not (0 <= action.index < len(self.telemetry.actions) and self.telemetry.mask[action.index]):
@@ -258,42 +240,26 @@ class Episode(ABC):
         return self.telemetry.actions[action.index]
 
     def _apply(self, candidate: Candidate, reason: str) -> None:
-        record: dict[str, Any] = {
+        before, there = self._shape().parameters_count(), self._planted()
+        values: dict[str, Any] = {
             "budget_fraction": self.fraction(),
-            "decision": self._sequence,
+            "decision": self.sequence,
             "optimizer_step": self.ledger.steps,
             "site": candidate.site,
             "blueprint": candidate.blueprint,
-            "parameters_before": self._shape().parameters_count(),
+            "parameters_before": before,
             "val_loss_before": self.loss,
             "reason": reason,
         }
         self._change(candidate)
-        record |= {"parameters_after": self._shape().parameters_count(), "val_loss_after": self._evaluate()}
+        values["parameters_after"] = self._shape().parameters_count()
         if candidate.operation == "graft":
-            self._grafted.append((self.clock.passed, candidate.site or ""))
-            self.grafts.append(record | {"outcome": None})
+            self.grafted.append((self.clock.passed, candidate.site or ""))
+            self.grafts.append(Graft(**values))
         else:
-            self._settle(candidate.site, "pruned")
-            self.prunes.append(record)
-
-    def _change(self, candidate: Candidate) -> None:
-        """Change the host; WAIT changes nothing."""
-        if candidate.operation == "graft":
-            self._graft(candidate.site or "", candidate.blueprint or "")
-        elif candidate.operation == "prune":
-            self._prune(next(seed for seed in self._newest() if seed.site == candidate.site))
-
-    def _settle(self, site: str | None, outcome: str | None, of: Sequence[str | None] = (None, "kept")) -> None:
-        """Note what became of the newest graft at a site; of those still there, unless others are meant."""
-        for record in reversed(self.grafts):
-            if record["site"] == site and record["outcome"] in of:
-                record["outcome"] = outcome
-                return
-
-    def _cool(self, site: str, blueprint: str) -> None:
-        """Allow no such graft for a while."""
-        self._lockout[site, blueprint] = self.clock.passed + 1 + self.spec.growth.lockout_decisions
+            self.prunes.append(Change(**values))
+            for number in there.keys() - self._planted().keys():  # the seed, and those inside it
+                self.grafts[number].outcome = "pruned"
 
     def _observe(self) -> Telemetry:
         """Note the point reached, and make the observation there."""
@@ -301,46 +267,29 @@ class Episode(ABC):
         self.telemetry = self._look()
         return self.telemetry
 
-    def _point(self) -> dict[str, float]:
+    def _point(self) -> Point:
         """Budget fraction, ledger axes, size and loss now."""
-        axes = ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")
-        return {
-            "budget_fraction": self.fraction(),
-            **{axis: getattr(self.ledger, axis) for axis in axes},
-            "parameters": self._priced().layout.parameters,
-            "val_loss": self.loss,
-        }
+        axes = {axis: getattr(self.ledger, axis) for axis in AXES}
+        parameters = self._layout().parameters
+        return {"budget_fraction": self.fraction(), **axes, "parameters": parameters, "val_loss": self.loss}
 
     def _look(self) -> Telemetry:
-        fraction = self.fraction()
         outcomes = {"kept": 1.0, "rolled back": -1.0}
-        moment = Moment(
-            sequence=self._sequence,
+        now = Standing(
+            sequence=self.sequence,
             decision=self.clock.passed,
             decisions=self.clock.decisions,
-            budget_used=fraction,
-            decaying=fraction >= self.spec.optimizer.decay_from,
+            budget=self.clock.amount,
+            budget_used=self.fraction(),
             tokens=self.ledger.tokens,
             vocab_size=self._vocab_size(),
             losses=self._seen(),
-            grafts=self._grafted,
-            outcome=outcomes.get(self.grafts[-1]["outcome"]) if self.grafts else None,
-            lockout={key for key, until in self._lockout.items() if self.clock.passed < until},
+            grafts=self.grafted,
+            outcome=outcomes.get(self.grafts[-1].outcome or "") if self.grafts else None,
+            lockout={(site, blueprint) for site, blueprint, until in self.lockout if self.clock.passed < until},
             reference=self.reference,
         )
-        return observe(self.spec, moment, self._priced(), self._measure())
-
-    def _priced(self) -> Priced:
-        """The candidates now, laid out and priced: as last time, unless they have changed."""
-        found, split = self.options(), self._split()
-        layout = None if self._last is None else self._last.layout
-        if layout is None or layout.found is not found or layout.split != split:
-            layout = lay_out(self._pricing, found, split, self._start_shape)
-            self._last = Priced.of(
-                layout, self.clock.amount, self.clock.decisions, self.spec.growth.min_optimizer_steps
-            )
-        assert self._last is not None
-        return self._last
+        return self.observer.observe(now, self._layout(), self._measure())
 
     def _seen(self) -> list[tuple[float, float]]:
         """(Budget fraction, validation loss) at the decisions so far, as a controller sees them."""
@@ -350,29 +299,18 @@ class Episode(ABC):
         """Parameter-seconds that cost `reward.rent` nats."""
         if self.spec.reward.reference is not None:
             return self.spec.reward.reference
-        if self.spec.budget.axis == "parameter_seconds":
-            return self.clock.amount
-        return self._cost_of(self.clock.amount, self._start_shape)
+        return self.clock.amount if self.spec.budget.axis == "parameter_seconds" else self._cost_of(self.clock.amount)
 
-    def _unpaid(self) -> float:
-        """Parameter-seconds that the rest of the budget would cost at the size now."""
-        return self._cost_of(max(0.0, self.clock.amount - self.reading()), self._shape())
-
-    def _cost_of(self, amount: float, shape: HostShape) -> float:
-        """Predicted parameter-seconds of `amount` on the budget's axis at a shape."""
-        tokens, clock = batch_tokens(self.spec), self.spec.clock
-        split = self._split()
-        steps = amount / clock.axis_per_step(self.spec.budget.axis, shape, tokens, split=split)
-        return steps * clock.step_seconds(shape, tokens, split=split) * shape.parameters_count()
-
-
-def as_json(value: Any) -> Any:
-    """A copy with lists for tuples."""
-    if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
-    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
+    def _cost_of(self, amount: float) -> float:
+        """Predicted parameter-seconds of `amount` on the budget's axis at the size now."""
+        layout = self._layout()
+        return amount / float(layout.axis_per_step[0]) * layout.step_seconds * layout.parameters
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), for a loss in nats per token; a loss past 50 nats says nothing more."""
     return math.exp(min(loss, 50.0))
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None

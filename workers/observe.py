@@ -3,18 +3,16 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Self
 
 import numpy as np
 
-from esper.platform.clock import ClockSpec
 from esper.platform.contracts import HostShape
-from esper.platform.ledger import Axis
 from esper.platform.spec import RunSpec
-from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, Candidate, Telemetry, TelemetrySpace
-from esper.workers.candidates import Options, within_caps
+from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, Candidate, Telemetry
+from esper.workers.candidates import Option, options, telemetry_space, within_caps
+from esper.workers.kasmina.registry import Planted, make_blueprints
 from esper.workers.tolaria.rate import rate
 
 SEGMENTS = ("heads", "width")  # kinds of growth that are segments of the host's own matrices
@@ -22,7 +20,6 @@ SLOW = 4  # decisions that the slow slope looks back
 
 _SITE = {name: i for i, name in enumerate(SITE)}
 _CANDIDATE = {name: i for i, name in enumerate(CANDIDATE)}
-_STEPS = _CANDIDATE["steps_per_decision"]
 _FIRST_OF_SITE = len(CANDIDATE) - len(SITE)
 
 
@@ -44,217 +41,205 @@ class Measured:
     stages: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
     contributions: Mapping[str, float] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Moment:
+class Standing:
     """Where a run stands at a decision.
 
     Attributes:
+        decision: boundaries passed, of `decisions`.
+        budget: on the spec's axis; `budget_used` is the fraction spent.
         losses: (budget fraction, validation loss in nats) at every decision so far, the first at 0.
         grafts: (decision, site id) of every graft so far.
         outcome: of the last graft: 1 kept, −1 rolled back, None while it is on probation.
         lockout: (site id, blueprint) of the grafts that are blocked for a while after a rollback.
+        reference: parameter-seconds that cost the rent.
     """
 
     sequence: int
     decision: int
     decisions: int
+    budget: float
     budget_used: float
-    decaying: bool
     tokens: int
     vocab_size: int
     losses: Sequence[tuple[float, float]]
     grafts: Sequence[tuple[int, str]]
     outcome: float | None
     lockout: Collection[tuple[str, str]]
-    reference: float  # parameter-seconds that cost the rent
+    reference: float
 
 
-@dataclass(frozen=True)
-class Pricing:
-    """What of a spec candidates are priced and allowed by. Hashable, so that a process's runs share what is laid out.
-
-    Attributes:
-        space: whose sizes the tables are padded to.
-        clock: of the spec.
-        axis: of its budget.
-        tokens: of an optimizer step.
-        max_layers: that a run may have.
-        max_parameters: that a run may have.
-    """
-
-    space: TelemetrySpace
-    clock: ClockSpec
-    axis: Axis
-    tokens: int
-    max_layers: int
-    max_parameters: int | None
-
-    @classmethod
-    def of(cls, spec: RunSpec, space: TelemetrySpace) -> Self:
-        """That of a spec."""
-        growth = spec.growth
-        return cls(space, spec.clock, spec.budget.axis, batch_tokens(spec), growth.max_layers, growth.max_parameters)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity: a cheap cache key
 class Layout:
     """What of the observations only a change of shape changes, which is most of the work.
 
     Attributes:
-        found: the candidates it is of.
-        split: whether some seed's segments are separate tensors.
+        options: the candidates.
+        actions: theirs.
         parameters: of the shape; `non_embedding` of them without embeddings and output head.
         relative: ln(parameters / those at the start), and parameters over the most the spec allows.
         step_seconds: of an optimizer step.
+        axis_per_step: what a step uses on the budget's axis after each candidate, float64 (A',); infinite where there
+            is no shape.
+        allowed: whether the caps allow each candidate, bool (A',).
+        prunes: which candidates are prunes, bool (A',).
+        site_of: index of each candidate's site, WAIT left out, int64 (A' − 1,).
         site_ids: of the sites.
         sites: their table, but for what training changes, float32 (S, F).
         candidates: the candidates' table, but for their sites' rows and what the budget decides, float32 (A, Fc).
-        axis_per_step: what a step of each present candidate uses on the budget's axis; None where there is no shape.
-        allowed: whether the caps allow each present candidate.
-        site_of: index of each present candidate's site, WAIT left out, int64 (A' − 1,).
-        actions: what each present candidate stands for.
     """
 
-    found: Options
-    split: bool
+    options: tuple[Option, ...]
+    actions: tuple[Candidate, ...]
     parameters: int
     non_embedding: int
     relative: tuple[float, float]
     step_seconds: float
+    axis_per_step: np.ndarray
+    allowed: np.ndarray
+    prunes: np.ndarray
+    site_of: np.ndarray
     site_ids: tuple[str, ...]
     sites: np.ndarray
     candidates: np.ndarray
-    axis_per_step: tuple[float | None, ...]
-    allowed: tuple[bool, ...]
-    site_of: np.ndarray
-    actions: tuple[Candidate, ...]
 
 
-@lru_cache(maxsize=512)
-def lay_out(pricing: Pricing, found: Options, split: bool, start: HostShape) -> Layout:
-    """The layout of a shape's candidates (the first, WAIT, leads to the shape itself).
-
-    Args:
-        pricing: of the run's spec.
-        found: every candidate.
-        split: whether some seed's segments are separate tensors.
-        start: the shape that the run started with.
-    """
-    shape = found[0].after
-    assert shape is not None
-    parameters = shape.parameters_count()
-    cap = pricing.max_parameters or start.deepened(pricing.max_layers).parameters_count()
-    seconds = pricing.clock.step_seconds(shape, pricing.tokens, split=split)
-    ids, sites = _site_rows(pricing.space, shape, parameters)
-    return Layout(
-        found=found,
-        split=split,
-        parameters=parameters,
-        non_embedding=shape.parameters_count(non_embedding=True),
-        relative=(math.log(parameters / start.parameters_count()), parameters / cap),
-        step_seconds=seconds,
-        site_ids=ids,
-        sites=sites,
-        **_candidate_rows(pricing, found, split, parameters, seconds),
-        site_of=np.array([option.site for option in found[1:]], dtype=np.int64),
-        actions=tuple(option.candidate for option in found),
-    )
-
-
-@dataclass(frozen=True)
-class Priced:
-    """A layout under a budget.
+class Observer:
+    """Makes the observations of a spec's runs.
 
     Attributes:
-        layout: the layout.
-        whole_steps: optimizer steps that the whole budget holds at this size.
-        whole_cost: their parameter-seconds.
-        candidates: the layout's, complete but for the sites' rows, float32 (A, Fc).
-        fits: which candidates are legal while the rate does not decay, lockout left out, bool (A,).
+        space: whose sizes the tables are padded to.
+        blueprints: in use, by name.
     """
 
-    layout: Layout
-    whole_steps: float
-    whole_cost: float
-    candidates: np.ndarray
-    fits: np.ndarray
+    def __init__(self, spec: RunSpec) -> None:
+        self._spec = spec
+        self.space = telemetry_space(spec)
+        self.blueprints = make_blueprints(spec.growth.blueprints)
+        self.layout = lru_cache(maxsize=512)(self._layout)
 
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self  # never changed: a run's forks share it
+    def _layout(self, shape: HostShape, newest: tuple[Planted, ...], split: bool, start: HostShape) -> Layout:
+        """The layout of a shape's candidates.
 
-    @classmethod
-    def of(cls, layout: Layout, budget: float, decisions: int, min_steps: int) -> Self:
-        """The layout under a budget (in the spec's axis) of so many decisions, each to hold at least `min_steps`."""
-        assert layout.axis_per_step[0] is not None
-        whole_steps = budget / layout.axis_per_step[0]
-        candidates, fits = layout.candidates.copy(), np.zeros(len(layout.candidates), dtype=bool)
-        steps = [None if each is None else budget / decisions / each for each in layout.axis_per_step]
-        candidates[: len(steps), _STEPS] = [0.0 if each is None else math.log10(1 + each) for each in steps]
-        fits[: len(steps)] = [
-            each is not None and (action.operation == "prune" or (each >= min_steps and allowed))
-            for each, action, allowed in zip(steps, layout.actions, layout.allowed, strict=True)
-        ]
-        return cls(layout, whole_steps, whole_steps * layout.step_seconds * layout.parameters, candidates, fits)
+        Args:
+            shape: now.
+            newest: the newest seed of each site that has one.
+            split: whether some seed's segments are separate tensors.
+            start: the shape that the run started with.
+        """
+        growth, clock = self._spec.growth, self._spec.clock
+        axis, tokens = self._spec.budget.axis, batch_tokens(self._spec)
+        found = options(shape, self.blueprints.values(), newest)
+        parameters = shape.parameters_count()
+        cap = growth.max_parameters or start.deepened(growth.max_layers).parameters_count()
+        seconds = clock.step_seconds(shape, tokens, split=split)
+        table = np.zeros((self.space.candidates, len(CANDIDATE)), dtype=np.float32)
+        per_step, allowed = np.full(len(found), math.inf), np.zeros(len(found), dtype=bool)
+        for i, option in enumerate(found):
+            values = {"present": 1.0, f"is_{option.candidate.operation}": 1.0}
+            if option.adds:
+                values[f"adds_{option.adds}"] = 1.0
+            after, separate = option.after, split or option.adds in SEGMENTS
+            if after is not None:
+                per_step[i] = clock.axis_per_step(axis, after, tokens, split=separate)
+                allowed[i] = within_caps(after, growth.max_layers, growth.max_parameters)
+                values["parameters"] = math.log(after.parameters_count() / parameters)
+                values["seconds"] = math.log(clock.step_seconds(after, tokens, split=separate) / seconds)
+                values["steps_measured"] = 1.0
+            for name, value in values.items():
+                table[i, _CANDIDATE[name]] = value
+        return Layout(
+            options=found,
+            actions=tuple(option.candidate for option in found),
+            parameters=parameters,
+            non_embedding=shape.parameters_count(non_embedding=True),
+            relative=(math.log(parameters / start.parameters_count()), parameters / cap),
+            step_seconds=seconds,
+            axis_per_step=per_step,
+            allowed=allowed,
+            prunes=np.array([option.candidate.operation == "prune" for option in found]),
+            site_of=np.array([option.site for option in found[1:]], dtype=np.int64),
+            site_ids=tuple(site.id for site in shape.injection_specs()),
+            sites=self._site_rows(shape, parameters),
+            candidates=table,
+        )
 
+    def _site_rows(self, shape: HostShape, parameters: int) -> np.ndarray:
+        table = np.zeros((self.space.sites, len(SITE)), dtype=np.float32)
+        for row, site in zip(table, shape.injection_specs(), strict=False):
+            values = {
+                "present": 1.0,
+                "depth": site.depth,
+                f"is_{site.kind}": 1.0,
+                "relative_size": site.parameters / parameters,
+                "units": math.log1p(site.units),
+                "since_graft": 1.0,
+            }
+            for name, value in values.items():
+                row[_SITE[name]] = value
+        return table
 
-def observe(spec: RunSpec, moment: Moment, priced: Priced, measured: Measured) -> Telemetry:
-    """The observation at a decision: every number finite, rows padded to the space of the layout."""
-    layout = priced.layout
-    sites, candidates = _sites(moment, layout, measured), priced.candidates.copy()
-    candidates[1 : len(layout.actions), _FIRST_OF_SITE:] = sites[layout.site_of]
-    return Telemetry(
-        sequence=moment.sequence,
-        globals=_globals(spec, moment, priced, measured),
-        sites=sites,
-        candidates=candidates,
-        mask=_mask(moment, priced),
-        site_ids=layout.site_ids,
-        actions=layout.actions,
-    )
+    def observe(self, now: Standing, layout: Layout, measured: Measured) -> Telemetry:
+        """The observation at a decision: every number finite, rows padded to the space."""
+        steps = now.budget / now.decisions / layout.axis_per_step
+        count = len(layout.actions)
+        sites, candidates = _sites(now, layout, measured), layout.candidates.copy()
+        candidates[:count, _CANDIDATE["steps_per_decision"]] = np.log10(1 + steps)
+        candidates[1:count, _FIRST_OF_SITE:] = sites[layout.site_of]
+        mask = np.zeros(len(candidates), dtype=bool)
+        mask[0] = True
+        if now.budget_used < self._spec.optimizer.decay_from:
+            mask[1:count] = (layout.prunes | (layout.allowed & (steps >= self._spec.growth.min_optimizer_steps)))[1:]
+            for i, action in enumerate(layout.actions if now.lockout else ()):
+                mask[i] &= action.operation != "graft" or (action.site, action.blueprint) not in now.lockout
+        return Telemetry(
+            sequence=now.sequence,
+            globals=self._globals(now, layout, measured),
+            sites=sites,
+            candidates=candidates,
+            mask=mask,
+            site_ids=layout.site_ids,
+            actions=layout.actions,
+        )
+
+    def _globals(self, now: Standing, layout: Layout, measured: Measured) -> np.ndarray:
+        optimizer, loss = self._spec.optimizer, now.losses[-1][1]
+        growing = math.ceil(optimizer.decay_from * now.decisions - 1e-9)  # decisions before the rate decays
+        whole_steps = now.budget / float(layout.axis_per_step[0])  # that the budget would hold at this size
+        whole_cost = whole_steps * layout.step_seconds * layout.parameters
+        last = now.grafts[-1][0] if now.grafts else None
+        values = {
+            "budget_used": now.budget_used,
+            "decisions_left": 1 - now.decision / now.decisions,
+            "growth_left": max(0.0, optimizer.decay_from - now.budget_used),
+            "growth_decisions_left": math.log10(1 + max(0, growing - now.decision)),
+            "decaying": float(now.budget_used >= optimizer.decay_from),
+            "rate": rate(optimizer, now.budget_used, layout.non_embedding) / optimizer.rate_max,
+            "loss": loss / math.log(now.vocab_size),
+            "train_gap": 0.0 if measured.train_loss is None else (loss - measured.train_loss) / loss,
+            "train_gap_measured": float(measured.train_loss is not None),
+            "slope_fast": _slope(now.losses, 1),
+            "slope_slow": _slope(now.losses, SLOW),
+            "slopes_measured": float(len(now.losses) > 1),
+            "since_graft": 1.0 if last is None else (now.decision - last) / now.decisions,
+            "grafts": math.log1p(len(now.grafts)),
+            "size_vs_start": layout.relative[0],
+            "size_vs_cap": layout.relative[1],
+            "tokens_per_parameter": math.log10(1 + now.tokens / layout.non_embedding),
+            "steps_left": math.log10(1 + whole_steps * (1 - now.budget_used)),
+            "rent_rate": self._spec.reward.rent * whole_cost / now.reference,
+            "gradient_noise": measured.gradient_noise or 0.0,
+            "gradient_noise_measured": float(measured.gradient_noise is not None),
+            "last_graft_outcome": now.outcome or 0.0,
+            "last_graft_outcome_measured": float(now.outcome is not None),
+        }
+        return np.array([values[name] for name in GLOBALS], dtype=np.float32)
 
 
 def batch_tokens(spec: RunSpec) -> int:
     """Tokens of one optimizer step."""
     return spec.data.batch_size * spec.host.block_size
-
-
-def _globals(spec: RunSpec, moment: Moment, priced: Priced, measured: Measured) -> np.ndarray:
-    layout, loss = priced.layout, moment.losses[-1][1]
-    decay_from = spec.optimizer.decay_from
-    last = moment.grafts[-1][0] if moment.grafts else None
-    values = {
-        "budget_used": moment.budget_used,
-        "decisions_left": 1 - moment.decision / moment.decisions,
-        "growth_left": max(0.0, decay_from - moment.budget_used),
-        "growth_decisions_left": math.log10(
-            1 + max(0, math.ceil(decay_from * moment.decisions - 1e-9) - moment.decision)
-        ),
-        "decaying": float(moment.decaying),
-        "rate": rate(spec.optimizer, moment.budget_used, layout.non_embedding) / spec.optimizer.rate_max,
-        "loss": loss / math.log(moment.vocab_size),
-        "train_gap": 0.0 if measured.train_loss is None else (loss - measured.train_loss) / loss,
-        "train_gap_measured": float(measured.train_loss is not None),
-        "slope_fast": _slope(moment.losses, 1),
-        "slope_slow": _slope(moment.losses, SLOW),
-        "slopes_measured": float(len(moment.losses) > 1),
-        "since_graft": 1.0 if last is None else (moment.decision - last) / moment.decisions,
-        "grafts": math.log1p(len(moment.grafts)),
-        "size_vs_start": layout.relative[0],
-        "size_vs_cap": layout.relative[1],
-        "tokens_per_parameter": math.log10(1 + moment.tokens / layout.non_embedding),
-        "steps_left": math.log10(1 + priced.whole_steps * (1 - moment.budget_used)),
-        "rent_rate": spec.reward.rent * priced.whole_cost / moment.reference,
-        "gradient_noise": measured.gradient_noise or 0.0,
-        "gradient_noise_measured": float(measured.gradient_noise is not None),
-        "last_graft_outcome": moment.outcome or 0.0,
-        "last_graft_outcome_measured": float(moment.outcome is not None),
-    }
-    return np.array([values.get(name, 0.0) for name in GLOBALS], dtype=np.float32)
 
 
 def _slope(losses: Sequence[tuple[float, float]], decisions: int) -> float:
@@ -265,26 +250,8 @@ def _slope(losses: Sequence[tuple[float, float]], decisions: int) -> float:
     return min(10.0, max(-10.0, math.log(before / after) / (u1 - u0)))
 
 
-def _site_rows(space: TelemetrySpace, shape: HostShape, total: int) -> tuple[tuple[str, ...], np.ndarray]:
-    table = np.zeros((space.sites, len(SITE)), dtype=np.float32)
-    specs = shape.injection_specs()
-    for i, site in enumerate(specs):
-        values = {
-            "present": 1.0,
-            "depth": site.depth,
-            f"is_{site.kind}": 1.0,
-            "relative_size": site.parameters / total,
-            "units": math.log1p(site.units),
-            "since_graft": 1.0,
-        }
-        for name, value in values.items():
-            table[i, _SITE[name]] = value
-    return tuple(site.id for site in specs), table
-
-
-def _sites(moment: Moment, layout: Layout, measured: Measured) -> np.ndarray:
-    table = layout.sites.copy()
-    ids = layout.site_ids
+def _sites(now: Standing, layout: Layout, measured: Measured) -> np.ndarray:
+    table, ids = layout.sites.copy(), layout.site_ids
     if measured.norms:
         norms = [measured.norms.get(site) for site in ids]
         for name, of in (("gradient_norm", 0), ("update_norm", 1)):
@@ -295,11 +262,11 @@ def _sites(moment: Moment, layout: Layout, measured: Measured) -> np.ndarray:
         values[site, "on_probation"], values[site, "established"] = probation, established
     for site, contribution in measured.contributions.items():
         values[site, "contribution"], values[site, "contribution_measured"] = contribution, 1.0
-    for site, count in Counter(site for _, site in moment.grafts).items():
+    for site, count in Counter(site for _, site in now.grafts).items():
         values[site, "grafts"] = math.log1p(count)
-    for decision, site in moment.grafts:  # the last one counts
-        values[site, "since_graft"] = (moment.decision - decision) / moment.decisions
-    for site, _ in moment.lockout:
+    for decision, site in now.grafts:  # the last one counts
+        values[site, "since_graft"] = (now.decision - decision) / now.decisions
+    for site, _ in now.lockout:
         values[site, "lockout"] = 1.0
     for (site, name), value in values.items():
         if site in ids:
@@ -309,38 +276,3 @@ def _sites(moment: Moment, layout: Layout, measured: Measured) -> np.ndarray:
 
 def _log_norm(relative: float) -> float:
     return math.log(min(1e20, max(1e-20, relative))) / 10
-
-
-def _candidate_rows(pricing: Pricing, found: Options, split: bool, parameters: int, seconds: float) -> dict[str, Any]:
-    table = np.zeros((pricing.space.candidates, len(CANDIDATE)), dtype=np.float32)
-    clock, axis, tokens = pricing.clock, pricing.axis, pricing.tokens
-    per_step: list[float | None] = []
-    allowed = []
-    for i, option in enumerate(found):
-        values = {"present": 1.0, f"is_{option.candidate.operation}": 1.0}
-        if option.adds:
-            values[f"adds_{option.adds}"] = 1.0
-        after = option.after
-        if after is None:
-            per_step.append(None)
-            allowed.append(False)
-        else:
-            after_split, size = split or option.adds in SEGMENTS, after.parameters_count()
-            per_step.append(clock.axis_per_step(axis, after, tokens, split=after_split))
-            allowed.append(within_caps(after, pricing.max_layers, pricing.max_parameters))
-            values["parameters"] = math.log(size / parameters)
-            values["seconds"] = math.log(clock.step_seconds(after, tokens, split=after_split) / seconds)
-            values["steps_measured"] = 1.0
-        for name, value in values.items():
-            table[i, _CANDIDATE[name]] = value
-    return {"candidates": table, "axis_per_step": tuple(per_step), "allowed": tuple(allowed)}
-
-
-def _mask(moment: Moment, priced: Priced) -> np.ndarray:
-    mask = np.zeros_like(priced.fits) if moment.decaying else priced.fits.copy()
-    mask[0] = True
-    if moment.lockout:
-        for i, action in enumerate(priced.layout.actions):
-            if action.operation == "graft" and (action.site, action.blueprint) in moment.lockout:
-                mask[i] = False
-    return mask

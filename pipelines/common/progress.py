@@ -44,9 +44,9 @@ class RunProgress:
         if chosen.operation != "wait":
             say(f"  {chosen}: {action.reason}")
         for rollback in run.rollbacks:
-            if rollback["decision"] == telemetry.sequence:
-                removed = f", {rollback['removed']} removed" if rollback["removed"] else ""
-                say(f"  rolled back at step {rollback['optimizer_step']:,}: {rollback['fault']}{removed}")
+            if rollback.decision == telemetry.sequence:
+                removed = f", {rollback.removed} removed" if rollback.removed else ""
+                say(f"  rolled back at step {rollback.optimizer_step:,}: {rollback.fault}{removed}")
         rate = run.ledger.tokens / max(run.ledger.wall_seconds, 1e-9)
         say(f"{self._line(run, rate)}, val loss {run.loss:.4f}")
 

@@ -116,10 +116,10 @@ def test_contributions_are_measured_charged_and_true(spec, tokens):
     flags = dict(zip(run.telemetry.site_ids, run.telemetry.site_column("contribution_measured"), strict=True))
     assert {site for site, flag in flags.items() if flag} == {seed.site for seed in run.trainer.kasmina.seeds}
     layer = run.trainer.kasmina.seeds[-1].site
-    whole = run.trainer._mean_loss(*run.trainer._sample)
+    whole = run.trainer._mean_loss(*run.trainer._sample, lambda: None)
     fork = run.fork()
     fork.trainer.kasmina.prune(layer)
-    assert told[layer] == pytest.approx(fork.trainer._mean_loss(*fork.trainer._sample) - whole, abs=1e-6)
+    assert told[layer] == pytest.approx(fork.trainer._mean_loss(*fork.trainer._sample, lambda: None) - whole, abs=1e-6)
     assert told[layer] != 0
     # Charged in seconds, not in optimizer steps: a run without seeds uses less.
     spent = run.ledger.seconds

@@ -123,14 +123,14 @@ def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, fault):
     assert at
     assert not transition.terminated
     (rollback,) = run.rollbacks
-    assert rollback["removed"] == "ffn at h0.ffn"
-    assert run.grafts[-1]["outcome"] == "rolled back"
+    assert rollback.removed == "ffn at h0.ffn"
+    assert run.grafts[-1].outcome == "rolled back"
     assert run.trainer.host.shape == shape
     assert not run.trainer.kasmina.seeds
     assert math.isfinite(run.loss)
     # The lost time is charged, and the data's cursor went back: fewer batches were learned from than paid for.
     assert run.ledger.steps == 90
-    assert run.trainer.steps - steps == 90 - rollback["optimizer_step"]
+    assert run.trainer.steps - steps == 90 - rollback.optimizer_step
     # The controller is told, and may not do it again for a while.
     telemetry = transition.telemetry
     assert (telemetry.get("last_graft_outcome"), telemetry.get("last_graft_outcome_measured")) == (-1, 1)
@@ -152,7 +152,7 @@ def test_after_a_rollback_the_run_is_the_one_that_never_grafted(spec, tokens):
     run.step(GraftAction(graft(run, "block"), run.telemetry.sequence))
     never, _ = started(spec, tokens)
     never.trainer.forget()
-    rollback = run.rollbacks[0]["optimizer_step"] - 60
+    rollback = run.rollbacks[0].optimizer_step - 60
     for step in range(30 - rollback):
         never.ledger.steps = 60 + rollback + step  # the rate follows the budget, which the lost steps have used
         never.trainer.step(never._rate())
@@ -166,7 +166,7 @@ def test_a_graft_of_an_earlier_decision_is_removed_while_it_is_on_probation(spec
     assert run.trainer.kasmina.seeds[0].on_probation
     poison(run.trainer.host.ln_f.weight)
     run.step(GraftAction(0, run.telemetry.sequence))
-    assert run.rollbacks[-1]["removed"] == "ffn at h0.ffn"
+    assert run.rollbacks[-1].removed == "ffn at h0.ffn"
     assert not run.trainer.kasmina.seeds
     run.step(GraftAction(0, run.telemetry.sequence))
     assert len(run.rollbacks) == 1
@@ -176,13 +176,13 @@ def test_a_graft_that_has_left_probation_is_kept(spec, tokens):
     run, _ = started(spec, tokens)
     run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
     run.step(GraftAction(0, run.telemetry.sequence))
-    assert run.grafts[-1]["outcome"] == "kept"
+    assert run.grafts[-1].outcome == "kept"
     assert run.telemetry.get("last_graft_outcome") == 1
     poison(run.trainer.host.ln_f.weight)
     run.step(GraftAction(0, run.telemetry.sequence))
-    assert run.rollbacks[-1]["removed"] is None
+    assert run.rollbacks[-1].removed is None
     assert len(run.trainer.kasmina.seeds) == 1
-    assert run.grafts[-1]["outcome"] == "kept"
+    assert run.grafts[-1].outcome == "kept"
 
 
 def test_a_prune_in_the_slice_of_a_fault_is_undone(spec, tokens):
@@ -200,7 +200,7 @@ def test_a_prune_in_the_slice_of_a_fault_is_undone(spec, tokens):
     run.step(GraftAction(prune, run.telemetry.sequence))
     assert len(run.trainer.kasmina.seeds) == 1
     assert run.prunes == []
-    assert run.grafts[-1]["outcome"] == "kept"
+    assert run.grafts[-1].outcome == "kept"
 
 
 def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(spec, tokens, tmp_path):

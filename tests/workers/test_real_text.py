@@ -84,4 +84,4 @@ def test_loss_right_after_a_graft_is_the_loss_before(real):
             break
     assert len(run.grafts) >= 3
     for graft in run.grafts:
-        assert graft["val_loss_after"] == pytest.approx(graft["val_loss_before"], abs=1e-3)
+        assert graft.val_loss_after == pytest.approx(graft.val_loss_before, abs=1e-3)

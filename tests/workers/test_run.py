@@ -93,7 +93,7 @@ def test_a_graft_changes_no_other_random_stream(tiny_spec, tokens):
     for step in (0, 7, 39):
         assert all(
             torch.equal(a, b)
-            for a, b in zip(grown.trainer._batches.at(step), static.trainer._batches.at(step), strict=True)
+            for a, b in zip(grown.trainer.batches.at(step), static.trainer.batches.at(step), strict=True)
         )
     assert grown.curve[1]["val_loss"] == static.curve[1]["val_loss"]
     assert grown.curve[-1]["val_loss"] != static.curve[-1]["val_loss"]
@@ -151,10 +151,10 @@ def test_a_wall_clock_charges_what_was_measured(tiny_spec, tokens):
 def test_instances(tiny_spec, tokens):
     run = GrowthRun(tiny_spec, tokens)
     telemetry = run.reset(Instance(n_layer=2, data=(0.5, 1.0)), seed=0)
-    assert run.trainer.host.depth() == 2
+    assert run.trainer.host.shape.depth() == 2
     assert telemetry.globals[GLOBALS.index("size_vs_start")] == 0
     low = 0.5 * tokens.split("train").tokens
-    assert run.trainer._batches._low == int(low)
+    assert run.trainer.batches.low == int(low)
 
 
 def test_a_text_shorter_than_the_context_is_refused(tiny_spec, tokens):

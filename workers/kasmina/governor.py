@@ -1,14 +1,12 @@
-"""The governor's eyes: is the training still sound?
+"""The governor's eyes: is the training still sound? What to do about a fault is the run's (`workers/run.py`).
 
 A fault is a loss or a gradient that is not finite, a spike (the median of the latest losses far above that of the ones
 before, by their median absolute deviation, which a few outliers do not move), or a jump back to chance level, ln V.
-What to do about a fault is the run's (`workers/run.py`): back to a snapshot, without the graft that may have done it.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 CHECK_EVERY = 8  # optimizer steps between two checks; also how many losses a check takes together
 WINDOW = 128  # losses before them that they are compared with
@@ -23,11 +21,14 @@ class Governor:
 
     Args:
         vocab_size: V.
+
+    Attributes:
+        window: the latest losses, nats per token: all that it remembers.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self._chance = math.log(vocab_size)
-        self._window: list[float] = []
+        self.window: list[float] = []
 
     def fault(self, rows: Sequence[Sequence[float]]) -> str | None:
         """What is wrong, in words, or None.
@@ -41,20 +42,12 @@ class Governor:
             if not all(map(math.isfinite, row)):
                 return "a gradient was not finite"
         losses = [row[0] for row in rows]
-        if len(self._window) >= WINDOW // 2 and losses:
-            before, now = statistics.median(self._window), statistics.median(losses)
-            spread = 1.4826 * statistics.median(abs(loss - before) for loss in self._window)
+        if len(self.window) >= WINDOW // 2 and losses:
+            before, now = statistics.median(self.window), statistics.median(losses)
+            spread = 1.4826 * statistics.median(abs(loss - before) for loss in self.window)
             if now > before + max(LEAST_SPIKE, SPREADS * spread):
                 return f"the loss rose from {before:.2f} to {now:.2f}"
             if before < LEARNT * self._chance and now > CHANCE * self._chance:
                 return f"the loss rose from {before:.2f} to chance level, {now:.2f}"
-        self._window = [*self._window, *losses][-WINDOW:]
+        self.window = [*self.window, *losses][-WINDOW:]
         return None
-
-    def state(self) -> list[float]:
-        """What it remembers."""
-        return self._window
-
-    def load(self, state: Any) -> None:
-        """Remember what `state` gave."""
-        self._window = list(state)

@@ -23,9 +23,9 @@ the host's own step would shrink to nothing.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from esper.platform.contracts import HostProtocol
 from esper.platform.errors import UserError, unknown
 from esper.platform.seeding import torch_stream
 from esper.workers.kasmina import surgery
-from esper.workers.kasmina.registry import Blueprint, make_blueprints
+from esper.workers.kasmina.registry import Blueprint, Count, Natural, Planted, make_blueprints
 
 NEGLIGIBLE = 1e-6
 """A seed is fused when β₂ᵗ is at most this: the weight of its first gradients in its second moments."""
@@ -46,28 +46,33 @@ class Seed:
     """One graft.
 
     Attributes:
-        site: id of the site it was grafted at.
-        blueprint: its name.
+        planted: where it is and what its blueprint has to know.
+        number: of this graft among all that were made, from 0.
         parameters: how many it added.
         probation: optimizer steps over which its rate warms up.
         fuse_age: age at which it is fused.
-        units: units (heads, neurons) it added; 0 where it is a part.
-        part: the host's name of the part it is (a layer, an expert); empty where it is units.
-        number: of this graft among all that were made.
         age: optimizer steps since birth.
-        groups: its optimizer groups, each with the group whose rate it follows; none once it is fused.
+        groups: its optimizer groups, each with the group whose rate it follows (in a saved seed, their indices); none
+            once it is fused.
     """
 
-    site: str
-    blueprint: str
-    parameters: int
-    probation: int
-    fuse_age: int
-    units: int = 0
-    part: str = ""
-    number: int = 0
-    age: int = 0
-    groups: list[tuple[surgery.Group, surgery.Group]] = field(default_factory=list)
+    planted: Planted
+    number: Natural
+    parameters: Natural
+    probation: Count
+    fuse_age: Natural
+    age: Natural = 0
+    groups: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def site(self) -> str:
+        """Id of the site it was grafted at."""
+        return self.planted.site
+
+    @property
+    def blueprint(self) -> str:
+        """Its blueprint's name."""
+        return self.planted.blueprint
 
     @property
     def fused(self) -> bool:
@@ -97,6 +102,7 @@ class Kasmina:
 
     Attributes:
         seeds: the seeds that are there, in the order of their grafts.
+        grafts: grafts ever made: the number of the next one, and the key of its random numbers.
 
     Raises:
         UserError: the optimizer does not hold exactly the host's parameters.
@@ -117,8 +123,8 @@ class Kasmina:
         self.blueprints = dict(make_blueprints() if blueprints is None else blueprints)
         self.probation_steps = probation_steps
         self.seeds: list[Seed] = []
+        self.grafts = 0
         self._random = seed
-        self._grafts = 0  # ever made: the key of each graft's random numbers
 
     # -- Growing -----------------------------------------------------------------------------------------------
 
@@ -128,13 +134,13 @@ class Kasmina:
         Raises:
             UserError: no such site or blueprint, or the site does not take it. Nothing has been changed then.
         """
-        sites = {site.id: site for site in self.host.injection_specs()}
-        if site_id not in sites:
-            raise unknown("site", site_id, sites)
+        site = self._sites().get(site_id)
+        if site is None:
+            raise unknown("site", site_id, self._sites())
         if blueprint_name not in self.blueprints:
             raise unknown("blueprint", blueprint_name, self.blueprints)
-        if blueprint_name not in sites[site_id].blueprints:
-            allowed = ", ".join(sites[site_id].blueprints)
+        if blueprint_name not in site.blueprints:
+            allowed = ", ".join(site.blueprints)
             raise UserError(f"blueprint {blueprint_name!r} does not fit site {site_id!r}: it takes {allowed}.")
         blueprint = self.blueprints[blueprint_name]
         if not blueprint.allowed(self.host.shape, site_id):
@@ -142,20 +148,17 @@ class Kasmina:
 
         probation = self.probation_steps * blueprint.patience(self.host, site_id)
         with torch.no_grad():
-            part, pairs = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self._grafts))
+            part, pairs = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self.grafts))
         self.host.grown()
         seed = Seed(
-            site_id,
-            blueprint_name,
+            Planted(site_id, blueprint_name, blueprint.units, part),
+            number=self.grafts,
             parameters=sum(new.numel() for new, _ in pairs),
             probation=probation,
             fuse_age=max(probation, self._old_enough()),
-            units=blueprint.units,
-            part=part,
-            number=self._grafts,
             groups=surgery.add(self.optimizer, pairs),
         )
-        self._grafts += 1
+        self.grafts += 1
         self.seeds.append(seed)
         self._set_rates()
         return seed
@@ -191,19 +194,17 @@ class Kasmina:
         """
         seed = self.newest(site_id)
         if seed is None:
-            sites = [site.id for site in self.host.injection_specs()]
+            sites = self._sites()
             if site_id not in sites:
                 raise unknown("site", site_id, sites)
-            seeded = sorted({other.site for other in self.seeds} & set(sites))
-            raise UserError(
-                f"there is no seed at site {site_id!r} to prune: seeds are at {', '.join(seeded) or 'none'}."
-            )
-        swaps, gone = self.blueprints[seed.blueprint].prune(self.host, seed)
+            seeded = ", ".join(sorted({other.site for other in self.seeds} & sites.keys()))
+            raise UserError(f"there is no seed at site {site_id!r} to prune: seeds are at {seeded or 'none'}.")
+        swaps, gone = self.blueprints[seed.blueprint].prune(self.host, seed.planted)
         for change in swaps:
             surgery.swap(self.optimizer, change)
         surgery.drop(self.optimizer, gone)
         self.host.grown()
-        sites = {site.id for site in self.host.injection_specs()}
+        sites = self._sites()
         # Seeds of units that lay in a pruned layer are gone with it; a layer grafted behind it has its own name.
         left = [other for other in self.seeds if other is not seed and (other.site in sites or self._part_lives(other))]
         self._follow_on([other for other in self.seeds if other not in left])
@@ -219,7 +220,7 @@ class Kasmina:
         """For the time of a `with` block, the host without the newest seed at a site: its outgoing side is zero."""
         seed = self.newest(site_id)
         assert seed is not None
-        views = [view.detach() for view in self.blueprints[seed.blueprint].outgoing(self.host, seed)]
+        views = [view.detach() for view in self.blueprints[seed.blueprint].outgoing(self.host, seed.planted)]
         values = [view.clone() for view in views]
         try:
             for view in views:
@@ -250,17 +251,13 @@ class Kasmina:
             The host's norm before, and the seeds' added up (None without any): if a gradient is not finite, one of them
             is not.
         """
-        young = [seed for seed in self.seeds if seed.on_probation]
-        if not young:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            return nn.utils.clip_grad_norm_(parameters, max_norm), None
-        apart = {id(group) for seed in young for group, _ in seed.groups}
+        young = [seed.groups for seed in self.seeds if seed.on_probation]
+        apart = {id(group) for groups in young for group, _ in groups}
         seeds = [
-            nn.utils.clip_grad_norm_([p for group, _ in seed.groups for p in group["params"]], max_norm)
-            for seed in young
+            nn.utils.clip_grad_norm_([p for group, _ in groups for p in group["params"]], max_norm) for groups in young
         ]
         host = [p for group in self.optimizer.param_groups if id(group) not in apart for p in group["params"]]
-        return nn.utils.clip_grad_norm_(host, max_norm), torch.stack(seeds).sum()
+        return nn.utils.clip_grad_norm_(host, max_norm), torch.stack(seeds).sum() if seeds else None
 
     def parameters_warming_up(self) -> float:
         """Parameters on probation, each counted by how far its rate still is from the host's: 1 at birth, then to 0."""
@@ -268,24 +265,59 @@ class Kasmina:
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """The seeds as JSON values; groups by their index in the optimizer."""
+    def saved(self) -> list[Seed]:
+        """Copies of the seeds whose groups are indices of the optimizer's."""
         index = {id(group): i for i, group in enumerate(self.optimizer.param_groups)}
-        seeds = []
-        for seed in self.seeds:
-            groups = [[index[id(group)], index[id(follows)]] for group, follows in seed.groups]
-            seeds.append({**seed.__dict__, "groups": groups})
-        return {"seeds": seeds, "grafts": self._grafts}
+        return [replace(seed, groups=[(index[id(g)], index[id(f)]) for g, f in seed.groups]) for seed in self.seeds]
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave, once host and optimizer are as they were then."""
+    def load(self, seeds: Sequence[Seed], grafts: int) -> None:
+        """Take over what `saved` gave, once host and optimizer are as they were then.
+
+        Raises:
+            UserError: the seeds are not those of this host.
+        """
         groups = self.optimizer.param_groups
-        self.seeds = [
-            Seed(**{**seed, "groups": [(groups[i], groups[j]) for i, j in seed["groups"]]}) for seed in state["seeds"]
-        ]
-        self._grafts = state["grafts"]
+        pairs = [pair for seed in seeds for pair in seed.groups]
+        parts = [seed.planted.part for seed in seeds if seed.planted.part]
+        numbers = [seed.number for seed in seeds]
+        if not (
+            all(self._could_hold(seed.planted) for seed in seeds)
+            and all(0 <= follows < own < len(groups) for own, follows in pairs)
+            and len(dict(pairs)) == len(pairs)
+            and len(set(parts)) == len(parts)
+            and numbers == sorted(set(numbers))
+            and all(number < grafts for number in numbers)
+            and all(self._segments_are_those_of(seeds, site.id, site.units) for site in self._sites().values())
+        ):
+            raise UserError("the checkpoint's seeds and its host do not fit together: restore an older copy of it.")
+        self.seeds = [replace(seed, groups=[(groups[i], groups[j]) for i, j in seed.groups]) for seed in seeds]
+        self.grafts = grafts
+
+    def _could_hold(self, planted: Planted) -> bool:
+        blueprint, site = self.blueprints.get(planted.blueprint), self._sites().get(planted.site)
+        if blueprint is None or blueprint.units != planted.units or bool(planted.units) == bool(planted.part):
+            return False
+        if site is None and not planted.part:  # the site of a part may be gone
+            return False
+        return (site is None or blueprint.name in site.blueprints) and (
+            not planted.part or self.host.part(planted.part) is not None
+        )
+
+    def _segments_are_those_of(self, seeds: Sequence[Seed], site_id: str, units: int) -> bool:
+        here = [seed for seed in seeds if seed.site == site_id and seed.planted.units]
+        young = [seed.planted.units for seed in here if not seed.fused]
+        if not units:
+            return not here
+        incoming, outgoing = self.host.linears(site_id)
+        return sum(seed.planted.units for seed in here) < units and all(
+            linear.young_sizes() == [each * features // units for each in young]
+            for linear, features in ((incoming, incoming.out_features), (outgoing, outgoing.in_features))
+        )
 
     # -- Helpers -----------------------------------------------------------------------------------------------
+
+    def _sites(self) -> dict[str, Any]:
+        return {site.id: site for site in self.host.shape.injection_specs()}
 
     def _set_rates(self) -> None:
         for seed in self.seeds:
@@ -301,10 +333,10 @@ class Kasmina:
     def _fuse(self, seed: Seed) -> None:
         if seed not in self.seeds:
             raise UserError(f"the seed at {seed.site!r} is not on this host: fuse one of kasmina.seeds.")
-        young = [other for other in self.seeds if other.site == seed.site and other.units and not other.fused]
-        if seed.fused or (seed.units and young[0] is not seed):
+        young = [each for each in self.seeds if each.site == seed.site and each.planted.units and not each.fused]
+        if seed.fused or (seed.planted.units and young[0] is not seed):
             raise UserError(f"the seed at {seed.site!r} is fused already, or an older one there comes first.")
-        for change in self.blueprints[seed.blueprint].fuse(self.host, seed):
+        for change in self.blueprints[seed.blueprint].fuse(self.host, seed.planted):
             surgery.swap(self.optimizer, change)
         for group, follows in seed.groups:
             if group["params"]:
@@ -325,10 +357,4 @@ class Kasmina:
             seed.groups = [(group, still(follows)) for group, follows in seed.groups]
 
     def _part_lives(self, seed: Seed) -> bool:
-        if not seed.part:
-            return False
-        try:
-            self.host.part(seed.part)
-        except KeyError:
-            return False
-        return True
+        return bool(seed.planted.part) and self.host.part(seed.planted.part) is not None

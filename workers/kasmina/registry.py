@@ -4,9 +4,10 @@ A blueprint (the field's growth operator) is a frozen dataclass: its fields are 
 `RunSpec.growth.blueprints` chooses and sets. To add one: write a file in `blueprints/`, decorate it with `@register`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Protocol
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -16,76 +17,73 @@ from esper.platform.errors import UserError, unknown
 
 Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 """The type of a setting that counts something."""
+Natural = Annotated[int, Field(ge=0, le=2**53)]
+"""The type of a count in a saved state."""
 
 
-class PlantedSeed(Protocol):
-    """What a blueprint may know of a seed of its kind, on the host."""
+@dataclass(frozen=True)
+class Planted:
+    """A seed on a host, as far as its blueprint has to know it.
 
-    @property
-    def site(self) -> str:
-        """Where it is."""
-        ...
+    Attributes:
+        site: where it was grafted.
+        blueprint: its name.
+        units: heads or neurons that it added; 0 for a part.
+        part: the host's name of the part (a layer, an expert) that it is; empty for units.
+    """
 
-    @property
-    def units(self) -> int:
-        """That it added; 0 for a part."""
-        ...
-
-    @property
-    def part(self) -> str:
-        """The host's name of the part it is; empty for units."""
-        ...
+    site: str
+    blueprint: str
+    units: int
+    part: str
 
 
-class Blueprint(Protocol):
+class Blueprint(ABC):
     """What a blueprint must tell and do.
 
     Attributes:
         name: as actions, specs and records call it.
         site_kind: the kind of site it grows at.
         adds: what it adds, one of `telemetry.GROWTH_KINDS`.
+        units: that a graft adds; 0 where it adds a part.
     """
 
     name: ClassVar[str]
     site_kind: ClassVar[SiteKind]
     adds: ClassVar[str]
-
-    @property
-    def units(self) -> int:
-        """Units that a graft adds; 0 where it adds a part."""
-        ...
-
-    def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Whether the site may take one more of these."""
-        ...
+    units: int
 
     def patience(self, host: HostProtocol, site_id: str) -> int:
         """How many times the usual warm-up a seed needs at a site of this host."""
-        ...
+        return 1
 
+    @abstractmethod
+    def allowed(self, shape: HostShape, site_id: str) -> bool:
+        """Whether the site may take one more of these."""
+
+    @abstractmethod
     def resized(self, shape: Any, site_id: str) -> HostShape:
         """The shape after: what it adds in parameters and FLOPs is the difference of the two shapes' closed forms."""
-        ...
 
-    def pruned(self, shape: Any, seed: PlantedSeed) -> HostShape:
+    @abstractmethod
+    def pruned(self, shape: Any, seed: Planted) -> HostShape:
         """The shape without a seed."""
-        ...
 
+    @abstractmethod
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple[Any, Any]]]:
         """Add the seed's tensors to the host: (name of the part, or empty; each new parameter with its sibling)."""
-        ...
 
-    def outgoing(self, host: HostProtocol, seed: PlantedSeed) -> list[torch.Tensor]:
+    @abstractmethod
+    def outgoing(self, host: HostProtocol, seed: Planted) -> list[torch.Tensor]:
         """Views of the outgoing side of a site's newest seed: zero at birth; zero means that it does nothing."""
-        ...
 
-    def fuse(self, host: HostProtocol, seed: PlantedSeed) -> list[Swap]:
+    @abstractmethod
+    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
         """Make the seed's tensors the host's own; returns what changed."""
-        ...
 
-    def prune(self, host: HostProtocol, seed: PlantedSeed) -> tuple[list[Swap], list[Any]]:
+    @abstractmethod
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
         """Take a site's newest seed out; returns what changed, and the parameters that are gone."""
-        ...
 
 
 _KINDS: dict[str, type[Blueprint]] = {}

@@ -61,13 +61,13 @@ def add(optimizer: Optimizer, pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Gr
 def swap(optimizer: Optimizer, change: Swap) -> None:
     """Let `change.new` take the place of `change.old`, with its state, joined or cut like its values."""
     new, old, young = change.new, change.old, change.young
-    group = next(group for group in optimizer.param_groups if _position(group, old) is not None)
-    group["params"][_position(group, old)] = new
+    group = next(group for group in optimizer.param_groups if any(held is old for held in group["params"]))
+    group["params"] = [new if held is old else held for held in group["params"]]
     state = optimizer.state.pop(old, {})
     other = None
     if young is not None:
-        drop(optimizer, [young], keep_state=True)
         other = optimizer.state.pop(young, {})
+        drop(optimizer, [young])
     if state or other:
         optimizer.state[new] = {
             key: _joined(key, value, state, other, group, change) for key, value in (state or other or {}).items()
@@ -75,13 +75,10 @@ def swap(optimizer: Optimizer, change: Swap) -> None:
     new.grad = _like(old.grad, None if young is None else young.grad, change)
 
 
-def drop(optimizer: Optimizer, parameters: Iterable[Any], *, keep_state: bool = False) -> None:
+def drop(optimizer: Optimizer, parameters: Iterable[Any]) -> None:
     """Forget parameters, and the groups that are empty without them."""
-    gone = {id(parameter) for parameter in parameters}
+    gone = {id(parameter): optimizer.state.pop(parameter, None) for parameter in parameters}
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in gone and not keep_state:
-                optimizer.state.pop(parameter, None)
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
@@ -94,13 +91,12 @@ def move(optimizer: Optimizer, source: Group, target: Group) -> None:
 
 def _joined(key: str, value: Any, state: dict, other: dict | None, group: Group, change: Swap) -> Any:
     """One entry of the state of `change.new`."""
-    old, young = state.get(key), None if other is None else other.get(key)
     if not isinstance(value, Tensor) or value.dim() == 0:  # a step count: the old one's
         return value
     if change.young is None:
-        return _like(old, None, change)
-    old = torch.zeros_like(change.old) if old is None else old
-    young = torch.zeros_like(change.young) if young is None else young
+        return _like(state.get(key), None, change)
+    old = state[key] if state else torch.zeros_like(change.old)
+    young = other[key] if other else torch.zeros_like(change.young)
     if key in CORRECTED and state and other:
         beta = group["betas"][CORRECTED[key]]
         young = young * ((1 - beta ** float(state["step"])) / (1 - beta ** float(other["step"])))
@@ -114,7 +110,3 @@ def _like(old: Tensor | None, young: Tensor | None, change: Swap) -> Tensor | No
     if young is None:
         return old.narrow(change.axis, 0, change.new.shape[change.axis]).clone()
     return torch.cat([old, young], change.axis)
-
-
-def _position(group: Group, parameter: Any) -> int | None:
-    return next((i for i, held in enumerate(group["params"]) if held is parameter), None)

@@ -11,25 +11,42 @@ shows for how much a law's heads, neurons and layers count. It shows nothing abo
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
-from esper.platform.contracts import GraftAction, HostShape, Instance
+from esper.platform.contracts import GraftAction, HostShape
+from esper.platform.frozen import Frozen
 from esper.platform.ledger import Ledger
 from esper.platform.seeding import stream
-from esper.workers.candidates import Options, Planted
-from esper.workers.episode import Episode, as_json
+from esper.platform.spec import LayerSpec
+from esper.platform.telemetry import Candidate
+from esper.workers.episode import Episode
+from esper.workers.kasmina.registry import Planted
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, Size, start_of, whole_steps
-from esper.workers.observe import Measured, batch_tokens
-from esper.workers.tolaria.model.shape import TransformerShape
+from esper.workers.observe import Layout, Measured, batch_tokens
+from esper.workers.records import EpisodeState
 
 LOSS_NOISE = 0.003  # nats, of a validation loss as seen
 NORM_NOISE = 0.2  # of the logarithm of a gradient norm as seen
 BATCH_NOISE, TWIN_NOISE = 0.02, 0.0003  # nats, of a batch's loss: what twins share, and each twin's own
 UPDATE = 0.01  # norm of an update over the gradient's
+
+
+class SurrogateState(Frozen):
+    """A SurrogateRun; callers may keep keys of their own beside it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    episode: EpisodeState
+    layers: tuple[LayerSpec, ...]
+    next_uid: int
+    seeds: list[tuple[int, Planted]]
+    own_loss: float
+    steps: float
 
 
 class SurrogateRun(Episode):
@@ -40,7 +57,8 @@ class SurrogateRun(Episode):
     def _start(self) -> None:
         self.law = ScalingLaw.drawn(self.seed if self.instance.law is None else self.instance.law, self.spec)
         self.shape = start_of(self.spec, self.instance.n_layer or self.spec.host.n_layer)
-        self._seeds: list[Planted] = []
+        self._start_shape = self.shape
+        self._seeds: dict[int, Planted] = {}
         self._loss = math.log(VOCABULARY)
         self._steps = 0.0  # that the ledger's are the rounded sum of
         self._tokens_per_step = batch_tokens(self.spec)
@@ -56,7 +74,7 @@ class SurrogateRun(Episode):
         self._per_step = clock.axis_per_step(self.spec.budget.axis, shape, tokens)
         self._step_seconds = clock.step_seconds(shape, tokens)
         self._uses: dict[str, float] = {}  # site → nats that a graft there takes off what tokens cannot remove
-        for site, size in _grown(self.options()):
+        for site, size in _grown(self._layout()):
             self._uses[site] = max(self._uses.get(site, 0.0), self._size_loss - self.law.size_loss(size))
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
@@ -71,7 +89,7 @@ class SurrogateRun(Episode):
         losses, ledgers = [], []
         for action in actions:
             twin = copy.copy(self)
-            twin.ledger, twin._seeds = replace(self.ledger), list(self._seeds)
+            twin.ledger, twin._seeds = replace(self.ledger), dict(self._seeds)
             twin._change(twin._accept(action))
             own = TWIN_NOISE * random.standard_normal(optimizer_steps)
             losses.append(twin.law.trained(twin._loss, twin._size_loss, tokens) + shared + own)
@@ -81,17 +99,23 @@ class SurrogateRun(Episode):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that `load` needs to go on to the same numbers, as GrowthRun's: JSON values, and no tensors."""
-        own = {"layers": self.shape.layers_as_json(), "seeds": [asdict(seed) for seed in self._seeds]}
-        return as_json({"books": self.books(), "surrogate": {**own, "loss": self._loss, "steps": self._steps}}), {}
+        values = SurrogateState(
+            episode=self._episode_state(),
+            layers=self.shape.layers,
+            next_uid=self.shape.born.uid,
+            seeds=list(self._seeds.items()),
+            own_loss=self._loss,
+            steps=self._steps,
+        )
+        return values.model_dump(mode="json"), {}
 
     def load(self, values: dict[str, Any], tensors: Mapping[str, Any] | None = None) -> None:
         """Become the run whose `state` this is. This run must be of the same spec."""
-        books, own = values["books"], values["surrogate"]
-        self._begin(Instance.model_validate(books["instance"]), books["seed"])
-        self._load_books(copy.deepcopy(books))
-        self.shape = replace(self.shape, layers=TransformerShape.layers_from_json(own["layers"]))
-        self._seeds = [Planted(**seed) for seed in own["seeds"]]
-        self._loss, self._steps = own["loss"], own["steps"]
+        state = SurrogateState.checked(values, "the checkpoint")
+        self._load_episode(state.episode)
+        born = self.shape.born.model_copy(update={"uid": state.next_uid})
+        self.shape = replace(self.shape, born=born, layers=state.layers)
+        self._seeds, self._loss, self._steps = dict(state.seeds), state.own_loss, state.steps
         self._resized()
         self.telemetry = self._look()
 
@@ -109,25 +133,26 @@ class SurrogateRun(Episode):
     def _vocab_size(self) -> int:
         return VOCABULARY
 
-    def _newest(self) -> tuple[Planted, ...]:
-        return tuple({planted.site: planted for planted in self._seeds}.values())
+    def _planted(self) -> dict[int, Planted]:
+        return dict(self._seeds)
 
-    def _graft(self, site: str, blueprint: str) -> None:
-        kind, before = self.blueprints[blueprint], self.shape
-        self.shape = kind.resized(before, site)
-        part = "" if kind.units else self.shape.part_after(before)
-        self._seeds.append(Planted(site, blueprint, kind.units, part))
+    def _change(self, candidate: Candidate) -> None:
+        before, loss = self.shape, self._size_loss
+        if candidate.operation == "graft":
+            kind, site = self.blueprints[candidate.blueprint or ""], candidate.site or ""
+            self.shape = kind.resized(before, site)
+            part = "" if kind.units else self.shape.part_after(before)
+            self._seeds[len(self.grafts)] = Planted(site, kind.name, kind.units, part)
+        elif candidate.operation == "prune":
+            seed = self._seeds.pop(max(n for n, seed in self._seeds.items() if seed.site == candidate.site))
+            self.shape = self.blueprints[seed.blueprint].pruned(before, seed)
+            there = {site.id for site in self.shape.injection_specs()} | {f"h{layer.uid}" for layer in self.shape.layers}
+            self._seeds = {n: seed for n, seed in self._seeds.items() if seed.site in there or seed.part in there}
+        else:
+            return
         self._resized()
-        self._charge(self.spec.clock.graft_seconds)
-
-    def _prune(self, seed: Planted) -> None:
-        before = self._size_loss
-        self.shape = self.blueprints[seed.blueprint].pruned(self.shape, seed)
-        self._seeds.pop(max(i for i, planted in enumerate(self._seeds) if planted == seed))
-        sites = {site.id for site in self.shape.injection_specs()}
-        self._seeds = [planted for planted in self._seeds if planted.site in sites]
-        self._resized()
-        self._loss += self._size_loss - before  # what tokens have not removed stays
+        if candidate.operation == "prune":
+            self._loss += self._size_loss - loss  # what tokens have not removed stays
         self._charge(self.spec.clock.graft_seconds)
 
     def _train(self, boundary: float) -> float:
@@ -165,16 +190,16 @@ class SurrogateRun(Episode):
         return [(at, loss + float(error)) for (at, loss), error in zip(super()._seen(), self._loss_noise, strict=False)]
 
     def _measure(self) -> Measured:
-        if not self._sequence:
+        if not self.sequence:
             return Measured()
-        noisy = zip(self._uses.items(), self._norm_noise[self._sequence], strict=False)
+        noisy = zip(self._uses.items(), self._norm_noise[self.sequence], strict=False)
         seen = [(site, use * math.exp(error)) for (site, use), error in noisy]
         return Measured(norms={site: (norm, UPDATE * norm) for site, norm in seen if norm > 0})
 
 
 @lru_cache(maxsize=512)
-def _grown(found: Options) -> tuple[tuple[str, Size], ...]:
+def _grown(layout: Layout) -> tuple[tuple[str, Size], ...]:
     """Site and the size after each graft there is."""
-    options: Any = found
+    options: Any = layout.options
     grafts = (each for each in options if each.candidate.operation == "graft" and each.after is not None)
     return tuple((option.candidate.site, Size.of(option.after)) for option in grafts)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esper.platform.errors import UserError
 from esper.platform.seeding import stream
+from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import TokenData
 
 STEPS_AT_ONCE = 256
@@ -22,10 +23,9 @@ class Batches:
     """Random windows of a slice of the training tokens.
 
     Args:
+        spec: with the batch's size.
         data: the prepared shards.
         seed: of the `data` stream.
-        batch_size: B.
-        block_size: T.
         part: slice of the training tokens, as fractions.
         device: where the tensors go.
 
@@ -34,31 +34,23 @@ class Batches:
     """
 
     def __init__(
-        self,
-        data: TokenData,
-        seed: int,
-        batch_size: int,
-        block_size: int,
-        part: tuple[float, float],
-        device: torch.device,
+        self, spec: RunSpec, data: TokenData, seed: int, part: tuple[float, float], device: torch.device
     ) -> None:
         self._split = data.split("train")
-        self._seed, self._batch_size, self._block_size, self._device = seed, batch_size, block_size, device
-        self._low, high = (int(fraction * self._split.tokens) for fraction in part)
-        self._high = high - block_size
-        self._drawn = (-1, np.empty((0, batch_size), dtype=np.int64))  # (block of steps, their positions)
-        if self._high <= self._low:
-            raise UserError(
-                f"the training text has {high - self._low} tokens, too few for a context of {block_size}: "
-                "give more text, or set a smaller host.block_size."
-            )
+        self._seed, self._device = seed, device
+        self._batch_size, self._block_size = spec.data.batch_size, spec.host.block_size
+        self.low, high = (int(fraction * self._split.tokens) for fraction in part)
+        self._high = high - self._block_size
+        self._drawn = (-1, np.empty((0, self._batch_size), dtype=np.int64))  # (block of steps, their positions)
+        if self._high <= self.low:
+            raise _too_short("training", high - self.low, self._block_size)
 
     def at(self, optimizer_step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step, int64 (B, T) each."""
         block, row = divmod(optimizer_step, STEPS_AT_ONCE)
         if block != self._drawn[0]:
             size = (STEPS_AT_ONCE, self._batch_size)
-            self._drawn = block, stream(self._seed, "data", block).integers(self._low, self._high, size)
+            self._drawn = block, stream(self._seed, "data", block).integers(self.low, self._high, size)
         starts = self._drawn[1][row]
         windows = torch.from_numpy(self._split.windows(starts, self._block_size + 1))  # (B, T + 1)
         if self._device.type == "cuda":
@@ -66,24 +58,26 @@ class Batches:
         return windows[:, :-1], windows[:, 1:]
 
 
-def held_out(data: TokenData, tokens: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first `tokens` validation tokens (or all there are) as inputs and targets, int64 (n, T) each."""
-    return _windows(data, 0, tokens // block_size, block_size, device)
+def held_out(
+    data: TokenData, n: int, block_size: int, device: torch.device, *, last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The first or last `n` whole windows of the validation tokens (or all there are), int64 (n, T) each.
 
-
-def held_out_sample(data: TokenData, n: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The last `n` whole windows of the validation tokens (or all there are), int64 (n, T) each."""
-    whole = (data.split("valid").tokens - 1) // block_size
-    return _windows(data, max(0, whole - n), n, block_size, device)
-
-
-def _windows(data: TokenData, first: int, n: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    Raises:
+        UserError: there is none.
+    """
     split = data.split("valid")
-    n = min(n, (split.tokens - 1) // block_size - first)
+    whole = (split.tokens - 1) // block_size
+    first = max(0, whole - n) if last else 0
+    n = min(n, whole - first)
     if n < 1:
-        raise UserError(
-            f"the validation text has {split.tokens} tokens, too few for a context of {block_size}: "
-            "give more text, or set a smaller host.block_size."
-        )
+        raise _too_short("validation", split.tokens, block_size)
     windows = torch.from_numpy(split.windows((first + np.arange(n)) * block_size, block_size + 1)).to(device)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def _too_short(which: str, tokens: int, block_size: int) -> UserError:
+    return UserError(
+        f"the {which} text has {tokens} tokens, too few for a context of {block_size}: "
+        "give more text, or set a smaller host.block_size."
+    )

@@ -8,25 +8,22 @@ C embedding, H heads, D head dimension, W neurons of an MLP.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
-from esper.platform.spec import RunSpec
+from esper.platform.spec import HostSpec, RunSpec
 from esper.platform.storage import check_unused, new_folder, write_json
 from esper.workers.tolaria.data import Tokenizer, tokenizer
 from esper.workers.tolaria.export_tokenizer import save_hugging_face
-from esper.workers.tolaria.hosts import host_config
 from esper.workers.tolaria.model.linear import GrowableLinear
 from esper.workers.tolaria.model.shape import TransformerShape
-from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
+from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
 CONFIG, MODEL = "config.json", "model.safetensors"  # names that transformers expects
 
@@ -43,11 +40,12 @@ def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transfo
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     def make() -> TransformerHost:
-        spec = RunSpec.checked(values["books"]["spec"], "the checkpoint")
-        config = replace(host_config(spec, len(state["wte.weight"])), attention="sdpa")  # flash needs the run's machine
-        return TransformerHost.with_layout(config, values["trainer"]["now"]["layout"])
+        spec = RunSpec.checked(values["episode"]["spec"], "the checkpoint").host
+        spec = spec.model_copy(update={"attention": "sdpa"})  # flash needs the run's machine
+        layout = Layout.checked(values["trainer"]["now"]["layout"], "the checkpoint")
+        return TransformerHost.rebuilt(spec, len(state["wte.weight"]), layout, state)
 
-    return _loaded(make, state, "the checkpoint holds no host that is in training", "name one of `esper train`")
+    return _loaded(make, "the checkpoint holds no host that is in training", "name one of `esper train`")
 
 
 def load_native(folder: Path) -> TransformerHost:
@@ -59,10 +57,12 @@ def load_native(folder: Path) -> TransformerHost:
     values, tensors = _read(Path(folder))
 
     def make() -> TransformerHost:
-        layers = TransformerShape.layers_from_json(values["config"]["layers"])
-        return TransformerHost(TransformerConfig(**{**values["config"], "layers": layers}), torch.Generator())
+        vocab_size, config = values["vocab_size"], HostSpec.checked(values["config"], "its config")
+        shape = TransformerShape.of(config, vocab_size)
+        layout = Layout(layers=shape.layers, young={}, next_uid=shape.born.uid)
+        return TransformerHost.rebuilt(config, vocab_size, layout, tensors)
 
-    return _loaded(make, tensors, f"{folder} holds no exported host", "export it again")
+    return _loaded(make, f"{folder} holds no exported host", "export it again")
 
 
 def load_native_tokenizer(folder: Path) -> Tokenizer:
@@ -84,16 +84,13 @@ def _read(folder: Path) -> checkpoint.Content:
     return checkpoint.read(folder / MODEL)
 
 
-def _loaded(make: Callable[[], TransformerHost], state: Mapping[str, Tensor], wrong: str, mend: str) -> TransformerHost:
-    """A host with these tensors for its own, each in its own dtype; nothing is allocated for what does not fit them."""
+def _loaded(make: Callable[[], TransformerHost], wrong: str, mend: str) -> TransformerHost:
+    """The host that `make` makes, in evaluation mode."""
     try:
-        with torch.device("meta"):
-            host = make()
-        host.load_own_state(state, assign=True)
+        return make().eval()
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"{wrong} ({type(error).__name__}: {reason}): {mend}.") from None
-    return host.eval()
 
 
 # -- Writing ---------------------------------------------------------------------------------------------------------
@@ -103,16 +100,16 @@ def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | No
     """Write a host of any shape as a new folder, for `load_native`; the host, fused or not, is not changed.
 
     `model.safetensors` is a checkpoint with the state dict of a host born in this shape (a tied head is left out: it is
-    `wte.weight`) and the `TransformerConfig` that it is born with. Which kernel computes attention is not part of it.
+    `wte.weight`) and the `HostSpec` that it is born with. Which kernel computes attention is not part of it.
 
     Raises:
         UserError: the folder is not empty or cannot be written, or the tokenizer has another vocabulary.
     """
     _check(host, folder, tokenizer)
-    config = {**asdict(host.config), "n_layer": host.shape.depth(), "layers": host.shape.layers_as_json()}
-    del config["attention"]
+    born = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
+    config = born.model_dump(mode="json", exclude={"attention"})
     with new_folder(Path(folder)) as partial:
-        state = {"config": config, "tokenizer": tokenizer and tokenizer.name}
+        state = {"config": config, "vocab_size": host.shape.vocab_size, "tokenizer": tokenizer and tokenizer.name}
         checkpoint.write(partial / MODEL, state, fused_state(host))
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -134,14 +131,14 @@ def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None
         (partial / MODEL).write_bytes(data)
         write_json(partial / CONFIG, _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
         if tokenizer is not None:
-            save_hugging_face(tokenizer, partial, context=host.config.block_size)
+            save_hugging_face(tokenizer, partial, context=host.spec.block_size)
 
 
 def _check(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> None:
     check_unused(Path(folder))
-    if tokenizer is not None and tokenizer.vocab_size != host.config.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size != host.shape.vocab_size:
         raise UserError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.config.vocab_size}: "
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.shape.vocab_size}: "
             "give the one that its text was prepared with."
         )
 
@@ -204,11 +201,11 @@ def _gpt2_width(host: TransformerHost) -> int:
 
 
 def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
-    config, shape = host.config, host.shape
+    config, shape = host.spec, host.shape
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
+        "vocab_size": shape.vocab_size,
         "n_positions": config.block_size,
         "n_embd": config.n_embd,
         "n_layer": shape.depth(),

@@ -3,26 +3,54 @@
 It knows nothing of budgets, ledgers or policies: its caller says at which rate to step, and reads what was measured.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from esper.platform.contracts import Instance
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
 from esper.platform.seeding import derive, torch_stream
 from esper.platform.spec import OptimizerSpec, RunSpec
-from esper.workers.kasmina import Kasmina
-from esper.workers.kasmina.registry import Blueprint
-from esper.workers.tolaria.batches import Batches, held_out, held_out_sample
+from esper.workers.kasmina import Kasmina, Seed
+from esper.workers.kasmina.registry import Blueprint, Natural
+from esper.workers.tolaria.batches import Batches, held_out
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.device import pick_device
-from esper.workers.tolaria.hosts import host_config
-from esper.workers.tolaria.model.transformer import TransformerHost
+from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
 EVAL_TOKENS_AT_ONCE = 16384
 CONTRIBUTION_BATCHES = 2  # training batches' worth of held-out text that contributions are measured on
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class GroupState(Frozen):
+    """An optimizer group: the names of its parameters, and what differs between groups."""
+
+    params: tuple[str, ...]
+    lr: NotNegative
+    weight_decay: NotNegative
+
+
+class TrainerState(Frozen):
+    """A trainer but for its tensors."""
+
+    layout: Layout
+    groups: tuple[GroupState, ...]
+    seeds: tuple[Seed, ...]
+    grafts: Natural
+    steps: Natural
+
+
+Snapshot = tuple[TrainerState, dict[str, Tensor]]
+"""A trainer's state, never changed once taken."""
 
 
 class Trainer:
@@ -42,20 +70,20 @@ class Trainer:
         self.device = pick_device(spec)
         torch.set_num_threads(spec.threads)
         self._spec = spec
+        self._born = spec.host.starting_with(instance.n_layer)
+        self._vocab_size = data.manifest.vocab_size
         self._blueprints = blueprints
         self._seed = seed
-        born = spec.model_copy(update={"host": spec.host.starting_with(instance.n_layer)})
-        self._config = host_config(born, data.manifest.vocab_size)
         block = spec.host.block_size
-        self._batches = Batches(data, seed, spec.data.batch_size, block, instance.data, self.device)
-        self._held_out = held_out(data, spec.data.eval_tokens, block, self.device)
-        self._sample = held_out_sample(data, CONTRIBUTION_BATCHES * spec.data.batch_size, block, self.device)
+        self.batches = Batches(spec, data, seed, instance.data, self.device)
+        self._held_out = held_out(data, spec.data.eval_tokens // block, block, self.device)
+        self._sample = held_out(data, CONTRIBUTION_BATCHES * spec.data.batch_size, block, self.device, last=True)
         self.sample_tokens = self._sample[0].numel()
-        self._take(TransformerHost(self._config, torch_stream(seed, "init")))
+        self.take(TransformerHost(self._born, self._vocab_size, torch_stream(seed, "init")))
         self.steps = 0
         self._measured: list[Tensor] = []
 
-    def _take(self, host: TransformerHost) -> None:
+    def take(self, host: TransformerHost) -> None:
         """Train this host from now on, with a new optimizer."""
         self.host = host.to(self.device)
         self.optimizer = make_optimizer(self._spec.optimizer, self.host)
@@ -71,7 +99,7 @@ class Trainer:
         """One optimizer step at the host's learning rate `rate`."""
         if self._spec.host.dropout > 0:
             torch.manual_seed(derive(self._seed, "dropout", self.steps))
-        inputs, targets = self._batches.at(self.steps)
+        inputs, targets = self.batches.at(self.steps)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(inputs, targets)
         loss.backward()
@@ -83,22 +111,23 @@ class Trainer:
         self.optimizer.step()
         self.steps += 1
 
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over the fixed held-out set, nats per token."""
-        return self._mean_loss(*self._held_out)
+    # -- Measuring ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, between: Callable[[], None] = lambda: None) -> float:
+        """Mean loss over the fixed held-out set, nats per token; `between` is called between its parts."""
+        return self._mean_loss(*self._held_out, between)
 
     @torch.no_grad()
-    def contributions(self, sites: Iterable[str]) -> dict[str, float]:
+    def contributions(self, sites: Iterable[str], between: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Of each site, the loss with its newest seed masked less the loss with it, nats per token.
 
         On a small fixed held-out sample, apart from the validation set where the text is long enough.
         """
-        whole = self._mean_loss(*self._sample)
+        whole = self._mean_loss(*self._sample, between)
         without = {}
         for site in sites:
             with self.kasmina.masked(site):
-                without[site] = self._mean_loss(*self._sample) - whole
+                without[site] = self._mean_loss(*self._sample, between) - whole
         return without
 
     def measured(self, since: int = 0) -> list[list[float]]:
@@ -122,85 +151,101 @@ class Trainer:
     def site_norms(self) -> dict[str, tuple[float, float]]:
         """Site id → (norm of the last gradient, as clipped; norm of the last update), over the site's weight norm.
 
-        The update is read off AdamW's state after the step, weight decay apart. Sites that no gradient reached are
-        left out.
+        The update is read off AdamW's state after the step, weight decay apart. Sites that no gradient reached, or
+        whose norms are not finite, are left out.
         """
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        names, rows = [], []
-        for site in self.host.injection_specs():
+        rows = {}
+        for site in self.host.shape.injection_specs():
             parameters = [p for p in self.host.written_by(site.id) if p.grad is not None]
             if parameters:
-                names.append(site.id)
-                rows.append(
-                    torch.stack(
-                        [
-                            _norm(p.detach() for p in parameters),
-                            _norm(p.grad for p in parameters if p.grad is not None),
-                            _norm(_update(self.optimizer.state[p], p, groups[id(p)]) for p in parameters),
-                        ]
-                    )
-                )
-        if not rows:
-            return {}
+                weights = _norm(p.detach() for p in parameters)
+                gradients = _norm(p.grad for p in parameters if p.grad is not None)
+                updates = _norm(_update(self.optimizer.state[p], p, groups[id(p)]) for p in parameters)
+                rows[site.id] = torch.stack([weights, gradients, updates])
+        values = torch.stack(list(rows.values())).tolist() if rows else []  # one wait for the device
         return {
-            name: (gradient / max(weight, 1e-12), update / max(weight, 1e-12))
-            for name, (weight, gradient, update) in zip(names, torch.stack(rows).tolist(), strict=True)
+            site: (gradient / max(weight, 1e-12), update / max(weight, 1e-12))
+            for site, (weight, gradient, update) in zip(rows, values, strict=True)
+            if math.isfinite(weight + gradient + update)
         }
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All that `load` needs to go on to the same numbers: JSON values, and copies of tensors by name."""
+    def state(self) -> Snapshot:
+        """All that `load` needs to go on to the same numbers."""
         names = {id(parameter): name for name, parameter in self.host.named_parameters()}
         tensors = {f"host/{name}": tensor for name, tensor in self.host.own_state().items()}
-        groups = []
-        for group in self.optimizer.param_groups:
-            held = [names[id(parameter)] for parameter in group["params"]]
-            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": held})
-            for name, parameter in zip(held, group["params"], strict=True):
-                for key, value in self.optimizer.state.get(parameter, {}).items():
-                    tensors[f"optimizer/{name}/{key}"] = value
-        values = {
-            "layout": self.host.layout(),
-            "groups": groups,
-            "kasmina": self.kasmina.state(),
-            "steps": self.steps,
-            "measured": self.measured(),
-        }
+        for parameter, moments in self.optimizer.state.items():
+            tensors |= {f"optimizer/{names[id(parameter)]}/{key}": value for key, value in moments.items()}
+        tensors["measured"] = torch.stack(self._measured) if self._measured else torch.zeros(0, 3)
+        groups = tuple(
+            GroupState(params=tuple(names[id(p)] for p in g["params"]), lr=g["lr"], weight_decay=g["weight_decay"])
+            for g in self.optimizer.param_groups
+        )
+        values = TrainerState(
+            layout=self.host.layout(),
+            groups=groups,
+            seeds=tuple(self.kasmina.saved()),
+            grafts=self.kasmina.grafts,
+            steps=self.steps,
+        )
         return values, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
-    def load(self, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Become what `state` told of; the tensors are copied."""
-        self._take(TransformerHost.with_layout(self._config, values["layout"]))
-        self.host.load_own_state(
-            {name.removeprefix("host/"): tensor for name, tensor in tensors.items() if name.startswith("host/")}
-        )
-        parameters = dict(self.host.named_parameters())
+    def load(self, state: TrainerState, tensors: Mapping[str, Tensor]) -> None:
+        """Become what `state` told of; the tensors are copied.
+
+        Raises:
+            UserError: state and tensors do not fit together.
+        """
+        own = {name: tensor.to(torch.float32, copy=True) for name, tensor in within("host/", tensors).items()}
+        self.take(TransformerHost.rebuilt(self._born, self._vocab_size, state.layout, own))
+        parameters, moments = dict(self.host.named_parameters()), {}
+        for name, tensor in within("optimizer/", tensors).items():
+            owner, _, key = name.rpartition("/")
+            moments.setdefault(owner, {})[key] = tensor
+        rows = tensors.get("measured")
+        if not (
+            sorted(name for group in state.groups for name in group.params) == sorted(parameters)
+            and all(group.params for group in state.groups)
+            and all(name in parameters and _fit(parameters[name], kept) for name, kept in moments.items())
+            and rows is not None
+            and rows.dim() == 2
+            and rows.shape[1] == 3
+        ):
+            raise UserError("the checkpoint's optimizer and its host do not fit together: restore an older copy of it.")
+        alike = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
         self.optimizer.param_groups[:] = [
-            {**group, "betas": tuple(group["betas"]), "params": [parameters[name] for name in group["params"]]}
-            for group in values["groups"]
+            {**alike, **group.model_dump(), "params": [parameters[name] for name in group.params]}
+            for group in state.groups
         ]
-        self.optimizer.state.clear()
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "optimizer":
-                owner, _, key = rest.rpartition("/")
-                self.optimizer.state[parameters[owner]][key] = tensor.to(self.device, copy=True)
-        self.kasmina.load(values["kasmina"])
-        self.steps = values["steps"]
-        self._measured = [torch.tensor(row, device=self.device) for row in values["measured"]]
+        for name, kept in moments.items():
+            copies = {key: tensor.to(self.device, copy=True) for key, tensor in kept.items()}
+            self.optimizer.state[parameters[name]] = copies
+        self.kasmina.load(state.seeds, state.grafts)
+        self.steps = state.steps
+        self._measured = list(rows.to(self.device, copy=True).unbind())
+
+    def roll_back(self, good: Snapshot) -> None:
+        """Load a snapshot of this run, but for what counts layers and grafts: no id is ever used twice."""
+        next_uid, grafts = self.host.shape.born.uid, self.kasmina.grafts
+        self.load(*good)
+        self.host.reserve(next_uid)
+        self.kasmina.grafts = grafts
 
     # -- Helpers -----------------------------------------------------------------------------------------------
 
-    def _mean_loss(self, inputs: Tensor, targets: Tensor) -> float:
+    @torch.no_grad()
+    def _mean_loss(self, inputs: Tensor, targets: Tensor, between: Callable[[], None]) -> float:
         """In evaluation mode, in parts of a bounded size."""
-        self.host.eval()
         at_once = max(1, EVAL_TOKENS_AT_ONCE // inputs.shape[1])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(0, len(inputs), at_once):
             part = inputs[i : i + at_once], targets[i : i + at_once]
+            self.host.eval()
             total += self._loss(*part).double() * part[0].numel()
-        self.host.train()
+            self.host.train()
+            between()
         return total.item() / inputs.numel()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -212,12 +257,24 @@ class Trainer:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def within(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {name.removeprefix(folder): tensor for name, tensor in tensors.items() if name.startswith(folder)}
+
+
 def make_optimizer(spec: OptimizerSpec, host: nn.Module) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone (Loshchilov & Hutter 2019, 1711.05101)."""
     matrices = [p for p in host.parameters() if p.dim() >= 2]
     others = [p for p in host.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.eps, fused=True)
+
+
+def _fit(parameter: Tensor, moments: Mapping[str, Tensor]) -> bool:
+    """Whether these can be AdamW's moments of a parameter."""
+    step = moments.get("step", torch.zeros(1))
+    like = all(moments[key].shape == parameter.shape for key in moments if key != "step")
+    return moments.keys() == MOMENTS and like and step.dim() == 0 and bool(step >= 1)
 
 
 def _update(state: dict, parameter: Tensor, group: dict) -> Tensor:

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
+from esper.platform.spec import HostSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import make_blueprints
-from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
+from esper.workers.tolaria.model.transformer import TransformerHost
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 BETAS = (0.9, 0.95)
@@ -15,8 +16,7 @@ BETAS = (0.9, 0.95)
 @st.composite
 def hosts(draw):
     """A host of any small shape, tied or not, in float32 or float64."""
-    config = TransformerConfig(
-        vocab_size=draw(st.integers(5, 40)),
+    spec = HostSpec(
         block_size=8,
         n_layer=draw(st.integers(1, 3)),
         n_head=draw(st.integers(1, 3)),
@@ -25,8 +25,9 @@ def hosts(draw):
         mlp_width=draw(st.integers(3, 20)),
         tied=draw(st.booleans()),
     )
-    dtype = draw(st.sampled_from(list(TOLERANCE)))
-    return TransformerHost(config, torch.Generator().manual_seed(draw(st.integers(0, 99)))).to(dtype)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    host = TransformerHost(spec, draw(st.integers(5, 40)), generator)
+    return host.to(draw(st.sampled_from(list(TOLERANCE))))
 
 
 def numbers(least=1):
@@ -41,10 +42,10 @@ def settings_drawn():
     )
 
 
-def small(**changes):
+def small(vocab_size=11, **changes):
     """A host of two layers and what grows it."""
-    config = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8} | changes
-    host = TransformerHost(TransformerConfig(**config), torch.Generator().manual_seed(0))
+    spec = HostSpec(**{"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8} | changes)
+    host = TransformerHost(spec, vocab_size, torch.Generator().manual_seed(0))
     return host, kasmina_of(host)
 
 
@@ -56,8 +57,7 @@ def kasmina_of(host, blueprints=None, probation_steps=10):
 
 def batch(host, n=3):
     """int64 (n, 8)."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, host.config.vocab_size, (n, 8), generator=generator)
+    return torch.randint(0, host.shape.vocab_size, (n, 8), generator=torch.Generator().manual_seed(1))
 
 
 def train(host, kasmina, steps=1):
@@ -84,8 +84,19 @@ def logits(host):
 
 def pick(host, number):
     """A (site, blueprint) by number, over everything that is possible."""
-    choices = [(site.id, name) for site in host.injection_specs() for name in site.blueprints]
+    choices = [(site.id, name) for site in host.shape.injection_specs() for name in site.blueprints]
     return choices[number % len(choices)]
+
+
+def fusable(kasmina, seed):
+    """Whether no older young seed of units at its site comes first."""
+    young = [other for other in kasmina.seeds if other.site == seed.site and other.planted.units and not other.fused]
+    return bool(seed.planted.part) or young == [seed]
+
+
+def tree(host):
+    """Names of modules; names and shapes of parameters."""
+    return [name for name, _ in host.named_modules()], {n: p.shape for n, p in host.named_parameters()}
 
 
 def assert_owned(kasmina):

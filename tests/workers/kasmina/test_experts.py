@@ -6,9 +6,9 @@ from growing import batch, kasmina_of, logits, small, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.platform.spec import ExpertSpec
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.tolaria.model.experts import CAPACITY, Expert
-from esper.workers.tolaria.model.shape import ExpertShape
 
 
 def flops(host):
@@ -19,27 +19,22 @@ def flops(host):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_what_no_token_chooses_is_not_computed(share):
-    """Counted FLOPs follow the share at "none", to the token; at its own share they are the registry's."""
+    """Counted FLOPs follow the share down to none, to the token; at the expert's own share they are the closed form."""
     host, _ = small(n_embd=16, vocab_size=40)
     kasmina = kasmina_of(host, make_blueprints({"expert": {"width": 12, "share": 0.25}}))
-    plain = flops(host)
+    plain, formula, tokens = flops(host), host.shape.flops_per_token(), batch(host).numel()
     kasmina.graft("h0.ffn", "expert")
     expert = host.part("h0.e0")
-    tokens = batch(host).numel()
     chosen = []
     hook = host.h[0].ln_2.register_forward_hook(lambda _, args, out: chosen.append(out.detach().flatten(0, 1)))
     logits(host)
     hook.remove()
     scores = torch.sort(chosen[0] @ expert.router[0].detach(), descending=True).values
     taken = round(share * tokens)
-    edge = scores[taken - 1] - 1e-4 if taken == tokens else scores[taken] + 1e-6
-    expert.balance.fill_(-edge)
+    expert.balance.fill_(-(scores[taken - 1] - 1e-4 if taken == tokens else scores[taken] + 1e-6))
     assert flops(host) - plain == tokens * 2 * 16 + taken * 4 * 16 * 12
     if share == 0.25:
-        assert (
-            3 * (flops(host) - plain)
-            == (host.flops_per_token() - small(n_embd=16, vocab_size=40)[0].flops_per_token()) * tokens
-        )
+        assert 3 * (flops(host) - plain) == (host.shape.flops_per_token() - formula) * tokens
 
 
 def test_a_new_expert_takes_no_token_from_an_older_one():
@@ -50,16 +45,15 @@ def test_a_new_expert_takes_no_token_from_an_older_one():
     kasmina.graft("h0.ffn", "expert")
     assert torch.equal(logits(host), before)
     x, free = torch.randn(50, 16), torch.ones(50, dtype=torch.bool)
-    first, second = host.part("h0.e0"), host.part("h0.e1")
-    taken, _ = first.eval()(x, free)
+    taken, _ = host.part("h0.e0").eval()(x, free)
     free[taken] = False
-    others, _ = second.eval()(x, free)
+    others, _ = host.part("h0.e1").eval()(x, free)
     assert not set(taken.tolist()) & set(others.tolist())
 
 
 def test_a_gate_is_balanced_to_its_share():
     torch.manual_seed(0)
-    expert = Expert(16, ExpertShape(0, 4, 0.3))
+    expert = Expert(16, ExpertSpec(uid=0, width=4, share=0.3))
     torch.nn.init.normal_(expert.router, mean=0.2)  # scores that are not centred
     shares = []
     for _ in range(600):
@@ -69,7 +63,7 @@ def test_a_gate_is_balanced_to_its_share():
 
 
 def test_capacity_binds_in_training_only_and_keeps_the_highest_scores():
-    expert = Expert(8, ExpertShape(0, 4, 0.25))
+    expert = Expert(8, ExpertSpec(uid=0, width=4, share=0.25))
     torch.nn.init.normal_(expert.router)
     expert.balance.fill_(100.0)
     x, free = torch.randn(40, 8), torch.ones(40, dtype=torch.bool)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.spec import load_spec
-from esper.workers.episode import RECORDS
 from esper.workers.laws.oracle import bound, classes
 from esper.workers.laws.surrogate import SurrogateRun
 
@@ -22,7 +21,7 @@ def fork(run: SurrogateRun) -> SurrogateRun:
     """An independent copy, quicker than `state` and `load`."""
     twin = copy.copy(run)
     twin.ledger, twin.clock = copy.copy(run.ledger), copy.copy(run.clock)
-    for name in (*RECORDS, "_grafted", "_seeds"):
+    for name in ("curve", "grafts", "prunes", "grafted", "_seeds"):
         setattr(twin, name, copy.copy(getattr(run, name)))
     return twin
 

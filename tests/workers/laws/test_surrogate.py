@@ -65,7 +65,7 @@ def test_a_graft_leaves_the_loss_and_steepens_its_fall():
             step(run)
     step(waits)
     step(grows, "graft", "block")
-    assert grows.grafts[0]["val_loss_after"] == grows.grafts[0]["val_loss_before"]
+    assert grows.grafts[0].val_loss_after == grows.grafts[0].val_loss_before
     assert grows.loss < waits.loss  # equal tokens
 
 

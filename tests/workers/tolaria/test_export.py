@@ -82,7 +82,7 @@ def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fuse
     assert not loaded.split()
     assert loaded.shape == host.shape
     assert (loaded.lm_head.weight is loaded.wte.weight) == tied
-    assert sum(p.numel() for p in loaded.parameters()) == host.parameters_count()
+    assert sum(p.numel() for p in loaded.parameters()) == host.shape.parameters_count()
     assert torch.equal(logits(loaded), logits(host))
     Kasmina(loaded, torch.optim.AdamW(loaded.parameters())).graft("h2.stream", "block")
     assert torch.equal(logits(loaded), logits(host))
@@ -149,7 +149,7 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
     export_gpt2(host, tmp_path / "host")
     model, loading = GPT2LMHeadModel.from_pretrained(tmp_path / "host", output_loading_info=True)
     assert not any(loading.values()), loading
-    added = sum(p.numel() for p in model.parameters()) - host.parameters_count()
+    added = sum(p.numel() for p in model.parameters()) - host.shape.parameters_count()
     assert added > 0
     assert sum(int((p == 0).sum()) for p in model.parameters()) == added  # all of it zeros
     expected = logits(host)
@@ -275,6 +275,6 @@ def mutated(value, chance):
 def test_an_odd_state_is_a_host_or_a_sentence(run, seed):
     chance, (values, tensors) = random.Random(seed), run.state()
     layout = values["trainer"]["now"]["layout"]
-    kept = {"books": {"spec": values["books"]["spec"]}, "trainer": {"now": {"layout": layout}}}
+    kept = {"episode": {"spec": values["episode"]["spec"]}, "trainer": {"now": {"layout": layout}}}
     with contextlib.suppress(UserError):
         host_of(mutated(kept, chance), tensors)

@@ -1,8 +1,5 @@
 """The blueprints, one file each; importing this package registers them."""
 
-from esper.workers.kasmina.blueprints.attention import AttentionSeed
-from esper.workers.kasmina.blueprints.block import ResidualSeed
-from esper.workers.kasmina.blueprints.expert import ExpertSeed
-from esper.workers.kasmina.blueprints.ffn import FFNSeed
+from esper.workers.kasmina.blueprints import attention, block, expert, ffn
 
-__all__ = ["AttentionSeed", "ExpertSeed", "FFNSeed", "ResidualSeed"]
+__all__ = ["attention", "block", "expert", "ffn"]

@@ -3,12 +3,9 @@
     x → x + attn(ln(x)) → + mlp(ln(·))   with both output projections zero, weight and bias:   x → x + 0 → + 0 = x
 
 At any depth: after the embeddings or after any layer. The new layer has the shape the host's layers were born with.
-`init` says what its incoming side is: `zero` draws it as wide as the neighbour's is now, with norms of weight 1 and
-bias 0; `copy` copies the neighbour's incoming matrices and norms (the first heads and neurons, where it has more).
 Nothing scales the residual branch: with pre-norm the layer reads a normed stream wherever it stands, and its output
 starts at zero whatever the stream's size there. What does differ is how much its first updates weigh against the
-stream, which is small near the embeddings (`patience`). Parameters: (4·C·H·D + 3·H·D + C) + (2·C·W + W + C) +
-4·C.
+stream, which is small near the embeddings (`patience`). Parameters: (4·C·H·D + 3·H·D + C) + (2·C·W + W + C) + 4·C.
 """
 
 import math
@@ -19,15 +16,20 @@ import torch
 from torch import Tensor
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
-from esper.workers.kasmina.blueprints.parts import Part
-from esper.workers.kasmina.blueprints.widen import drawn_like
+from esper.workers.kasmina.blueprints.part import Part
+from esper.workers.kasmina.blueprints.units import drawn_like
 from esper.workers.kasmina.registry import register
 
 
 @register
 @dataclass(frozen=True)
 class ResidualSeed(Part):
-    """One layer at a time; the spec's `growth.max_layers` bounds them."""
+    """One layer at a time; the spec's `growth.max_layers` bounds them.
+
+    Attributes:
+        init: `zero` draws the incoming side as wide as the neighbour's is now, with norms of weight 1 and bias 0;
+            `copy` copies the neighbour's (its first heads and neurons, where it has more).
+    """
 
     name: ClassVar[str] = "block"
     site_kind: ClassVar[SiteKind] = "residual_stream"
@@ -50,7 +52,7 @@ class ResidualSeed(Part):
         return True
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
-        """The shape with a layer put in."""
+        """With a layer put in."""
         return shape.with_layer(site_id)
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
-from esper.workers.kasmina.blueprints.parts import Part
-from esper.workers.kasmina.blueprints.widen import drawn_like
+from esper.workers.kasmina.blueprints.part import Part
+from esper.workers.kasmina.blueprints.units import drawn_like
 from esper.workers.kasmina.registry import Count, register
 
 
@@ -33,25 +33,20 @@ class ExpertSeed(Part):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     limit: Count = 64
 
-    def patience(self, host: HostProtocol, site_id: str) -> int:
-        """The usual warm-up."""
-        return 1
-
     def allowed(self, shape: HostShape, site_id: str) -> bool:
         """Up to `limit` experts."""
         return shape.experts() < self.limit
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
-        """The shape with the expert added."""
+        """With the expert added."""
         return shape.with_expert(site_id, self.width, self.share)
 
     @torch.no_grad()
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
         """Put the expert in; its second matrix is zero."""
         name, pairs = host.insert(site_id, self.resized(host.shape, site_id))
-        expert = host.part(name)
         siblings = {id(new): sibling for new, sibling in pairs}
-        for key, parameter in expert.named_parameters():
+        for key, parameter in host.part(name).named_parameters():
             if key == "router":
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
             elif key == "c_fc.weight":

@@ -2,21 +2,21 @@
 
     mlp(x) = P·gelu(F·x + f) + p   →   [P 0]·gelu([F; F⁺]·x + [f; 0]) + p = mlp(x)
 
-A neuron is a row of `c_fc` and a column of `c_proj`. The column is zero at birth; the row is not. Parameters per
-neuron: 2·C + 1. Training FLOPs per token and neuron: 3·4·C.
+A neuron is a row of `c_fc` and a column of `c_proj`, zero at birth. Parameters per neuron: 2·C + 1. Training FLOPs per
+token and neuron: 3·4·C.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from esper.platform.contracts import HostShape, SiteKind
-from esper.workers.kasmina.blueprints.widen import Widening
-from esper.workers.kasmina.registry import Count, PlantedSeed, register
+from esper.platform.contracts import SiteKind
+from esper.workers.kasmina.blueprints.units import Units
+from esper.workers.kasmina.registry import Count, register
 
 
 @register
 @dataclass(frozen=True)
-class FFNSeed(Widening):
+class FFNSeed(Units):
     """`width` neurons at a time, up to `limit` in a layer."""
 
     name: ClassVar[str] = "ffn"
@@ -30,11 +30,3 @@ class FFNSeed(Widening):
     def units(self) -> int:
         """Neurons."""
         return self.width
-
-    def resized(self, shape: Any, site_id: str) -> HostShape:
-        """The shape with the neurons added."""
-        return shape.with_width(site_id, self.width)
-
-    def pruned(self, shape: Any, seed: PlantedSeed) -> HostShape:
-        """The shape without a seed's neurons."""
-        return shape.with_width(seed.site, -seed.units)

@@ -1,9 +1,7 @@
-"""The implementations of causal attention that a host can use, behind one interface.
+"""The implementations of causal attention that a host can use.
 
 Each is called as `attend(q, k, v, *, dropout)`: q, k and v (B, T, H, D) → (B, T, H, D), the softmax of q kᵀ / √D over
-the keys up to and including the query's own, times v, with the weights dropped out with probability `dropout`.
-
-B batch, T time, H heads, D head dimension.
+the keys up to and including the query's own, times v. B batch, T time, H heads, D head dimension.
 """
 
 from collections.abc import Callable
@@ -26,7 +24,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
-    """FlashAttention-2 (Dao 2023, 2307.08691): q, k and v float16 or bfloat16 on a CUDA GPU, D at most 256.
+    """FlashAttention-2 (Dao 2023, 2307.08691): float16 or bfloat16 on a CUDA GPU, D at most 256.
 
     As with torch's, its backward pass repeats to the bit only under `torch.use_deterministic_algorithms`.
     """

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.workers.tolaria.model.shape import ExpertShape
+from esper.platform.spec import ExpertSpec
 
 CAPACITY = 1.5
 BALANCE_STEP = 0.01  # of a score whose standard deviation is about 1
@@ -31,7 +31,7 @@ class Expert(nn.Module):
 
     balance: Tensor
 
-    def __init__(self, n_embd: int, shape: ExpertShape) -> None:
+    def __init__(self, n_embd: int, shape: ExpertSpec) -> None:
         super().__init__()
         self.shape = shape
         self.router = nn.Parameter(torch.empty(1, n_embd))

@@ -2,11 +2,12 @@
 
 What is grafted onto it is a segment of its own until it is fused: separate parameters, concatenated in `forward`, so
 there is one GEMM whatever was grafted, and each segment can have its own optimizer state and learning rate. Fusing
-stores the concatenation; the values do not change, nor does any bit of the output. A layer without segments is a plain
-linear layer: the same parameters, the same names, the same code.
+stores the concatenation: no bit of the output changes. Without segments it is a plain linear layer.
 
 R output features (rows), K input features (columns).
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,7 @@ class GrowableLinear(nn.Module):
 
     def add(self, weight: Tensor, bias: Tensor | None = None) -> Pairs:
         """Append a segment: weight (r, K) and bias (r,), or weight (R, k)."""
-        like = self.weight
-        segment = Segment(weight.to(like), None if bias is None else bias.to(like))
+        segment = Segment(weight.to(self.weight), None if bias is None else bias.to(self.weight))
         if self.young is None:
             self.young = nn.ModuleList()
         self.young.append(segment)
@@ -86,9 +86,8 @@ class GrowableLinear(nn.Module):
 
     def fuse(self) -> list[Swap]:
         """Join the oldest young segment to the layer's own tensors."""
-        assert self.young is not None
-        oldest = self._segments()[0]
-        self._keep(self._segments()[1:])
+        oldest, *others = self._segments()
+        self._keep(others)
         swaps = [self._swap("weight", self.axis, oldest.weight)]
         return swaps if oldest.bias is None else [*swaps, self._swap("bias", 0, oldest.bias)]
 
@@ -102,13 +101,12 @@ class GrowableLinear(nn.Module):
         swaps = [self._swap("weight", self.axis, cut=size)]
         return (swaps if self.axis == 1 else [*swaps, self._swap("bias", 0, cut=size)]), []
 
-    def split_off(self, sizes: list[int]) -> None:
+    def split_off(self, sizes: Sequence[int]) -> None:
         """Make the last rows or columns young segments of these sizes, uninitialised: to load a saved state into."""
-        total = sum(sizes)
-        for name in ("weight",) if self.axis == 1 else ("weight", "bias"):
+        for name, axis in [("weight", 1)] if self.axis == 1 else [("weight", 0), ("bias", 0)]:
             whole = getattr(self, name)
-            axis = self.axis if name == "weight" else 0
-            setattr(self, name, nn.Parameter(whole.detach().narrow(axis, 0, whole.shape[axis] - total).clone()))
+            own = whole.detach().narrow(axis, 0, whole.shape[axis] - sum(sizes)).clone()
+            setattr(self, name, nn.Parameter(own))
         for size in sizes:
             rows = (size, self.in_features) if self.axis == 0 else (self.out_features, size)
             self.add(torch.empty(rows), torch.empty(size) if self.axis == 0 else None)

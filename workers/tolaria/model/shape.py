@@ -1,44 +1,25 @@
-"""The shape of a transformer host, without its tensors: sites, parameters and FLOPs in closed form.
+"""A transformer's shape without its tensors: sites, parameters and FLOPs in closed form.
 
-`TransformerHost` reads its shape off its tensors and answers through this class, and a surrogate run uses it alone,
-so there is one set of formulas; tests hold them against the real module and torch's FLOP counter.
+A host answers through it and a surrogate run uses it alone; tests hold the formulas against the real module.
 
 V vocabulary, T block size, C embedding, H heads, D head dimension, W neurons of an MLP.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from esper.platform.contracts import InjectionSpec
+from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
 from esper.workers.kasmina.registry import names_for
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """An expert beside a layer's MLP: `width` neurons for a `share` of the tokens."""
-
-    uid: int
-    width: int
-    share: float
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """One layer. `uid` names its sites for life, wherever later layers are put."""
-
-    uid: int
-    heads: int
-    width: int
-    experts: tuple[ExpertShape, ...] = ()
 
 
 @dataclass(frozen=True)
 class TransformerShape:
     """A whole transformer's shape.
 
-    Site ids: `wte.stream` (after the embeddings), then `h<uid>.attention`, `h<uid>.ffn`, `h<uid>.stream` (after the
-    layer).
+    Sites: `wte.stream` (after the embeddings), then a layer's `h<uid>.attention`, `h<uid>.ffn`, `h<uid>.stream`. No
+    two layers of a run ever have the same uid.
     """
 
     vocab_size: int
@@ -46,8 +27,23 @@ class TransformerShape:
     n_embd: int
     head_dim: int
     tied: bool
-    born: LayerShape  # what a new layer looks like (its uid is not used)
-    layers: tuple[LayerShape, ...]
+    born: LayerSpec  # the next new layer
+    layers: tuple[LayerSpec, ...]
+
+    @classmethod
+    def of(cls, host: HostSpec, vocab_size: int) -> Self:
+        """The shape that a host is born with."""
+        width = host.mlp_width or 4 * host.n_embd
+        layers = host.layers or tuple(LayerSpec(uid=i, heads=host.n_head, width=width) for i in range(host.n_layer))
+        return cls(
+            vocab_size=vocab_size,
+            block_size=host.block_size,
+            n_embd=host.n_embd,
+            head_dim=host.head_dim or host.n_embd // host.n_head,
+            tied=host.tied,
+            born=LayerSpec(uid=1 + max(layer.uid for layer in layers), heads=host.n_head, width=width),
+            layers=layers,
+        )
 
     # -- HostShape ---------------------------------------------------------------------------------------------
 
@@ -72,15 +68,14 @@ class TransformerShape:
         body = sum(sum(self._layer_parts(layer)) for layer in self.layers) + 2 * self.n_embd
         if non_embedding:
             return body
-        heads = 1 if self.tied else 2
-        return body + self.n_embd * (heads * self.vocab_size + self.block_size)
+        return body + self.n_embd * ((1 if self.tied else 2) * self.vocab_size + self.block_size)
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token: three times the forward's matrix products.
 
-        2 per weight of every matrix, and 4·T·H·D a layer for the two attention products, over the whole square:
-        what a causal kernel skips is not subtracted (as in PaLM's appendix B, 2204.02311). An expert counts with the
-        share of the tokens that its gate is balanced to.
+        2 per weight of every matrix, and 4·T·H·D a layer for the two attention products, over the whole square: what a
+        causal kernel skips is not subtracted (as in PaLM's appendix B, 2204.02311). An expert counts with the share of
+        the tokens that its gate is balanced to.
         """
         forward = 2.0 * self.n_embd * self.vocab_size
         for layer in self.layers:
@@ -100,39 +95,34 @@ class TransformerShape:
 
     # -- Growing -----------------------------------------------------------------------------------------------
 
-    def with_heads(self, site_id: str, heads: int) -> Self:
-        """With `heads` more heads at an attention site (fewer, if negative)."""
-        return self._replaced(site_id, lambda layer: replace(layer, heads=layer.heads + heads))
-
-    def with_width(self, site_id: str, width: int) -> Self:
-        """With `width` more neurons at an MLP site (fewer, if negative)."""
-        return self._replaced(site_id, lambda layer: replace(layer, width=layer.width + width))
+    def with_units(self, site_id: str, units: int) -> Self:
+        """With so many more heads or neurons (fewer, if negative) at a site."""
+        field = "heads" if site_id.endswith(".attention") else "width"
+        return self._changed(site_id, lambda layer: {field: getattr(layer, field) + units})
 
     def with_expert(self, site_id: str, width: int, share: float) -> Self:
         """With an expert beside the MLP at a site."""
 
-        def change(layer: LayerShape) -> LayerShape:
+        def added(layer: LayerSpec) -> dict[str, Any]:
             uid = 1 + max((expert.uid for expert in layer.experts), default=-1)
-            return replace(layer, experts=(*layer.experts, ExpertShape(uid, width, share)))
+            return {"experts": (*layer.experts, ExpertSpec(uid=uid, width=width, share=share))}
 
-        return self._replaced(site_id, change)
+        return self._changed(site_id, added)
 
     def with_layer(self, site_id: str) -> Self:
-        """With a layer of the born shape put into the stream at `site_id`."""
-        position = self.position(site_id)
-        new = replace(self.born, uid=1 + max(layer.uid for layer in self.layers))
-        return replace(self, layers=(*self.layers[:position], new, *self.layers[position:]))
+        """With a new layer put into the stream at `site_id`."""
+        position, new = self.position(site_id), self.born
+        born = new.model_copy(update={"uid": new.uid + 1})
+        return replace(self, born=born, layers=(*self.layers[:position], new, *self.layers[position:]))
 
     def without(self, name: str) -> Self:
         """Without a part, as the host names it: `h<uid>`, a layer, or `h<uid>.e<uid>`, an expert."""
-        kept = tuple(layer for layer in self.layers if name != f"h{layer.uid}")
-        return replace(
-            self,
-            layers=tuple(
-                replace(layer, experts=tuple(e for e in layer.experts if name != f"h{layer.uid}.e{e.uid}"))
-                for layer in kept
-            ),
-        )
+        layer, _, expert = name.partition(".")
+        if expert:
+            return self._changed(
+                name, lambda layer: {"experts": tuple(e for e in layer.experts if f"e{e.uid}" != expert)}
+            )
+        return replace(self, layers=tuple(kept for kept in self.layers if f"h{kept.uid}" != layer))
 
     def part_after(self, other: "TransformerShape") -> str:
         """The name of the one part that this shape has and `other` has not."""
@@ -160,19 +150,16 @@ class TransformerShape:
 
     def layers_as_json(self) -> list[dict[str, Any]]:
         """The layers as JSON values."""
-        return [{**asdict(layer), "experts": [asdict(expert) for expert in layer.experts]} for layer in self.layers]
+        return [layer.model_dump(mode="json") for layer in self.layers]
 
     @staticmethod
-    def layers_from_json(values: list[dict[str, Any]]) -> tuple[LayerShape, ...]:
+    def layers_from_json(values: Iterable[Any]) -> tuple[LayerSpec, ...]:
         """The layers that `layers_as_json` wrote."""
-        return tuple(
-            LayerShape(**{**layer, "experts": tuple(ExpertShape(**expert) for expert in layer["experts"])})
-            for layer in values
-        )
+        return tuple(LayerSpec.checked(layer, "a layer") for layer in values)
 
     # -- Helpers -----------------------------------------------------------------------------------------------
 
-    def _layer_parts(self, layer: LayerShape) -> tuple[int, int, int]:
+    def _layer_parts(self, layer: LayerSpec) -> tuple[int, int, int]:
         """Parameters of a layer's attention, of its MLP and experts, and of its two norms."""
         c, inner = self.n_embd, layer.heads * self.head_dim
         attention = 4 * c * inner + 3 * inner + c
@@ -180,7 +167,12 @@ class TransformerShape:
         experts = sum(c + 2 * c * expert.width + expert.width + c for expert in layer.experts)
         return attention, mlp + experts, 4 * c
 
-    def _replaced(self, site_id: str, change: Callable[[LayerShape], LayerShape]) -> Self:
+    def _changed(self, site_id: str, change: Callable[[LayerSpec], dict[str, Any]]) -> Self:
+        """With a change of the layer that a site belongs to."""
         name = site_id.partition(".")[0]
-        layers = tuple(change(layer) if name == f"h{layer.uid}" else layer for layer in self.layers)
-        return replace(self, layers=layers)
+        return replace(
+            self,
+            layers=tuple(
+                layer.model_copy(update=change(layer)) if name == f"h{layer.uid}" else layer for layer in self.layers
+            ),
+        )

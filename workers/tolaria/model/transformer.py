@@ -1,82 +1,30 @@
 """TransformerHost: a GPT-2 style decoder that can grow while it trains.
 
-Pre-norm blocks, learned positions, GELU, scaled dot-product attention (Radford et al. 2019; module names are
-GPT-2's). Departures: every matrix that can grow is a `GrowableLinear`; QKV rows are ordered by head, (H, 3, D, C),
-so that adding a head adds rows at the end and splitting or joining segments changes no bit of the result; heads, MLP
-widths and experts are per layer, and the head dimension is a setting of its own. `forward` reads head counts and widths
-off the tensors, so a grown host runs the code of a born one.
+Pre-norm blocks, learned positions, GELU (Radford et al. 2019; module names are GPT-2's). Departures: every matrix that
+can grow is a `GrowableLinear`; QKV rows are ordered by head, (H, 3, D, C), so that a new head adds rows at the end and
+splitting or joining segments changes no bit of the result; heads, MLP widths and experts are per layer. `forward` reads
+head counts and widths off the tensors, so a grown host runs the code of a born one.
 
 B batch, T time, C embedding, V vocabulary, H heads, D head dimension, W neurons of the MLP.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from esper.platform.contracts import InjectionSpec
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
+from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
 from esper.workers.tolaria.model.attention_kernels import Attend, kernel
 from esper.workers.tolaria.model.experts import Expert, Experts
 from esper.workers.tolaria.model.linear import GrowableLinear, Pairs
-from esper.workers.tolaria.model.shape import ExpertShape, LayerShape, TransformerShape
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """How a host is born.
-
-    Attributes:
-        n_layer: layers; must be their number where `layers` is given.
-        n_head: H of a layer, and of layers grafted later.
-        head_dim: D; none means n_embd / n_head.
-        mlp_width: W of a layer, and of layers grafted later; none means 4 n_embd.
-        layers: each layer's own shape; none means that all are alike.
-        attention: which of `attention_kernels.KERNELS` computes attention.
-    """
-
-    vocab_size: int
-    block_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    head_dim: int | None = None
-    mlp_width: int | None = None
-    layers: tuple[LayerShape, ...] | None = None
-    tied: bool = True
-    dropout: float = 0.0
-    attention: str = "sdpa"
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide: "
-                "change one of them, or set head_dim."
-            )
-        for layer in self.layers or ():
-            if min(layer.heads, layer.width, *(expert.width for expert in layer.experts), 1) < 1:
-                raise ValueError(f"{layer} has a count below 1: heads and widths must be at least 1.")
-        if self.layers is not None and len(self.layers) != self.n_layer:
-            raise ValueError(f"n_layer is {self.n_layer}, but must be the number of layers given, {len(self.layers)}.")
-
-    def shape(self) -> TransformerShape:
-        """The shape at birth."""
-        born = LayerShape(0, self.n_head, self.mlp_width or 4 * self.n_embd)
-        return TransformerShape(
-            vocab_size=self.vocab_size,
-            block_size=self.block_size,
-            n_embd=self.n_embd,
-            head_dim=self.head_dim or self.n_embd // self.n_head,
-            tied=self.tied,
-            born=born,
-            layers=self.layers or tuple(replace(born, uid=uid) for uid in range(self.n_layer)),
-        )
+from esper.workers.tolaria.model.shape import TransformerShape
 
 
 def make_dropout(probability: float) -> nn.Module:
@@ -119,7 +67,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A layer: attention and MLP (and experts), each reading the normed stream and adding to it."""
 
-    def __init__(self, shape: TransformerShape, layer: LayerShape, dropout: float, attend: Attend) -> None:
+    def __init__(self, shape: TransformerShape, layer: LayerSpec, dropout: float, attend: Attend) -> None:
         super().__init__()
         self.uid = layer.uid
         self.ln_1 = nn.LayerNorm(shape.n_embd)
@@ -140,7 +88,7 @@ class Block(nn.Module):
             y = self.experts(normed, y)
         return x + self.drop(y)
 
-    def add_expert(self, expert: ExpertShape) -> Expert:
+    def add_expert(self, expert: ExpertSpec) -> Expert:
         """Put an expert beside the MLP, uninitialised but for its bias."""
         if self.experts is None:
             self.experts = Experts()
@@ -149,48 +97,60 @@ class Block(nn.Module):
         new.balance = new.balance.float()
         return new.train(self.training)
 
-    def remove_expert(self, name: str) -> Expert:
+    def remove_expert(self, name: str) -> nn.Module:
         """Take an expert out."""
         assert self.experts is not None
         expert = self.experts.pop(name)
         if not self.experts:
             del self.experts
             self.experts = None
-        assert isinstance(expert, Expert)
         return expert
 
-    def shape(self) -> LayerShape:
+    def shape(self) -> LayerSpec:
         """What the layer is now."""
+        heads, width = self.attn.c_proj.in_features // self.attn.head_dim, self.mlp.c_proj.in_features
         experts = tuple(expert.shape for expert in self.experts.all()) if self.experts is not None else ()
-        return LayerShape(
-            self.uid, self.attn.c_proj.in_features // self.attn.head_dim, self.mlp.c_proj.in_features, experts
-        )
+        return LayerSpec(uid=self.uid, heads=heads, width=width, experts=experts)
 
     def outgoing(self) -> list[nn.Parameter]:
         """Every tensor through which the layer writes to the stream."""
         return [parameter for name, parameter in self.named_parameters() if "c_proj" in name.split(".")]
 
 
+class Layout(Frozen):
+    """What a host's tree of modules and parameters is made from.
+
+    Attributes:
+        young: name of each linear that has young segments → their rows or columns.
+        next_uid: of the next new layer.
+    """
+
+    layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
+    young: dict[str, tuple[Annotated[int, Field(ge=1)], ...]]
+    next_uid: int
+
+
 class TransformerHost(nn.Module):
-    """The host. Implements HostProtocol: sites, costs, and the tensors at a site.
+    """The host. Implements HostProtocol.
 
     Args:
-        config: how it is born.
+        spec: how it is born.
+        vocab_size: V.
         generator: CPU generator that the weights are drawn from; none means torch's global one.
     """
 
-    def __init__(self, config: TransformerConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(self, spec: HostSpec, vocab_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.config = config
-        shape = self._shape = config.shape()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = make_dropout(config.dropout)
-        self._attend = kernel(config.attention)
-        self.h = nn.ModuleList(self._layer(layer) for layer in shape.layers)
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
+        self.spec = spec
+        self.shape = TransformerShape.of(spec, vocab_size)  # what the host is now
+        self.wte = nn.Embedding(vocab_size, spec.n_embd)
+        self.wpe = nn.Embedding(spec.block_size, spec.n_embd)
+        self.drop = make_dropout(spec.dropout)
+        self._attend = kernel(spec.attention)
+        self.h = nn.ModuleList(self._layer(layer) for layer in self.shape.layers)
+        self.ln_f = nn.LayerNorm(spec.n_embd)
+        self.lm_head = nn.Linear(spec.n_embd, vocab_size, bias=False)
+        if spec.tied:
             self.lm_head.weight = self.wte.weight
         self.init_weights(generator)
 
@@ -207,7 +167,7 @@ class TransformerHost(nn.Module):
                 parameter.fill_(1.0)
             else:
                 std = 0.02 / math.sqrt(2 * len(self.h)) if "c_proj" in name else 0.02
-                std = self.config.n_embd**-0.5 if name.endswith("router") else std
+                std = self.spec.n_embd**-0.5 if name.endswith("router") else std
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -218,37 +178,6 @@ class TransformerHost(nn.Module):
             x = block(x)
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
-    # -- HostShape ---------------------------------------------------------------------------------------------
-
-    @property
-    def shape(self) -> TransformerShape:
-        """What the host is now."""
-        return self._shape
-
-    def injection_specs(self) -> tuple[InjectionSpec, ...]:
-        """The sites, from input to output."""
-        return self._shape.injection_specs()
-
-    def parameters_count(self, *, non_embedding: bool = False) -> int:
-        """Parameters, tied ones counted once; without wte, wpe and lm_head if `non_embedding`."""
-        return self._shape.parameters_count(non_embedding=non_embedding)
-
-    def flops_per_token(self) -> int:
-        """FLOPs of one training step per token."""
-        return self._shape.flops_per_token()
-
-    def depth(self) -> int:
-        """Layers."""
-        return self._shape.depth()
-
-    def experts(self) -> int:
-        """Experts, over all layers."""
-        return self._shape.experts()
-
-    def deepened(self, n_layer: int) -> TransformerShape:
-        """The shape grown at the end to `n_layer` layers."""
-        return self._shape.deepened(n_layer)
-
     # -- Growing -----------------------------------------------------------------------------------------------
 
     def split(self) -> bool:
@@ -258,8 +187,9 @@ class TransformerHost(nn.Module):
     def linears(self, site_id: str) -> tuple[GrowableLinear, GrowableLinear]:
         """The pair that units are added to at an attention or MLP site: (incoming rows, outgoing columns)."""
         block, part = self._at(site_id)
-        module = block.attn.c_attn if part == "attention" else block.mlp.c_fc
-        return module, (block.attn if part == "attention" else block.mlp).c_proj
+        if part == "attention":
+            return block.attn.c_attn, block.attn.c_proj
+        return block.mlp.c_fc, block.mlp.c_proj
 
     def written_by(self, site_id: str) -> Iterator[Tensor]:
         """The parameters that a site's telemetry is about; for a stream site, what wrote the stream there."""
@@ -281,7 +211,7 @@ class TransformerHost(nn.Module):
         training = self.training
         self.eval()
         device, generator = self.wte.weight.device, torch.Generator().manual_seed(0)
-        idx = torch.randint(self.config.vocab_size, (1, self.config.block_size), generator=generator).to(device)
+        idx = torch.randint(self.shape.vocab_size, (1, self.shape.block_size), generator=generator).to(device)
         x = self.wte(idx) + self.wpe.weight
         streams = {"wte.stream": x}
         for block in self._blocks():
@@ -295,78 +225,92 @@ class TransformerHost(nn.Module):
         A layer's siblings are those of the layer before it, or after the embeddings of the layer behind it; an
         expert's are the MLP's, the router's is its incoming matrix.
         """
-        name = shape.part_after(self._shape)
-        layer = next(layer for layer in shape.layers if layer.uid == int(name[1:].partition(".")[0]))
+        name = shape.part_after(self.shape)
+        layer = next(layer for layer in shape.layers if f"h{layer.uid}" == name.partition(".")[0])
         if "." in name:
             block, _ = self._at(site_id)
             new = block.add_expert(layer.experts[-1])
             siblings = {**dict(block.mlp.named_parameters()), "router": block.mlp.c_fc.weight}
         else:
-            position = self._shape.position(site_id)
+            position = self.shape.position(site_id)
             sibling = self.h[max(0, position - 1)]
-            assert isinstance(sibling, Block)
-            new = self._layer(layer).to(sibling.ln_1.weight).train(self.training)
+            new = self._layer(layer).to(self.wte.weight).train(self.training)
             self.h.insert(position, new)
             siblings = dict(sibling.named_parameters())
+            self.reserve(shape.born.uid)
         return name, [(parameter, siblings[key]) for key, parameter in new.named_parameters()]
 
-    def part(self, name: str) -> nn.Module:
-        """The module of an inserted part; `KeyError` when it is gone."""
-        block = self._block(name.partition(".")[0])
-        expert = name.partition(".")[2]
-        if not expert:
+    def part(self, name: str) -> nn.Module | None:
+        """The module of an inserted part; None when it is gone."""
+        layer, _, expert = name.partition(".")
+        block = next((block for block in self._blocks() if layer == f"h{block.uid}"), None)
+        if block is None or not expert:
             return block
-        return (block.experts or {})[expert]
+        return dict((block.experts or {}).items()).get(expert)
 
     def remove(self, name: str) -> list[nn.Parameter]:
         """Take a part out; returns every parameter that is gone."""
-        block = self._block(name.partition(".")[0])
-        if "." in name:
-            return list(block.remove_expert(name.partition(".")[2]).parameters())
+        block, expert = self._at(name)
+        if expert:
+            return list(block.remove_expert(expert).parameters())
         del self.h[list(self.h).index(block)]
         return list(block.parameters())
 
     def grown(self) -> None:
         """Read the shape off the tensors again: to be called after every change of them."""
-        self._shape = replace(self._shape, layers=tuple(block.shape() for block in self._blocks()))
+        self.shape = replace(self.shape, layers=tuple(block.shape() for block in self._blocks()))
+
+    def reserve(self, next_uid: int) -> None:
+        """Give no new layer a uid below this."""
+        born = self.shape.born
+        self.shape = replace(self.shape, born=born.model_copy(update={"uid": max(born.uid, next_uid)}))
 
     # -- Saving ------------------------------------------------------------------------------------------------
 
-    def layout(self) -> dict[str, Any]:
-        """What `with_layout` needs to make the same tree of modules and parameters, as JSON values."""
-        young = {name: linear.young_sizes() for name, linear in self._linears() if linear.young is not None}
-        return {"layers": self._shape.layers_as_json(), "young": young}
+    def layout(self) -> Layout:
+        """What `rebuilt` needs beside the tensors."""
+        young = {name: tuple(linear.young_sizes()) for name, linear in self._linears() if linear.young is not None}
+        return Layout(layers=self.shape.layers, young=young, next_uid=self.shape.born.uid)
 
     def own_state(self) -> dict[str, Tensor]:
         """The state dict without a tied head's second name."""
         state = self.state_dict()
-        if self.config.tied:
+        if self.spec.tied:
             del state["lm_head.weight"]
         return state
 
-    def load_own_state(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
-        """Load what `own_state` gave; `assign` as in `load_state_dict`."""
-        tied = {"lm_head.weight": state["wte.weight"]} if self.config.tied else {}
-        self.load_state_dict({**state, **tied}, assign=assign)
-        if self.config.tied:
-            self.lm_head.weight = self.wte.weight
-
     @classmethod
-    def with_layout(cls, config: TransformerConfig, layout: dict[str, Any]) -> "TransformerHost":
-        """A host of this layout; its weights are still to be loaded."""
-        layers = TransformerShape.layers_from_json(layout["layers"])
-        host = cls(replace(config, n_layer=len(layers), layers=layers), torch.Generator())
-        linears = dict(host._linears())
-        for name, sizes in layout["young"].items():
-            linears[name].split_off(sizes)
-        host.config = config
-        host._shape = replace(config.shape(), layers=layers)
+    def rebuilt(cls, spec: HostSpec, vocab_size: int, layout: Layout, state: Mapping[str, Tensor]) -> "TransformerHost":
+        """The host that gave this layout and this `own_state`, whose tensors it takes as they are.
+
+        Raises:
+            UserError: they do not fit together; nothing has been allocated then.
+        """
+        odd = UserError("the checkpoint's host and its tensors do not fit together: restore an older copy of it.")
+        uids, layers = {layer.uid for layer in layout.layers}, layout.layers
+        if len(uids) < len(layers) or layout.next_uid <= max(uids):
+            raise odd
+        with torch.device("meta"):
+            host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), vocab_size)
+            linears = dict(host._linears())
+            for name, sizes in layout.young.items():
+                if name not in linears or not 0 < sum(sizes) < linears[name].weight.shape[linears[name].axis]:
+                    raise odd
+                linears[name].split_off(sizes)
+        if {name: tensor.shape for name, tensor in host.own_state().items()} != {n: t.shape for n, t in state.items()}:
+            raise odd
+        tied = {"lm_head.weight": state["wte.weight"]} if spec.tied else {}
+        host.load_state_dict({**state, **tied}, assign=True)
+        if spec.tied:
+            host.lm_head.weight = host.wte.weight
+        host.spec, host.shape = spec, replace(TransformerShape.of(spec, vocab_size), layers=layers)
+        host.reserve(layout.next_uid)
         return host
 
     # -- Helpers -----------------------------------------------------------------------------------------------
 
-    def _layer(self, layer: LayerShape) -> Block:
-        return Block(self._shape, layer, self.config.dropout, self._attend)
+    def _layer(self, layer: LayerSpec) -> Block:
+        return Block(self.shape, layer, self.spec.dropout, self._attend)
 
     def _blocks(self) -> Iterator[Block]:
         return (block for block in self.h if isinstance(block, Block))
@@ -374,12 +318,7 @@ class TransformerHost(nn.Module):
     def _linears(self) -> Iterator[tuple[str, GrowableLinear]]:
         return ((name, module) for name, module in self.named_modules() if isinstance(module, GrowableLinear))
 
-    def _block(self, name: str) -> Block:
-        for block in self._blocks():
-            if name == f"h{block.uid}":
-                return block
-        raise KeyError(name)
-
-    def _at(self, site_id: str) -> tuple[Block, str]:
-        name, _, part = site_id.partition(".")
-        return self._block(name), part
+    def _at(self, place: str) -> tuple[Block, str]:
+        """The layer in the name of a site or part, and the rest of that name."""
+        name, _, rest = place.partition(".")
+        return next(block for block in self._blocks() if name == f"h{block.uid}"), rest

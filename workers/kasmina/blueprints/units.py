@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from esper.platform.contracts import HostProtocol, HostShape, Swap
-from esper.workers.kasmina.registry import PlantedSeed
-
-
-def units_at(shape: HostShape, site_id: str) -> int:
-    """Units (heads, neurons) at a site."""
-    return next(site.units for site in shape.injection_specs() if site.id == site_id)
+from esper.workers.kasmina.registry import Blueprint, Planted
 
 
 def drawn_like(sibling: Tensor, size: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -26,19 +21,22 @@ def drawn_like(sibling: Tensor, size: torch.Size | tuple[int, ...], generator: t
     return torch.randn(size, generator=generator) * sibling.detach().float().square().mean().sqrt().cpu()
 
 
-class Widening:
+class Units(Blueprint):
     """What every blueprint of units shares; it says how many `units` it adds and how many are the `limit`."""
 
-    units: int
     limit: int
-
-    def patience(self, host: HostProtocol, site_id: str) -> int:
-        """The usual warm-up."""
-        return 1
 
     def allowed(self, shape: HostShape, site_id: str) -> bool:
         """Up to `limit` units in all."""
-        return units_at(shape, site_id) + self.units <= self.limit
+        return _units_at(shape, site_id) + self.units <= self.limit
+
+    def resized(self, shape: Any, site_id: str) -> HostShape:
+        """With the units added."""
+        return shape.with_units(site_id, self.units)
+
+    def pruned(self, shape: Any, seed: Planted) -> HostShape:
+        """Without a seed's units."""
+        return shape.with_units(seed.site, -seed.units)
 
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
         """Add the units to the host's own matrices.
@@ -47,35 +45,35 @@ class Widening:
         scale whenever the graft comes.
         """
         incoming, outgoing = host.linears(site_id)
-        now = units_at(host.shape, site_id)
-        rows, columns = self._per_unit(incoming, outgoing, now)
+        rows, columns = _per_unit(host, site_id)
         weight = drawn_like(incoming.weight[0], (self.units * rows, incoming.in_features), generator)
-        bias = torch.zeros(self.units * rows)
         zeros = torch.zeros(outgoing.out_features, self.units * columns)
-        return "", incoming.add(weight, bias) + outgoing.add(zeros)
+        return "", incoming.add(weight, torch.zeros(self.units * rows)) + outgoing.add(zeros)
 
-    def outgoing(self, host: HostProtocol, seed: PlantedSeed) -> list[Tensor]:
+    def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
         """The last columns of the outgoing matrix."""
-        incoming, outgoing = host.linears(seed.site)
-        _, columns = self._per_unit(incoming, outgoing, units_at(host.shape, seed.site))
-        return [outgoing.tail(seed.units * columns)]
+        _, columns = _per_unit(host, seed.site)
+        return [host.linears(seed.site)[1].tail(seed.units * columns)]
 
-    def fuse(self, host: HostProtocol, seed: PlantedSeed) -> list[Swap]:
+    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
         """Join the oldest young segments of both matrices to the host's tensors."""
         return [change for linear in host.linears(seed.site) for change in linear.fuse()]
 
-    def prune(self, host: HostProtocol, seed: PlantedSeed) -> tuple[list[Swap], list[Any]]:
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
         """Drop the last rows and columns."""
-        linears = host.linears(seed.site)
-        sizes = self._per_unit(*linears, units_at(host.shape, seed.site))
         swaps, gone = [], []
-        for linear, size in zip(linears, sizes, strict=True):
+        for linear, size in zip(host.linears(seed.site), _per_unit(host, seed.site), strict=True):
             changed, lost = linear.cut(seed.units * size)
             swaps += changed
             gone += lost
         return swaps, gone
 
-    @staticmethod
-    def _per_unit(incoming: Any, outgoing: Any, units: int) -> tuple[int, int]:
-        """Rows and columns of one unit."""
-        return incoming.out_features // units, outgoing.in_features // units
+
+def _units_at(shape: HostShape, site_id: str) -> int:
+    return next(site.units for site in shape.injection_specs() if site.id == site_id)
+
+
+def _per_unit(host: HostProtocol, site_id: str) -> tuple[int, int]:
+    """Rows of the incoming and columns of the outgoing matrix that one unit has."""
+    (incoming, outgoing), units = host.linears(site_id), _units_at(host.shape, site_id)
+    return incoming.out_features // units, outgoing.in_features // units

@@ -5,26 +5,26 @@ from typing import Any
 from torch import Tensor
 
 from esper.platform.contracts import HostProtocol, HostShape, Swap
-from esper.workers.kasmina.registry import PlantedSeed
+from esper.workers.kasmina.registry import Blueprint, Planted
 
 
-class Part:
+class Part(Blueprint):
     """What every blueprint of a part shares."""
 
     units = 0
 
-    def outgoing(self, host: HostProtocol, seed: PlantedSeed) -> list[Tensor]:
+    def pruned(self, shape: HostShape, seed: Planted) -> HostShape:
+        """Without the part."""
+        return shape.without(seed.part)
+
+    def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
         """Every tensor through which the part writes to the stream."""
         return host.part(seed.part).outgoing()
 
-    def fuse(self, host: HostProtocol, seed: PlantedSeed) -> list[Swap]:
+    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
         """Nothing is joined: its tensors stay what they are, with their own step counts."""
         return []
 
-    def prune(self, host: HostProtocol, seed: PlantedSeed) -> tuple[list[Swap], list[Any]]:
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
         """Take the module out."""
         return [], host.remove(seed.part)
-
-    def pruned(self, shape: HostShape, seed: PlantedSeed) -> HostShape:
-        """The shape without the part."""
-        return shape.without(seed.part)
