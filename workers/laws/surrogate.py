@@ -146,7 +146,9 @@ class SurrogateRun(Episode):
         elif candidate.operation == "prune":
             seed = self._seeds.pop(max(n for n, seed in self._seeds.items() if seed.site == candidate.site))
             self.shape = self.blueprints[seed.blueprint].pruned(before, seed)
-            there = {site.id for site in self.shape.injection_specs()} | {f"h{layer.uid}" for layer in self.shape.layers}
+            there = {site.id for site in self.shape.injection_specs()} | {
+                f"h{layer.uid}" for layer in self.shape.layers
+            }
             self._seeds = {n: seed for n, seed in self._seeds.items() if seed.site in there or seed.part in there}
         else:
             return
