@@ -76,7 +76,7 @@ def folders(tiny_spec, tokens, tmp_path, monkeypatch):
     growth = GrowthRun(tiny_spec.model_copy(update={"host": host}), tokens)
     growth.reset()
     values, tensors = growth.state()
-    odd = {**values, "books": {"spec": values["books"]["spec"]}}
+    odd = {**values, "episode": {"spec": values["episode"]["spec"]}}
     for name, state in {"run": values, "bare": None, "damaged": values, "odd": odd}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "spec.json").write_text(growth.spec.model_dump_json())

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from esper.platform import checkpoint
 from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
+from esper.platform.spec import HostSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import tokenizer
@@ -27,7 +28,7 @@ from esper.workers.tolaria.export import (
     load_native,
     load_native_tokenizer,
 )
-from esper.workers.tolaria.model.transformer import TransformerConfig, TransformerHost
+from esper.workers.tolaria.model.transformer import TransformerHost
 
 DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
 LETTERS = sorted({*"".join(DOCUMENTS), *"'sl  \n\r\u00a0\u2028xé\u0301🦄"})
@@ -43,10 +44,10 @@ def logits(host):
         return host.eval()(text())
 
 
-def grown(grafts, fused=0, **changes):
+def grown(grafts, fused=0, vocab_size=37, **changes):
     """A host and its Kasmina after these grafts, with training between them; the first `fused` seeds are fused."""
-    config = {"vocab_size": 37, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 16, "head_dim": 4, **changes}
-    host = TransformerHost(TransformerConfig(**config), torch.Generator().manual_seed(0))
+    spec = HostSpec(**{"block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 16, "head_dim": 4, **changes})
+    host = TransformerHost(spec, vocab_size, torch.Generator().manual_seed(0))
     kasmina = Kasmina(host, torch.optim.AdamW(host.parameters(), lr=1e-2), probation_steps=10)
     for site, blueprint in grafts:
         kasmina.graft(site, blueprint)
@@ -107,10 +108,10 @@ def test_native_keeps_the_dtype(tmp_path, dtype):
     [
         (lambda state: {}, "holds no exported host.*KeyError"),
         (lambda state: [], "holds no exported host"),
-        (lambda state: {"config": {**state["config"], "layers": []}}, "holds no exported host"),
-        (lambda state: {"config": {**state["config"], "block_size": 17}}, "holds no exported host"),
-        (lambda state: {"config": {**state["config"], "vocab_size": 10**12}}, "holds no exported host"),
-        (lambda state: {"config": {**state["config"], "n_embd": 10**30}}, "holds no exported host"),
+        (lambda state: {**state, "config": {**state["config"], "layers": []}}, "holds no exported host"),
+        (lambda state: {**state, "config": {**state["config"], "block_size": 17}}, "holds no exported host"),
+        (lambda state: {**state, "vocab_size": 10**12}, "holds no exported host"),
+        (lambda state: {**state, "config": {**state["config"], "n_embd": 10**30}}, "holds no exported host"),
     ],
 )
 def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change, sentence):
