@@ -77,7 +77,7 @@ def test_a_prune_raises_the_loss_by_what_the_size_was_worth():
     grown = run.law.size_loss(Size.of(run.shape))
     step(run, "prune", "ffn")
     record = run.prunes[0]
-    assert record["val_loss_after"] - record["val_loss_before"] == pytest.approx(born - grown, abs=1e-12)
+    assert record.val_loss_after - record.val_loss_before == pytest.approx(born - grown, abs=1e-12)
     assert born > grown
 
 
