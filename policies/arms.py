@@ -17,28 +17,16 @@ from esper.policies.tamiyo import TamiyoPolicy
 
 @dataclass(frozen=True)
 class ArmInputs:
-    """What an arm may be given.
+    """What an arm may be given."""
 
-    Attributes:
-        seed: the run's.
-        policy: a trained policy, for `ppo`.
-        schedule: a JSON file, for `schedule`, which plays it; the schedules of `named_schedules.py` are arms too.
-        match: the `summary.json` of a run whose grafts `random` should match in number and kind.
-        blueprints: names of those the run has; what a schedule or a match names must be among them.
-    """
-
-    seed: int = 0
-    policy: Path | None = None
-    schedule: Path | None = None
-    match: Path | None = None
-    blueprints: tuple[str, ...] | None = None
+    seed: int = 0  # the run's
+    policy: Path | None = None  # a trained policy, for `ppo`
+    schedule: Path | None = None  # a JSON file, for `schedule`; those of `named_schedules.py` are arms of their own
+    match: Path | None = None  # `summary.json` of a run whose grafts `random` should match in number and kind
+    blueprints: tuple[str, ...] | None = None  # those the run has: a schedule or a match may name no others
 
     def check(self, what: str, wanted: Iterable[str]) -> None:
-        """Refuse blueprints that the run does not have.
-
-        Raises:
-            UserError: naming the first.
-        """
+        """Refuse blueprints that the run does not have."""
         for name in wanted:
             if self.blueprints is not None and name not in self.blueprints:
                 raise unknown(f"blueprint in {what}", name, self.blueprints)
@@ -94,11 +82,7 @@ ALIASES = {"baseline": "static", "heuristic": "tamiyo"}
 
 
 def arm_name(name: str) -> str:
-    """The arm that a name or an alias stands for.
-
-    Raises:
-        UserError: no such arm.
-    """
+    """The arm that a name or an alias stands for; a UserError where there is none."""
     name = ALIASES.get(name, name)
     if name not in ARMS:
         raise unknown("arm", name, [*ARMS, *ALIASES])
@@ -106,9 +90,5 @@ def arm_name(name: str) -> str:
 
 
 def make_policy(arm: str, inputs: ArmInputs) -> GrowthPolicy:
-    """The controller of an arm.
-
-    Raises:
-        UserError: no such arm, or it lacks what it needs.
-    """
+    """The controller of an arm; a UserError where there is no such arm, or it lacks what it needs."""
     return ARMS[arm_name(arm)](inputs)

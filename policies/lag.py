@@ -12,19 +12,14 @@ lag there is nothing to tell.
 
 Everything tried is charged to the run. The policy keeps no state.
 
-Copies are compared at equal steps, not at equal cost. On the same batches their difference is known to some tenths of a
-millinat; means over 50 other batches differ by nine, and a lag shows one or two. And at equal cost WAIT would always
-win: a seed's rate warms up quadratically over `growth.probation_steps`, so within a lag shorter than that next to
-nothing is gained, while the cost of the larger size is paid from the first step on. A lag therefore tells *which*
-graft, of those that warm up alike; it cannot tell *whether* growing pays. That is left to rules 2 and 3.
-
-The length is stated in optimizer steps because the warm-up is, and it is the warm-up that it has to reach into: the
-default is a quarter of the character presets', where a sixteenth tells nothing. What is bounded in terms of decisions
-is the cost: 5 % of a budget of 24 decisions is little more than one of them.
+Copies are compared at equal steps, not at equal cost: a seed's rate warms up over `growth.probation_steps`, so within a
+shorter lag next to nothing is gained while the larger size is paid for at once, and WAIT would always win. A lag tells
+*which* graft, of those that warm up alike; *whether* growing pays is left to rules 2 and 3. The same batches, because
+other ones add nine millinats of noise to a difference of one or two. The default length is a quarter of the character
+presets' warm-up, where a sixteenth tells nothing.
 
 A limit that matters: as a seed warms up, the host's learning rate glides to that of the larger size, and a falling rate
-lowers the loss by itself. At the default length that is all of the gain, so of grafts of different sizes the largest is
-mostly taken, whatever it learns. docs/results.md has the numbers.
+lowers the loss by itself. So of grafts of different sizes the largest is mostly taken (docs/results.md).
 """
 
 import math
@@ -35,26 +30,18 @@ import numpy as np
 from esper.platform.contracts import GraftAction, Probe
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
-from esper.policies.affordable import decision, trainable_grafts, trial_cost
+from esper.policies.budget_rules import decision, trainable_grafts, trial_cost
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Lag's numbers.
+    """Lag's numbers."""
 
-    Attributes:
-        steps: optimizer steps that each copy trains for.
-        tail: fraction of them, at the end, over which the loss is averaged.
-        patience: fraction of the decisions between two trials.
-        cost: fraction of the budget that one trial may use.
-        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after a graft; Tamiyo's.
-    """
-
-    steps: int = 100
-    tail: float = 0.5
-    patience: float = 0.12
-    cost: float = 0.05
-    tokens_per_parameter: float = 50.0
+    steps: int = 100  # optimizer steps that each copy trains for
+    tail: float = 0.5  # fraction of them, at the end, over which the loss is averaged
+    patience: float = 0.12  # fraction of the decisions between two trials
+    cost: float = 0.05  # fraction of the budget that one trial may use: of 24 decisions little more than one
+    tokens_per_parameter: float = 50.0  # over the rest of the budget, per non-embedding one after a graft; Tamiyo's
 
 
 class LagPolicy:

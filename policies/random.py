@@ -38,7 +38,9 @@ class RandomPolicy:
         else:
             nxt = self._pending[0] if self._pending else None
             wanted = [i for i in grafts if telemetry.actions[i].blueprint == nxt]
-            chance = len(self._pending) / max(1, self._growth_decisions_left(telemetry))
+            # With chance pending / decisions left, this one included, all get their turn before the rate decays.
+            left = round(10 ** telemetry.get("growth_decisions_left") - 1)
+            chance = len(self._pending) / max(1, left)
         if not wanted or random.random() >= chance:
             return GraftAction(0, telemetry.sequence, "drew wait")
         if self._matched is not None:
@@ -56,8 +58,3 @@ class RandomPolicy:
     def unplayed(self) -> list[str]:
         """The blueprints still to come, of those to be matched."""
         return self.state()
-
-    @staticmethod
-    def _growth_decisions_left(telemetry: Telemetry) -> int:
-        """Decisions before the rate decays, this one included: with chance pending / moments, all get their turn."""
-        return round(10 ** telemetry.get("growth_decisions_left") - 1)

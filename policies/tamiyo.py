@@ -13,24 +13,18 @@ from dataclasses import dataclass
 
 from esper.platform.contracts import GraftAction, Probe
 from esper.platform.telemetry import Telemetry
-from esper.policies.affordable import trainable_grafts
+from esper.policies.budget_rules import trainable_grafts
 
 PREFERENCE = ("layer", "width", "heads")
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Tamiyo's numbers.
+    """Tamiyo's numbers."""
 
-    Attributes:
-        flat: relative loss drop still to be had at the current slope, below which the loss counts as flat.
-        patience: fraction of the decisions to wait after a graft.
-        tokens_per_parameter: tokens, over the rest of the budget, per non-embedding parameter after the graft.
-    """
-
-    flat: float = 0.3
-    patience: float = 0.12
-    tokens_per_parameter: float = 50.0
+    flat: float = 0.3  # relative loss drop still to be had at the current slope, below which the loss counts as flat
+    patience: float = 0.12  # fraction of the decisions to wait after a graft
+    tokens_per_parameter: float = 50.0  # over the rest of the budget, per non-embedding one after the graft
 
 
 class TamiyoPolicy:

@@ -39,19 +39,12 @@ MOST = 50_000  # decisions of instances that are remembered, those seen last
 
 @dataclass(frozen=True)
 class Played:
-    """An episode of K decisions.
+    """An episode of K decisions."""
 
-    Attributes:
-        instance: its name; None is none.
-        states: globals, float32 (K + 1, G).
-        rewards: in nats (K,).
-        terminated: whether nothing is to come after the last state.
-    """
-
-    instance: str | None
-    states: np.ndarray
-    rewards: np.ndarray
-    terminated: bool
+    instance: str | None  # its name
+    states: np.ndarray  # globals, float32 (K + 1, G)
+    rewards: np.ndarray  # nats (K,)
+    terminated: bool  # whether nothing is to come after the last state
 
     def to_come(self) -> np.ndarray:
         """Rewards still to come at each decision, (K,)."""

@@ -22,23 +22,14 @@ REACHED = ("budget_fraction", "val_loss", "parameters", *AXES)  # of a run's poi
 
 @dataclass(frozen=True)
 class Choice:
-    """An action and what chose it, kept until the outcome comes: new weights may be there by then.
+    """An action and what chose it, kept until the outcome comes: new weights may be there by then."""
 
-    Attributes:
-        action: the row.
-        logits: float32 (A,).
-        log_p: of that row.
-        value: what the network said of the state.
-        weights: number of the weights that chose.
-        doing: the action in words, for the view.
-    """
-
-    action: int
-    logits: np.ndarray
-    log_p: float
-    value: float
-    weights: int
-    doing: str
+    action: int  # the row
+    logits: np.ndarray  # float32 (A,)
+    log_p: float  # of that row
+    value: float  # what the network said of the state
+    weights: int  # number of the weights that chose
+    doing: str  # the action in words, for the view
 
     def outputs(self) -> dict[str, Any]:
         """As RLlib's extra model outputs."""
@@ -52,29 +43,17 @@ class Choice:
 
 @dataclass
 class InFlight:
-    """See the module.
-
-    Attributes:
-        number: of the episode.
-        seed: of the episode.
-        instance: as for `Run.reset`.
-        actions: rows chosen so far; the last has no outcome yet.
-        episode: what has been observed; none before the first observation.
-        choice: that of the last action.
-        expected: seconds that the order under way should take, by the run's clock.
-        lost: how often the order under way was lost: `deaths` with a process, `tries` by the run's or reply's fault.
-        reached: budget fraction, loss, parameters and ledger axes at the last observation, as far as known.
-    """
+    """See the module."""
 
     number: int
     seed: int
     instance: Instance | None
-    actions: list[int] = field(default_factory=list)
-    episode: SingleAgentEpisode | None = None
-    choice: Choice | None = None
-    expected: float = 0.0
-    lost: Counter[str] = field(default_factory=Counter)
-    reached: dict[str, Any] = field(default_factory=dict)
+    actions: list[int] = field(default_factory=list)  # rows chosen so far; the last has no outcome yet
+    episode: SingleAgentEpisode | None = None  # what has been observed; none before the first observation
+    choice: Choice | None = None  # that of the last action
+    expected: float = 0.0  # seconds that the order under way should take, by the run's clock
+    lost: Counter[str] = field(default_factory=Counter)  # the order under way: `deaths` with a process, else `tries`
+    reached: dict[str, Any] = field(default_factory=dict)  # of `REACHED`, at the last observation, as far as known
 
     @property
     def order(self) -> Order:

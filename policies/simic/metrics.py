@@ -16,28 +16,16 @@ from esper.policies.simic.net import ControllerNet, entropy
 
 @dataclass(frozen=True)
 class Sample:
-    """Whole episodes, decision by decision: N of them in all.
+    """Whole episodes, decision by decision: N of them in all."""
 
-    Attributes:
-        lengths: decisions of each episode.
-        observations: float32 arrays (N, …) by name.
-        actions: int64 (N,).
-        logits: float32 (N, A), which chose them.
-        values: float32 (N,), as said by the same network.
-        weights: int64 (N,), its number.
-        to_come: true rewards still to come, float64 (N,), in nats.
-        infos: of every decision's outcome.
-        last: indices in `infos` of each episode's last.
-    """
-
-    lengths: list[int]
-    observations: dict[str, np.ndarray]
-    actions: np.ndarray
-    logits: np.ndarray
-    values: np.ndarray
-    weights: np.ndarray
-    to_come: np.ndarray
-    infos: list[dict[str, Any]]
+    lengths: list[int]  # decisions of each episode
+    observations: dict[str, np.ndarray]  # float32 (N, …) by name
+    actions: np.ndarray  # int64 (N,)
+    logits: np.ndarray  # float32 (N, A), which chose them
+    values: np.ndarray  # float32 (N,), as said by the same network
+    weights: np.ndarray  # int64 (N,), its number
+    to_come: np.ndarray  # float64 (N,), true rewards still to come, in nats
+    infos: list[dict[str, Any]]  # of every decision's outcome
 
     @classmethod
     def of(cls, episodes: Sequence[SingleAgentEpisode]) -> "Sample":

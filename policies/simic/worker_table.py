@@ -19,29 +19,17 @@ STATES: tuple[State, ...] = get_args(State)
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker at a moment, for displays; what is not known, or does not apply, is None.
+    """A worker at a moment, for displays; what is not known, or does not apply, is None."""
 
-    Attributes:
-        worker: its number, from 0; -1 of one that has none yet.
-        state: its process starts, it has an episode, it rests between episodes.
-        episode: number of the one under way.
-        decision: how many actions of it have been chosen.
-        budget_used: fraction of the episode's budget, from 0 to 1.
-        loss: validation loss at the last decision, in nats per token.
-        parameters: of its network now.
-        action: the last one, as text.
-        seconds: that the last decision took.
-    """
-
-    worker: int
-    state: State
+    worker: int  # from 0; -1 of one that has no number yet
+    state: State  # its process starts, it has an episode, it rests between episodes
     episode: int | None = None
-    decision: int | None = None
-    budget_used: float | None = None
-    loss: float | None = None
+    decision: int | None = None  # how many actions of the episode have been chosen
+    budget_used: float | None = None  # fraction
+    loss: float | None = None  # validation loss at the last decision, nats per token
     parameters: int | None = None
-    action: str | None = None
-    seconds: float | None = None
+    action: str | None = None  # the last one, in words
+    seconds: float | None = None  # that the last decision took
 
 
 @dataclass(frozen=True)
@@ -51,14 +39,10 @@ class Deadlines:
     `expected` is what the run's clock predicts, for all of an order's decisions where a new worker may have to do them
     again; `ratio`, at least 1, the median of worked over expected seconds in this fleet: clocks are fitted to another
     machine, and cores are shared. Before an episode's first observation nothing is expected, and the grace is all.
-
-    Attributes:
-        factor: times the usual.
-        grace: seconds, to start a process, open data and read a checkpoint.
     """
 
     factor: float = 20.0
-    grace: float = 300.0
+    grace: float = 300.0  # seconds, to start a process, open data and read a checkpoint
 
 
 @dataclass

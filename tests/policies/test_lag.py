@@ -10,7 +10,7 @@ from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.platform.ledger import AXES
 from esper.platform.spec import load_spec
-from esper.policies.affordable import decision, trial_cost
+from esper.policies.budget_rules import decision, trial_cost
 from esper.policies.lag import LagPolicy, Limits
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.probe import ChargedProbe

@@ -1,96 +1,97 @@
-"""The baseline: shaping changes no preference, takes out what globals tell, and leaves a scale of 1."""
+"""The baseline: shaping changes no preference, takes out what globals tell, and never looks ahead."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from esper.platform.telemetry import GLOBALS
-from esper.policies.simic.baseline import Baseline, places
+from esper.policies.simic.baseline import Baseline, Played
 
 LOSS = GLOBALS.index("loss")
 
 
-def episode(random: np.random.Generator, decisions: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards (K,) that are drops of a loss of nats, and globals (K + 1, G) that show it."""
+def episode(random: np.random.Generator, instance: str | None = None, end: float = 0.0, decisions: int = 12) -> Played:
+    """Rewards that are drops of a loss of nats, and globals that show it; `end` is gained at the end, and not shown."""
     loss = 1.5 + 3 * np.exp(-np.arange(decisions + 1) / 2) + 0.05 * random.standard_normal(decisions + 1)
     states = np.zeros((decisions + 1, len(GLOBALS)), np.float32)
     states[:, LOSS] = loss / 4.5
-    return -np.diff(loss), states
-
-
-def to_come(rewards: np.ndarray) -> np.ndarray:
-    return np.cumsum(rewards[::-1])[::-1]
+    rewards = -np.diff(loss)
+    rewards[-1] += end
+    return Played(instance, states, rewards, terminated=True)
 
 
 @pytest.fixture
 def baseline() -> Baseline:
-    random = np.random.default_rng(0)
-    made = Baseline()
+    random, made = np.random.default_rng(0), Baseline()
     for _ in range(5):
-        episodes = [episode(random) for _ in range(10)]
-        made.update(np.concatenate([s[:-1] for _, s in episodes]), np.concatenate([to_come(r) for r, _ in episodes]))
+        made.update([episode(random) for _ in range(10)])
     return made
 
 
-def test_fresh_it_changes_nothing():
-    rewards, states = episode(np.random.default_rng(1))
-    np.testing.assert_allclose(Baseline().shaped(rewards, states, True), rewards, rtol=1e-6)
-
-
 def test_returns_differ_by_the_first_potential_and_the_unit_only(baseline: Baseline):
-    for seed in range(3):
-        rewards, states = episode(np.random.default_rng(seed))
-        shaped = baseline.shaped(rewards, states, True)
-        expected = (rewards.sum() - baseline.potential(states)[0]) / baseline.scale
+    played = [episode(np.random.default_rng(seed)) for seed in range(3)]
+    for one, shaped in zip(played, baseline.shaped(played), strict=True):
+        expected = (one.rewards.sum() - baseline.potential(one.states)[0]) / baseline.scale
         assert shaped.sum() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_a_truncated_episode_keeps_the_last_potential(baseline: Baseline):
-    rewards, states = episode(np.random.default_rng(1))
-    last = baseline.potential(states)[-1] / baseline.scale
-    difference = baseline.shaped(rewards, states, False) - baseline.shaped(rewards, states, True)
-    np.testing.assert_allclose(difference, np.eye(len(rewards))[-1] * last, atol=1e-4)
+    one = episode(np.random.default_rng(1))
+    ended, cut = baseline.shaped([one, replace(one, terminated=False)])
+    last = baseline.potential(one.states)[-1] / baseline.scale
+    np.testing.assert_allclose(cut - ended, np.eye(len(one.rewards))[-1] * last, atol=1e-4)
 
 
 def test_what_the_loss_tells_is_taken_out_and_the_rest_has_unit_scale(baseline: Baseline):
     random = np.random.default_rng(9)
-    episodes = [episode(random) for _ in range(100)]
-    raw = np.concatenate([to_come(r) for r, _ in episodes])
-    left = np.concatenate([to_come(baseline.shaped(r, s, True)) for r, s in episodes])
+    played = [episode(random) for _ in range(100)]
+    raw = np.concatenate([one.to_come() for one in played])
+    left = np.concatenate([np.cumsum(each[::-1])[::-1] for each in baseline.shaped(played)])
     assert left.std() * baseline.scale < 0.1 * raw.std()
     assert left.std() == pytest.approx(1, rel=0.2)
     assert abs(left.mean()) < 0.2
 
 
-def test_state_goes_on(baseline: Baseline):
-    other = Baseline()
-    other.load(baseline.state())
-    _, states = episode(np.random.default_rng(1))
-    np.testing.assert_array_equal(other.potential(states), baseline.potential(states))
-    assert other.scale == baseline.scale
+@pytest.mark.parametrize("batches", [0, 1, 4])
+def test_no_return_is_compared_with_itself(batches):
+    """What an episode gains at its end is its own last reward, and moves nothing else: from the first batch on."""
+    random, made = np.random.default_rng(0), Baseline()
+    for _ in range(batches):
+        made.update([episode(random, f"i{i}") for i in range(8)])
+    played = [episode(random, f"i{i % 8}") for i in range(16)]
+    before = made.shaped(played)
+    for i in (0, 5, 15):
+        rewards = played[i].rewards.copy()
+        rewards[-1] += 1.0
+        after = made.shaped([*played[:i], replace(played[i], rewards=rewards), *played[i + 1 :]])
+        np.testing.assert_array_equal(after[i][:-1], before[i][:-1])
+        assert after[i][-1] > before[i][-1]
 
 
-def test_which_instance_is_played_is_taken_out_too_and_never_by_the_episode_itself():
-    """Instances that end 0.5 nats apart, which no global tells; what an episode did beyond that stays."""
+def test_which_instance_is_played_is_taken_out(baseline: Baseline):
+    """Instances end up to a nat apart, which no global tells."""
     random, made = np.random.default_rng(0), Baseline()
     luck = random.standard_normal(8) / 2
-
-    def play(instance: int, gain: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-        rewards, states = episode(random)
-        rewards[-1] += luck[instance] + gain
-        return rewards, states
-
-    def learn(episodes: dict[int, tuple[np.ndarray, np.ndarray]]) -> None:
-        at = [place for instance, (rewards, _) in episodes.items() for place in places(instance, len(rewards))]
-        states = np.concatenate([s[:-1] for _, s in episodes.values()])
-        made.update(states, np.concatenate([to_come(r) for r, _ in episodes.values()]), at)
-
     for _ in range(12):
-        learn({instance: play(instance) for instance in range(8)})
+        made.update([episode(random, f"i{i}", luck[i]) for i in range(8)])
     gains = 0.3 * random.choice([-1, 1], 8)
-    played = {instance: play(instance, gain) for instance, gain in enumerate(gains)}
-    learn(played)
-    shaped = [made.shaped(r, s, True, instance) * made.scale for instance, (r, s) in played.items()]
-    left = np.array([each.sum() for each in shaped])
-    assert (left * np.sign(gains)).mean() == pytest.approx(0.3, abs=0.05)  # were its own return in the mean: 0.24
-    blind = np.array([(made.shaped(r, s, True) * made.scale).sum() for r, s in played.values()])
+    played = [episode(random, f"i{i}", luck[i] + gains[i]) for i in range(8)]
+    left, blind = (
+        np.array([each.sum() for each in made.shaped(episodes)]) * made.scale
+        for episodes in (played, [replace(one, instance=None) for one in played])
+    )
+    assert (left * np.sign(gains)).mean() == pytest.approx(0.3, abs=0.05)
     assert np.abs(blind - gains).mean() > 3 * np.abs(left - gains).mean()
+
+
+def test_state_goes_on(baseline: Baseline):
+    random = np.random.default_rng(1)
+    baseline.update([episode(random, f"i{i}") for i in range(3)])
+    other = Baseline()
+    other.load(*baseline.state())
+    more = [episode(random, f"i{i}") for i in range(4)]
+    for made in (baseline, other):
+        made.update(more)
+    assert other.state()[0] == baseline.state()[0]
+    np.testing.assert_array_equal(other.shaped(more), baseline.shaped(more))

@@ -1,6 +1,6 @@
-"""SimicPolicy: choices, files, and one sentence for every way in which a path is not a policy."""
+"""SimicPolicy: choices, its file, and one sentence for every way in which a path is not a policy."""
 
-import json
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from simic_toy import ToyRun
 
+from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import CARD, SimicPolicy, likeliest
+from esper.policies.simic.policy import FILE, SimicPolicy, likeliest
+
+TELEMETRY = ToyRun().reset(None, 3)
 
 
-@pytest.fixture
-def policy() -> SimicPolicy:
+def make() -> SimicPolicy:
     torch.manual_seed(0)
     net = ControllerNet(16)
     with torch.no_grad():
@@ -24,56 +28,41 @@ def policy() -> SimicPolicy:
     return SimicPolicy(net)
 
 
-def test_greedy_takes_the_likeliest_legal_row(policy: SimicPolicy):
-    telemetry = ToyRun().reset(None, 3)
-    action = policy.act(telemetry)
-    assert action == policy.act(telemetry)
-    assert telemetry.mask[action.index]
-    assert action.sequence == telemetry.sequence
-    assert action.reason
+@pytest.fixture
+def policy() -> SimicPolicy:
+    return make()
 
 
-def test_acting_competes_with_waiting_as_a_whole():
+def test_acting_competes_with_waiting_as_a_whole(policy: SimicPolicy):
     assert likeliest(np.array([0.4, 0.1, 0.3, 0.2])) == 2
     assert likeliest(np.array([0.6, 0.1, 0.3, 0.0])) == 0
+    action = policy.act(TELEMETRY)
+    assert action == policy.act(TELEMETRY)
+    assert TELEMETRY.mask[action.index]
+    assert (action.sequence, bool(action.reason)) == (TELEMETRY.sequence, True)
 
 
 def test_sampling_needs_a_generator_and_repeats_with_it(policy: SimicPolicy):
     with pytest.raises(ValueError, match="rng"):
         SimicPolicy(policy.net, sample=True)
-    telemetry = ToyRun().reset(None, 3)
-    drawn = [
-        [SimicPolicy(policy.net, sample=True, rng=rng).act(telemetry).index for _ in range(50)]
+    one, again = (
+        [SimicPolicy(policy.net, sample=True, rng=rng).act(TELEMETRY).index for _ in range(50)]
         for rng in (np.random.default_rng(1), np.random.default_rng(1))
-    ]
-    assert drawn[0] == drawn[1]
-    assert len(set(drawn[0])) > 1
-    assert all(telemetry.mask[i] for i in drawn[0])
+    )
+    assert one == again
+    assert len(set(one)) > 1
+    assert all(TELEMETRY.mask[i] for i in one)
 
 
-def test_save_and_load(policy: SimicPolicy, tmp_path: Path):
-    folder = tmp_path / "run" / "policy"
-    policy.save(folder, {"preset": "demo"})
-    telemetry = ToyRun().reset(None, 3)
-    for path in (folder, tmp_path / "run"):
+def test_save_and_load_whatever_is_named_without_ray(policy: SimicPolicy, tmp_path: Path):
+    file = tmp_path / "checkpoints" / "000002" / FILE
+    for run in (tmp_path / "checkpoints" / "000001" / FILE, file):
+        SimicPolicy(ControllerNet(16)).save(run)
+    policy.save(file, {"preset": "demo"})  # over the earlier one
+    for path in (file, file.parent, tmp_path):
         loaded = SimicPolicy.load(path)
-        assert loaded.act(telemetry) == policy.act(telemetry)
+        assert loaded.act(TELEMETRY) == policy.act(TELEMETRY)
         assert loaded.card["extra"] == {"preset": "demo"}
-
-
-def test_saving_again_replaces(policy: SimicPolicy, tmp_path: Path):
-    policy.save(tmp_path)
-    with torch.no_grad():
-        next(policy.net.parameters()).add_(1.0)
-    policy.save(tmp_path)
-    policy.save(tmp_path)
-    loaded = SimicPolicy.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.net.parameters(), policy.net.parameters(), strict=True))
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_loads_without_ray(policy: SimicPolicy, tmp_path: Path):
-    policy.save(tmp_path)
     code = (
         "import sys; from pathlib import Path; from esper.policies.simic.policy import SimicPolicy\n"
         f"SimicPolicy.load(Path({str(tmp_path)!r})); assert 'ray' not in sys.modules"
@@ -81,48 +70,59 @@ def test_loads_without_ray(policy: SimicPolicy, tmp_path: Path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _no_weights(folder: Path) -> None:
-    next(folder.glob("*.safetensors")).unlink()
-
-
-def _flipped_bit(folder: Path) -> None:
-    path = next(folder.glob("*.safetensors"))
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def _card(**changes: object):
-    def change(folder: Path) -> None:
-        path = folder / CARD
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("card", "tensors", "says"),
     [
-        (_no_weights, "damaged"),
-        (_flipped_bit, "damaged"),
-        (lambda folder: (folder / CARD).write_text("{"), "damaged"),
-        (lambda folder: (folder / CARD).write_text("[]"), "damaged"),
-        (_card(hidden="wide"), "damaged"),
-        (_card(weights="../secret"), "damaged"),
-        (_card(hidden=17), "another network"),
-        (_card(telemetry_version=0), "telemetry version 0"),
-        (_card(format="simic-0"), "format 'simic-0'"),
-        (lambda folder: (folder / CARD).unlink(), "holds no trained policy"),
+        ({"format": "simic-2"}, {}, "format 'simic-2'"),
+        ({"telemetry_version": 0}, {}, "telemetry version 0"),
+        ({"hidden": 17}, {}, "another network"),
+        ({"hidden": 10**9}, {}, "less than or equal to 4096"),
+        ({"hidden": True}, {}, "hidden is True"),
+        ({"hidden": "wide"}, {}, "hidden is 'wide'"),
+        ({"extra": None}, {}, "extra is None"),
+        ({"more": 1}, {}, "unknown key"),
+        ({}, {"score.2.weight": torch.full((1, 16), torch.nan)}, "finite"),
+        ({}, {"score.2.weight": torch.zeros(1, 16, dtype=torch.float64)}, "float32"),
+        ({}, {"score.2.weight": torch.zeros(16)}, "another network"),
+        ({}, {"more": torch.zeros(1)}, "another network"),
     ],
 )
-def test_what_is_no_policy_is_refused_in_one_sentence(policy: SimicPolicy, tmp_path: Path, damage, says: str):
-    policy.save(tmp_path)
-    damage(tmp_path)
+def test_what_is_no_policy_is_refused_in_one_sentence(policy: SimicPolicy, tmp_path: Path, card, tensors, says: str):
+    """Files whose checksum fits: only their meaning is wrong."""
+    checkpoint.write(tmp_path / FILE, policy.card | card, policy.net.state_dict() | tensors)
     with pytest.raises(UserError, match=says) as caught:
         SimicPolicy.load(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_path(tmp_path: Path):
-    with pytest.raises(UserError, match="does not exist"):
-        SimicPolicy.load(tmp_path / "nowhere")
+def test_there_is_none(tmp_path: Path):
+    for path, says in ((tmp_path, "holds no trained policy"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(UserError, match=says):
+            SimicPolicy.load(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+def test_whatever_a_file_holds_it_loads_or_is_refused_in_a_sentence(tmp_path_factory, data: st.DataObject):
+    file, policy = tmp_path_factory.mktemp("fuzz") / FILE, make()
+    if data.draw(st.booleans()):  # bytes changed, cut or added
+        policy.save(file)
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    else:  # another meaning, with a checksum that fits
+        key = data.draw(st.sampled_from([*policy.card, "else"]))
+        card = policy.card | {key: data.draw(JSON)} if data.draw(st.booleans()) else data.draw(JSON)
+        name = data.draw(st.sampled_from([*policy.net.state_dict(), "else"]))
+        shape = data.draw(st.lists(st.integers(0, 17), max_size=3))
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool]))
+        checkpoint.write(file, card, policy.net.state_dict() | {name: torch.ones(shape).to(dtype)})
+    with contextlib.suppress(UserError):
+        assert SimicPolicy.load(file).act(TELEMETRY).index in TELEMETRY.legal()
