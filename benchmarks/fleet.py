@@ -1,4 +1,4 @@
-"""Benchmarks of the fleet: decisions through one dispatcher, and the driver's memory.
+"""Benchmark of the fleet: decisions through one dispatcher.
 
 A thousand real actors do not fit a small machine: workers are logical ones, many to an async actor, which sleep instead
 of training and answer with recorded telemetry. The driver's side, and every call through Ray, is what a training has.
@@ -8,9 +8,9 @@ import asyncio
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,13 @@ from ray import cloudpickle
 from esper.platform.contracts import GraftAction, Instance, Order, Reply
 from esper.platform.spec import load_spec
 from esper.policies.simic.dispatcher import Dispatcher
-from esper.policies.simic.fleet import LocalFleet, RayFleet
+from esper.policies.simic.fleet import RayFleet
 from esper.policies.simic.journal import EpisodeJournal
-from esper.policies.simic.learner import build_algorithm, iteration_metrics
 from esper.policies.simic.net import ControllerNet
 from esper.workers.candidates import telemetry_space
 from esper.workers.laws.surrogate import SurrogateRun
-from esper.workers.worker import EpisodeWorker
 
-SPEC = load_spec("tinystories-char", ["ppo.decisions=96", "ppo.minibatch=48", "ppo.epochs=4"])
+SPEC = load_spec("tinystories-char")
 
 
 @ray.remote(num_cpus=0.01, max_restarts=0)
@@ -95,9 +93,13 @@ def _recorded() -> list[Any]:
 def bench_dispatch() -> None:
     """Decisions a second through one dispatcher, latency, and cost of a decision by the number of workers."""
     print("dispatcher, one core, with its journal (goals: 500 decisions/s and p99 < 100 ms at 1,000 logical workers)")
-    with local_ray():
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers could not import it
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
         for count, seconds in ((1, 0.02), (10, 0.1), (100, 0.4), (1000, 1.9), (1000, 0.5)):
             _dispatch(count, seconds)
+    finally:
+        ray.shutdown()
 
 
 def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
@@ -125,45 +127,3 @@ def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
         f"{1e3 * statistics.median(latencies):.1f} ms, p99 {1e3 * latencies[int(0.99 * n)]:.1f} ms, "
         f"{1e3 * cpu / n:.2f} ms of the driver's cores a decision"
     )
-
-
-def bench_driver_memory() -> None:
-    """Resident memory of the driver over 10,000 decisions of PPO, journal and checkpoints' bookkeeping included."""
-    print("driver's memory over 10,000 decisions of PPO on surrogates (goal: flat)")
-    spec = load_spec("tinystories-char", ["ppo.decisions=512", "ppo.epochs=2"])
-    with local_ray(), tempfile.TemporaryDirectory() as folder:
-
-        def make_fleet() -> LocalFleet:
-            return LocalFleet(lambda: EpisodeWorker(partial(SurrogateRun, spec)), 16)
-
-        algorithm = build_algorithm(spec, telemetry_space(spec), make_fleet, seed=0, journal=Path(folder))
-        decisions, sizes = 0.0, []
-        try:
-            while decisions < 12_000:
-                decisions += iteration_metrics(algorithm.train())["decisions"]
-                algorithm.env_runner.checkpointed()  # type: ignore[union-attr]
-                sizes.append((decisions, _resident()))
-        finally:
-            algorithm.stop()
-    settled = next(size for done, size in sizes if done >= 2_000)
-    print("  MiB by decisions: " + ", ".join(f"{done:,.0f}: {size:.0f}" for done, size in sizes[::4]))
-    print(f"  from 2,000 to {sizes[-1][0]:,.0f} decisions: {sizes[-1][1] - settled:+.0f} MiB")
-
-
-def _resident() -> float:
-    """MiB of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-class local_ray:
-    """A Ray of our own for a block; the modules beside this one go by value to its workers."""
-
-    def __enter__(self) -> None:
-        import sys
-
-        cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        ray.shutdown()

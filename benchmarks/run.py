@@ -1,7 +1,7 @@
 """`make bench`: speed as paired ratios, measured alternately in one process.
 
     python benchmarks/run.py            # every benchmark
-    python benchmarks/run.py step       # one of them: step, growth, overhead, memory, dispatch, driver, sweep
+    python benchmarks/run.py step       # one of them: step, growth, dispatch, sweep
 
 A number depends on the machine and on what else it does; a ratio of two things timed in turn hardly does.
 """
@@ -20,15 +20,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fleet import bench_dispatch, bench_driver_memory
+from fleet import bench_dispatch
 from plain_gpt import PlainGPT, PlainTrainer
 from trials import bench_sweep
 
-from esper.platform.checkpoint import CheckpointStore
-from esper.platform.contracts import GraftAction, Instance
+from esper.platform.contracts import Instance
 from esper.platform.spec import DataSpec, RunSpec, load_spec
 from esper.workers.kasmina.registry import make_blueprints
-from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, ensure, prepare
 from esper.workers.tolaria.model.transformer import TransformerHost
 from esper.workers.tolaria.trainer import Trainer
@@ -113,65 +111,6 @@ def bench_growth() -> None:
             print(f"  {name:<28} {stage:<13} {shown(ratios)}")
 
 
-def bench_overhead() -> None:
-    """What growing costs a whole run, by parts, and what saving costs at a decision."""
-    print("a whole run of 3,000 steps of tinystories-char that grafts three times: what is not an optimizer step")
-    torch.set_num_threads(1)
-    spec = load_spec("tinystories-char", ["budget.axis=steps", "budget.amount=3000", "budget.decisions=12"])
-    run = GrowthRun(spec, TokenData.open(ensure(DataSpec(source="python-docs"))))
-    run.reset(seed=0)
-    plan: dict[int, tuple[str, str]] = dict(zip((1, 3, 5), GRAFTS, strict=True))
-    steps: list[float] = []
-    saves: list[float] = []
-    inner = run.trainer.step
-
-    def timed(rate: float) -> None:
-        begun = time.perf_counter()
-        inner(rate)
-        steps.append(time.perf_counter() - begun)
-
-    with tempfile.TemporaryDirectory() as folder, CheckpointStore(Path(folder) / "checkpoints") as checkpoints:
-        begun = time.perf_counter()
-        while not run.ended:
-            run.trainer.step = timed
-            site, blueprint = plan.get(run.telemetry.sequence, ("", ""))
-            rows = enumerate(run.telemetry.actions)
-            row = next((i for i, a in rows if (a.operation, a.site, a.blueprint) == ("graft", site, blueprint)), 0)
-            run.step(GraftAction(row, run.telemetry.sequence))
-            saved = time.perf_counter()
-            checkpoints.save("run", *run.state())
-            saves.append(time.perf_counter() - saved)
-        whole = time.perf_counter() - begun - run.ledger.validation_seconds
-    rest = whole - sum(steps) - sum(saves)
-    print(f"  beside the optimizer steps: {rest / whole:.2%} of {whole:.1f} s (goal: 3 % or less)")
-    print(
-        f"  saving at a decision: {1e3 * statistics.median(saves):.2f} ms, {sum(saves) / whole:.3%} (goal: 2 % or less)"
-    )
-
-
-def bench_memory() -> None:
-    """Peak resident memory during a graft against what is there after it."""
-    print("peak memory during a graft over that after it (goal: 1.1x or less)")
-    data = TokenData.open(ensure(DataSpec(source="python-docs")))
-    spec = load_spec("tinystories-char", ["host.n_layer=4", "host.n_embd=512", "host.n_head=8", "data.batch_size=1"])
-    trainer = Trainer(spec, data, make_blueprints(spec.growth.blueprints), 0, Instance())
-    trainer.step(1e-4)
-    for site, blueprint in GRAFTS:
-        states = [value for state in trainer.optimizer.state.values() for value in state.values()]
-        gradients = [p.grad for p in trainer.host.parameters() if p.grad is not None]
-        before = sum(t.numel() * t.element_size() for t in (*trainer.host.parameters(), *gradients, *states))
-        with torch.profiler.profile(profile_memory=True) as profile:
-            trainer.kasmina.graft(site, blueprint)
-        results = profile.profiler.kineto_results if profile.profiler else None
-        assert results is not None
-        now = peak = before
-        for event in results.events():  # allocations and releases, in their order
-            if event.name() == "[memory]":
-                now += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  (its stubs are behind)
-                peak = max(peak, now)
-        print(f"  {blueprint:<10} {peak / now:.3f}x of {now / 1e6:.0f} MB (weights, gradients, moments)")
-
-
 def _data(spec: RunSpec, source: Path, folder: Path) -> TokenData:
     if spec.data.tokenizer == "char":
         return TokenData.open(source)
@@ -185,10 +124,7 @@ def _data(spec: RunSpec, source: Path, folder: Path) -> TokenData:
 BENCHMARKS = {
     "step": bench_step,
     "growth": bench_growth,
-    "overhead": bench_overhead,
-    "memory": bench_memory,
     "dispatch": bench_dispatch,
-    "driver": bench_driver_memory,
     "sweep": bench_sweep,
 }
 

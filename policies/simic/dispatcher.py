@@ -9,29 +9,26 @@ Rules, each tested:
 1. Whatever is ready is answered in one batch; nothing waits for what is not, and nothing is polled.
 2. Whole episodes only, every one that was begun, and learned from in the order in which they *began*: in the order in
    which they end, those that end soon would be preferred.
-3. A step keeps what *chose* its action: logits, log-probability, value and the weights' number. PPO's ratio is then
-   right at any lag.
-4. Episode i has the seed `derive(seed, "episode", i)`; the noise of its decision k comes from the stream (seed,
-   "policy", i, k), and a row's logits do not depend on its batch: no action depends on who shared it.
-5. An episode belongs to no worker. When one dies, hangs past its deadline or leaves with its node, the episode's order
-   goes, as it was, to the next free worker, which takes the episode up where it was saved (`workers/worker.py`).
-6. What must not be learned from (of another form, not finite, an answer to another order) is refused and counted, and
-   the order sent again to another worker. An order that `TRIES` workers failed at, or that took `DEATHS` processes with
-   it, gives its episode up: it is counted and listed in `dropped`.
-7. When nothing but loss happens, the training ends with the last one's own words; and at once where they are a user's
-   to mend.
+3. A step keeps what chose its action, with the weights' number: PPO's ratio is then right at any lag.
+4. Episode i has the seed `derive(seed, "episode", i)`, and its decision k the noise of the stream (seed, "policy", i,
+   k); a row's logits do not depend on its batch. So no action depends on who shared it.
+5. An episode belongs to no worker: an order that is lost goes, as it was, to the next free one (`workers/worker.py`).
+6. What must not be learned from is refused and counted, and the order sent again. An order that `TRIES` workers failed
+   at, or that took `DEATHS` processes with it, gives its episode up.
+7. When nothing but loss happens, the training ends with the last one's own words; at once where a user can mend them.
 8. A worker begins no episode while `ahead` decisions could be learned from, or while, beside so many, `OVERTAKING`
    episodes a worker have ended and wait for one that began before them. With W workers, episodes of K decisions and
    batches of B, a decision is then learned from within 1 + (ahead + (OVERTAKING + 1)·W·K) / B updates.
 9. With a journal, all of this outlives this process (`journal.py`).
 
-With a lockstep fleet (LocalFleet) there is no thread: `collect()` itself turns the loop until it has what it was asked
-for. No weights arrive meanwhile and the order of answers is fixed, so equal seeds give equal trainings.
+A lockstep fleet (LocalFleet) needs no thread: `collect()` itself turns the loop. No weights arrive meanwhile and the
+order of answers is fixed, so equal seeds give equal trainings.
 """
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -43,7 +40,6 @@ from esper.platform.console import say
 from esper.platform.contracts import Instance, Reply
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.ledger import AXES
 from esper.platform.seeding import derive, stream
 from esper.platform.telemetry import Candidate, TelemetrySpace
 from esper.policies.simic.episode import Choice, InFlight
@@ -55,25 +51,25 @@ from esper.policies.simic.worker_table import Deadlines, WorkerTable, WorkerView
 
 TRIES = 3  # workers that may fail at one order, the later ones from the episode's start: it is the order's fault
 DEATHS = 10  # processes that may die over one order
-COUNTS = ("failures", "late", "refused", "dropped", "redone", "unsaved")
+COUNTS = (
+    "failures",  # orders lost with their process, or because the run raised, and workers that could not start
+    "late",  # orders past their deadline
+    "refused",  # replies
+    "dropped",  # episodes
+    "redone",  # decisions trained again
+    "unsaved",  # replies of workers whose last checkpoint was not written
+)
 GIVE_UP = 6  # times as many losses as workers, with nothing between them; pauses give a fleet half a minute
 OVERTAKING = 2  # episodes a worker that may end before one that began before them
 
 
 class Progress(Frozen):
-    """What a resumed training goes on from, beside the journal.
+    """What a resumed training goes on from, beside the journal."""
 
-    Attributes:
-        learned: episodes that have been learned from or given up: all with lower numbers.
-        dropped: numbers of the episodes that were given up.
-        counts: since the training's start, as `Dispatcher.counts`.
-        spent: what the episodes `learned` from and those `dropped` have used of each ledger axis.
-    """
-
-    learned: int = Field(default=0, ge=0)
-    dropped: tuple[int, ...] = ()
+    learned: int = Field(default=0, ge=0)  # episodes learned from or given up: all with lower numbers
+    dropped: tuple[int, ...] = ()  # numbers of the episodes that were given up
     counts: dict[str, int] = Field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    spent: dict[str, dict[str, float]] = Field(default_factory=lambda: {"learned": {}, "dropped": {}})
+    spent: dict[str, dict[str, float]] = Field(default_factory=lambda: {"learned": {}, "dropped": {}})  # of each axis
 
 
 class Dispatcher:
@@ -91,10 +87,7 @@ class Dispatcher:
         journal: keeps the episodes; what it holds is gone on with.
 
     Attributes:
-        counts: since the training's start: `failures` (orders lost with their process, or because the run raised, and
-            workers that could not start), `late` (orders past their deadline), `refused` (replies), `dropped`
-            (episodes), `redone` (decisions trained again), `unsaved` (replies of workers whose last checkpoint was not
-            written).
+        counts: since the training's start, of `COUNTS`.
         dropped: numbers of the episodes that were given up.
         begun: how many episodes have begun.
     """
@@ -122,9 +115,7 @@ class Dispatcher:
         self._changed = threading.Condition()  # held for all that follows, which the learner's thread reads too
         self._table = WorkerTable(deadlines or Deadlines())
         self._orphaned: deque[InFlight] = deque()  # episodes without a worker
-        self._unlearned: deque[int] = deque()  # numbers of the episodes that have begun and were not taken, in order
-        self._ended: dict[int, SingleAgentEpisode] = {}  # of those
-        self._used: dict[int, dict[str, float]] = {}  # ledger axes of those that have begun
+        self._untaken: dict[int, InFlight] = {}  # that have begun, by number, in order
         self._longest = 0  # decisions of an episode
         self._new_weights: tuple[Mapping[str, torch.Tensor], int] | None = None
         self._error: BaseException | None = None
@@ -142,15 +133,10 @@ class Dispatcher:
     # -- The learner's side --------------------------------------------------------------------------------------
 
     def collect(self, decisions: int, check: Callable[[], None] | None = None) -> list[SingleAgentEpisode]:
-        """Wait for whole episodes of at least `decisions` decisions and take them, the first begun first.
+        """Wait for whole episodes of at least so many decisions and take them, the first begun first.
 
-        Args:
-            decisions: at least.
-            check: called at once and a few times a second meanwhile; what it raises passes through, nothing is taken.
-
-        Raises:
-            UserError: the workers do nothing but fail, or one says what a user can mend.
-            Exception: whatever ended the dispatcher's thread.
+        `check` is called at once and a few times a second meanwhile; what it raises passes through, and nothing is
+        taken. So does whatever ended the dispatcher's thread, and a UserError where workers do nothing but fail.
         """
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
@@ -172,9 +158,11 @@ class Dispatcher:
         with self._changed:
             taken: list[SingleAgentEpisode] = []
             while sum(map(len, taken)) < decisions:
-                self._taken.append(self._unlearned.popleft())
-                taken.append(self._ended.pop(self._taken[-1]))
-                _add(self._spent["learned"], self._used.pop(self._taken[-1], {}))
+                number = next(iter(self._untaken))
+                episode = self._untaken.pop(number)
+                self._taken.append(number)
+                taken.append(episode.whole())
+                _add(self._spent["learned"], episode.used)
             self._wanted = 0
         self._fleet.wake()
         return taken
@@ -192,7 +180,7 @@ class Dispatcher:
     def progress(self) -> Progress:
         """Where the training stands, if what was taken has been learned from."""
         with self._changed:
-            learned = self._unlearned[0] if self._unlearned else self.begun
+            learned = next(iter(self._untaken), self.begun)
             spent = {fate: dict(used) for fate, used in self._spent.items()}
             return Progress(learned=learned, dropped=tuple(self.dropped), counts=dict(self.counts), spent=spent)
 
@@ -200,8 +188,8 @@ class Dispatcher:
         """What episodes have used of each ledger axis: `learned` from (or taken to be), `in_flight`, and `dropped`."""
         with self._changed:
             in_flight: dict[str, float] = {}
-            for used in self._used.values():
-                _add(in_flight, used)
+            for episode in self._untaken.values():
+                _add(in_flight, episode.used)
             return {**{fate: dict(used) for fate, used in self._spent.items()}, "in_flight": in_flight}
 
     def forget(self) -> None:
@@ -217,17 +205,17 @@ class Dispatcher:
     def in_flight(self) -> list[int]:
         """Numbers of the episodes that have begun and were not taken, ascending."""
         with self._changed:
-            return list(self._unlearned)
+            return list(self._untaken)
 
     def ready(self) -> int:
         """Decisions that could be taken: of ended episodes before which none is under way."""
         with self._changed:
-            return sum(map(len, self._first_ended()))
+            return sum(each.decisions for each in takewhile(lambda each: each.ended, self._untaken.values()))
 
     def waiting(self) -> int:
         """Decisions of ended episodes that wait for one that began before them."""
         with self._changed:
-            return sum(map(len, self._ended.values())) - self.ready()
+            return sum(each.decisions for each in self._untaken.values() if each.ended) - self.ready()
 
     def workers(self) -> list[WorkerView]:
         """A line a worker, for the live view; from any thread."""
@@ -287,12 +275,12 @@ class Dispatcher:
         """Rule 8."""
         most = max(self._ahead, self._wanted)
         overtaking = OVERTAKING * self._table.most * self._longest
-        return self.ready() >= most or sum(map(len, self._ended.values())) >= most + overtaking
+        return self.ready() >= most or self.ready() + self.waiting() >= most + overtaking
 
     def _begin(self, number: int) -> InFlight:
         episode = InFlight(number, derive(self._seed, "episode", number), self._instances(number))
         self.begun = max(self.begun, number + 1)
-        self._unlearned.append(number)
+        self._untaken[number] = episode
         if self._journal is not None:
             self._journal.begin(episode)
         return episode
@@ -319,13 +307,12 @@ class Dispatcher:
             self.counts["unsaved"] += 1
         self._table.answered(worker, reply)
         episode.take(reply)
-        self._note_cost(episode)
         if not episode.ended:
             return reply
         if self._journal is not None:
             self._journal.note(episode)
         self._table.release(worker)
-        self._end(episode)
+        self._longest = max(self._longest, episode.decisions)
         self._drops = 0
         self._changed.notify_all()
         return None
@@ -381,8 +368,8 @@ class Dispatcher:
         say(f"{where} was lost {episode.lost[kind]} times ({sentence(error)}): the episode is given up")
         self.counts["dropped"] += 1
         self.dropped.append(episode.number)
-        self._unlearned.remove(episode.number)
-        _add(self._spent["dropped"], self._used.pop(episode.number, {}))
+        del self._untaken[episode.number]
+        _add(self._spent["dropped"], episode.used)
         self._drops += 1
         if self._journal is not None:
             self._journal.remove([episode.number])
@@ -390,20 +377,6 @@ class Dispatcher:
             raise _given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
 
     # -- Helpers -------------------------------------------------------------------------------------------------
-
-    def _first_ended(self) -> Iterator[SingleAgentEpisode]:
-        for number in self._unlearned:
-            if number not in self._ended:
-                return
-            yield self._ended[number]
-
-    def _note_cost(self, episode: InFlight) -> None:
-        self._used[episode.number] = {axis: episode.reached[axis] or 0.0 for axis in AXES if axis in episode.reached}
-
-    def _end(self, episode: InFlight) -> None:
-        assert episode.episode is not None
-        self._ended[episode.number] = episode.episode.to_numpy()
-        self._longest = max(self._longest, len(episode.episode))
 
     def _take_up(self, journal: EpisodeJournal) -> None:
         """Go on with what a journal holds."""
@@ -413,25 +386,20 @@ class Dispatcher:
             if number in self.dropped:
                 continue
             episode = journal.read(number)
-            if episode is None:
-                self._orphaned.append(self._begin(number))
-                continue
-            self._unlearned.append(number)
-            self._note_cost(episode)
+            episode = self._untaken[number] = self._begin(number) if episode is None else episode
             if episode.ended:
-                self._end(episode)
+                self._longest = max(self._longest, episode.decisions)
             else:
                 self._orphaned.append(episode)
-        self.begun = max([learned, *(number + 1 for number in (*self._unlearned, *self.dropped))])
+        self.begun = max([learned, *(number + 1 for number in (*self._untaken, *self.dropped))])
 
 
 def infer(net: ControllerNet, observations: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits (B, A), log-probabilities (B, A) and values (B,), all float32, of a network in float64.
 
-    In float32 the rounding of a matrix product depends on its shape and on a row's place in it: the same row gets
-    logits that differ in the last bit or two from batch to batch. In float64 that difference is gone once the result is
-    rounded to float32, but for one value in 10^8. Then an action depends on its own telemetry, seed and weights only,
-    whatever the fleet's timing, and an episode can be repeated to the bit.
+    In float32 the rounding of a matrix product depends on its shape and on a row's place in it; in float64 that is gone
+    once the result is rounded to float32, but for one value in 10^8. So an episode can be repeated to the bit, whatever
+    the fleet's timing.
     """
     with torch.no_grad():
         logits, values = net({name: array.double() for name, array in batch(observations).items()})

@@ -66,6 +66,21 @@ class InFlight:
         return self.episode is not None and self.episode.is_done
 
     @property
+    def used(self) -> dict[str, float]:
+        """Of each ledger axis, so far, as far as known."""
+        return {axis: self.reached[axis] or 0.0 for axis in AXES if axis in self.reached}
+
+    @property
+    def decisions(self) -> int:
+        """Their number, of those whose outcome has come."""
+        return 0 if self.episode is None else len(self.episode)
+
+    def whole(self) -> SingleAgentEpisode:
+        """RLlib's, numpy'ised, of an episode that has ended."""
+        assert self.episode is not None
+        return self.episode.to_numpy()
+
+    @property
     def observation(self) -> dict[str, np.ndarray]:
         """The last one, an element of `observation_space`."""
         assert self.episode is not None

@@ -60,20 +60,13 @@ _LEARNER_METRICS = {  # ours → RLlib's, of the last minibatch of the last epoc
 
 
 class LearnerState(Frozen):
-    """What a checkpoint holds beside its tensors.
-
-    Attributes:
-        updates: number of the weights.
-        kl_coefficient: PPO's, adapted so far.
-        progress: of the dispatcher.
-        baseline: its JSON values.
-    """
+    """What a checkpoint holds beside its tensors."""
 
     format: Literal["learner-1"] = "learner-1"
-    updates: int = Field(ge=0)
-    kl_coefficient: float = Field(ge=0)
-    progress: Progress
-    baseline: dict[str, Any]
+    updates: int = Field(ge=0)  # number of the weights
+    kl_coefficient: float = Field(ge=0)  # PPO's, adapted so far
+    progress: Progress  # of the dispatcher
+    baseline: dict[str, Any]  # its JSON values
 
 
 def build_algorithm(
@@ -100,7 +93,7 @@ def build_algorithm(
         instances: episode number → instance; none means the spec's own.
         journal: folder in which the episodes are kept until a checkpoint has learned from them.
         check: called a few times a second while the learner waits for episodes; what it raises passes through.
-        start: the checkpoint to go on from, as `save_algorithm` left it; episodes under way go on from the journal.
+        start: a checkpoint to go on from; episodes under way go on from the journal.
 
     Raises:
         UserError: `start` holds no checkpoint, or one that does not fit the spec.
@@ -158,22 +151,7 @@ def build_algorithm(
 
 
 def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """What `algorithm.train()` returned, flat.
-
-    - `return_mean`, `return_min`, `return_max` (nats), `val_loss` (mean final loss), `episodes`, `decisions`,
-      `episode_length`.
-    - `explained_variance` (strict: see `metrics.py`) and `entropy` (nats), of the policy as it chose.
-    - `wait`, `graft`, `prune` and, by what a graft adds, `heads`, `width`, `expert`, `layer`: shares of the decisions.
-    - `kl`, `clip_fraction`: what the update did to the policy, over the whole batch.
-    - `kl_coefficient`, `policy_loss`, `value_loss`: of the last minibatch.
-    - `lag_mean`, `lag_max`: updates between choosing and learning. `busy`: fraction of the time in which a worker has
-      an order; `waiting`: fraction of a worker's own time in which it has none. `episode_seconds` and
-      `episode_seconds_max`: that a worker spent on an episode.
-    - `learned_share`: episodes that were learned from, of those that have begun. `overtaking`: decisions of episodes
-      that have ended and wait for one that began before.
-    - `failures`, `late`, `refused`, `dropped`, `redone`, `unsaved`: counts since the start (`Dispatcher.counts`).
-    - `sample_seconds`: the learner waits for episodes. `learn_seconds`: it updates (both smoothed by RLlib).
-    """
+    """What `algorithm.train()` returned, flat; docs/mlflow.md says what each means, `metrics.py` how it is computed."""
     learner = result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
     return {
         **result[SIMIC],

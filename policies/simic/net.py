@@ -2,19 +2,11 @@
 
 A set encoder in the manner of Deep Sets (Zaheer et al. 2017, 1703.06114): every row goes through the same encoder, so
 a new blueprint, another site or another host adds rows, never outputs, and the parameter count depends on no padded
-size. Details, with where they come from:
-
-- Hidden layers orthogonal with gain √2, value output 1, policy output 0.01, biases 0 (CleanRL `ppo.py::layer_init`;
-  Huang et al. 2022, "The 37 Implementation Details of PPO", 2). So the first policy is the prior below, whatever the
-  telemetry.
-- A trunk of its own for the value (Andrychowicz et al. 2020, 2006.05990, §3.2): the value's regression is far better
-  determined than the policy's small signal, and in a shared trunk it would shape the features.
-- LayerNorm after the first layer of each encoder: globals mix fractions with logarithms up to 8 and slopes up to ±10,
-  and a norm needs no running statistics, which would be state to keep, ship and check.
-- Columns whose differences are small are raised by a constant each (`SCALES`), so that the norm leaves them visible.
-- Only legal rows are computed: most of a padded table is not (256 observations, a third of their rows legal, forward
-  and backward of `logits`: 29 ms instead of 62).
-- WAIT's prior: WAIT_PRIOR at the start, whether 1 graft is legal or 40 (`ControllerNet.logits`).
+size. Hidden layers are orthogonal with gain √2, value output 1, policy output 0.01, biases 0 (Huang et al. 2022, "The
+37 Implementation Details of PPO", 2): the first policy is WAIT's prior, whatever the telemetry. The value has a trunk
+of its own (Andrychowicz et al. 2020, 2006.05990, §3.2): its regression is far better determined than the policy's small
+signal, and would shape shared features. LayerNorm after each encoder's first layer, since globals mix fractions with
+logarithms up to 8, needs no running statistics. Only legal rows are computed: most of a padded table is not legal.
 
 B batch, S site rows, A candidate rows, H hidden.
 """
