@@ -1,6 +1,6 @@
 """One episode under one policy: the loop that every arm goes through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Probe, Transition
@@ -28,7 +28,7 @@ def play(
     return {"arm": arm, **run.summary(), "unplayed": policy.unplayed() if isinstance(policy, Planned) else []}
 
 
-def unplayed(summary: dict[str, Any]) -> str | None:
+def unplayed(summary: Mapping[str, Any]) -> str | None:
     """What to say of planned grafts that have not been played; None where all have."""
     grafts = summary["unplayed"]
     if not grafts or summary["diverged"]:

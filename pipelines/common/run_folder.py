@@ -69,13 +69,7 @@ class RunFolder(Frozen):
 
     @classmethod
     def new(cls, arguments: CommonArguments, spec: RunSpec, name: str, *, laws: bool = False) -> Self:
-        """Settle data and output folder, and say what was chosen.
-
-        Args:
-            arguments: the command line.
-            spec: what `resolve_spec` made of it.
-            name: of the folder in `runs/`, before the time, where the user names none.
-            laws: whether the work is on loss laws: there is no text.
+        """Settle data (none on loss laws) and output folder (by default `name` and the time, in `runs/`), and say so.
 
         Raises:
             UserError: either is not good, or the text is too short for the spec's context.
@@ -98,10 +92,7 @@ class RunFolder(Frozen):
         Args:
             command: that can resume the work: `train`.
             plan: what the command goes on with, beside what a RunFolder has.
-            inputs: files that the results rest on.
-
-        Yields:
-            the inputs' copies in the folder.
+            inputs: files that the results rest on; yielded are their copies in the folder.
 
         Raises:
             UserError: the folder cannot be made, or another process works there.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.pipelines.common.play import metrics, play, unplayed
@@ -111,6 +112,8 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
             save()
 
         growth.on_step = on_step
+        for point in growth.curve[1:]:  # a full disk may have kept one from the journal
+            tracker.log(metrics(point), int(point["steps"]))
         try:
             summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
         except Stopped as stopped:
@@ -122,12 +125,19 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         summary["mlflow"] = tracker.run_id
         write_json(out / "summary.json", summary)
         keep(folder, tracker)
+    report(summary, growth.fraction(), out)
+    say(f"compare: {tracker.where}")
+    return 1 if summary["failure"] else 0
+
+
+def report(summary: Mapping[str, Any], fraction: float, out: Path) -> None:
+    """Say what a run came to."""
     if summary["failure"]:
-        say(f"given up at {growth.fraction():.0%} of the budget: {summary['failure']}; lower the learning rate.")
+        say(f"given up at {fraction:.0%} of the budget: {summary['failure']}; lower the learning rate.")
         say(f"the last sound state is in {out / CHECKPOINTS}")
     say(
-        f"{arm}: val loss {summary['val_loss']:.4f} nats per token (perplexity {summary['perplexity']:.2f}), "
-        f"{summary['parameters']:,} parameters, {counted(len(summary['grafts']), 'graft')}, "
+        f"{summary['arm']}: val loss {summary['val_loss']:.4f} nats per token (perplexity {summary['perplexity']:.2f})"
+        f", {counted(summary['parameters'], 'parameter')}, {counted(len(summary['grafts']), 'graft')}, "
         f"{counted(summary['steps'], 'step')}, "
         f"{summary['parameter_seconds']:,.0f} parameter-seconds, {duration(summary['wall_seconds'])} of training"
     )
@@ -137,8 +147,6 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         loss = "not finite" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
         say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {loss}")
     say(f"results: {out / 'summary.json'}")
-    say(f"compare: {tracker.where}")
-    return 1 if summary["failure"] else 0
 
 
 def keep(folder: RunFolder, tracker: Tracker) -> None:

@@ -85,7 +85,7 @@ def test_planned_grafts_that_were_not_played_are_told(tiny, tmp_path, capfd):
         (["static", "--set", "budget.amount=0"], "budget.amount is 0"),
         (["static", "--set", 'growth.blueprints={"fnn": {}}'], "Did you mean 'ffn'"),
         (["static", "--set", "data.tokenizer=bpe:300"], "ask for 'char'"),
-        (["static", "--set", "host.block_size=1000000"], "too few for a context"),
+        (["static", "--set", "host.block_size=100000"], "too few for a context"),
         (["static", "--task", "poems"], "unknown task"),
         (["static", "--out", "/proc/x"], "--out /proc/x cannot be made"),
         (["static", "--out", "."], "already holds another run"),
