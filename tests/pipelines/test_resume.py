@@ -20,7 +20,7 @@ from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port
 
 TRAIN = [sys.executable, "-m", "esper.pipelines.train"]
-LONG = ["--set", "budget.amount=900", "--set", "budget.decisions=30"]
+LONG = ["--set", "budget.amount=450", "--set", "budget.decisions=15"]
 FIRST_CHECKPOINT, BEGUN = "checkpoints/run.safetensors", "pins.json"
 
 
