@@ -37,10 +37,11 @@ class TrainPlan(Frozen):
 
 def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
     """Settle, and train from the start; `files` are what the arm needs, by the names of `ArmInputs`."""
-    spec = resolve_spec(arguments)
+    spec, policy = resolve_spec(arguments), files["policy"]
+    files = {**files, "policy": policy and policy_file(policy)}
     policy_of(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
     folder = RunFolder.new(arguments, spec, f"train-{arm}")
-    with folder.begin("train", TrainPlan(arm=arm), pinned(files)) as inputs:
+    with folder.begin("train", TrainPlan(arm=arm), files) as inputs:
         growth = GrowthRun(spec, folder.tokens)
         growth.reset(seed=folder.seed)
         return train(folder, growth, policy_of(arm, spec, folder.seed, inputs), arm)
@@ -153,14 +154,6 @@ def keep(folder: RunFolder, tracker: Tracker) -> None:
     """Keep the results with the run in MLflow."""
     tracker.artifact(folder.out / "summary.json")
     tracker.artifact(folder.out / "spec.json")
-
-
-def pinned(files: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The single files of what the arm needs."""
-    found = {name: path for name, path in files.items() if path is not None}
-    if policy := found.pop("policy", None):
-        found["policy"] = policy_file(policy)
-    return found
 
 
 def policy_of(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:
