@@ -14,8 +14,10 @@ import os
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
@@ -37,6 +39,8 @@ def prepare() -> None:
     if not attached():
         for name, value in LOCAL.items():
             os.environ.setdefault(name, value)
+        if not os.access(Path.home(), os.W_OK):  # where Ray would put the token that it makes
+            os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 
 
 def connect(cpus: int | None = None, gpus: int | None = None) -> None:

@@ -72,7 +72,7 @@ def drive(code: str, *paths: Path, **more: str) -> subprocess.CompletedProcess[s
 
 def test_a_session_starts_a_cluster_on_this_machine_alone_shares_it_and_ends_it(tmp_path: Path):
     (tmp_path / "only_here.py").write_text("VALUE = 'found'\n")
-    done = drive(SESSION, tmp_path)
+    done = drive(SESSION, tmp_path, HOME="/proc/nothing")
     assert done.returncode == 0, done.stderr
     seen, inside, refused, listening, *attached, after = done.stdout.splitlines()
     assert seen == f"3 found {os.uname().sysname} {ROOT}/esper/platform/errors.py"
