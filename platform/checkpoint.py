@@ -23,20 +23,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from esper.platform.console import say
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, clipped
 from esper.platform.storage import write_bytes
 
 VERSION = 2  # 1 was a folder of three files
 SUFFIX = ".safetensors"
-NO_DIGEST = b"0" * 64
+DIGEST, NO_DIGEST = b'"sha256":"', b"0" * 64
 HEADER_BYTES = 100_000_000  # the most that safetensors reads
 
 DTYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-    torch.bool,
 )
-"""What a checkpoint holds: real types that safetensors 0.6.2 writes and reads."""
+"""The real types that safetensors 0.6.2 writes and reads."""
 
 Content = tuple[Any, dict[str, Tensor]]  # state and tensors
 
@@ -46,8 +45,8 @@ def pack(state: Any, tensors: Mapping[str, Tensor]) -> bytes:
 
     Args:
         state: a JSON value: dicts with string keys, lists (no tuples), strings, finite numbers, booleans, None.
-        tensors: dense, on the CPU, of any shape and of one of `DTYPES`. Views and tensors that share memory are written
-            in full, each on its own. `requires_grad` and the order of the names are not kept.
+        tensors: dense, on the CPU, of any shape and of one of `DTYPES`; views and tensors that share memory are written
+            in full. `requires_grad` and the order of the names are not kept.
 
     Raises:
         ValueError: they hold what a checkpoint could not give back as it was.
@@ -56,30 +55,24 @@ def pack(state: Any, tensors: Mapping[str, Tensor]) -> bytes:
     data = safetensors.torch.save(_own_memory(tensors), metadata)
     if int.from_bytes(data[:8], "little") > HEADER_BYTES:
         raise ValueError("the state is too large for a checkpoint: 100 MB of JSON are the most.")
-    place = data.index(b'"sha256":"' + NO_DIGEST) + len(b'"sha256":"')
+    place = data.index(DIGEST + NO_DIGEST) + len(DIGEST)
     return data[:place] + hashlib.sha256(data).hexdigest().encode() + data[place + len(NO_DIGEST) :]
 
 
 def unpack(data: bytes, name: str) -> Content:
-    """The state and the tensors (on the CPU, each with memory of its own) of a checkpoint, once all of it is verified.
-
-    Args:
-        data: what `pack` made.
-        name: how errors call it.
+    """The state and the tensors (on the CPU, each with memory of its own) of a checkpoint that errors call `name`.
 
     Raises:
-        UserError: another version of the format wrote it, or any byte of it differs from what was written. Nothing of
-            such a checkpoint is loaded.
+        UserError: another version of the format wrote it, or any byte of it differs from what was written.
     """
     metadata = _metadata(data, name)
-    version, digest = metadata.get("version"), metadata.get("sha256")
-    if version != str(VERSION):
+    if (version := metadata.get("version")) != str(VERSION):
         raise UserError(
-            f"checkpoint {name} is of version {str(version)[:20]!r} and this code reads version {VERSION}: "
+            f"checkpoint {name} is of version {clipped(version)} and this code reads version {VERSION}: "
             "go on with the Esper that wrote it, or start the run anew."
         )
-    text = str(digest).encode()
-    place = data.find(b'"sha256":"' + text) + len(b'"sha256":"')
+    text = str(metadata.get("sha256")).encode()
+    place = data.find(DIGEST + text) + len(DIGEST)
     view, found = memoryview(data), hashlib.sha256()
     for piece in (view[:place], NO_DIGEST, view[place + len(NO_DIGEST) :]):
         found.update(piece)
@@ -92,12 +85,7 @@ def unpack(data: bytes, name: str) -> Content:
 
 
 def write(path: str | Path, state: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint as a file, whatever is there; on the disk when this returns.
-
-    Args:
-        path: a path, whose folders are made where missing, or a URI.
-        state: as for `pack`.
-        tensors: as for `pack`.
+    """`pack` into a file at a path or URI, whatever is there; on the disk when this returns.
 
     Raises:
         ValueError: as `pack` does.
@@ -108,10 +96,10 @@ def write(path: str | Path, state: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read(path: str | Path) -> Content:
-    """The state and the tensors of the checkpoint in a file.
+    """`unpack` what lies at a path or URI.
 
     Raises:
-        UserError: it is not there, cannot be read, or is not as it was written (`unpack`).
+        UserError: it is not there, cannot be read, or is not as it was written.
     """
     return _read(*_located(path), str(path))
 
@@ -127,40 +115,31 @@ def below(place: str, folder: str) -> str:
 class CheckpointStore:
     """The newest checkpoint of each run below a place, as `<place>/<name>.safetensors`, written by one thread.
 
-    One process at a time may save under a name. Use it as a context manager, or `close` it: what is still waiting is
-    then written. A write that fails is said once, in a sentence, and the run goes on; later saves are tried again.
+    One process at a time may save under a name. Closing it writes what still waits. A write that fails is said once, in
+    a sentence, and the run goes on; later saves are tried again.
 
-    Args:
-        place: a path, or a URI.
+    Attributes:
+        failed: why the last save that was tried is not there, as a sentence; None when it is.
 
     Raises:
         UserError: no such kind of URI, or it cannot be reached.
     """
 
     def __init__(self, place: str | Path) -> None:
+        self.failed: str | None = None
         self._place = str(place)
         self._system, self._folder = _located(place)
         self._waiting: dict[str, Content | None] = {}  # by name; None stands for its removal
         self._writing: Future[None] | None = None  # while the thread has work
         self._closed = False
         self._lock = threading.Lock()  # held for those three
-        self._failed: str | None = None
         # One thread, from the first save on. Should nobody close this, the interpreter waits for its work at exit.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
-    @property
-    def failed(self) -> str | None:
-        """Why the last save that was tried is not there, as a sentence; None when it is."""
-        return self._failed
-
     def save(self, name: str, state: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Hand a checkpoint over and return at once; of those that wait, only the newest of a name is written.
+        """Hand over what `pack` takes, and return at once; of a name's that wait, only the newest is written.
 
-        Args:
-            name: of the run.
-            state: as for `pack`, and never changed from now on.
-            tensors: as for `pack`. None is copied: from now on nobody may change what it holds. A state or tensors that
-                `pack` refuses are told of like any other failure.
+        No tensor is copied: from now on nobody may change what it holds.
 
         Raises:
             ValueError: this is closed.
@@ -190,11 +169,11 @@ class CheckpointStore:
     def keep_only(self, names: Iterable[str]) -> None:
         """Remove the checkpoints of all other runs."""
         self.flush()
-        kept = set(names)
-        for info in self._files():
-            name = info.base_name.removesuffix(SUFFIX)
-            if name != info.base_name and name not in kept:
-                self.drop(name)
+        kept = {f"{name}{SUFFIX}" for name in names}
+        with contextlib.suppress(OSError):
+            for info in self._system.get_file_info(fs.FileSelector(self._folder, allow_not_found=True)):
+                if info.base_name.endswith(SUFFIX) and info.base_name not in kept:
+                    self.drop(info.base_name.removesuffix(SUFFIX))
 
     def flush(self) -> None:
         """Wait until everything handed over is there, or has failed."""
@@ -214,6 +193,9 @@ class CheckpointStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder.rstrip('/')}/{name}{SUFFIX}"
 
     def _hand_over(self, name: str, content: Content | None) -> None:
         with self._lock:
@@ -238,29 +220,16 @@ class CheckpointStore:
                 continue
             try:
                 _write(self._system, self._path(name), pack(*content))
+                self.failed = None
             except Exception as error:  # whatever it is, the run is worth more than its checkpoint
-                self._fail(name, error)
-            else:
-                self._failed = None
-
-    def _fail(self, name: str, error: Exception) -> None:
-        first = self._failed is None
-        self._failed = (
-            f"checkpoint {name} was not written to {self._place} ({_reason(error)}): "
-            "mend that while the run goes on, and its next one is written."
-        )
-        if first:
-            with contextlib.suppress(OSError):  # standard error is gone: `failed` still tells
-                say(self._failed)
-
-    def _path(self, name: str) -> str:
-        return f"{self._folder.rstrip('/')}/{name}{SUFFIX}"
-
-    def _files(self) -> list[fs.FileInfo]:
-        try:
-            return self._system.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
-        except OSError:
-            return []
+                first = self.failed is None
+                self.failed = (
+                    f"checkpoint {name} was not written to {self._place} ({_reason(error)}): "
+                    "mend that while the run goes on, and its next one is written."
+                )
+                if first:
+                    with contextlib.suppress(OSError):  # standard error is gone: `failed` still tells
+                        say(self.failed)
 
 
 def _located(place: str | Path) -> tuple[fs.FileSystem, str]:
@@ -331,7 +300,7 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
             raise ValueError(
                 f"tensor {name!r} is {tensor.layout}, {tensor.dtype} on {tensor.device}: a checkpoint takes dense ones "
-                f"on the CPU of {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}."
+                f"on the CPU of {', '.join(map(str, DTYPES))}."
             )
         shares = tensor.untyped_storage().data_ptr() in seen
         if shares or not tensor.is_contiguous() or tensor.is_neg():  # a negative view is a flag, which no file has

@@ -3,17 +3,20 @@
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 PACKAGES = ("torch", "ray", "mlflow", "numpy")
 
 
 def provenance() -> dict[str, str]:
-    """Tags for a run: `commit`, `hardware` of this machine, and `versions`."""
-    return {"commit": commit() or "unknown", "hardware": hardware(), "versions": versions()}
+    """Tags for a run: `commit`, `hardware` (processor, cores that this process may use, GPUs), and `versions`."""
+    packages = [f"{package} {version(package)}" for package in PACKAGES]
+    versions = ", ".join([f"Python {platform.python_version()}", *packages])
+    return {"commit": commit() or "unknown", "hardware": _hardware(), "versions": versions}
 
 
 @functools.cache
@@ -33,31 +36,12 @@ def commit() -> str | None:
     return f"{head}-dirty" if changes else head
 
 
-def hardware() -> str:
-    """Processor, cores that this process may use, and GPUs."""
+def _hardware() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [f"{_processor()}, {cores} core(s)"]
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", known, re.MULTILINE)
+    parts = [f"{model[1] if model else platform.processor() or platform.machine()}, {cores} core(s)"]
     if "torch" in sys.modules:
         cuda = sys.modules["torch"].cuda
         parts += [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
     return ", ".join(parts)
-
-
-def versions() -> str:
-    """Of Python and of the packages that decide numbers."""
-    found = [f"Python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

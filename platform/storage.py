@@ -25,12 +25,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically, on the disk when this returns: a reader sees the old file or the new one, never a part.
+    """Write a file and its folders, on the disk when this returns: a reader sees the old file or the new one.
 
     Raises:
         OSError: it cannot be written; its `filename` is `path`, and nothing is left of what was begun.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _beside(path)
     with naming(path):
         standing = next(parent for parent in path.absolute().parents if parent.exists())
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         for parent in path.absolute().parents:  # the new names, up to the folder that stood before
-            sync(parent)
+            _sync_names(parent)
             if parent == standing:
                 break
 
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused: JSON has none."""
+    """Write `value` as indented JSON. NaN is refused: JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -74,44 +74,32 @@ def read_json(path: Path, what: str, example: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror}): name {example}.") from None
-    except RecursionError:
-        raise UserError(f"{what} is not valid JSON (nested too deeply): mend it, or name another.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not valid JSON ({error}): mend it, or name another.") from None
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill that becomes `path` only when the block ends without an error.
 
     Two processes may fill the same `path` at once: the first to finish wins, the other's work is dropped.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
+    partial = _beside(path.absolute())
     try:
+        partial.mkdir(parents=True)
         yield partial
         with contextlib.suppress(OSError):  # another process finished first
             partial.rename(path)
         if not path.exists():
             raise OSError(f"could not move {partial} to {path}")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written ({reason}): name one where you may write.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """`whole_folder` for a place that a user named.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        with whole_folder(path.absolute()) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): name one where you may write."
-        ) from None
 
 
 @contextlib.contextmanager
@@ -142,15 +130,6 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, are on the disk, to survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_unused(out: Path) -> None:
     """Refuse an output folder that cannot become a run's own.
 
@@ -161,8 +140,7 @@ def check_unused(out: Path) -> None:
         raise UserError(f"--out {out} is a file: name a new or empty folder.")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} already holds another run: name a new or empty folder, or delete it first.")
-    if obstacle := _obstacle(out):
-        raise UserError(f"--out {out} cannot be made ({obstacle}): name a folder you may write to.")
+    _check_writable(out)
 
 
 def check_new_file(out: Path) -> None:
@@ -173,13 +151,23 @@ def check_new_file(out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"--out {out} is there already: name a new file.")
-    if obstacle := _obstacle(out):
-        raise UserError(f"--out {out} cannot be made ({obstacle}): name a file where you may write.")
+    _check_writable(out)
 
 
-def _obstacle(out: Path) -> str | None:
-    """What keeps a file or folder from being made, or None."""
+def _check_writable(out: Path) -> None:
     parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not parent.is_dir():
-        return f"{parent} is a file"
-    return None if os.access(parent, os.W_OK) else f"{parent} is read-only"
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        obstacle = "read-only" if parent.is_dir() else "a file"
+        raise UserError(f"--out {out} cannot be made ({parent} is {obstacle}): name a place where you may write.")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _sync_names(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
