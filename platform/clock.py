@@ -7,11 +7,11 @@ so that a result does not depend on what else the machine was doing. The wall cl
 predict what a graft would cost.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from esper.platform.contracts import HostShape
+from esper.platform.contracts import HostShape, Seconds
 from esper.platform.frozen import Frozen
 from esper.platform.ledger import Axis
 
@@ -20,18 +20,14 @@ class ClockSpec(Frozen):
     """Which clock a run is measured by, and the fitted constants of the reference formula."""
 
     kind: Literal["reference", "wall"] = "reference"
-    base_seconds: float = Field(default=1e-3, ge=0, description="seconds of a step that no layer accounts for")
-    layer_seconds: float = Field(default=1e-3, ge=0, description="seconds a layer adds to a step, whatever its size")
-    flops_per_second: float = Field(default=5e10, gt=0, description="rate at which a step's FLOPs are done")
-    split_factor: float = Field(
-        default=1.0, ge=1, description="factor on a step while some seed's segments are separate"
-    )
-    expert_seconds: float = Field(default=1e-3, ge=0, description="seconds an expert adds to a step, whatever its size")
-    graft_seconds: float = Field(default=1e-3, ge=0, description="seconds of one graft, prune or rollback")
-    fuse_seconds: float = Field(default=1e-3, ge=0, description="seconds of fusing one seed")
-    measured_on: str = Field(
-        default="", description="device, threads, dtype and command the constants were fitted with"
-    )
+    base_seconds: Seconds = 1e-3  # of a step that no layer accounts for
+    layer_seconds: Seconds = 1e-3  # that a layer adds to a step, whatever its size
+    flops_per_second: Annotated[float, Field(gt=0)] = 5e10  # rate at which a step's FLOPs are done
+    split_factor: Annotated[float, Field(ge=1)] = 1.0  # on a step while some seed's segments are separate
+    expert_seconds: Seconds = 1e-3  # that an expert adds to a step, whatever its size
+    graft_seconds: Seconds = 1e-3  # of one graft, prune or rollback
+    fuse_seconds: Seconds = 1e-3  # of fusing one seed
+    measured_on: str = ""  # device, threads, dtype and command that the constants were fitted with
 
     def step_seconds(self, shape: HostShape, tokens: int, *, split: bool = False) -> float:
         """Predicted seconds of one optimizer step over `tokens` tokens at this shape."""

@@ -20,77 +20,39 @@ SiteKind = Literal["pre_attention", "post_ffn", "residual_stream"]
 
 @dataclass(frozen=True)
 class InjectionSpec:
-    """A site: a place where a host can grow.
+    """A site: a place where a host can grow."""
 
-    Attributes:
-        id: stable for the life of the site, whatever grows around it.
-        kind: what lies there.
-        depth: position in the network, 0 (input) to 1 (output).
-        blueprints: names of the blueprints that the site accepts.
-        units: heads or neurons at the site; 0 where nothing is counted (the residual stream).
-        parameters: parameters at the site now.
-    """
-
-    id: str
-    kind: SiteKind
-    depth: float
-    blueprints: tuple[str, ...]
-    units: int
-    parameters: int
+    id: str  # stable for the life of the site, whatever grows around it
+    kind: SiteKind  # what lies there
+    depth: float  # position in the network, 0 (input) to 1 (output)
+    blueprints: tuple[str, ...]  # names of those that the site accepts
+    units: int  # heads or neurons at the site; 0 where nothing is counted (the residual stream)
+    parameters: int  # at the site now
 
 
 @runtime_checkable
 class HostShape(Protocol):
     """What can be known of a host without its tensors: its sites and what it costs. Frozen and hashable."""
 
-    def injection_specs(self) -> tuple[InjectionSpec, ...]:
-        """The sites, from input to output."""
-        ...
-
-    def parameters_count(self, *, non_embedding: bool = False) -> int:
-        """Parameters, tied ones counted once; without embeddings and output head if `non_embedding`."""
-        ...
-
-    def flops_per_token(self) -> int:
-        """FLOPs of one training step (forward and backward) per token."""
-        ...
-
-    def depth(self) -> int:
-        """Layers: what the reference clock charges a fixed time for."""
-        ...
-
-    def experts(self) -> int:
-        """Sparsely gated parts: they cost a fixed time too."""
-        ...
-
-    def layers_as_json(self) -> list[dict[str, Any]]:
-        """Each layer's own shape as JSON values, as `host.layers` takes them."""
-        ...
-
-    def without(self, name: str) -> "HostShape":
-        """The shape without an inserted part."""
-        ...
-
-    def deepened(self, n_layer: int) -> "HostShape":
-        """The shape with that many layers: the one with the most sites that a run may reach."""
-        ...
+    def injection_specs(self) -> tuple[InjectionSpec, ...]: ...  # the sites, from input to output
+    # Parameters, tied ones counted once; without embeddings and output head if `non_embedding`.
+    def parameters_count(self, *, non_embedding: bool = False) -> int: ...
+    def flops_per_token(self) -> int: ...  # FLOPs of one training step (forward and backward) per token
+    def depth(self) -> int: ...  # layers: what the reference clock charges a fixed time for
+    def experts(self) -> int: ...  # sparsely gated parts: they cost a fixed time too
+    def layers_as_json(self) -> list[dict[str, Any]]: ...  # each layer's shape, as `host.layers` takes it
+    def without(self, name: str) -> "HostShape": ...  # the shape without an inserted part
+    def deepened(self, n_layer: int) -> "HostShape": ...  # with that many layers: the most sites of a run
 
 
 @dataclass(frozen=True)
 class Swap:
-    """A parameter that takes another's place in the model, and so has to in its optimizer.
+    """A parameter that takes another's place in the model, and so has to in its optimizer."""
 
-    Attributes:
-        new: `old` and then `young`, joined along `axis`; without `young`, the leading part of `old` along `axis`.
-        old: the parameter that `new` replaces.
-        young: the parameter that is now part of `new`.
-        axis: along which they were joined or cut.
-    """
-
-    new: Any
-    old: Any
-    young: Any | None
-    axis: int
+    new: Any  # `old` and then `young`, joined along `axis`; without `young`, the leading part of `old`
+    old: Any  # the parameter that `new` replaces
+    young: Any | None  # the parameter that is now part of `new`
+    axis: int  # along which they were joined or cut
 
 
 class HostProtocol(Protocol):
@@ -101,81 +63,41 @@ class HostProtocol(Protocol):
     """
 
     @property
-    def shape(self) -> HostShape:
-        """The shape now: frozen and hashable."""
-        ...
-
-    def parameters(self) -> Iterator[Any]:
-        """Every parameter, once."""
-        ...
-
-    def linears(self, site_id: str) -> tuple[Any, Any]:
-        """The pair that units are added between: (incoming, grows by rows; outgoing, grows by columns)."""
-        ...
-
-    def insert(self, site_id: str, shape: Any) -> tuple[str, list[tuple[Any, Any]]]:
-        """Put in the uninitialised part that `shape` has and the host has not: (its name, parameters and siblings)."""
-        ...
-
-    def part(self, name: str) -> Any:
-        """The module of an inserted part; None when it is gone."""
-        ...
-
-    def remove(self, name: str) -> list[Any]:
-        """Take an inserted part out; returns every parameter that is gone."""
-        ...
-
-    def stream_sizes(self) -> dict[str, float]:
-        """Stream site → root mean square of the residual stream there, as far as it can be told without data."""
-        ...
-
-    def written_by(self, site_id: str) -> Iterator[Any]:
-        """The parameters that a site's telemetry is about."""
-        ...
-
-    def split(self) -> bool:
-        """Whether some seed's segments are still separate tensors."""
-        ...
-
-    def grown(self) -> None:
-        """To be called after a change of tensors."""
-        ...
+    def shape(self) -> HostShape: ...  # the shape now: frozen and hashable
+    def parameters(self) -> Iterator[Any]: ...  # every parameter, once
+    # The pair that units are added between: (incoming, grows by rows; outgoing, grows by columns).
+    def linears(self, site_id: str) -> tuple[Any, Any]: ...
+    # Put in the uninitialised part that `shape` has and the host has not: (its name, parameters and siblings).
+    def insert(self, site_id: str, shape: Any) -> tuple[str, list[tuple[Any, Any]]]: ...
+    def part(self, name: str) -> Any: ...  # the module of an inserted part; None when it is gone
+    def remove(self, name: str) -> list[Any]: ...  # take an inserted part out; returns every parameter that is gone
+    # Stream site → root mean square of the residual stream there, as far as it can be told without data.
+    def stream_sizes(self) -> dict[str, float]: ...
+    def written_by(self, site_id: str) -> Iterator[Any]: ...  # the parameters that a site's telemetry is about
+    def split(self) -> bool: ...  # whether some seed's segments are still separate tensors
+    def grown(self) -> None: ...  # to be called after a change of tensors
 
 
 @dataclass(frozen=True)
 class GraftAction:
-    """The controller's reply: a row of `Telemetry.candidates`.
+    """The controller's reply: a row of `Telemetry.candidates`."""
 
-    Attributes:
-        index: the row; 0 is WAIT.
-        sequence: the telemetry's sequence number; a reply to an older telemetry is refused.
-        reason: why, in a few words, for the record.
-    """
-
-    index: int
-    sequence: int
-    reason: str = ""
+    index: int  # the row; 0 is WAIT
+    sequence: int  # the telemetry's sequence number; a reply to an older telemetry is refused
+    reason: str = ""  # why, in a few words, for the record
 
 
 @dataclass(frozen=True)
 class Transition:
-    """What one decision led to.
-
-    Attributes:
-        telemetry: the observation at the next decision.
-        reward: (L_before − L_after) − rent · ΔPS/PS_ref, in nats per token.
-        terminated: the budget is spent (or the run diverged, and the rent it did not pay was charged).
-        truncated: cut from outside; the value of the last state should be bootstrapped.
-        info: the curve point of this decision, and under `summary` the run's summary when it has ended.
-    """
+    """What one decision led to."""
 
     __pydantic_config__ = CHECKED
 
-    telemetry: Telemetry
-    reward: Annotated[float, Field(allow_inf_nan=False)]
-    terminated: bool
-    truncated: bool = False
-    info: dict[str, Any] = field(default_factory=dict)
+    telemetry: Telemetry  # the observation at the next decision
+    reward: Annotated[float, Field(allow_inf_nan=False)]  # (L_before − L_after) − rent · ΔPS/PS_ref, nats per token
+    terminated: bool  # the budget is spent (or the run diverged, and the rent it did not pay was charged)
+    truncated: bool = False  # cut from outside; the value of the last state should be bootstrapped
+    info: dict[str, Any] = field(default_factory=dict)  # the curve's point; `summary` when the run has ended
 
 
 class Instance(Frozen):
@@ -197,34 +119,18 @@ class Instance(Frozen):
 class Run(Protocol):
     """One host's training run as a controller sees it: an episode. `GrowthRun` trains, `SurrogateRun` computes."""
 
-    def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
-        """Start an episode and return the first observation."""
-        ...
-
-    def step(self, action: GraftAction) -> Transition:
-        """Apply the action, train to the next decision, and report."""
-        ...
-
-    def summary(self) -> dict[str, Any]:
-        """What the run has reached and used, as plain JSON values."""
-        ...
-
-    def expected_seconds(self) -> float:
-        """Seconds that the next decision should take at the size now, by the run's clock."""
-        ...
-
+    # Start an episode and return the first observation.
+    def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry: ...
+    def step(self, action: GraftAction) -> Transition: ...  # apply the action, train to the next decision, and report
+    def summary(self) -> dict[str, Any]: ...  # what the run has reached and used, as plain JSON values
+    # Seconds that the next decision should take at the size now, by the run's clock.
+    def expected_seconds(self) -> float: ...
     @property
-    def telemetry(self) -> Telemetry:
-        """The last observation."""
-        ...
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All that `load` needs to go on to the same numbers: JSON values, and tensors by name."""
-        ...
-
-    def load(self, values: dict[str, Any], tensors: Mapping[str, Any]) -> None:
-        """Become the run whose `state` this is."""
-        ...
+    def telemetry(self) -> Telemetry: ...  # the last observation
+    # All that `load` needs to go on to the same numbers: JSON values, and tensors by name.
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    # Become the run whose `state` this is.
+    def load(self, values: dict[str, Any], tensors: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -232,45 +138,28 @@ class Order:
     """What the last of `actions` leads to, in an episode that any worker can take up.
 
     It names the whole way there: sent again, to any worker, it gets the same answer.
-
-    Attributes:
-        episode: its number.
-        seed: its seed.
-        instance: as for `Run.reset`.
-        actions: rows chosen so far, in order, the last not answered yet; none of them asks for the first observation.
-        fresh: use no checkpoint: something was wrong with what it led to.
     """
 
     episode: int
     seed: int
     instance: Instance | None
-    actions: tuple[int, ...] = ()
-    fresh: bool = False
+    actions: tuple[int, ...] = ()  # chosen so far, the last not answered yet; none ask for the first observation
+    fresh: bool = False  # use no checkpoint: something was wrong with what it led to
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's answer to an Order. `Reply.checked` refuses one that is not of this form.
-
-    Attributes:
-        episode: of the order.
-        answer: the first observation, or what the last action led to.
-        expected: seconds that the next decision should take, by the run's clock.
-        redone: decisions that were trained again to get there, after another worker's end.
-        waited: seconds that the worker waited for the order.
-        worked: seconds from the order to this answer.
-        unsaved: why the worker's last checkpoint was not written, as a sentence; None when it was, or is being written.
-    """
+    """A worker's answer to an Order. `Reply.checked` refuses one that is not of this form."""
 
     __pydantic_config__ = CHECKED
 
     episode: int
     answer: Telemetry | Transition
-    expected: Seconds
-    redone: Annotated[int, Field(ge=0)] = 0
-    waited: Seconds = 0.0
-    worked: Seconds = 0.0
-    unsaved: str | None = None
+    expected: Seconds  # that the next decision should take, by the run's clock
+    redone: Annotated[int, Field(ge=0)] = 0  # decisions that were trained again, after another worker's end
+    waited: Seconds = 0.0  # that the worker waited for the order
+    worked: Seconds = 0.0  # from the order to this answer
+    unsaved: str | None = None  # why the worker's last checkpoint was not written, as a sentence
 
     @property
     def telemetry(self) -> Telemetry:
@@ -297,44 +186,34 @@ _REPLY = TypeAdapter(Reply)
 class Worker(Protocol):
     """What carries out orders: in a Ray actor, or in the dispatcher's own process."""
 
-    def advance(self, order: Order) -> Reply:
-        """Carry out an order. Equal orders get equal answers, whatever this worker did before."""
-        ...
+    # Carry out an order. Equal orders get equal answers, whatever this worker did before.
+    def advance(self, order: Order) -> Reply: ...
 
 
 class Probe(Protocol):
     """Through which a policy may try actions on copies of the run, on the same batches."""
 
-    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray:
-        """Training losses, float64 (len(actions), optimizer_steps), that each action leads to."""
-        ...
+    # Training losses, float64 (len(actions), optimizer_steps), that each action leads to.
+    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray: ...
 
 
 @runtime_checkable
 class Stateful(Protocol):
     """A policy that remembers something between decisions: a resumed run gives it back."""
 
-    def state(self) -> Any:
-        """What it remembers, as a JSON value."""
-        ...
-
-    def resume(self, state: Any) -> None:
-        """Remember what `state` gave."""
-        ...
+    def state(self) -> Any: ...  # what it remembers, as a JSON value
+    def resume(self, state: Any) -> None: ...  # remember what `state` gave
 
 
 @runtime_checkable
 class Planned(Protocol):
     """A policy whose grafts were planned beforehand: whoever planned them hears of those that were not played."""
 
-    def unplayed(self) -> list[str]:
-        """The grafts still to come, a few words each."""
-        ...
+    def unplayed(self) -> list[str]: ...  # the grafts still to come, a few words each
 
 
 class GrowthPolicy(Protocol):
     """Who decides. Every arm is one of these and runs through the same run, trainer and ledger."""
 
-    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        """Choose one legal candidate of `telemetry`."""
-        ...
+    # Choose one legal candidate of `telemetry`.
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction: ...

@@ -18,7 +18,15 @@ from esper.platform.ledger import Axis
 from esper.platform.storage import read_json
 
 PRESETS = Path(__file__).parent / "presets"
-MOST_LAYERS, MOST_HEADS, MOST_WIDTH = 512, 1024, 2**20
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Layers = Annotated[int, Field(ge=1, le=512)]
+Heads = Annotated[int, Field(ge=1, le=1024)]
+Neurons = Annotated[int, Field(ge=1, le=2**20)]
+Batch = Annotated[int, Field(ge=8, le=2**20)]
 Range = tuple[float, float]
 """Low and high; equal for a number that is not drawn."""
 
@@ -26,44 +34,34 @@ Range = tuple[float, float]
 class ExpertSpec(Frozen):
     """An expert that a host is born with."""
 
-    uid: int = Field(ge=0)
-    width: int = Field(ge=1, le=MOST_WIDTH, description="neurons")
-    share: float = Field(gt=0, le=1, description="of the tokens that its gate is balanced to")
+    uid: Annotated[int, Field(ge=0)]
+    width: Neurons
+    share: Annotated[float, Field(gt=0, le=1)]  # of the tokens that its gate is balanced to
 
 
 class LayerSpec(Frozen):
     """A layer that a host is born with."""
 
-    uid: int = Field(ge=0, description="names its sites: h<uid>.attention, …")
-    heads: int = Field(ge=1, le=MOST_HEADS)
-    width: int = Field(ge=1, le=MOST_WIDTH, description="neurons of the MLP")
-    experts: tuple[ExpertSpec, ...] = Field(default=(), max_length=256)
+    uid: Annotated[int, Field(ge=0)]  # names its sites: h<uid>.attention, …
+    heads: Heads
+    width: Neurons  # of the MLP
+    experts: Annotated[tuple[ExpertSpec, ...], Field(max_length=256)] = ()
 
 
 class HostSpec(Frozen):
     """The shape a host starts with."""
 
     kind: Literal["transformer"] = "transformer"
-    n_layer: int = Field(default=2, ge=1, le=MOST_LAYERS, description="layers at the start")
-    n_head: int = Field(default=4, ge=1, le=MOST_HEADS, description="attention heads of a layer at the start")
-    n_embd: int = Field(default=64, ge=1, le=2**16, description="embedding dimension C")
-    block_size: int = Field(default=64, ge=2, le=2**17, description="context length T, in tokens")
-    head_dim: int | None = Field(
-        default=None, ge=1, le=2**12, description="dimension D of a head; none means n_embd / n_head"
-    )
-    mlp_width: int | None = Field(
-        default=None, ge=1, le=MOST_WIDTH, description="neurons of an MLP at the start; none means 4 n_embd"
-    )
-    layers: tuple[LayerSpec, ...] | None = Field(
-        default=None,
-        max_length=MOST_LAYERS,
-        description="each layer's own shape, as in a summary's `shape`; none: all alike",
-    )
-    tied: bool = Field(default=True, description="the output head is the token embedding")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    attention: Literal["sdpa", "flash"] = Field(
-        default="sdpa", description="torch's own, or flash-attn's: CUDA, bfloat16 and the extra flash-attn"
-    )
+    n_layer: Layers = 2
+    n_head: Heads = 4  # attention heads of a layer
+    n_embd: Annotated[int, Field(ge=1, le=2**16)] = 64  # embedding dimension C
+    block_size: Annotated[int, Field(ge=2, le=2**17)] = 64  # context length T, in tokens
+    head_dim: Annotated[int, Field(ge=1, le=2**12)] | None = None  # dimension D of a head; none means n_embd / n_head
+    mlp_width: Neurons | None = None  # of an MLP; none means 4 n_embd
+    layers: Annotated[tuple[LayerSpec, ...], Field(max_length=512)] | None = None  # as in a summary's `shape`; or alike
+    tied: bool = True  # the output head is the token embedding
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention: Literal["sdpa", "flash"] = "sdpa"  # torch's own, or flash-attn's: CUDA, bfloat16, the extra flash-attn
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -90,16 +88,12 @@ class HostSpec(Frozen):
 class DataSpec(Frozen):
     """Text and batches."""
 
-    source: str = Field(
-        default="tinystories", description="a source name, a text file, a folder of them, or prepared shards"
-    )
-    tokenizer: str = Field(default="char", description="char, bpe:N or gpt2")
-    batch_size: int = Field(default=16, ge=1, le=2**14, description="sequences in a batch")
-    eval_tokens: int = Field(default=65536, ge=64, le=2**26, description="tokens of the fixed held-out set")
-    valid_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="documents held out where the source has no split"
-    )
-    max_bytes: int | None = Field(default=None, ge=1, description="cap on the training text, in bytes")
+    source: str = "tinystories"  # a source name, a text file, a folder of them, or prepared shards
+    tokenizer: str = "char"  # char, bpe:N or gpt2
+    batch_size: Annotated[int, Field(ge=1, le=2**14)] = 16  # sequences in a batch
+    eval_tokens: Annotated[int, Field(ge=64, le=2**26)] = 65536  # tokens of the fixed held-out set
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no split
+    max_bytes: Count | None = None  # cap on the training text, in bytes
 
 
 class OptimizerSpec(Frozen):
@@ -110,30 +104,19 @@ class OptimizerSpec(Frozen):
     take its place.
     """
 
-    learning_rate: float = Field(default=3e-3, gt=0, description="stable rate at rate_parameters")
-    rate_exponent: float = Field(default=0.0, ge=0, le=2, description="how fast the stable rate falls with size")
-    rate_parameters: int = Field(
-        default=100_000, ge=1, description="non-embedding parameters at which the rate is stated"
-    )
-    rate_max: float = Field(default=0.1, gt=0, description="the stable rate by that law is never above this")
-    rates: tuple[tuple[int, float], ...] = Field(
-        default=(),
-        description="(non-embedding parameters, stable rate) pairs, log-log interpolated, in place of that law",
-    )
-    rate_path: tuple[tuple[float, float], ...] = Field(
-        default=(), description="(budget fraction, stable rate) pairs, joined by lines, in place of any rate by size"
-    )
-    warmup: float = Field(default=0.02, ge=0, lt=1, description="fraction of the budget over which the rate rises")
-    decay_from: float = Field(
-        default=0.8, gt=0, le=1, description="fraction of the budget at which the rate starts to fall"
-    )
-    final_rate: float = Field(
-        default=0.0, ge=0, le=1, description="rate at the budget's end, relative to the stable one"
-    )
+    learning_rate: Positive = 3e-3  # stable rate at rate_parameters
+    rate_exponent: Annotated[float, Field(ge=0, le=2)] = 0.0
+    rate_parameters: Count = 100_000  # non-embedding parameters at which the rate is stated
+    rate_max: Positive = 0.1  # the stable rate by that law is never above this
+    rates: tuple[tuple[int, float], ...] = ()  # (non-embedding parameters, stable rate), log-log interpolated
+    rate_path: tuple[tuple[float, float], ...] = ()  # (budget fraction, stable rate), joined by lines
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02  # fraction of the budget over which the rate rises
+    decay_from: Annotated[float, Field(gt=0, le=1)] = 0.8  # fraction of the budget at which it starts to fall
+    final_rate: Fraction = 0.0  # at the budget's end, relative to the stable one
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0, description="on matrices; none on biases and norms")
-    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the whole gradient")
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1  # on matrices; none on biases and norms
+    grad_clip: Positive = 1.0  # largest norm of the whole gradient
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -154,100 +137,73 @@ class BudgetSpec(Frozen):
     """How much a run may use, and how often the controller decides."""
 
     axis: Axis = "parameter_seconds"
-    amount: float = Field(default=1e6, gt=0, description="in the axis's own unit")
-    decisions: int = Field(default=24, ge=1, le=1000, description="decisions K in an episode")
-    cooldowns: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        default=(), max_length=1000, description="budget fractions whose annealed loss is taken on a fork, not charged"
-    )
+    amount: Positive = 1e6  # in the axis's own unit
+    decisions: Annotated[int, Field(ge=1, le=1000)] = 24  # K, in an episode
+    # Budget fractions whose annealed loss is taken on a fork, not charged.
+    cooldowns: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=1000)] = ()
 
 
 class GrowthSpec(Frozen):
     """How far and how a host may grow."""
 
-    max_layers: int = Field(default=4, ge=1, le=MOST_LAYERS, description="layers at most")
-    max_parameters: int | None = Field(
-        default=None, ge=1, description="parameters at most; none: no cap but max_layers"
-    )
-    min_optimizer_steps: int = Field(default=10, ge=1, description="steps a decision must hold after a graft")
-    probation_steps: int = Field(
-        default=200, ge=1, description="optimizer steps over which a seed's learning rate warms up"
-    )
-    lockout_decisions: int = Field(
-        default=4, ge=0, description="decisions for which a graft that was rolled back is not allowed again"
-    )
-    blueprints: dict[str, dict[str, Any]] = Field(
-        default={"attention": {}, "ffn": {}, "block": {}}, description="blueprints in use, with their settings"
-    )
+    max_layers: Layers = 4
+    max_parameters: Count | None = None  # none: no cap but max_layers
+    min_optimizer_steps: Count = 10  # that a decision must hold after a graft for it to be legal
+    probation_steps: Count = 200  # optimizer steps over which a seed's learning rate warms up
+    lockout_decisions: Annotated[int, Field(ge=0)] = 4  # in which a graft that was rolled back is not allowed again
+    blueprints: dict[str, dict[str, Any]] = Field(default={"attention": {}, "ffn": {}, "block": {}})  # their settings
 
 
 class RewardSpec(Frozen):
     """The PPO arm's objective, −Loss − Rent."""
 
-    rent: float = Field(default=0.2, ge=0, description="nats that a reference run's parameter-seconds cost")
-    reference: float | None = Field(
-        default=None, gt=0, description="those parameter-seconds; none: the budget, or what the starting size would use"
-    )
+    rent: NotNegative = 0.2  # nats that a reference run's parameter-seconds cost
+    reference: Positive | None = None  # those; none means the budget, or what the starting size would use
 
 
 class FleetSpec(Frozen):
     """Where workers run."""
 
-    workers: int | None = Field(
-        default=None, ge=1, le=10_000, description="GrowthWorkers; none: one a core (or a GPU share)"
-    )
-    cpus: float = Field(default=1.0, ge=0, description="cores of a worker")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs of a worker; fractions share one")
-    storage: str | None = Field(
-        default=None,
-        description="where workers save their runs: a path or pyarrow URI that all nodes see; none: beside --out",
-    )
-    deadline: float = Field(
-        default=20.0,
-        gt=1,
-        description="a decision may take this many times what it should; then its worker is replaced",
-    )
-    grace: float = Field(
-        default=300.0, gt=0, description="seconds that an order may take beside that: to start, to restore"
-    )
+    workers: Annotated[int, Field(ge=1, le=10_000)] | None = None  # none means one a core (or a GPU share)
+    cpus: NotNegative = 1.0  # cores of a worker
+    gpus: NotNegative = 0.0  # GPUs of a worker; fractions share one
+    storage: str | None = None  # where workers save: a path or pyarrow URI that all nodes see; none: beside --out
+    deadline: Annotated[float, Field(gt=1)] = 20.0  # times what a decision should take; then its worker is replaced
+    grace: Positive = 300.0  # seconds that an order may take beside that: to start, to restore
 
 
 class PPOSpec(Frozen):
     """Simic's PPO (Schulman et al. 2017, 1707.06347), in RLlib's terms; γ is 1 by design."""
 
-    iterations: int = Field(default=20, ge=1)
-    decisions: int = Field(
-        default=256, ge=8, le=2**20, description="decisions an iteration learns from (train_batch_size)"
-    )
-    minibatch: int = Field(default=64, ge=8, le=2**20)
-    epochs: int = Field(default=6, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    clip: float = Field(default=0.2, gt=0, lt=1)
-    entropy: float = Field(default=0.005, ge=0)
-    hidden: int = Field(default=64, ge=4, le=2**12, description="width of the policy network")
-    learners: int = Field(default=0, ge=0, le=1024, description="learner processes; 0 learns in the driver")
-    learner_gpus: float = Field(default=0.0, ge=0, description="GPUs of a learner")
-    held_out: int = Field(
-        default=4, ge=0, le=64, description="episodes by which the best policy is chosen; 0 takes the last"
-    )
+    iterations: Count = 20
+    decisions: Batch = 256  # that an iteration learns from (train_batch_size)
+    minibatch: Batch = 64
+    epochs: Count = 6
+    learning_rate: Positive = 1e-3
+    gae_lambda: Fraction = 0.95
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    entropy: NotNegative = 0.005
+    hidden: Annotated[int, Field(ge=4, le=2**12)] = 64  # width of the policy network
+    learners: Annotated[int, Field(ge=0, le=1024)] = 0  # learner processes; 0 learns in the driver
+    learner_gpus: NotNegative = 0.0  # GPUs of a learner
+    held_out: Annotated[int, Field(ge=0, le=64)] = 4  # episodes by which the best policy is chosen; 0 takes the last
 
 
 class LawSpec(Frozen):
     """Ranges from which a surrogate's laws are drawn, each (low, high), as `workers/laws/scaling_law.py` says.
 
-    The defaults suit no text in particular; `workers/laws/fit.py` fits them to static runs.
+    Drawn evenly, those marked "log" evenly in the logarithm. The defaults suit no text in particular;
+    `workers/laws/fit.py` fits them to static runs.
     """
 
-    floor: Range = Field(default=(0.3, 0.3), description="E, nats; drawn evenly")
-    size: Range = Field(default=(1.2, 1.8), description="A, nats; drawn evenly")
-    size_exponent: Range = Field(default=(0.4, 0.7), description="α; drawn evenly")
-    data: Range = Field(default=(0.02, 0.4), description="B, nats; drawn evenly in the logarithm")
-    data_exponent: Range = Field(default=(0.6, 0.9), description="β; drawn evenly")
-    heads: Range = Field(default=(0.03, 6.0), description="weight of an attention parameter; evenly in the logarithm")
-    width: Range = Field(default=(0.03, 6.0), description="weight of any other parameter; evenly in the logarithm")
-    layer: Range = Field(
-        default=(0.02, 1.0), description="weight of a layer itself, in the first's parameters; likewise"
-    )
+    floor: Range = (0.3, 0.3)  # E, nats
+    size: Range = (1.2, 1.8)  # A, nats
+    size_exponent: Range = (0.4, 0.7)  # α
+    data: Range = (0.02, 0.4)  # B, nats; log
+    data_exponent: Range = (0.6, 0.9)  # β
+    heads: Range = (0.03, 6.0)  # weight of an attention parameter; log
+    width: Range = (0.03, 6.0)  # weight of any other parameter; log
+    layer: Range = (0.02, 1.0)  # weight of a layer itself, in parameters of the first; log
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -263,7 +219,7 @@ class LawSpec(Frozen):
 class RunSpec(Frozen):
     """A whole run. Saved beside every result."""
 
-    preset: str = Field(default="custom", description="name of the preset it came from")
+    preset: str = "custom"  # name of the preset it came from
     host: HostSpec = HostSpec()
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -275,10 +231,8 @@ class RunSpec(Frozen):
     ppo: PPOSpec = PPOSpec()
     laws: LawSpec = LawSpec()
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of matrix products (autocast)")
-    threads: int = Field(
-        default=1, ge=1, le=1024, description="CPU threads of a run; numbers are equal only at equal threads"
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (autocast)
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1  # CPU threads of a run; numbers are equal only at equal threads
 
     @model_validator(mode="after")
     def _check(self) -> Self:
