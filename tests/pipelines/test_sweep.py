@@ -42,7 +42,7 @@ def summary(out: Path, trial: str) -> dict:
 def children(store: MlflowClient, out: Path) -> dict:
     """The sweep's trials in MLflow, by name."""
     experiment = store.get_experiment_by_name("esper-stories").experiment_id
-    [parent] = store.search_runs([experiment], f"tags.`esper.key` = '{read(out, 'plan.json')['folder']['key']}'")
+    [parent] = store.search_runs([experiment], f"tags.`esper.key` = '{read(out, 'inputs/plan.json')['folder']['key']}'")
     runs = store.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     assert len({run.info.run_name for run in runs}) == len(runs)
     return {run.info.run_name: run for run in runs}
