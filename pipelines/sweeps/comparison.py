@@ -106,7 +106,12 @@ class Sweep:
         curves = curve_names(point.row(arm) for point in points for arm in plan.arms)
         self._log = SweepLog(folder, parent, CheckpointStore(self._saves), curves, check)
         self._trials: dict[str, Trial] = {}
-        before = read_json(path, str(path), "the state of a sweep")["settled"] if path.exists() else [{}] * len(points)
+        state = (
+            read_json(path, str(path), "the state of a sweep") if path.exists() else {"settled": [{} for _ in points]}
+        )
+        before = state.get("settled") if isinstance(state, dict) else None
+        if not isinstance(before, list) or len(before) != len(points):
+            raise UserError(f"{path} is not what this sweep wrote: restore it, or start the sweep anew.")
         self._points = [
             PointStages(plan, point, Settled.checked(settled, str(path)), inputs, self._log, self._train)
             for point, settled in zip(points, before, strict=True)

@@ -246,7 +246,7 @@ def trial_processes(driver: int) -> list[int]:
 @pytest.fixture
 def longer(tiny):
     """Trials that take a few seconds."""
-    return [*tiny, "--set", "budget.amount=2000"]
+    return [*tiny, "--set", "budget.amount=1200"]
 
 
 def test_deaths_of_a_trial_and_of_the_driver(longer, client, tmp_path):
