@@ -1,12 +1,7 @@
 """A training of a controller as it goes: a live view in a terminal, else a plain line an iteration.
 
-    esper ppo …            # in a terminal: the view, four times a second, messages above it
-    esper ppo … 2> log     # plain lines; so too with TERM=dumb or unset
-
-The view must never cost a training anything: what fails while it is drawn is shown in its place, and a terminal that
-cannot be written to is left alone. A thread of its own asks for the workers *before* it takes the terminal's lock, for
-whoever says something while holding the dispatcher's lock waits for the terminal's. The cursor stays visible, so that
-a killed process leaves a sane terminal.
+The view must never cost a training anything: what fails while it is drawn is shown in its place, and a terminal that is
+gone is left alone. The cursor stays visible, so that a killed process leaves a sane terminal.
 """
 
 import os
@@ -16,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -24,25 +19,26 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.platform.console import Eta, duration, said_to, say
-from esper.policies.simic.worker_table import WorkerView
+
+if TYPE_CHECKING:  # it imports Ray
+    from esper.policies.simic.worker_table import WorkerView
 
 REFRESH_SECONDS = 0.25
 COURSE = 16  # iterations that a sparkline shows
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=*#"
-METRICS = (
-    ("return", "return_mean", "+.3f"),
-    ("explained variance", "explained_variance", "+.2f"),
-    ("entropy", "entropy", ".2f"),
-    ("KL", "kl", ".4f"),
-    ("waits", "wait", ".0%"),
-    ("clip fraction", "clip_fraction", ".0%"),
-)
-COUNTS = (
-    ("episodes", "episodes", ".0f"),
-    ("workers busy", "busy", ".0%"),
-    ("policy lag", "lag_mean", ".1f"),
-    *((name, name, ".0f") for name in ("failures", "refused", "dropped")),
-)
+SHOWN = {
+    "return_mean": "+.3f",
+    "explained_variance": "+.2f",
+    "entropy": ".2f",
+    "kl": ".4f",
+    "wait": ".0%",
+    "clip_fraction": ".0%",
+    "episodes": ".0f",
+    "busy": ".0%",
+    "lag_mean": ".1f",
+}
+"""Metric → its format."""
+LOST = ("failures", "refused", "dropped")  # counts that are shown where they are not 0
 STYLES = {"starting": "yellow", "resting": "dim"}
 
 
@@ -55,7 +51,7 @@ class TrainingView:
         workers: a snapshot of the workers, from any thread; an empty list where there are none to show.
     """
 
-    def __init__(self, iterations: int, begin: int, workers: Callable[[], list[WorkerView]]) -> None:
+    def __init__(self, iterations: int, begin: int, workers: "Callable[[], list[WorkerView]]") -> None:
         self._iterations, self._begin, self._number, self._workers = iterations, begin, begin, workers
         self._eta, self._started, self._left = Eta(), time.monotonic(), "?"
         self._history: list[dict[str, float]] = []
@@ -72,15 +68,17 @@ class TrainingView:
             say(f"  {plain_line(number, self._iterations, metrics)}, {self._left} left")
 
     def __enter__(self) -> Self:
-        if not is_live():
-            return self
-        results_too = sys.stdout.isatty()  # results that go elsewhere go there untouched
-        self._live = Live(console=_Console(), auto_refresh=False, redirect_stdout=results_too, vertical_overflow="crop")
-        with suppress(OSError, ValueError), self._live.console as console:  # always before rich's own lock
-            self._live.start()
-            console.show_cursor(True)
-        self._exit.enter_context(said_to(self._say))
-        self._thread.start()
+        if is_live():
+            results_too = sys.stdout.isatty()  # results that go elsewhere go there untouched
+            console = _Console()
+            self._live = Live(
+                console=console, auto_refresh=False, redirect_stdout=results_too, vertical_overflow="crop"
+            )
+            with suppress(OSError, ValueError), console:
+                self._live.start()
+                console.show_cursor(True)
+            self._exit.enter_context(said_to(self._say))
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -96,7 +94,7 @@ class TrainingView:
         finally:
             self._exit.close()
 
-    def drawing(self, workers: list[WorkerView]) -> RenderableType:
+    def drawing(self, workers: "list[WorkerView]") -> RenderableType:
         """The view as it stands, at most a line less high than the terminal."""
         assert self._live is not None
         console = self._live.console
@@ -106,11 +104,11 @@ class TrainingView:
     def _refresh(self) -> None:
         assert self._live is not None
         while not self._stop.is_set():
-            try:
+            try:  # the workers' lock before the terminal's: who holds theirs may be about to say something
                 drawing = self.drawing(self._workers())
             except Exception as error:
                 drawing = Text(" ".join(f"live view: {type(error).__name__}: {error}".split()))
-            with suppress(OSError, ValueError), self._live.console:  # a terminal that is gone is no reason to complain
+            with suppress(OSError, ValueError), self._live.console:
                 self._live.update(drawing, refresh=True)
             self._stop.wait(REFRESH_SECONDS)
 
@@ -124,7 +122,6 @@ class TrainingView:
         return (self._number - self._begin) / max(1, self._iterations - self._begin)
 
     def _head(self) -> Text:
-        """`iteration 7/20, 1m12s, 2m05s left, 12.3 decisions/s`."""
         elapsed = time.monotonic() - self._started
         decisions = sum(metrics.get("decisions", 0) for metrics in self._history)
         rate = f"{decisions / max(1e-9, elapsed):.3g} decisions/s" if decisions else "first episodes under way"
@@ -132,20 +129,19 @@ class TrainingView:
         return Text(f"iteration {self._number}/{self._iterations}", "bold", no_wrap=True).append(told, "not bold")
 
 
-def _metrics(history: list[dict[str, float]], ascii_only: bool) -> list[RenderableType]:
-    """Metrics with their latest course, and a line of counts."""
+def _metrics(history: list[dict[str, float]], ascii_only: bool) -> list[Table]:
+    """Metrics with their latest course."""
     if not history:
         return []
     grid, now = Table.grid(padding=(0, 2)), history[-1]
-    for name, key, form in METRICS:
-        if key in now:
-            course = sparkline([metrics[key] for metrics in history if key in metrics], ascii_only)
-            grid.add_row(Text(name, "dim"), f"{now[key]:{form}}", Text(course, "cyan"))
-    counts = [f"{name} {now[key]:{form}}" for name, key, form in COUNTS if now.get(key)]
-    return [grid, Text(", ".join(counts), "dim", no_wrap=True)]
+    told = {key: form for key, form in SHOWN.items() if key in now} | {key: ".0f" for key in LOST if now.get(key)}
+    for key, form in told.items():
+        course = sparkline([metrics[key] for metrics in history if key in metrics], ascii_only)
+        grid.add_row(Text(key.replace("_", " "), "dim"), f"{now[key]:{form}}", Text(course, "cyan"))
+    return [grid]
 
 
-def _workers(workers: list[WorkerView], room: int) -> list[RenderableType]:
+def _workers(workers: "list[WorkerView]", room: int) -> list[RenderableType]:
     """The first that fit into `room` lines as a table, and a line that sums up all where some do not."""
     if not workers or room < 3:
         return []
@@ -171,13 +167,8 @@ def sparkline(values: list[float], ascii_only: bool = False) -> str:
     values, blocks = values[-COURSE:], ASCII_BLOCKS if ascii_only else BLOCKS
     finite = [value for value in values if abs(value) < float("inf")]  # leaves out NaN too
     low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
-
-    def block(value: float) -> str:
-        if not abs(value) < float("inf"):
-            return "!"
-        return blocks[min(len(blocks) - 1, int((value - low) / spread * len(blocks)))] if spread else blocks[0]
-
-    return "".join(map(block, values))
+    scaled = [(value - low) / spread * len(blocks) if spread else 0.0 for value in values]
+    return "".join(blocks[min(len(blocks) - 1, int(x))] if abs(x) < float("inf") else "!" for x in scaled)
 
 
 def is_live() -> bool:
@@ -203,7 +194,7 @@ class _Console(Console):
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False)
-        self._writing = threading.RLock()
+        self._writing = threading.RLock()  # always taken before rich's own
 
     def __enter__(self) -> Self:
         self._writing.acquire()

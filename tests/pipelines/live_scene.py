@@ -10,10 +10,10 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from esper.pipelines.controllers.live import TrainingView
 from esper.platform.console import say
-from esper.policies.simic.worker_table import WorkerView
 
 ITERATIONS = 4
 LOCK = threading.Lock()  # as the dispatcher's: held while something is said, wanted by whoever looks at the workers
@@ -27,13 +27,21 @@ def main(mode: str, folder: Path) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     looks = itertools.count()
 
-    def workers() -> list[WorkerView]:
+    def workers() -> list:
         time.sleep(0.02)
         with LOCK:
             look = next(looks)
             if mode == "raises":
                 raise RuntimeError("nobody\nis there")
-            return [WorkerView(i, "training", i, look, 0.5, 2.25, 12345, "[red]", 0.4) for i in range(100)]
+            now = {
+                "episode": 7,
+                "decision": look,
+                "budget_used": 0.5,
+                "loss": 2.25,
+                "parameters": 12345,
+                "seconds": 0.4,
+            }
+            return [SimpleNamespace(worker=i, state="training", action="[red]", **now) for i in range(100)]
 
     def talk() -> None:
         for i in range(12):

@@ -150,7 +150,7 @@ def test_in_a_terminal_everything_said_stands_above_one_view(tmp_path, columns):
     [head] = [number for number, line in enumerate(lines) if line.startswith("iteration")]  # no leftover of older ones
     assert lines[head].startswith("iteration 4/4")
     assert {"message", "said", "stray", "result", "before"} >= {line.split()[0] for line in lines[:head]}
-    assert re.match(r"return +\+2.400 +▁▃▅█", lines[head + 1].replace("▆", "▅"))
+    assert re.match(r"return mean +\+2.400 +▁▃▅█", lines[head + 1].replace("▆", "▅"))
     assert not any("training" in line for line in lines)  # the workers are gone from the last picture
 
 

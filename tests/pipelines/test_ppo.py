@@ -260,7 +260,7 @@ def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp
     diverged = [entry | {"diverged": entry["episode"] == 2} for entry in played]
     assert selection.mean_losses(diverged) == {1: float("inf"), 3: float("inf")}
 
-    monkeypatch.setattr(selection, "_episode", None)  # nothing is played again
+    monkeypatch.setattr(selection, "_episode", lambda *_: pytest.fail("played again"))
     assert selection.held_out(candidates, spec, None, tmp_path, 0, lambda: None) == played
 
 
