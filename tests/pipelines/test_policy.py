@@ -26,7 +26,14 @@ from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import FILE, SimicPolicy
 from esper.workers.run import GrowthRun
 
-EXTRA = {"iterations": 2, "episodes": 30.0, "decisions": 1240.0, "seed": 7, "surrogate": True}
+EXTRA = {
+    "preset": "tinystories-char",
+    "iterations": 2,
+    "episodes": 30.0,
+    "decisions": 1240.0,
+    "seed": 7,
+    "surrogate": True,
+}
 SCALE = 3.0  # of its scores: at the start all are about 0, and WAIT has 0.7
 FEW = ["--set", "budget.decisions=8", "--episodes", "6"]
 
@@ -68,7 +75,7 @@ def test_info_says_what_it_is(trained, capsys):
         "decisions": "1,240",
         "seed": "7",
         "weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
-        "folder": str(file),
+        "file": str(file),
     }
 
 

@@ -1,0 +1,169 @@
+"""What `esper policy` does: say what a trained policy is, hold it against other arms, boil it down to a schedule."""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from esper.pipelines.common.arguments import CommonArguments
+from esper.pipelines.common.preset import describe, resolve_spec
+from esper.pipelines.common.run_folder import RunFolder
+from esper.pipelines.common.statistics import Interval
+from esper.pipelines.controllers.evaluation import TRAINED, Evaluation, compare
+from esper.pipelines.policy import ARMS
+from esper.platform.console import say
+from esper.platform.contracts import Instance
+from esper.platform.errors import UserError, unknown
+from esper.platform.spec import RunSpec
+from esper.platform.storage import check_new_file, write_json
+from esper.policies.arms import ALIASES, ArmInputs, make_policy
+from esper.policies.schedule import Entry, SchedulePolicy
+from esper.policies.simic.policy import SimicPolicy, policy_file
+from esper.workers.instances import SetName, instance_set
+from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.run import GrowthRun
+
+if TYPE_CHECKING:
+    from esper.pipelines.policy import DistillArguments, EvaluateArguments, InfoArguments
+
+ON_TEXT = 4  # instances that are played where the user does not say how many
+ON_LAWS_ONLY = ("schedule", "openloop", "bound")  # a schedule may also be given
+
+
+def info(arguments: "InfoArguments") -> None:
+    """Print what the checkpoint says of itself."""
+    file = policy_file(arguments.checkpoint)
+    policy = SimicPolicy.load(file)
+    card, extra = policy.card, policy.card["extra"]
+    known = {
+        "format": f"{card['format']}, telemetry version {card['telemetry_version']}",
+        "hidden width": card["hidden"],
+        "parameters": f"{sum(p.numel() for p in policy.net.parameters()):,}",
+        "trained on": {True: "loss laws (surrogate)", False: "text"}.get(extra.get("surrogate", "")),
+        "preset": extra.get("preset"),
+        **{name: f"{extra[name]:,.0f}" for name in ("iterations", "episodes", "decisions") if name in extra},
+        "seed": extra.get("seed"),
+        "weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
+        "file": file.absolute(),
+    }
+    for name, value in known.items():
+        if value is not None:
+            print(f"{name:<12} {value}")
+
+
+def evaluate(arguments: "EvaluateArguments") -> None:
+    """Settle, play, compare, report."""
+    file = policy_file(arguments.checkpoint)
+    policy = SimicPolicy.load(file)
+    on_text = arguments.data is not None
+    spec = spec_for(arguments, file, on_text=on_text)
+    given = {}
+    if arguments.schedule is not None:
+        named = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
+        given["schedule"] = cast(SchedulePolicy, make_policy("schedule", named)).entries
+    arms = parse_arms(arguments.arms, on_text=on_text, given=given)
+    chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None))
+    place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
+    make_run = partial(GrowthRun, spec, place.tokens) if on_text else partial(SurrogateRun, spec)
+    here = Evaluation(spec, chosen, make_run, arguments.seed)
+    training = None if on_text else replace(here, instances=instance_set("train", spec))
+    write_json(place.out / "spec.json", spec.model_dump(mode="json"))
+    where = "text" if on_text else "loss laws"
+    say(f"policy  {file}, on {len(chosen)} {arguments.instances} instances, {where}")
+    found = compare(arms, policy, here, training, given)
+    record = {
+        "policy": {"file": str(file.absolute()), **policy.card},
+        "on": where,
+        "preset": spec.preset,
+        "set": arguments.instances,
+        "seed": arguments.seed,
+        "reference": found.reference,
+        "rows": [row | {"difference": row["difference"] and row["difference"].as_dict()} for row in found.rows()],
+        "schedules": {arm: as_json(entries) for arm, entries in found.schedules.items()},
+        "instances": {
+            id: {"instance": instance.model_dump(mode="json"), "seed": here.seed_of(id), **found.reached(i)}
+            for i, (id, instance) in enumerate(chosen.items())
+        },
+    }
+    write_json(place.out / "evaluation.json", record)
+    print(found.table())
+    say("means over the instances, in nats per token; ± is half of a 95 % interval (paired t)")
+    say(f"results: {place.out / 'evaluation.json'}")
+
+
+def distill(arguments: "DistillArguments") -> None:
+    """Play the policy, take its median schedule, play that, report."""
+    check_new_file(arguments.out)
+    file = policy_file(arguments.checkpoint)
+    policy = SimicPolicy.load(file)
+    spec = spec_for(CommonArguments(preset=arguments.preset, set=arguments.set), file, on_text=False)
+    chosen = instances(spec, arguments.instances, arguments.episodes)
+    say(f"preset  {spec.preset}: {describe(spec)}")
+    say(f"policy  {file}, on {len(chosen)} {arguments.instances} instances, loss laws")
+    here = Evaluation(spec, chosen, partial(SurrogateRun, spec), arguments.seed)
+    entries, by_policy = here.median_schedule(policy)
+    write_json(arguments.out, as_json(entries))
+    by_schedule = here.play("openloop", lambda seed: SchedulePolicy(entries))
+    for entry in entries:
+        print(f"{entry.at:6.1%}  {entry.blueprint}" + (f" at {entry.site}" if entry.site else ""))
+    grafts, prunes = [len(run["grafts"]) for run in by_policy], sum(len(run["prunes"]) for run in by_policy)
+    many = f"{min(grafts)} to {max(grafts)}, {np.mean(grafts):.1f} on average"
+    say(f"grafts  {len(entries)} in the schedule; the policy's episodes have {many}")
+    if prunes:
+        say(f"        and {prunes} prunes in all, which a schedule cannot hold")
+    looking, blind = (np.array([run["val_loss"] for run in runs]) for runs in (by_policy, by_schedule))
+    say(f"loss    {looking.mean():.4f} by the policy, {blind.mean():.4f} by the schedule: not looking at the run costs")
+    say(f"        {Interval.of(blind - looking)} nats (95 % interval, paired t)")
+    say(f"wrote   {arguments.out}; play it with: esper train schedule --schedule {arguments.out}")
+
+
+def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ()) -> list[str]:
+    """The arms that a comma-separated list names, or all that can be had; never the policy itself, which always plays.
+
+    Raises:
+        UserError: no arm, an unknown one, or one that cannot be had on text, as its schedule is not `given`.
+    """
+    here = [arm for arm in ARMS if not on_text or arm in given or arm not in ON_LAWS_ONLY]
+    if names is None:
+        return here
+    arms = list(dict.fromkeys(ALIASES.get(name.strip(), name.strip()) for name in names.split(",") if name.strip()))
+    if not arms:
+        raise UserError(f"--arms names no arm: give one or more of {', '.join(ARMS)}.")
+    for arm in arms:
+        if arm not in (*ARMS, TRAINED):
+            raise unknown("arm", arm, [*ARMS, TRAINED, *ALIASES])
+        if arm not in (*here, TRAINED):
+            mend = "give --schedule FILE, or leave it out" if arm == "schedule" else "leave it out"
+            raise UserError(f"arm {arm!r} is worked out on loss laws only, not on text: {mend}.")
+    return [arm for arm in arms if arm != TRAINED]
+
+
+def spec_for(arguments: CommonArguments, file: Path, *, on_text: bool) -> RunSpec:
+    """What is played: the preset that is named, else that of the training whose folder the policy lies in."""
+    own = next(
+        (path for path in (folder / "spec.json" for folder in file.absolute().parents[:3]) if path.is_file()), None
+    )
+    if arguments.preset is None and own is not None:
+        arguments = arguments.model_copy(update={"preset": str(own)})
+    spec = resolve_spec(arguments, on="here" if on_text else "laws")
+    torch.set_num_threads(spec.threads)
+    return spec
+
+
+def instances(spec: RunSpec, name: SetName, first: int | None) -> dict[int, Instance]:
+    """An instance set, or its first instances; a UserError where it has not so many."""
+    whole = instance_set(name, spec)
+    if first is not None and first > len(whole):
+        raise UserError(f"--episodes is {first}, but the {name} set has {len(whole)} instances: ask for fewer.")
+    return dict(islice(whole.items(), first))
+
+
+def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
+    """A schedule as `policies/schedule.py` reads it."""
+    return [entry.model_dump(mode="json", exclude_none=True) for entry in entries]
