@@ -14,10 +14,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from esper.platform import checkpoint
@@ -60,7 +60,7 @@ class RunState(Frozen):
     window: list[float]
     checked_steps: Natural
     strikes: Natural
-    reached: float | None
+    reached: Annotated[float, Field(gt=0)] | None
 
 
 class GrowthRun(Episode):
@@ -191,7 +191,12 @@ class GrowthRun(Episode):
             place: (saved, within(f"{place}/", tensors)) for place, saved in state.trainer.items()
         }
         counts = [state.trainer[place].grafts for place in ("good", "now") if place in state.trainer]
-        if snapshots.keys() - {"good"} != {"now"} or max(counts) != counts[-1] or counts[-1] != len(self.grafts):
+        if (
+            snapshots.keys() - {"good"} != {"now"}
+            or max(counts) != counts[-1]
+            or counts[-1] != len(self.grafts)
+            or state.strikes > len(self.rollbacks)
+        ):
             raise UserError("the checkpoint's trainer is not that of its episode: restore an older copy of it.")
         if "good" in snapshots:
             self.trainer.load(*snapshots["good"])  # only to see that a rollback can

@@ -1,7 +1,7 @@
-"""A run whose actions depend on its telemetry's own numbers, so that whatever differs in them shows.
+"""What the tests of runs share: actions by name, and a run whose actions depend on its telemetry's own numbers.
 
-As a program, `python growing_run.py SPEC SHARDS FOLDER`: train from the last checkpoint in FOLDER, or from the start,
-save at every decision, and write the outcome beside it. For tests that kill it.
+As a program, `python growing_run.py SPEC SHARDS FOLDER`: train from the checkpoint in FOLDER, or from the start, save at
+every decision, and write the outcome beside it. For tests that kill it.
 """
 
 import json
@@ -15,6 +15,29 @@ from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 
 
+def changed(spec, **parts):
+    """The spec with fields of its parts changed: `changed(spec, budget={"amount": 40})`."""
+    return spec.model_copy(update={name: getattr(spec, name).model_copy(update=v) for name, v in parts.items()})
+
+
+def act(run, blueprint=None, site=None, operation="graft"):
+    """Graft (or prune) a blueprint, at a site or at the first that allows it; without one, wait."""
+    rows = [
+        i
+        for i, action in enumerate(run.telemetry.actions)
+        if (action.operation, action.blueprint) == (operation, blueprint) and site in (None, action.site)
+    ]
+    return run.step(GraftAction(rows[0] if blueprint else 0, run.telemetry.sequence))
+
+
+def play(run, plan=()):
+    """From where it stands to its end, grafting `plan[decision]` and otherwise waiting; returns every observation."""
+    seen = [run.telemetry]
+    while not run.ended:
+        seen.append(act(run, dict(plan).get(run.sequence)).telemetry)
+    return seen
+
+
 def choose(telemetry):
     """Some legal action."""
     legal = telemetry.legal()
@@ -22,7 +45,7 @@ def choose(telemetry):
 
 
 def finish(run):
-    """Play to the end, from the middle of a slice too."""
+    """Play `choose` to the end, from the middle of a slice too."""
     if run.unfinished:
         run.finish()
     while not run.ended:
