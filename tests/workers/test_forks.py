@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
+from growing_run import act, changed, outcome, play
 
 from esper.platform.contracts import GraftAction
 from esper.workers.probe import ChargedProbe
@@ -13,88 +15,116 @@ from esper.workers.run import CONTRIBUTION_SHARE, GrowthRun
 
 @pytest.fixture
 def spec(tiny_spec):
-    return tiny_spec.model_copy(update={"budget": tiny_spec.budget.model_copy(update={"amount": 400})})
+    return changed(tiny_spec, budget={"amount": 400})
 
 
-def graft(run, blueprint):
-    return next(i for i, a in enumerate(run.telemetry.actions) if (a.operation, a.blueprint) == ("graft", blueprint))
+def begun(spec, tokens, *blueprints):
+    """A run after a decision for each blueprint, None for a wait."""
+    run = GrowthRun(spec, tokens)
+    run.reset(seed=0)
+    for blueprint in blueprints:
+        act(run, blueprint)
+    return run
 
 
-def play(run, plan=()):
-    while not run.ended:
-        name = dict(plan).get(run.telemetry.sequence)
-        run.step(GraftAction(graft(run, name) if name else 0, run.telemetry.sequence))
-    return run.summary()
+def weights(run):
+    return {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
+
+
+def same(run, before):
+    return all(torch.equal(before[name], tensor) for name, tensor in run.trainer.host.state_dict().items())
+
+
+def rows(run, *blueprints):
+    """An action for WAIT, and one for each blueprint's first graft."""
+    found = [next(i for i, a in enumerate(run.telemetry.actions) if a.blueprint == name) for name in blueprints]
+    return [GraftAction(i, run.sequence) for i in (0, *found)]
+
+
+def test_a_fork_is_independent_and_exact(spec, tokens):
+    run = begun(spec, tokens, "ffn")
+    fork, before = run.fork(), weights(run)
+    on_fork = act(fork, "block")
+    assert same(run, before)
+    assert act(run, "block").reward == on_fork.reward
+    assert fork.loss == run.loss
+
+
+def test_twins_see_the_same_batches_and_a_graft_does_not_spike(tiny_spec, tokens):
+    run = begun(tiny_spec, tokens, None, None, None)
+    grafts = [GraftAction(int(i), 3) for i in run.telemetry.legal() if i]
+    losses, ledgers = run.twins([*rows(run), *rows(run), *grafts], 10)
+    assert {ledger.steps for ledger in ledgers} == {25}
+    assert np.array_equal(losses[0], losses[1])
+    assert losses[2:, 0] == pytest.approx(losses[0, 0], abs=1e-5)
+    assert not np.array_equal(losses[2], losses[0])
+    assert (losses[2:] - losses[0]).max() < 0.05  # a fast rate on a toy; real text is checked in test_real_text.py
 
 
 def test_cooldowns_tell_annealed_losses_and_change_nothing(spec, tokens):
-    plain = GrowthRun(spec, tokens)
-    plain.reset(seed=0)
-    before = play(plain, {1: "ffn"}.items())
-    cooled = GrowthRun(
-        spec.model_copy(update={"budget": spec.budget.model_copy(update={"cooldowns": (0.3, 0.6)})}), tokens
-    )
-    cooled.reset(seed=0)
-    after = play(cooled, {1: "ffn"}.items())
+    plain, cooled = (begun(changed(spec, budget={"cooldowns": at}), tokens) for at in ((), (0.3, 0.6)))
+    play(plain, {1: "ffn"})
+    play(cooled, {1: "ffn"})
+    before, after = outcome(plain), outcome(cooled)
     points = after.pop("annealed")
     assert before.pop("annealed") == []
-    measured = ("wall_seconds", "validation_seconds", "val_curve")
-    assert {k: v for k, v in before.items() if k not in measured} == {
-        k: v for k, v in after.items() if k not in measured
-    }
-    assert [point["val_loss"] for point in before["val_curve"]] == [point["val_loss"] for point in after["val_curve"]]
+    assert before == after
     # Taken at the first decision past 0.3·0.8 and 0.6·0.8 (at 2/8 and 4/8), each decays for as long as the run will.
     assert [point["budget_fraction"] for point in points] == pytest.approx([0.25 / 0.8, 0.5 / 0.8], abs=0.005)
     assert [point["steps"] for point in points] == pytest.approx([125, 250], abs=2)
     curve = {point["steps"]: point["val_loss"] for point in after["val_curve"]}
-    assert points[1]["val_loss"] < curve[250]  # annealing helps
-    assert points[1]["val_loss"] > curve[400]
+    assert curve[400] < points[1]["val_loss"] < curve[250]  # annealing helps
 
 
 def test_a_cooldown_is_the_run_of_the_smaller_budget(spec, tokens):
     """Warm-up apart: without one, a run of that budget ends at the very same loss."""
-    optimizer = spec.optimizer.model_copy(update={"warmup": 0.0})
-    spec = spec.model_copy(update={"optimizer": optimizer})
-    run = GrowthRun(spec, tokens)
-    run.reset(seed=0)
-    for _ in range(4):
-        run.step(GraftAction(0, run.telemetry.sequence))
-    annealed = run.cooldown()
-    small = GrowthRun(spec.model_copy(update={"budget": spec.budget.model_copy(update={"amount": 250})}), tokens)
-    small.reset(seed=0)
+    spec = changed(spec, optimizer={"warmup": 0.0})
+    annealed = begun(spec, tokens, None, None, None, None).cooldown()
+    small = begun(changed(spec, budget={"amount": 250}), tokens)
     play(small)
     assert annealed["steps"] == small.ledger.steps == 250
     assert annealed["val_loss"] == pytest.approx(small.loss, abs=1e-6)
 
 
 def test_a_cooldown_that_goes_wrong_has_no_loss(spec, tokens):
-    run = GrowthRun(spec, tokens)
-    run.reset(seed=0)
-    run.step(GraftAction(0, 0))
+    run = begun(spec, tokens, None)
     with torch.no_grad():
         run.trainer.host.ln_f.weight.fill_(math.nan)
     assert run.cooldown()["val_loss"] is None
 
 
+def test_a_run_hears_of_a_stop_within_its_copies_and_evaluations(spec, tokens, monkeypatch):
+    """At each optimizer step of a copy, and at each part of an evaluation: of the run, not of the copy."""
+    run = begun(spec, tokens, "ffn", None)
+    heard = []
+    run.on_step = heard.append
+
+    def calls(work):
+        heard.clear()
+        work()
+        assert {id(heard_of) for heard_of in heard} == {id(run)}
+        return len(heard)
+
+    assert calls(lambda: run.twins(rows(run, "block"), 20)) == 40
+    assert calls(run.cooldown) == 25 + 1  # steps from 100 to 125, and the evaluation
+    monkeypatch.setattr("esper.workers.tolaria.trainer.EVAL_TOKENS_AT_ONCE", 64)
+    assert calls(run._evaluate) == 512 / 64
+    assert calls(lambda: run.trainer.contributions(["h0.ffn"], run._pause)) == 2 * run.trainer.sample_tokens / 64
+
+
 def test_a_probe_is_charged_on_every_axis_and_leaves_the_run_alone(spec, tokens):
-    run = GrowthRun(spec, tokens)
-    run.reset(seed=0)
-    run.step(GraftAction(0, 0))
-    ledger, steps = dataclasses.replace(run.ledger), run.trainer.steps
-    weights = {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
-    actions = [GraftAction(i, 1) for i in (0, graft(run, "block"))]
-    losses = ChargedProbe(run).twins(actions, 20)
+    run = begun(spec, tokens, None)
+    ledger, steps, before = dataclasses.replace(run.ledger), run.trainer.steps, weights(run)
+    losses = ChargedProbe(run).twins(rows(run, "block"), 20)
     assert losses.shape == (2, 20)
     assert run.trainer.steps == steps
-    assert all(torch.equal(weights[name], tensor) for name, tensor in run.trainer.host.state_dict().items())
+    assert same(run, before)
     used = run.ledger.less(ledger)
     assert used.steps == 40
     assert used.tokens == 40 * run.tokens_per_step
-    apart = [GrowthRun(spec, tokens) for _ in actions]
     seconds = 0.0
-    for other, action in zip(apart, actions, strict=True):
-        other.reset(seed=0)
-        other.step(GraftAction(0, 0))
+    for action in rows(run, "block"):
+        other = begun(spec, tokens, None)
         start = dataclasses.replace(other.ledger)
         other._change(other.telemetry.actions[action.index])
         for _ in range(20):
@@ -103,29 +133,31 @@ def test_a_probe_is_charged_on_every_axis_and_leaves_the_run_alone(spec, tokens)
     assert used.seconds == pytest.approx(seconds)
 
 
+def test_the_rent_covers_what_probes_used(spec, tokens):
+    run = begun(changed(spec, budget={"axis": "tokens", "amount": 25600}), tokens)
+    first, rewards = run.loss, []
+    while not run.ended:
+        if run.sequence == 2:
+            ChargedProbe(run).twins(rows(run, "block"), 20)
+        rewards.append(act(run).reward)
+    rent = run.spec.reward.rent * run.ledger.parameter_seconds / run.reference
+    assert sum(rewards) == pytest.approx(first - run.loss - rent, abs=1e-9)
+
+
 def test_contributions_are_measured_charged_and_true(spec, tokens):
-    budget = spec.budget.model_copy(update={"amount": 2400})
-    growth = spec.growth.model_copy(update={"probation_steps": 30})
-    spec = spec.model_copy(update={"budget": budget, "growth": growth})
-    run = GrowthRun(spec, tokens)
-    run.reset(seed=0)
-    run.step(GraftAction(graft(run, "ffn"), 0))
-    run.step(GraftAction(graft(run, "block"), 1))
-    run.step(GraftAction(0, 2))
+    spec = changed(spec, budget={"amount": 2400}, growth={"probation_steps": 30})
+    run = begun(spec, tokens, "ffn", "block", None)
     told = dict(zip(run.telemetry.site_ids, run.telemetry.site_column("contribution"), strict=True))
     flags = dict(zip(run.telemetry.site_ids, run.telemetry.site_column("contribution_measured"), strict=True))
     assert {site for site, flag in flags.items() if flag} == {seed.site for seed in run.trainer.kasmina.seeds}
-    layer = run.trainer.kasmina.seeds[-1].site
-    whole = run.trainer._mean_loss(*run.trainer._sample, lambda: None)
-    fork = run.fork()
+    layer, fork = run.trainer.kasmina.seeds[-1].site, run.fork()
     fork.trainer.kasmina.prune(layer)
-    assert told[layer] == pytest.approx(fork.trainer._mean_loss(*fork.trainer._sample, lambda: None) - whole, abs=1e-6)
+    whole, without = (each.trainer._mean_loss(*each.trainer._sample, lambda: None) for each in (run, fork))
+    assert told[layer] == pytest.approx(without - whole, abs=1e-6)
     assert told[layer] != 0
     # Charged in seconds, not in optimizer steps: a run without seeds uses less.
-    spent = run.ledger.seconds
     expected = sum(
         (point["steps"] - before["steps"]) * spec.clock.step_seconds(run._shape(), run.tokens_per_step)
         for before, point in zip(run.curve[:-1], run.curve[1:], strict=True)
     )
-    assert spent < expected * (1 + CONTRIBUTION_SHARE)  # at the final, largest size
-    assert math.isfinite(told[layer])
+    assert run.ledger.seconds < expected * (1 + CONTRIBUTION_SHARE)  # at the final, largest size
