@@ -1,6 +1,4 @@
-"""Distilling: a policy's median schedule, from the episodes it played. Looks at no telemetry: the open-loop control.
-
-A policy that looks at its telemetry and its own median schedule differ by what looking is worth.
+"""Distilling: a policy's median schedule, from the episodes it played: the open-loop control, which looks at nothing.
 
 1. As many grafts of a blueprint as the median episode has.
 2. The j-th of them is due at the median budget fraction of those episodes that have a j-th.
@@ -23,15 +21,9 @@ DIGITS = 6  # of a budget fraction
 
 @dataclass(frozen=True)
 class Taken:
-    """A graft of an episode.
+    """A graft of an episode."""
 
-    Attributes:
-        fraction: of the budget that was spent then.
-        blueprint: grafted.
-        site: where.
-    """
-
-    fraction: float
+    fraction: float  # of the budget that was spent then
     blueprint: str
     site: str
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -29,39 +29,35 @@ Event = Joined | Reply | Exception
 """An exception says what became of an order; where it says that the process is gone, so is the worker."""
 
 
-class Fleet(Protocol):
+class Fleet:
     """What the dispatcher asks of workers. Each has a number that no other ever gets.
 
-    Attributes:
-        lockstep: whether orders are carried out in the caller's thread. Then the learner's thread turns the
-            dispatcher's loop, between updates, and a training is a function of its seed.
+    In lockstep, orders are carried out in the caller's thread: the learner's, between updates.
     """
 
-    lockstep: bool
+    lockstep = False
 
     def submit(self, worker: int, order: Order) -> None:
         """Send an order to a worker that has none. Never raises for the worker's sake."""
-        ...
+        raise NotImplementedError
 
     def ready(self, timeout: float) -> list[tuple[int, Event]]:
         """Every event there is, waiting up to `timeout` seconds for the first."""
-        ...
+        raise NotImplementedError
 
     def replace(self, worker: int) -> None:
         """End a worker, whatever it does; another joins in its place. An unknown number does nothing."""
-        ...
+        raise NotImplementedError
 
     def starting(self) -> int:
         """Workers that have been started and have not joined yet."""
-        ...
+        return 0
 
     def wake(self) -> None:
         """Make `ready`, in another thread, return now."""
-        ...
 
     def close(self) -> None:
         """End the workers."""
-        ...
 
 
 class RayFleet(Fleet):
@@ -76,8 +72,6 @@ class RayFleet(Fleet):
         at_once: how many start at the same time, once the first is there; none means all. More than the cluster has
             cores would all wait for each other's imports.
     """
-
-    lockstep = False
 
     def __init__(
         self, make_worker: Callable[[], Any], wanted: Callable[[], int], at_once: Callable[[], int] | None = None
@@ -210,13 +204,6 @@ class LocalFleet(Fleet):
         """Another worker."""
         if self._workers.pop(worker, None) is not None:
             self._start()
-
-    def starting(self) -> int:
-        """None: they are there at once."""
-        return 0
-
-    def wake(self) -> None:
-        """Nobody waits."""
 
     def close(self) -> None:
         """Drop the workers."""

@@ -142,7 +142,10 @@ def build_algorithm(
             journal=None if journal is None else EpisodeJournal(journal, space),
         )
         if kept is not None:
-            _give(algorithm, *kept)
+            try:
+                _give(algorithm, *kept)
+            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise UserError(f"checkpoint {start} holds what PPO cannot go on with ({error}).") from error
     except BaseException:
         fleet.close()
         raise

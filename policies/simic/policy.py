@@ -24,19 +24,12 @@ WIDEST = 4096  # network that is read
 
 
 class Card(Frozen):
-    """What a policy's file says of it.
+    """What a policy's file says of it."""
 
-    Attributes:
-        format: of the file and the network.
-        telemetry_version: that it was trained on.
-        hidden: width of the network.
-        extra: what its maker wanted kept, such as the preset's name.
-    """
-
-    format: str
-    telemetry_version: int
-    hidden: Annotated[int, Field(strict=True, ge=1, le=WIDEST)]
-    extra: dict[str, Any]
+    format: str  # of the file and the network
+    telemetry_version: int  # that it was trained on
+    hidden: Annotated[int, Field(strict=True, ge=1, le=WIDEST)]  # width of the network
+    extra: dict[str, Any]  # what its maker wanted kept, such as the preset's name
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -115,12 +108,7 @@ class SimicPolicy:
         return GraftAction(index, telemetry.sequence, f"p {chances[index]:.2f}, wait {chances[0]:.2f}")
 
     def save(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write the policy as one file, over an earlier one.
-
-        Args:
-            path: of the file.
-            extra: plain JSON values for its card.
-        """
+        """Write the policy as one file, over an earlier one; `extra` are plain JSON values for its card."""
         checkpoint.write(path, self.card | {"extra": dict(extra or {})}, self.net.state_dict())
 
     @classmethod
@@ -133,11 +121,9 @@ class SimicPolicy:
         file = policy_file(path)
         values, tensors = checkpoint.read(file)
         card = Card.checked(values, f"the card of policy {file}")
-        for what, found, ours in (
-            ("format", card.format, FORMAT),
-            ("telemetry version", card.telemetry_version, VERSION),
-        ):
-            if found != ours:
+        for what, ours in (("format", FORMAT), ("telemetry_version", VERSION)):
+            if (found := getattr(card, what)) != ours:
+                what = what.replace("_", " ")
                 raise UserError(f"policy {file} has {what} {found!r}, but this code reads {ours!r}: train it again.")
         net = _net(tensors, card.hidden)
         if net is None:

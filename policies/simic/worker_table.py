@@ -56,18 +56,14 @@ class _Row:
 
 
 class WorkerTable:
-    """A row for each worker that is there. Not thread-safe: the dispatcher holds its lock.
-
-    Attributes:
-        most: workers that were there at once.
-    """
+    """A row for each worker that is there. Not thread-safe: the dispatcher holds its lock."""
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
         self._rows: dict[int, _Row] = {}
         self._ratios: deque[float] = deque(maxlen=KNOWN)
         self._busy = self._there = 0.0  # worker-seconds with an order, and in all, since `busy_fraction`
-        self.most = 1
+        self.most = 1  # workers that were there at once
 
     def join(self, worker: int) -> None:
         """A worker is there."""
