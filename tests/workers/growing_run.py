@@ -1,7 +1,7 @@
 """What the tests of runs share: actions by name, and a run whose actions depend on its telemetry's own numbers.
 
-As a program, `python growing_run.py SPEC SHARDS FOLDER`: train from the checkpoint in FOLDER, or from the start, save at
-every decision, and write the outcome beside it. For tests that kill it.
+As a program, `python growing_run.py SPEC SHARDS FOLDER`: train from the checkpoint in FOLDER, or from the start, save
+at every decision, and write the outcome beside it. For tests that kill it.
 """
 
 import json
