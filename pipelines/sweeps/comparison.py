@@ -11,6 +11,7 @@ from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
+from esper.pipelines.sweeps.arms import PPO, Arm, parse_arms
 from esper.pipelines.sweeps.chart_view import curve_names, share_view
 from esper.pipelines.sweeps.log import CLOSE_SECONDS, SYNC_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepArguments, SweepPlan
@@ -38,7 +39,8 @@ def begin(arguments: SweepArguments, name: str = "sweep") -> int:
     Raises:
         UserError: it is not allowed; nothing has been started then.
     """
-    spec = resolve_spec(arguments, on="fleet" if SweepPlan.trains_on_text(arguments) else "here")
+    trains = arguments.policy is None and Arm(name=PPO) in parse_arms(arguments.arms, ())
+    spec = resolve_spec(arguments, on="fleet" if trains and arguments.train_on == "text" else "here")
     plan = SweepPlan.settled(arguments, spec)
     folder = RunFolder.new(arguments, spec, name)
     policy = None if arguments.policy is None else policy_file(arguments.policy)

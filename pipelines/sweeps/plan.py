@@ -101,12 +101,6 @@ class SweepPlan(Frozen):
     own: tuple[str, ...]  # keys that the user has set
     command: tuple[str, ...]
 
-    @staticmethod
-    def trains_on_text(arguments: SweepArguments) -> bool:
-        """Whether a controller is trained over a fleet first."""
-        names = {part.partition(":")[0].strip() for part in arguments.arms.split(",")}
-        return PPO in names and arguments.policy is None and arguments.train_on == "text"
-
     @classmethod
     def settled(cls, arguments: SweepArguments, spec: RunSpec) -> "SweepPlan":
         """What the command line asks for.
@@ -114,13 +108,13 @@ class SweepPlan(Frozen):
         Raises:
             UserError: an arm, size or grid is not allowed, or an arm lacks what it needs.
         """
-        sizes = parse_sizes(arguments.sizes, spec)
+        sizes, seed = parse_sizes(arguments.sizes, spec), arguments.seed
         arms = parse_arms(arguments.arms, sizes)
         plan = cls(
             arms=tuple(arms),
             sizes=tuple(sizes),
-            seeds=tuple(arguments.seed + i for i in range(arguments.seeds)),
-            tuning_seeds=tuple(TUNING_SEEDS + arguments.seed + i for i in range(arguments.tuning_seeds)),
+            seeds=tuple(range(seed, seed + arguments.seeds)),
+            tuning_seeds=tuple(range(TUNING_SEEDS + seed, TUNING_SEEDS + seed + arguments.tuning_seeds)),
             grid=tuple(parse_grid(arguments.grid)),
             tune_lr=arguments.tune_lr,
             trains=arguments.policy is None and any(arm.name == PPO for arm in arms),
@@ -191,7 +185,7 @@ def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:
         key, _, text = grid.partition("=")
         try:
             values = list(json.loads(f"[{text}]"))
-        except ValueError:
+        except (ValueError, RecursionError):
             values = [value_of(part.strip()) for part in text.split(",") if part.strip()]
         if not key or not values:
             raise UserError(f"--grid {grid!r} is not of the form key.path=a,b,c, such as budget.amount=1e6,3e6.")
