@@ -3,8 +3,7 @@
     python pipelines/export.py runs/train-tamiyo-20260101-120000 --out gpt              # Esper's own format
     esper export runs/train-static-20260101-120000 --out gpt2 --format gpt2             # for transformers
 
-Takes the newest checkpoint in the folder of `esper train`, whether the run has ended or goes on. Leaves
-`model.safetensors` in the output folder, with the tokenizer of the run's text while that text is still there.
+Takes the newest checkpoint in the folder of `esper train`, ended or not, and the tokenizer of its text if it is there.
 """
 
 import sys
@@ -22,18 +21,16 @@ if TYPE_CHECKING:  # it imports torch
     from esper.workers.tolaria.data import Tokenizer
 
 LOADING = {
-    "native": (
-        """from esper.workers.tolaria.export import load_native, load_native_tokenizer
-    host = load_native({0!r})""",
-        "\n    tokenizer = load_native_tokenizer({0!r})",
-    ),
-    "gpt2": (
-        """from transformers import AutoTokenizer, GPT2LMHeadModel
-    model = GPT2LMHeadModel.from_pretrained({0!r})""",
-        "\n    tokenizer = AutoTokenizer.from_pretrained({0!r})",
-    ),
+    "native": """
+    from esper.workers.tolaria.export import load_native, load_native_tokenizer
+    host = load_native({0!r})
+    tokenizer = load_native_tokenizer({0!r})""",
+    "gpt2": """
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+    model = GPT2LMHeadModel.from_pretrained({0!r})
+    tokenizer = AutoTokenizer.from_pretrained({0!r})""",
 }
-"""Format → the lines of Python that load a host, and its tokenizer, from a folder."""
+"""Format → the lines of Python that load a host, and in the last one its tokenizer, from a folder."""
 
 
 class ExportArguments(Arguments):
@@ -50,28 +47,21 @@ class ExportArguments(Arguments):
 def run(arguments: ExportArguments) -> None:
     """Read, rebuild, write, report."""
     from esper.pipelines.common.single_run import CHECKPOINTS, RUN
-    from esper.platform.checkpoint import CheckpointStore
+    from esper.platform import checkpoint
     from esper.workers.tolaria.export import export_gpt2, export_native, host_of
 
     check_unused(arguments.out)
     out = arguments.out.resolve()
-    if not (arguments.run / "spec.json").is_file():
-        raise UserError(f"{arguments.run} is no output folder of `esper train` (it has no spec.json): name one.")
-    values, tensors = CheckpointStore(arguments.run / CHECKPOINTS).load(RUN)
+    values, tensors = checkpoint.read(arguments.run / CHECKPOINTS / f"{RUN}.safetensors")
     host = host_of(values, tensors)
-    try:
-        step, fingerprint = int(values["episode"]["ledger"]["steps"]), str(values["data"])
-    except (LookupError, TypeError, ValueError):
-        raise UserError(f"the checkpoint in {arguments.run} does not say how far it is: name another run.") from None
-    say(f"run     {arguments.run}, at optimizer step {step:,}")
+    say(f"run     {arguments.run}, at optimizer step {values['episode']['ledger']['steps']:,}")
     say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")
-    tokenizer = tokenizer_of(arguments.run, fingerprint)
+    tokenizer = tokenizer_of(arguments.run, values["data"])
     write = {"native": export_native, "gpt2": export_gpt2}[arguments.format]
     write(host, out, tokenizer)
-    with_tokenizer = f" with the tokenizer {tokenizer.name}" if tokenizer else ""
-    say(f"wrote   {out}: the host in the {arguments.format} format{with_tokenizer}")
-    load_host, load_tokenizer = LOADING[arguments.format]
-    say(f"load it with:\n    {load_host}{load_tokenizer if tokenizer else ''}".format(str(out)))
+    say(f"wrote   {out}: the host in the {arguments.format} format, {tokenizer.name if tokenizer else 'no'} tokenizer")
+    loading = LOADING[arguments.format].format(str(out))
+    say(f"load it with:{loading if tokenizer else loading.rpartition(chr(10))[0]}")
 
 
 def tokenizer_of(run: Path, fingerprint: str) -> "Tokenizer | None":
@@ -82,8 +72,7 @@ def tokenizer_of(run: Path, fingerprint: str) -> "Tokenizer | None":
 
     try:
         folder, _ = RunFolder.read(run, "train", TrainPlan)
-        if folder.data is None:
-            raise UserError(f"{run} does not say where its text is.")
+        assert folder.data is not None
         data = TokenData.open(folder.data, verify=False)
         if data.manifest.fingerprint() != fingerprint:
             raise UserError(f"{folder.data} holds other text, or another tokenizer, than when the run was trained.")

@@ -1,9 +1,6 @@
 """Turn text into a tokenizer and token shards, for `--data` of the other pipelines.
 
-    python pipelines/prepare.py                                     # the preset's source and tokenizer
-    esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories
-
-The other pipelines do this by themselves, into a cache, for the text they are given.
+esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories      # default: the preset's
 """
 
 import sys

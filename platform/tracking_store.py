@@ -8,15 +8,13 @@ is imported when it is first needed: that takes seconds.
 import json
 import os
 import re
-import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from esper.platform.console import say
 from esper.platform.errors import UserError
@@ -39,7 +37,6 @@ ENVIRONMENT = {
 PROBE_SECONDS = 5  # a server that does not answer its health page by then is not there
 KEY = "esper.key"  # a tag: what tells a run from all others
 METRICS_A_BATCH, PARAMS_A_BATCH, DIGEST_LENGTH = 1000, 100, 36  # MLflow's own limits
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,26 +110,6 @@ def probe(uri: str) -> None:
             answer.close()
         except urllib.error.URLError as error:
             raise error.reason if isinstance(error.reason, OSError) else error from None
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns; where that takes longer, it is left alone in its thread, which ends with the process.
-
-    Raises:
-        TimeoutError: it does take longer, however much of an answer has come.
-    """
-    outcome: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, name="MLflow call", daemon=True).start()
-    if not wait([outcome], seconds).done:
-        raise TimeoutError(f"no whole answer within {seconds:g} s")
-    return outcome.result()
 
 
 def connect(uri: str) -> "MlflowClient":

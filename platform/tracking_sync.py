@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper.platform.console import say
+from esper.platform.deadline import within
 from esper.platform.journal import Entry, read_entries
 from esper.platform.storage import write_json
 from esper.platform.tracking_store import (
@@ -28,7 +29,6 @@ from esper.platform.tracking_store import (
     send,
     shown,
     tracking_uri,
-    within,
 )
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from esper.pipelines.reports.paired_tests import counted
 from esper.pipelines.reports.runs import FINAL, NEEDED, Run
 from esper.platform import tracking_store
 from esper.platform.console import say
+from esper.platform.deadline import within
 from esper.platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def asked(store: str, call: Callable[[], T], *errors: type[Exception]) -> T:
         UserError: MLflow or the network failed (or with one of `errors`), or it took longer than DEADLINE.
     """
     try:
-        return tracking_store.within(DEADLINE, call)
+        return within(DEADLINE, call)
     except UserError:
         raise
     except Exception as error:

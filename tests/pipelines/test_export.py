@@ -11,7 +11,6 @@ import torch
 
 from esper.pipelines import prepare, train
 from esper.pipelines.export import main
-from esper.platform import checkpoint
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.export import load_native, load_native_tokenizer
@@ -70,18 +69,13 @@ def test_a_grown_run_in_both_formats_and_without_its_text(trained, tmp_path, cap
 
 @pytest.fixture
 def folders(tiny_spec, tokens, tmp_path, monkeypatch):
-    """Folders of runs: `run`, one without a checkpoint (`bare`), and two whose checkpoint is not good."""
+    """Folders of runs: `run`, whose heads GPT-2's layout cannot have, and one whose checkpoint is damaged."""
     monkeypatch.chdir(tmp_path)
     host = tiny_spec.host.model_copy(update={"n_head": 3, "head_dim": 8})
     growth = GrowthRun(tiny_spec.model_copy(update={"host": host}), tokens)
     growth.reset()
-    values, tensors = growth.state()
-    odd = {**values, "episode": {"spec": values["episode"]["spec"]}}
-    for name, state in {"run": values, "bare": None, "damaged": values, "odd": odd}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "spec.json").write_text(growth.spec.model_dump_json())
-        if state is not None:
-            checkpoint.write(tmp_path / name / "checkpoints" / "run.safetensors", state, tensors)
+    for name in ("run", "damaged"):
+        growth.save(tmp_path / name / "checkpoints" / "run.safetensors")
     (tmp_path / "damaged" / "checkpoints" / "run.safetensors").write_bytes(b"")
 
 
@@ -89,12 +83,10 @@ def folders(tiny_spec, tokens, tmp_path, monkeypatch):
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capfd):
     before = sorted(path.name for path in tmp_path.iterdir())
     for arguments, sentence in (
-        ("nowhere --out out", "nowhere is no output folder of `esper train`"),
-        ("bare --out out", "run.safetensors is not there"),
+        ("nowhere --out out", "nowhere/checkpoints/run.safetensors is not there"),
         ("damaged --out out", "is damaged"),
-        ("odd --out out", "the checkpoint in odd does not say"),
         ("run --out run", "--out run already holds another run"),
-        ("run --out run/spec.json", "is a file"),
+        ("run --out run/checkpoints/run.safetensors", "is a file"),
         ("run", "--out is missing"),
         ("run --out out --format gguf", "must be one of gpt2, native"),
         ("run --out out --format gpt2", "layer 1 of 1 (h0) has 3 head(s)"),

@@ -1,13 +1,11 @@
 """The best fixed schedule on a set of surrogate instances: what a controller reaches that decides without looking.
 
 A schedule is an int64 array (K,): the blueprint to graft at each of the K decisions at which growing is allowed, or
-NONE. It is played as the schedule arm plays it: an entry is due from its decision on, one a decision, in order, and one
-that is not legal waits (and holds those behind it). M schedules, I instances.
+NONE; one that is not legal waits, and holds those behind it. M schedules, I instances.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple
-from typing import Any
 
 import numpy as np
 
@@ -25,10 +23,7 @@ Entry = tuple[float, str]
 
 
 def best_fixed_schedule(spec: RunSpec, instances: Iterable[Instance], *, seed: int = 0) -> list[Entry]:
-    """The schedule with the lowest mean final loss over the instances that local search finds.
-
-    `seed` is of the search's starts, and of the law of an instance that names none.
-    """
+    """The schedule with the lowest mean final loss that local search finds; `seed` is also that of unnamed laws."""
     simulator, random = Simulator(spec, instances, seed), stream(seed, "schedule search")
     found = []
     for start in range(STARTS):
@@ -39,7 +34,6 @@ def best_fixed_schedule(spec: RunSpec, instances: Iterable[Instance], *, seed: i
 
 
 def _climb(simulator: "Simulator", schedule: np.ndarray) -> tuple[float, np.ndarray]:
-    """The best schedule in reach, and its mean loss."""
     value = float(simulator.losses(schedule[None]).mean())
     while True:
         others = _neighbours(schedule, len(simulator.blueprints))
@@ -52,15 +46,13 @@ def _climb(simulator: "Simulator", schedule: np.ndarray) -> tuple[float, np.ndar
 
 def _neighbours(schedule: np.ndarray, blueprints: int) -> np.ndarray:
     """Schedules (M, K): another choice at one decision, or two decisions' choices swapped."""
-    others = []
-    for k in range(len(schedule)):
-        for choice in range(NONE, blueprints):
-            others.append(schedule.copy())
-            others[-1][k] = choice
-        for other in (k + move for move in MOVES if k + move < len(schedule)):
-            others.append(schedule.copy())
-            others[-1][[k, other]] = schedule[[other, k]]
-    return np.unique(np.array(others), axis=0)
+    last = len(schedule)
+    changes = [([k], [choice]) for k in range(last) for choice in range(NONE, blueprints)]
+    changes += [([k, k + move], schedule[[k + move, k]]) for move in MOVES for k in range(last - move)]
+    others = np.tile(schedule, (len(changes), 1))
+    for other, (places, choices) in zip(others, changes, strict=True):
+        other[places] = choices
+    return np.unique(others, axis=0)
 
 
 class Simulator:
@@ -74,15 +66,12 @@ class Simulator:
         alike: dict[tuple[int, int], list[int]] = {}  # instances of the same classes and the same number of decisions
         for place, course in enumerate(courses):
             alike.setdefault((id(course.classes), len(course.growing)), []).append(place)
-        self._count = len(courses)
         self._groups = [(places, _stacked([courses[place] for place in places])) for places in alike.values()]
 
     def losses(self, schedules: np.ndarray) -> np.ndarray:
         """Final losses, nats, float64 (M, I), of schedules int64 (M, K)."""
-        found = np.zeros((len(schedules), self._count))
-        for places, courses in self._groups:
-            found[:, places] = self._played(courses, schedules)
-        return found
+        order = np.concatenate([places for places, _ in self._groups])
+        return np.hstack([self._played(courses, schedules) for _, courses in self._groups])[:, np.argsort(order)]
 
     def _played(self, courses: Course, schedules: np.ndarray) -> np.ndarray:
         known, law, used, last = courses.classes, courses.law, courses.used, courses.growing.shape[1]
@@ -108,7 +97,7 @@ class Simulator:
         return loss
 
     def entries(self, schedule: np.ndarray) -> list[Entry]:
-        """The schedule as one plays it."""
+        """The schedule as the schedule arm plays it."""
         return [(self._at(k), self.blueprints[graft]) for k, graft in enumerate(schedule) if graft != NONE]
 
     def _at(self, k: int) -> float:
@@ -118,7 +107,6 @@ class Simulator:
 
 def _stacked(courses: Sequence[Course]) -> Course:
     """Courses of the same classes as one, with a first axis for I in every array."""
-    names = ("size_loss", "used", "fractions", "growing", "legal", "spans")
-    arrays: dict[str, Any] = {name: np.array([getattr(course, name) for course in courses]) for name in names}
     law = ScalingLaw(*np.array([astuple(course.law) for course in courses]).T)
-    return Course(courses[0].classes, law, **arrays)
+    names = ("size_loss", "used", "fractions", "growing", "legal", "spans")
+    return Course(courses[0].classes, law, *(np.array([getattr(c, name) for c in courses]) for name in names))

@@ -1,14 +1,8 @@
 """Fitting scaling laws to static runs, so that a controller is trained on laws like those of the text it will meet.
 
 E, A, α, B and β of `scaling_law.py` are fitted to the annealed losses that static sizes end at, by the method of
-Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the logarithm of the loss, the best of a grid of starts,
-run until it converges. Static sizes differ in depth only, and cannot tell how much attention, other parameters and
-layers count separately: `heads`, `width` and `layer` keep their wide ranges.
-
-A loss counts the less the further it lies above the lowest of all, by half at `NEAR`: a text's loss first falls faster
-than any power law, and a controller's choice is between sizes that are good. (Chosen on runs of `tinystories-char`,
-where 8 short ones foretell 9 long ones to 0.026 nats with this, to 0.038 without; seeds differ by 0.015.) What the
-points leave open a weak pull of the exponents to 1/2 decides.
+Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the logarithm of the loss, the best of a grid of starts.
+Static sizes differ in depth only, and tell nothing of `heads`, `width` and `layer`, which keep their wide ranges.
 """
 
 import math
@@ -34,7 +28,9 @@ BOUNDS: dict[str, Range] = {
 """What is fitted, and within which bounds: growing always helps a little, and nothing falls off a cliff."""
 STARTS = (0.25, 0.6, 1.3)  # exponents that the fit sets out from, each with each
 TOLERANCE = 0.01  # of a loss's logarithm: about what seeds differ by; what is further off counts linearly
-NEAR = 0.2  # nats above the lowest loss at which a loss counts half
+# Nats above the lowest loss at which a loss counts half: a text's loss first falls faster than any power law. With it 8
+# short runs of `tinystories-char` foretell 9 long ones to 0.026 nats, without to 0.038; seeds differ by 0.015.
+NEAR = 0.2
 SHARE, WIDEST = 0.25, 2.0  # by which each constant's range surrounds it at least, and the factor at most
 SIZES, APART = 3, 1.2  # sizes that it takes, and the factor between a size's token counts
 START = math.log(VOCABULARY)  # nats, where a surrogate starts
@@ -56,16 +52,18 @@ class LawFit:
     """What was fitted."""
 
     law: ScalingLaw  # heads, width and layers count as in the middle of their ranges
-    laws: LawSpec  # ranges around its constants; `heads`, `width` and `layer` are the spec's
+    laws: LawSpec  # ranges around its constants
     residual: float  # nats, root mean square over the points
 
 
 def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
     """The annealed losses in the summary of a static run: of its cooldowns, and its last. None if it diverged."""
-    if summary["diverged"]:
-        return []
-    ends = [end for end in (*summary["annealed"], summary) if end["val_loss"] is not None]
-    return [StaticPoint(summary["layers"], end["tokens"], end["val_loss"], summary["seed"]) for end in ends]
+    ends = [] if summary["diverged"] else [*summary["annealed"], summary]
+    return [
+        StaticPoint(summary["layers"], end["tokens"], end["val_loss"], summary["seed"])
+        for end in ends
+        if end["val_loss"] is not None
+    ]
 
 
 def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
@@ -78,8 +76,13 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
     Raises:
         UserError: sizes or token counts are too few, or a loss is none that a surrogate can have.
     """
-    if (missing := lacking(points)) is not None:
-        raise UserError(missing)
+    if not _enough(points):
+        sizes = ", ".join(map(str, sorted({point.layers for point in points}))) or "none"
+        raise UserError(
+            f"laws are fitted to static runs of {SIZES} sizes or more, each with losses of 0 to {START:.2f} nats at "
+            f"two numbers of tokens or more, and the sizes here are (layers): {sizes}: run static with more sizes, "
+            "and with cooldowns, --set budget.cooldowns=[0.25,0.5]."
+        )
     middles = {name: math.sqrt(math.prod(getattr(spec.laws, name))) for name in ("heads", "width", "layer")}
     fixed = {name: (value, value) for name, value in (dict.fromkeys(BOUNDS, 1.0) | middles).items()}
     unfitted = ScalingLaw.drawn(0, spec.model_copy(update={"laws": LawSpec.model_validate(fixed)}))
@@ -105,7 +108,7 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
             if law.floor + law.size >= ROOM * START:
                 return np.full(kept.sum() + 2, 10.0)
             ends = law.trained(START, law.size_loss(size), tokens)
-            pull = TOLERANCE * np.log([2 * law.size_exponent, 2 * law.data_exponent])
+            pull = TOLERANCE * np.log([2 * law.size_exponent, 2 * law.data_exponent])  # weak, to exponents of 1/2
             return np.append((weights * np.log(ends / losses))[kept], pull)
 
         return least_squares(residuals, begin, bounds=tuple(bounds), loss="huber", f_scale=TOLERANCE, max_nfev=500)
@@ -113,33 +116,20 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
     everything = np.ones(len(points), bool)
     found = [search(start(alpha, beta), everything) for alpha, beta in product(STARTS, STARTS)]
     best = min(found, key=lambda result: result.cost).x
-    refits = []
-    for seed in sorted({point.seed for point in points}):
-        if lacking([point for point in points if point.seed != seed]) is None:
-            refits.append(search(best, np.array([point.seed != seed for point in points])).x)
+    without = [[point.seed != seed for point in points] for seed in sorted({point.seed for point in points})]
+    enough = [kept for kept in without if _enough([point for point, keep in zip(points, kept, strict=True) if keep])]
+    refits = [search(best, np.array(kept)).x for kept in enough]
     errors = np.sqrt((len(refits) - 1) * np.var(refits, axis=0)) if len(refits) > 1 else np.zeros(len(BOUNDS))
     law = with_constants(best)
     return LawFit(law, spec.laws.model_copy(update=_ranges(law, errors)), law_distance(law, spec, points))
 
 
-def lacking(points: Sequence[StaticPoint]) -> str | None:
-    """Why no law can be fitted to the points, and how to mend it, in a sentence; None if one can."""
+def _enough(points: Sequence[StaticPoint]) -> bool:
     tokens: dict[int, list[float]] = {}
     for point in points:
         tokens.setdefault(point.layers, []).append(point.tokens)
-        if not (0 < point.loss < START and 0 < point.tokens < math.inf):
-            what = f"a static run of {point.layers} layer(s) has loss {point.loss:.4g} at {point.tokens:.4g} tokens"
-            rule = f"both must be above 0, and the loss below ln {VOCABULARY} = {START:.2f} nats"
-            return f"{what}, but {rule}, where a surrogate starts: leave this point out."
-    if len(tokens) < SIZES:
-        what = f"there are only these (layers): {', '.join(map(str, sorted(tokens))) or 'none'}"
-        return f"laws are fitted to static runs of {SIZES} sizes or more, but {what}: run static with more sizes."
-    for layers, counts in sorted(tokens.items()):
-        if max(counts) < APART * min(counts):
-            what = f"static runs of {layers} layer(s) have losses at only one number of tokens ({max(counts):,.0f})"
-            mend = "run them with cooldowns, --set budget.cooldowns=[0.25,0.5]"
-            return f"{what}, but laws are fitted to two or more: {mend}."
-    return None
+    possible = all(0 < point.loss < START and 0 < point.tokens < math.inf for point in points)
+    return possible and len(tokens) >= SIZES and all(max(each) >= APART * min(each) for each in tokens.values())
 
 
 def predicted(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> np.ndarray:
@@ -149,7 +139,7 @@ def predicted(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> 
 
 
 def law_distance(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> float:
-    """How far off a law is at points (say, final losses that it was not fitted to): nats, root mean square."""
+    """How far off a law is at points: nats, root mean square."""
     return float(np.sqrt(np.mean(np.square(predicted(law, spec, points) - [point.loss for point in points]))))
 
 

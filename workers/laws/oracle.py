@@ -1,15 +1,12 @@
 """The oracle's bound: the lowest final loss that a surrogate instance allows, by dynamic programming.
 
-A surrogate's state is (decision, shape, loss). Law and costs know a shape by its totals, its *class* (layers, heads,
-neurons, experts), and at an equal decision and class a lower loss stays lower whatever is done, so that keeping the
-least loss of each (decision, class) is exact:
+Law and costs know a shape by its totals, its *class* (layers, heads, neurons, experts), and at an equal decision and
+class a lower loss stays lower whatever is done, so that keeping the least loss of each (decision, class) is exact:
 
     L[k + 1, c] = min( trained(L[k, c], a slice),  min over blueprints b: trained(L[k, c − b], a slice less b's cost) )
 
-A graft whose cost is more than a slice merges decisions, and then arrives that much later. How a class's units are
-spread leaves the sum of what the sites' limits still allow unchanged: a class has a legal graft if any of its shapes
-has. Prunes are left out: they never pay (tests try them all). On a parameter-second budget every episode pays the same
-rent, so the loss bounds the return too.
+A graft that costs more than a slice arrives that much later. A class has a legal graft if any of its shapes has: how
+units are spread leaves the sum of what the sites' limits still allow unchanged. Prunes never pay, and are left out.
 """
 
 from dataclasses import dataclass
@@ -53,20 +50,18 @@ def _classes(part: str, n_layer: int) -> Classes:
     spec = RunSpec.model_validate_json(part)
     blueprints = make_blueprints(spec.growth.blueprints)
     shapes: list[Any] = [start_of(spec, n_layer)]
-    number = {_totals(shapes[0]): 0}
+    number, depth = {_totals(shapes[0]): 0}, [0]  # of each class, and the grafts that lead to it
+    most = sum(_slices(spec, Instance())[1] < spec.optimizer.decay_from)  # one graft a decision
     edges: list[tuple[int, int, int]] = []  # (blueprint, class before, class after)
-    begin = 0
-    for _ in range(sum(_slices(spec, Instance())[1] < spec.optimizer.decay_from)):  # one graft a decision
-        end = len(shapes)
-        for here in range(begin, end):
-            for b, blueprint in enumerate(blueprints.values()):
-                after = _grown(shapes[here], blueprint)
-                if after is not None and within_caps(after, spec.growth.max_layers, spec.growth.max_parameters):
-                    there = number.setdefault(_totals(after), len(shapes))
-                    if there == len(shapes):
-                        shapes.append(after)
-                    edges.append((b, here, there))
-        begin = end
+    for here, shape in enumerate(shapes):  # which grows on the way
+        for b, blueprint in enumerate(blueprints.values() if depth[here] < most else ()):
+            after = _grown(shape, blueprint)
+            if after is not None and within_caps(after, spec.growth.max_layers, spec.growth.max_parameters):
+                there = number.setdefault(_totals(after), len(shapes))
+                if there == len(shapes):
+                    shapes.append(after)
+                    depth.append(depth[here] + 1)
+                edges.append((b, here, there))
     source = np.full((len(blueprints), len(shapes)), NONE)
     target = source.copy()
     for b, here, there in edges:
@@ -90,10 +85,8 @@ def _classes(part: str, n_layer: int) -> Classes:
 
 def _grown(shape: Any, blueprint: Blueprint) -> Any:
     """A shape of the class that a graft leads to, or None where no site may take one."""
-    for site in shape.injection_specs():
-        if blueprint.name in site.blueprints and blueprint.allowed(shape, site.id):
-            return blueprint.resized(shape, site.id)
-    return None
+    sites = (site for site in shape.injection_specs() if blueprint.name in site.blueprints)
+    return next((blueprint.resized(shape, site.id) for site in sites if blueprint.allowed(shape, site.id)), None)
 
 
 def _totals(shape: Any) -> tuple[int, int, int, int]:

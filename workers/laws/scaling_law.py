@@ -29,7 +29,7 @@ Array = Any
 
 
 class Size(NamedTuple):
-    """What the law knows of a shape: totals, so that it does not matter which layer holds what."""
+    """What the law knows of a shape, or of several as arrays: totals, whichever layer holds what."""
 
     attention: Array  # parameters of attention's matrices
     other: Array  # all others, embeddings left out
@@ -64,11 +64,7 @@ class ScalingLaw:
 
     @classmethod
     def drawn(cls, seed: int, spec: RunSpec) -> Self:
-        """The law of a seed, from `spec.laws`. Heads, width and depth count for much or little, each by its own draw.
-
-        Raises:
-            UserError: laws of these ranges may not lie below ln V at every size.
-        """
+        """The law of a seed, from `spec.laws`; a UserError where one may not lie below ln V at every size."""
         laws, random, start = spec.laws, stream(seed, "law"), math.log(VOCABULARY)
         if (highest := laws.floor[1] + laws.size[1]) >= start:
             raise UserError(

@@ -1,11 +1,9 @@
 """SurrogateRun: an episode that computes its loss by a law instead of training; a fraction of a millisecond a decision.
 
 A graft leaves the loss where it is, and from there on it falls as the new size's does; a prune raises it by what the
-size was worth. On continuous axes a slice is trained to its very end, with parts of a step (the ledger's steps and
-tokens are the rounded sums), so that the state at a decision is its number, the shape and the loss, and the best that
-can be done is known (`oracle.py`). What a controller sees is noisy; rewards and records are exact. A site's gradient
-norm tells, up to a factor of noise, how many nats a graft there takes off what training cannot remove: this is where it
-shows for how much a law's heads, neurons and layers count. It shows nothing about real growth.
+size was worth. On continuous axes a slice is trained to its very end, with parts of a step, so that the best that can
+be done is known (`oracle.py`). What a controller sees is noisy, rewards and records are exact: a site's gradient norm
+tells, up to a factor, how many nats a graft there takes off what training cannot remove.
 """
 
 import copy
@@ -68,7 +66,6 @@ class SurrogateRun(Episode):
         self._resized()
 
     def _resized(self) -> None:
-        """Note what a size costs and is worth."""
         clock, shape, tokens = self.spec.clock, self.shape, self._tokens_per_step
         self._size_loss = self.law.size_loss(Size.of(shape))
         self._per_step = clock.axis_per_step(self.spec.budget.axis, shape, tokens)
@@ -78,11 +75,7 @@ class SurrogateRun(Episode):
             self._uses[site] = max(self._uses.get(site, 0.0), self._size_loss - self.law.size_loss(size))
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
-        """What each action leads to from here on the same batches, tried on copies.
-
-        Returns:
-            Training losses, float64 (len(actions), optimizer_steps), and each twin's ledger after.
-        """
+        """Training losses, float64 (actions, steps), after each action on the same batches, and the copies' ledgers."""
         random = stream(self.seed, "twins", self.ledger.steps)
         shared = BATCH_NOISE * random.standard_normal(optimizer_steps)
         tokens = self._tokens_per_step * np.arange(optimizer_steps)  # a batch's loss is that before its step
@@ -169,7 +162,6 @@ class SurrogateRun(Episode):
         return self._loss
 
     def _step(self, steps: float) -> None:
-        """Train so many optimizer steps."""
         self._loss = self.law.trained(self._loss, self._size_loss, steps * self._tokens_per_step)
         self._charge(steps * self._step_seconds, steps)
 

@@ -1,13 +1,10 @@
-"""A trained host as files for others: Esper's own format, which takes any shape, and Hugging Face's GPT-2 layout.
+"""A trained host as a folder for others: in Esper's own format, which takes any shape, or Hugging Face's GPT-2 layout.
 
-Either is a folder that appears whole or not at all: `model.safetensors`, the tokenizer where one is given, and, for
-GPT-2's layout, `config.json`. Young segments are joined, which changes no bit, so whether a seed was fused makes no
-difference.
-
-C embedding, H heads, D head dimension, W neurons of an MLP.
+Young segments are joined, which changes no bit. C embedding, H heads, D head dimension, W neurons of an MLP.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +24,9 @@ from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
 CONFIG, MODEL = "config.json", "model.safetensors"  # names that transformers expects
 
-# -- Reading: a run's checkpoint, or Esper's own format ---------------------------------------------------------------
-
 
 def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformerHost:
-    """The host in a state of `GrowthRun`, on the CPU, in evaluation mode, as it was at the checkpoint's last step.
-
-    Raises:
-        UserError: it is no state of a run that trains a host.
-    """
+    """The host in a state of `GrowthRun`, on the CPU, in evaluation mode; a UserError where there is none."""
     prefix = "now/host/"
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -54,7 +45,7 @@ def load_native(folder: Path) -> TransformerHost:
     Raises:
         UserError: there is none, it is damaged, or it is of another version.
     """
-    values, tensors = _read(Path(folder))
+    values, tensors = checkpoint.read(Path(folder) / MODEL)
 
     def make() -> TransformerHost:
         vocab_size, config = values["vocab_size"], HostSpec.checked(values["config"], "its config")
@@ -66,22 +57,11 @@ def load_native(folder: Path) -> TransformerHost:
 
 
 def load_native_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `export_native` put beside the host: its `encode` and `decode`.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    values, _ = _read(Path(folder))
-    name = values.get("tokenizer") if isinstance(values, dict) else None
-    if not isinstance(name, str):
+    """The tokenizer that `export_native` put beside the host; a UserError where there is none, or it is damaged."""
+    values, _ = checkpoint.read(Path(folder) / MODEL)
+    if values["tokenizer"] is None:
         raise UserError(f"{folder} was exported without a tokenizer: load the one in the folder of its prepared text.")
-    return tokenizer.load(name, Path(folder))
-
-
-def _read(folder: Path) -> checkpoint.Content:
-    if not (folder / MODEL).is_file():
-        raise UserError(f"{folder} holds no exported host (no {MODEL}): name a folder that was exported.")
-    return checkpoint.read(folder / MODEL)
+    return tokenizer.load(values["tokenizer"], Path(folder))
 
 
 def _loaded(make: Callable[[], TransformerHost], wrong: str, mend: str) -> TransformerHost:
@@ -93,9 +73,6 @@ def _loaded(make: Callable[[], TransformerHost], wrong: str, mend: str) -> Trans
         raise UserError(f"{wrong} ({type(error).__name__}: {reason}): {mend}.") from None
 
 
-# -- Writing ---------------------------------------------------------------------------------------------------------
-
-
 def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a host of any shape as a new folder, for `load_native`; the host, fused or not, is not changed.
 
@@ -105,10 +82,9 @@ def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | No
     Raises:
         UserError: the folder is not empty or cannot be written, or the tokenizer has another vocabulary.
     """
-    _check(host, folder, tokenizer)
     born = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
     config = born.model_dump(mode="json", exclude={"attention"})
-    with new_folder(Path(folder)) as partial:
+    with _exported(host, folder, tokenizer) as partial:
         state = {"config": config, "vocab_size": host.shape.vocab_size, "tokenizer": tokenizer and tokenizer.name}
         checkpoint.write(partial / MODEL, state, fused_state(host))
         if tokenizer is not None:
@@ -125,8 +101,7 @@ def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None
         UserError: as `export_native` does, or GPT-2's layout cannot express the shape.
     """
     check_gpt2(host.shape)
-    _check(host, folder, tokenizer)
-    with new_folder(Path(folder)) as partial:
+    with _exported(host, folder, tokenizer) as partial:
         data = safetensors.torch.save(gpt2_state(host), metadata={"format": "pt"})  # which transformers asks for
         (partial / MODEL).write_bytes(data)
         write_json(partial / CONFIG, _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
@@ -134,13 +109,15 @@ def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None
             save_hugging_face(tokenizer, partial, context=host.spec.block_size)
 
 
-def _check(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> None:
+def _exported(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> AbstractContextManager[Path]:
+    """A folder that appears whole or not at all."""
     check_unused(Path(folder))
     if tokenizer is not None and tokenizer.vocab_size != host.shape.vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.shape.vocab_size}: "
             "give the one that its text was prepared with."
         )
+    return new_folder(Path(folder))
 
 
 def fused_state(host: TransformerHost) -> dict[str, Tensor]:
@@ -150,9 +127,6 @@ def fused_state(host: TransformerHost) -> dict[str, Tensor]:
         if isinstance(module, GrowableLinear):
             state[f"{name}.weight"], state[f"{name}.bias"] = module.joined()
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-# -- GPT-2's layout --------------------------------------------------------------------------------------------------
 
 
 def check_gpt2(shape: TransformerShape) -> None:
@@ -176,7 +150,8 @@ def gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
 
     There every linear is a `Conv1D`, (in, out), and QKV is all of Q, then K, then V, not head by head.
     """
-    D, H, W = host.shape.head_dim, host.shape.n_embd // host.shape.head_dim, _gpt2_width(host)
+    D, W = host.shape.head_dim, max(layer.width for layer in host.shape.layers)
+    H = host.shape.n_embd // D
     state = {}
     for name, tensor in fused_state(host).items():
         if ".attn.c_attn." in name:  # (H·3·D, …) → (3·H·D, …)
@@ -192,12 +167,7 @@ def gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
 
 
 def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """With zeros at the end of an axis, to this size."""
     return F.pad(tensor, (0, 0) * (tensor.dim() - 1 - axis) + (0, size - tensor.shape[axis]))
-
-
-def _gpt2_width(host: TransformerHost) -> int:
-    return max(layer.width for layer in host.shape.layers)
 
 
 def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
@@ -210,7 +180,7 @@ def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
         "n_embd": config.n_embd,
         "n_layer": shape.depth(),
         "n_head": config.n_embd // shape.head_dim,
-        "n_inner": _gpt2_width(host),
+        "n_inner": max(layer.width for layer in host.shape.layers),
         "activation_function": "gelu_new",  # GELU by its tanh formula
         "layer_norm_epsilon": host.ln_f.eps,
         "resid_pdrop": config.dropout,

@@ -32,7 +32,6 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, *, context: int) -> No
 
 
 def _characters(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """A word of its own for every character."""
     ids = range(tokenizer.vocab_size)
     vocabulary = {UNSEEN if id == tokenizer.unseen_id else tokenizer.decode([id]): id for id in ids}
     converted = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNSEEN))

@@ -21,13 +21,7 @@ from esper.platform.spec import HostSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import tokenizer
-from esper.workers.tolaria.export import (
-    export_gpt2,
-    export_native,
-    host_of,
-    load_native,
-    load_native_tokenizer,
-)
+from esper.workers.tolaria.export import export_gpt2, export_native, host_of, load_native, load_native_tokenizer
 from esper.workers.tolaria.model.transformer import TransformerHost
 
 DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
@@ -69,9 +63,6 @@ FOR_GPT2 = (("h1.stream", "block"), ("h0.attention", "attention"), ("h1.ffn", "f
 """Heads that fill the embedding in one layer only, and MLPs of three widths."""
 
 
-# -- Esper's own format ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("fused", [0, 4, len(EVERY_KIND)])
 def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fused, tied):
@@ -103,37 +94,35 @@ def test_native_keeps_the_dtype(tmp_path, dtype):
     assert torch.equal(logits(loaded), logits(host))
 
 
+def config_with(**changes):
+    return lambda state: {**state, "config": {**state["config"], **changes}}
+
+
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    "change",
     [
-        (lambda state: {}, "holds no exported host.*KeyError"),
-        (lambda state: [], "holds no exported host"),
-        (lambda state: {**state, "config": {**state["config"], "layers": []}}, "holds no exported host"),
-        (lambda state: {**state, "config": {**state["config"], "block_size": 17}}, "holds no exported host"),
-        (lambda state: {**state, "vocab_size": 10**12}, "holds no exported host"),
-        (lambda state: {**state, "config": {**state["config"], "n_embd": 10**30}}, "holds no exported host"),
+        lambda state: {},
+        lambda state: [],
+        lambda state: {**state, "vocab_size": 10**12},
+        *(config_with(layers=[]), config_with(block_size=17), config_with(n_embd=10**30)),
     ],
 )
-def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change, sentence):
+def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change):
     export_native(grown(())[0], tmp_path / "host")
     state, tensors = checkpoint.read(tmp_path / "host" / "model.safetensors")
     checkpoint.write(tmp_path / "host" / "model.safetensors", change(state), tensors)
-    with pytest.raises(UserError, match=sentence) as caught:
+    with pytest.raises(UserError, match=r"^[^\n]*holds no exported host[^\n]*$"):
         load_native(tmp_path / "host")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_or_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no exported host"):
+    with pytest.raises(UserError, match="is not there"):
         load_native(tmp_path)
     export_native(grown(())[0], tmp_path / "host")
     path = tmp_path / "host" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-3] + b"abc")
     with pytest.raises(UserError, match="is damaged"):
         load_native(tmp_path / "host")
-
-
-# -- GPT-2's layout --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -185,9 +174,6 @@ def test_a_shape_that_gpt2_has_not_is_refused_by_its_layer(tmp_path, grafts, cha
     assert not list(tmp_path.iterdir())
 
 
-# -- Folders and tokenizers ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["bpe:300", "char"])
 def test_the_tokenizer_goes_along(tmp_path, name):
     ours = tokenizer.build(name, DOCUMENTS)
@@ -235,9 +221,6 @@ def test_transformers_reads_a_text_as_the_same_ids(both, document):
     assert theirs(document + "<|endoftext|>")["input_ids"] == ids
     if ours.unseen_id not in ids:
         assert theirs.decode(ids) == ours.decode(ids) == document + "<|endoftext|>"
-
-
-# -- From a checkpoint -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from esper.platform.console import duration, say
 from esper.platform.errors import UserError
 from esper.platform.spec import DataSpec
 from esper.platform.storage import check_unused, new_folder, write_json
-from esper.workers.tolaria.data import manifest, sources, tokenizer
-from esper.workers.tolaria.data.manifest import Manifest, SplitManifest
-from esper.workers.tolaria.data.shards import write_split
+from esper.workers.tolaria.data import shards, sources, tokenizer
+from esper.workers.tolaria.data.shards import Manifest, SplitManifest
 
 CHUNK_DOCUMENTS = 10_000  # encoded at a time, so that only so much is held as ids of 8 bytes
 MIN_TOKENS = {"train": 1000, "valid": 100}
@@ -22,30 +21,22 @@ SPLITTING = 2  # how text is split into documents and held out: counted up where
 
 
 def prepare(data: DataSpec, out: Path) -> Manifest:
-    """Turn a text into the folder `out`: shards, the tokenizer's file and `manifest.json`, whole or not at all.
-
-    Raises:
-        UserError: `out` is not new or empty, or the text is missing, unreadable or too short.
-    """
+    """Turn a text into the folder `out`: shards, the tokenizer's file and `manifest.json`, whole or not at all."""
     check_unused(out)
     tokenizer.checked_name(data.tokenizer)
-    if (Path(data.source).expanduser() / manifest.FILE).exists():
+    if (Path(data.source).expanduser() / shards.FILE).exists():
         raise UserError(f"{data.source} holds prepared shards: use it as it is, or give the text it came from.")
     return _write(sources.available(sources.find(data.source)), data, out)
 
 
 def ensure(data: DataSpec) -> Path:
-    """The folder of prepared shards of a text, made now if it is not there.
+    """The folder of prepared shards of a text: itself, if it is one, or one in the cache, made now if it is not there.
 
-    A folder of prepared shards is returned as it is, whatever the options. Anything else is prepared into the cache
-    (`$ESPER_CACHE`, `$XDG_CACHE_HOME/esper` or `~/.cache/esper`), from where it is used again as long as the
-    options and the text are the same. Several processes may call this at once.
-
-    Raises:
-        UserError: as for `prepare`, or the prepared shards are of another tokenizer.
+    The cache (`$ESPER_CACHE`, `$XDG_CACHE_HOME/esper` or `~/.cache/esper`) is used as long as text and options are the
+    same. Several processes may call this at once.
     """
     folder = Path(data.source).expanduser()
-    if (folder / manifest.FILE).exists():
+    if (folder / shards.FILE).exists():
         made_with = Manifest.read(folder).tokenizer
         if made_with != data.tokenizer:
             raise UserError(
@@ -67,7 +58,7 @@ def _cached(source: sources.Source, data: DataSpec) -> Path:
     """Where the cache keeps these shards: readable names, and a hash of all that decides their content."""
     cache = os.environ.get("ESPER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "esper"
     options = data.tokenizer, data.valid_fraction, data.max_bytes
-    key = (manifest.VERSION, SPLITTING, source.name, source.fingerprint(), *options)
+    key = (shards.VERSION, SPLITTING, source.name, source.fingerprint, *options)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     stem = re.sub(r"[^\w.-]+", "-", f"{Path(source.name).stem}-{data.tokenizer}")
     return Path(cache).expanduser() / "data" / f"{stem}-{digest}"
@@ -80,7 +71,7 @@ def _write(source: sources.Source, data: DataSpec, out: Path) -> Manifest:
     encoder = tokenizer.build(data.tokenizer, train)
     with new_folder(out) as folder:
         made = Manifest(
-            version=manifest.VERSION,
+            version=shards.VERSION,
             source=source.name,
             tokenizer=encoder.name,
             tokenizer_fingerprint=encoder.fingerprint,
@@ -93,7 +84,7 @@ def _write(source: sources.Source, data: DataSpec, out: Path) -> Manifest:
             },
         )
         encoder.save(folder)
-        write_json(folder / manifest.FILE, made.model_dump(mode="json"))
+        write_json(folder / shards.FILE, made.model_dump(mode="json"))
     counts = ", ".join(f"{split.tokens:,} {name} tokens" for name, split in made.splits.items())
     say(f"{encoder.name}: {encoder.vocab_size:,} ids; {counts}, in {duration(time.perf_counter() - started)}")
     if unseen := made.splits["valid"].unseen:
@@ -108,15 +99,13 @@ def _write_split(
     dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
     ids = np.concatenate([np.empty(0, dtype), *(encoder.encode_documents(chunk).astype(dtype) for chunk in chunks)])
     if len(ids) < MIN_TOKENS[name]:
-        raise UserError(
-            f"the {'training' if name == 'train' else 'validation'} text of {source.name} has {len(ids)} tokens, and "
-            f"at least {MIN_TOKENS[name]:,} are needed: give more text, or change valid_fraction or max_bytes."
-        )
+        what = f"the {name} text of {source.name} has {len(ids)} tokens, and at least {MIN_TOKENS[name]:,} are needed"
+        raise UserError(f"{what}: give more text, or change valid_fraction or max_bytes.")
     return SplitManifest(
         documents=len(documents),
         tokens=len(ids),
         characters=sum(map(len, documents)),
         bytes=sum(len(document.encode()) for document in documents),
         unseen=0 if encoder.unseen_id is None else int((ids == encoder.unseen_id).sum()),
-        shards=tuple(write_split(folder, name, ids)),
+        shards=shards.write_split(folder, name, ids),
     )

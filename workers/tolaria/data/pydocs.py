@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -13,27 +12,19 @@ _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "enc
 
 
 def read() -> Iterator[str]:
-    """Documents: every topic of the reference, every module's docstring, every top-level definition with its members.
+    """Topics of the reference, modules' docstrings, and top-level definitions with their members; it takes seconds.
 
-    They are in the order of a hash of their text, so that any prefix is a fair sample. The source is parsed, never
-    imported, so no module's side effects happen. It takes seconds.
+    They are in the order of a hash of their text, so that any prefix is a fair sample. Source is never imported.
     """
     from pydoc_data.topics import topics  # half a megabyte, needed here alone
 
     documents = [topic.strip() for topic in topics.values()]
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in _modules(root):
-        name = ".".join(path.relative_to(root).with_suffix("").parts)
-        documents += _documents(path, name.removesuffix(".__init__"))
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.isdisjoint(parts[:-1]):
+            documents += _documents(path, ".".join(parts).removesuffix(".__init__"))
     yield from sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
-
-
-def _modules(folder: Path) -> Iterator[Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir() and entry.name not in _SKIPPED:
-            yield from _modules(entry)
-        elif entry.suffix == ".py":
-            yield entry
 
 
 def _documents(path: Path, module: str) -> Iterator[str]:
@@ -51,7 +42,6 @@ def _documents(path: Path, module: str) -> Iterator[str]:
 
 
 def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
-    """`qualified.name`, a line break and the docstring, for a class or function and what is defined in its body."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         name = f"{prefix}.{node.name}"
         if doc := ast.get_docstring(node):
@@ -63,8 +53,3 @@ def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
 def _text(name: str, doc: str) -> str:
     # An escape in a docstring may be half of a surrogate pair, which no encoding of text holds.
     return f"{name}\n{doc}".encode("utf-8", "replace").decode()
-
-
-def fingerprint() -> str:
-    """What the text depends on: the Python it is the documentation of."""
-    return sys.version

@@ -1,29 +1,95 @@
-"""Shards: token ids in uncompressed Arrow files, mapped into memory and read in windows.
+"""A folder of prepared text: token ids in uncompressed Arrow files, mapped into memory, and their manifest.
 
 Pages of a mapped file are shared by all processes of a machine, so hundreds of workers cost the memory of one.
 """
 
 import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic_core import from_json
 
 from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
 from esper.workers.tolaria.data import tokenizer
-from esper.workers.tolaria.data.manifest import Manifest, Shard, Split, damaged
 
+VERSION = 1
+FILE = "manifest.json"
 SHARD_BYTES = 64 * 2**20
 COLUMN = "tokens"
 
+Split = Literal["train", "valid"]
 
-def write_split(folder: Path, split: str, ids: np.ndarray) -> list[Shard]:
+
+class Shard(Frozen):
+    """One Arrow IPC file of consecutive tokens; its name is never a path."""
+
+    file: str = Field(pattern=r"^(train|valid)-\d{5,9}\.arrow$")
+    tokens: PositiveInt
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class SplitManifest(Frozen):
+    """The counts of one split, and its shards in order.
+
+    Tokens include one end per document; characters and bytes (of UTF-8) do not, so that bits per byte can be told.
+    `unseen` are the characters that the tokenizer does not know.
+    """
+
+    documents: PositiveInt
+    tokens: PositiveInt
+    characters: NonNegativeInt
+    bytes: NonNegativeInt
+    unseen: NonNegativeInt
+    shards: tuple[Shard, ...] = Field(min_length=1)
+
+
+class Manifest(Frozen):
+    """What a folder of prepared shards holds: `manifest.json`. `source` is a source's name, or an absolute path."""
+
+    version: Literal[1]
+    source: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int = Field(ge=2, le=2**31 - 1)
+    valid_fraction: float = Field(gt=0, lt=1)
+    max_bytes: PositiveInt | None
+    splits: dict[Split, SplitManifest] = Field(min_length=2)
+
+    def fingerprint(self) -> str:
+        """What tells these tokens from others, wherever they lie."""
+        shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
+        return hashlib.sha256(json.dumps([self.tokenizer_fingerprint, shards]).encode()).hexdigest()
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read `folder`'s manifest; a UserError where there is none, or it is damaged or of another version."""
+        try:
+            return cls.checked(from_json((folder / FILE).read_bytes()), FILE)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{folder} is no folder of prepared shards (no {FILE}): make one with `esper prepare`."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise damaged(folder / FILE, error) from None
+
+
+def damaged(path: Path, how: object) -> UserError:
+    """The error for a file of prepared shards that cannot be used."""
+    how = str(how).removesuffix(".")
+    return UserError(f"{path} cannot be used ({how}): delete {path.parent} and make it anew with `esper prepare`.")
+
+
+def write_split(folder: Path, split: str, ids: np.ndarray) -> tuple[Shard, ...]:
     """Write token ids, uint16 or uint32, as shards `train-00000.arrow`, … of at most `SHARD_BYTES` each."""
     size = SHARD_BYTES // ids.itemsize
     parts = [ids[start : start + size] for start in range(0, len(ids), size)]
-    return [_write(folder / f"{split}-{number:05d}.arrow", part) for number, part in enumerate(parts)]
+    return tuple(_write(folder / f"{split}-{number:05d}.arrow", part) for number, part in enumerate(parts))
 
 
 def _write(path: Path, ids: np.ndarray) -> Shard:
@@ -43,16 +109,12 @@ def _map(path: Path, shard: Shard, *, verify: bool) -> np.ndarray:
     """A read-only view of the shard's ids, without a copy."""
     try:
         if verify and _sha256(path) != shard.sha256:
-            raise damaged(path, "is corrupt (its SHA-256 is not the manifest's)")
+            raise ValueError("its SHA-256 is not the manifest's")
         ids = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column(COLUMN).to_numpy(zero_copy_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise damaged(path, "is missing") from None
+        if ids.dtype not in (np.uint16, np.uint32) or len(ids) != shard.tokens:
+            raise ValueError(f"{len(ids)} × {ids.dtype}, not {shard.tokens} token ids")
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise damaged(path, f"is corrupt ({error})") from None
-    if ids.dtype not in (np.uint16, np.uint32) or len(ids) != shard.tokens:
-        raise damaged(path, f"holds {len(ids)} × {ids.dtype}, not {shard.tokens} token ids (uint16 or uint32)")
+        raise damaged(path, error) from None
     return ids
 
 
@@ -82,7 +144,6 @@ class TokenSplit:
         Raises:
             IndexError: a window reaches outside of the split.
         """
-        starts = np.asarray(starts, dtype=np.int64)
         if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
             raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} in {self.tokens} tokens")
         positions = starts[:, None] + np.arange(length)
@@ -106,15 +167,11 @@ class TokenData:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> Self:
-        """Map the shards in a folder written by `prepare`.
+        """Map the shards in a folder written by `prepare`; a UserError where they are damaged or of another text.
 
         To verify is to read every shard once, compare its SHA-256 and hold its ids against the tokenizer; otherwise
         only presence, type and length are checked.
-
-        Raises:
-            UserError: no manifest or one of another version; a file is missing, damaged or of another text.
         """
-        path = Path(path)
         manifest = Manifest.read(path)
         splits: dict[Split, TokenSplit] = {
             name: TokenSplit([_map(path / shard.file, shard, verify=verify) for shard in split.shards])
@@ -122,7 +179,7 @@ class TokenData:
         }
         data = cls(path, manifest, splits)
         if verify and (largest := max(split.largest() for split in splits.values())) >= data.tokenizer.vocab_size:
-            raise damaged(path, f"holds token {largest}, and its tokenizer has {data.tokenizer.vocab_size}")
+            raise damaged(path, f"it holds token {largest}, and its tokenizer has {data.tokenizer.vocab_size}")
         return data
 
     def __reduce__(self) -> tuple:
@@ -137,7 +194,7 @@ class TokenData:
         """The tokenizer that made these ids, read at first use; a UserError where its file is not that."""
         loaded = tokenizer.load(self.manifest.tokenizer, self.path)
         if (loaded.fingerprint, loaded.vocab_size) != (self.manifest.tokenizer_fingerprint, self.manifest.vocab_size):
-            raise damaged(self.path / loaded.FILE, "is not the tokenizer that made the shards")
+            raise damaged(self.path / loaded.FILE, "it is not the tokenizer that made the shards")
         return loaded
 
 

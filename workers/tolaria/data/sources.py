@@ -1,18 +1,22 @@
 """Where text comes from: the list of sources, local paths, and the split into training and validation documents."""
 
 import hashlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from esper.platform.console import say
+from esper.platform.deadline import within
 from esper.platform.errors import UserError, unknown
-from esper.workers.tolaria.data import files, net, pydocs
+from esper.workers.tolaria.data import files, pydocs
 
 TINYSTORIES = "roneneldan/TinyStories"
 HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can read, and a minute or two to fetch
 HUB_VALID_BYTES = 2_000_000
+PROBE_SECONDS = 4.0  # the hub's own client retries for minutes when nothing answers
 
 Documents = tuple[Iterable[str], Iterable[str] | None]
 """For training, and for validation: None where the source has no split of its own."""
@@ -22,20 +26,20 @@ Documents = tuple[Iterable[str], Iterable[str] | None]
 class Source:
     """A source of documents."""
 
-    name: str  # what the manifest calls it: a name of `SOURCES`, or an absolute path
+    name: str  # of `SOURCES`, or an absolute path
     load: Callable[[], Documents]
-    fingerprint: Callable[[], str] = str  # changes when the text does: part of the cache's key; "" if it never does
-    max_bytes: int | None = None  # cap on the training text where the caller sets none
-    ready: Callable[[], bool] = lambda: True  # whether the text can be had now
+    fingerprint: str = ""  # changes when the text does
+    max_bytes: int | None = None  # of training text, where the caller sets none
+    on_hub: bool = False
 
 
 def _tinystories() -> Documents:
-    return net.hub_texts(TINYSTORIES, "train"), cap(net.hub_texts(TINYSTORIES, "validation"), HUB_VALID_BYTES)
+    return hub_texts(TINYSTORIES, "train"), cap(hub_texts(TINYSTORIES, "validation"), HUB_VALID_BYTES)
 
 
 SOURCES = (
-    Source("tinystories", _tinystories, max_bytes=HUB_TRAIN_BYTES, ready=lambda: net.hub_answers(TINYSTORIES)),
-    Source("python-docs", lambda: (pydocs.read(), None), pydocs.fingerprint),
+    Source("tinystories", _tinystories, max_bytes=HUB_TRAIN_BYTES, on_hub=True),
+    Source("python-docs", lambda: (pydocs.read(), None), fingerprint=sys.version),
 )
 
 
@@ -46,8 +50,7 @@ def find(source: str) -> Source:
         return named[source]
     path = Path(source).expanduser()
     if path.exists():
-        files.text_files(path)  # refuses what cannot be read before anything is prepared
-        return Source(str(path.resolve()), partial(files.read, path), partial(files.fingerprint, path))
+        return Source(str(path.resolve()), partial(files.read, path), files.fingerprint(path))
     if path.suffix in files.READERS or len(path.parts) != 1:
         raise UserError(f"there is no file or folder {source}: check the path, or name one of {', '.join(named)}.")
     raise unknown("source", source, [*named, "a path"])
@@ -55,10 +58,41 @@ def find(source: str) -> Source:
 
 def available(source: Source) -> Source:
     """`source`, or its stand-in, said in one sentence, when its text cannot be had now."""
-    if source.ready():
+    if not source.on_hub or hub_answers(TINYSTORIES):
         return source
     say(f"{source.name} needs the Hugging Face hub, which does not answer: using python-docs instead.")
     return find("python-docs")
+
+
+def hub_answers(repo: str) -> bool:
+    """Whether the Hugging Face hub (or `$HF_ENDPOINT`) knows the data set `repo`; at once false when set offline."""
+    import huggingface_hub  # half a second to import
+
+    hub = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    try:
+        within(PROBE_SECONDS, lambda: hub.dataset_info(repo, timeout=PROBE_SECONDS))
+    except Exception:  # offline, an unknown host, refused, TLS, a timeout, a malformed endpoint: of several libraries
+        return False
+    return True
+
+
+def hub_texts(repo: str, split: str) -> Iterator[str]:
+    """Stream the column `text` of a data set's split; only what is consumed is downloaded, and nothing is stored."""
+    import datasets  # a second to import, and needed by this source alone
+    import huggingface_hub
+
+    # Their warnings are of retries: the one sentence of our error says what matters.
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        for row in datasets.load_dataset(repo, split=split, streaming=True):
+            yield row["text"]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{repo} ({split}) could not be read from the hub ({type(error).__name__}: {error}): "
+            "try again, or name a text file, a folder or python-docs."
+        ) from None
 
 
 def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:

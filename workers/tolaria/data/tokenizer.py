@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,9 +13,9 @@ import numpy as np
 import tiktoken
 from pydantic_core import from_json
 
+from esper.platform.deadline import within
 from esper.platform.errors import UserError, unknown
 from esper.platform.storage import write_text
-from esper.workers.tolaria.data import net
 
 END = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -23,31 +23,40 @@ DOWNLOAD_SECONDS = 30.0
 MIN_BPE = 257  # every byte, and the end of a document
 
 
-class Tokenizer(ABC):
-    """Text to ids in [0, vocab_size) and back."""
+class Tokenizer:
+    """Text to ids in [0, vocab_size) and back.
 
-    name: str  # `char`, `bpe:1024`, `gpt2`
-    vocab_size: int  # count of ids, reserved ones included
-    end_id: int  # stands after every document
-    unseen_id: int | None = None  # stands for what cannot be encoded; None where everything can
-    fingerprint: str  # first 16 hex digits of a SHA-256 of all that decides the encoding
-    content: str  # of the file that `save` writes
-    FILE: ClassVar[str]  # its name
+    Attributes:
+        name: `char`, `bpe:1024`, `gpt2`.
+        vocab_size: count of ids, reserved ones included.
+        end_id: stands after every document, and reads `<|endoftext|>`.
+        unseen_id: stands for what cannot be encoded; None where everything can.
+        fingerprint: of the encoding, 16 hex digits.
+        content: of its file, all that `load` needs, GPT-2's tokens too: shards are read offline.
+    """
 
-    @abstractmethod
+    name: str
+    vocab_size: int
+    end_id: int
+    unseen_id: int | None = None
+    fingerprint: str
+    content: str
+    FILE: ClassVar[str]
+
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """Ids of the documents one after the other, each followed by `end_id`; int64 (tokens,)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; the end of a document reads `<|endoftext|>`, what is no whole character `\\ufffd`."""
+        """The text of `ids`; what is no whole character reads `\\ufffd`."""
+        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end."""
         return self.encode_documents([text])[:-1].tolist()
 
     def save(self, folder: Path) -> None:
-        """Write all that `load` needs, GPT-2's tokens too, so that its shards can be read offline."""
+        """Write the file that `load` reads."""
         write_text(folder / self.FILE, self.content)
 
 
@@ -60,8 +69,8 @@ class Characters(Tokenizer):
         if not isinstance(characters, str) or sorted(set(characters)) != list(characters):
             raise ValueError("it is no string of characters in order")
         self.vocab_size = len(characters) + 2
-        self.fingerprint = _fingerprint(self.name, characters)
         self.content = json.dumps(characters) + "\n"
+        self.fingerprint = _fingerprint(self.name, characters)
         self._texts = np.array(["\ufffd", END, *characters], dtype=object)
         self._ids = np.zeros(0x110000, dtype=np.int32)  # by code point
         self._ids[_code_points(characters)] = np.arange(2, self.vocab_size)
@@ -99,7 +108,7 @@ class BytePairs(Tokenizer):
         )
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """See `Tokenizer`; on all cores, in tiktoken's threads."""
+        """See `Tokenizer`; in tiktoken's threads, on all cores."""
         encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=os.cpu_count() or 1)
         parts = (np.asarray([*ids, self.end_id], dtype=np.int64) for ids in encoded)
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])
@@ -110,21 +119,13 @@ class BytePairs(Tokenizer):
 
 
 def checked_name(name: str) -> str:
-    """`name`, if it is a tokenizer's.
-
-    Raises:
-        UserError: it is not `char`, `gpt2` or `bpe:N` with a whole number N of at least 257.
-    """
-    kind, colon, size = name.partition(":")
+    """`name`, if it is `char`, `gpt2` or `bpe:N` with N of at least 257; a UserError otherwise."""
     if name in ("char", "gpt2"):
         return name
-    if kind != "bpe" or not colon or size == "N":
+    if not re.fullmatch("bpe:(?!N$).*", name):
         raise unknown("tokenizer", name, ["char", "bpe:N", "gpt2"])
-    if not (size.isascii() and size.isdecimal()) or len(size) > 9 or int(size) < MIN_BPE or size[0] == "0":
-        raise UserError(
-            f"tokenizer {name!r}: N must be a whole number of at least {MIN_BPE} (every byte and the end of a "
-            "document), for example bpe:1024."
-        )
+    if not re.fullmatch("bpe:[1-9][0-9]{2,8}", name) or int(name[4:]) < MIN_BPE:
+        raise UserError(f"tokenizer {name!r}: N must be a whole number of at least {MIN_BPE}, for example bpe:1024.")
     return name
 
 
@@ -143,34 +144,32 @@ def build(name: str, documents: Sequence[str]) -> Tokenizer:
 
 
 def load(name: str, folder: Path) -> Tokenizer:
-    """Read the tokenizer that `save` wrote.
-
-    Raises:
-        UserError: an unknown name, or the file is missing or damaged.
-    """
+    """Read the tokenizer that `save` wrote; a UserError where it is missing or damaged."""
     path = folder / (Characters if checked_name(name) == "char" else BytePairs).FILE
     try:
         content = path.read_bytes()
         if name == "char":
             return Characters(from_json(content))
-        pairs = [line.split() for line in content.decode("ascii").splitlines()]
-        if [rank for _, rank in pairs] != [str(rank) for rank in range(len(pairs))]:
+        loaded = BytePairs(name, [base64.b64decode(line.split()[0]) for line in content.splitlines()])
+        if loaded.content.encode() != content:
             raise ValueError("its ranks are not 0, 1, 2, …")
-        return BytePairs(name, [base64.b64decode(token) for token, _ in pairs])
-    except (OSError, ValueError) as error:
+        return loaded
+    except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{path}, the tokenizer, cannot be read ({error}): make the folder anew.") from None
 
 
 def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
-    """Learn merges until there are N − 1 tokens; a pair must occur twice to be merged."""
     import tokenizers  # needed for learning alone
 
     size = int(name.removeprefix("bpe:")) - 1
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=alphabet
+        vocab_size=size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     model.train_from_iterator(documents, trainer)
     learned = model.get_vocab()
@@ -193,7 +192,7 @@ def byte_symbols() -> dict[int, str]:
 
 def _gpt2_tokens() -> list[bytes]:
     try:
-        encoding = net.within(DOWNLOAD_SECONDS, lambda: tiktoken.get_encoding("gpt2"))
+        encoding = within(DOWNLOAD_SECONDS, lambda: tiktoken.get_encoding("gpt2"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"the gpt2 tokenizer is fetched from the network once, and that failed ({type(error).__name__}): "
@@ -206,5 +205,5 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-def _fingerprint(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+def _fingerprint(name: str, content: str) -> str:
+    return hashlib.sha256(f"{name}\0{content}".encode()).hexdigest()[:16]

@@ -62,7 +62,7 @@ def test_round_trip(text, tmp_path, name, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_one_line_is_a_text(tmp_path, name):
     line = "once upon a time there was a cat. " * 2800
-    (tmp_path / name).write_text(f'"{line}"' if name.endswith("jsonl") else line)
+    (tmp_path / name).write_text(f'{{"text": "{line}"}}' if name.endswith("jsonl") else line)
     manifest = prepare(data_spec(tmp_path / name), tmp_path / "out")
     counts = [manifest.splits[split].characters for split in ("train", "valid")]
     assert counts == pytest.approx([0.9 * len(line), 0.1 * len(line)], rel=0.01)
@@ -78,9 +78,9 @@ def test_what_fails_in_the_middle_leaves_nothing(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("train", "valid", "words"),
     [
-        ("", "abc " * 99, "training text of .* has 0 tokens"),
-        ("abc " * 99, "abc " * 99, "training text"),
-        ("abc " * 999, "abc", "validation text"),
+        ("", "abc " * 99, "train text of .* has 0 tokens"),
+        ("abc " * 99, "abc " * 99, "train text"),
+        ("abc " * 999, "abc", "valid text"),
         ("abc " * 300, "abc " * 50 + "žž", None),
     ],
 )
@@ -176,12 +176,12 @@ def test_offline_tinystories_falls_back_to_python_docs(cache):
 
 
 def test_a_cached_tinystories_is_used_without_the_hub(cache, monkeypatch):
-    monkeypatch.setattr(sources.net, "hub_answers", lambda repo: True)
-    monkeypatch.setattr(sources.net, "hub_texts", lambda repo, split: iter(STORIES))
+    monkeypatch.setattr(sources, "hub_answers", lambda repo: True)
+    monkeypatch.setattr(sources, "hub_texts", lambda repo, split: iter(STORIES))
     path = ensure(data_spec("tinystories"))
     assert Manifest.read(path).source == "tinystories"
     assert Manifest.read(path).max_bytes == sources.HUB_TRAIN_BYTES
-    monkeypatch.setattr(sources.net, "hub_answers", lambda repo: pytest.fail("probed"))
+    monkeypatch.setattr(sources, "hub_answers", lambda repo: pytest.fail("probed"))
     assert ensure(data_spec("tinystories")) == path
 
 

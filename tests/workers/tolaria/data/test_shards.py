@@ -1,6 +1,7 @@
 """Shards: windows over boundaries, zero-copy maps, and damage that is refused, always in a sentence."""
 
 import contextlib
+import hashlib
 import json
 import pickle
 import random
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from esper.platform.errors import UserError
 from esper.platform.spec import DataSpec
 from esper.workers.tolaria.data import Manifest, TokenData, TokenSplit, prepare, shards
-from esper.workers.tolaria.data.manifest import FILE
+from esper.workers.tolaria.data.shards import FILE
 
 TEXT = "\n<|endoftext|>\n".join(f"Story {i}: " + f"the cat saw {i} dogs. " * 10 for i in range(60))
 
@@ -96,6 +97,21 @@ def flip(path):
     path.write_bytes(content)
 
 
+def sign(path, *columns):
+    """Replace a shard's content, and give the manifest its checksum."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("tokens", columns[0].type)])) as writer:
+        for column in columns:
+            writer.write_batch(pa.record_batch([column], names=["tokens"]))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    rewrite(path.parent, lambda m: m["splits"]["train"]["shards"][3].update(sha256=digest))
+
+
+def rewrite(folder, change):
+    values = json.loads((folder / FILE).read_text())
+    change(values)
+    (folder / FILE).write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize(
     ("damage", "seen"),
     [
@@ -104,77 +120,52 @@ def flip(path):
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), False),
         (lambda path: path.write_bytes(b""), False),
         (lambda path: shutil.copy(path.with_name("train-00001.arrow"), path), True),
+        (lambda path: sign(path, pa.array(np.zeros(500))), False),
+        (lambda path: sign(path, pa.array(["a"] * 500)), False),
+        (lambda path: sign(path, pa.array([None] * 500, pa.uint16())), False),
+        (lambda path: sign(path, pa.array(np.full(500, 300, np.uint16))), True),  # not the tokenizer's
+        (lambda path: sign(path, *(pa.array(np.zeros(n, np.uint16)) for n in (100, 400))), False),
     ],
 )
 def test_damaged_shards_are_refused(prepared, damage, seen):
-    file = prepared / "train-00003.arrow"
-    damage(file)
+    damage(prepared / "train-00003.arrow")
     for verify in (True,) if seen else (True, False):
-        with pytest.raises(UserError, match=f"{file} (is|holds) .*esper prepare"):
+        with pytest.raises(UserError, match=f"{prepared}.* cannot be used .*esper prepare"):
             TokenData.open(prepared, verify=verify)
-
-
-def rewritten(folder, change):
-    values = json.loads((folder / FILE).read_text())
-    change(values)
-    (folder / FILE).write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(version=99), "version 99"),
-        (lambda m: m.pop("version"), "version None"),
-        (lambda m: m.update(vocab_size="many"), "vocab_size"),
+        (lambda m: m.update(version=99), "version is 99"),
         (lambda m: m.update(vocab_size=5), "not the tokenizer that made"),
-        (lambda m: m.update(vocab_size=-1), "vocab_size is -1"),
         (lambda m: m.update(vocab_size=10**12), "vocab_size is 1000000000000"),
         (lambda m: m.update(tokenizer="words"), "unknown tokenizer"),
         (lambda m: m.update(tokenizer="bpe:300"), "ranks.tiktoken"),
         (lambda m: m["splits"].pop("valid"), "splits"),
         (lambda m: m["splits"]["train"].update(shards=[]), "shards"),
-        (lambda m: m["splits"]["train"].update(tokens=7), "has 7 tokens, but its shards"),
         (lambda m: m["splits"]["train"]["shards"][0].update(file="../a.arrow"), "file"),
-        (lambda m: m["splits"]["train"]["shards"][0].update(file="/etc/passwd"), "file"),
         (lambda m: m["splits"]["train"]["shards"][0].update(sha256="0"), "sha256"),
     ],
 )
 def test_other_manifests_are_refused(prepared, change, words):
-    rewritten(prepared, change)
+    rewrite(prepared, change)
     with pytest.raises(UserError, match=words):
         TokenData.open(prepared)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"version": 1', b"null", b"\xff", b"[" * 100_000, b"9" * 9999])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"version": 1', b"\xff", b"[" * 100_000, b"9" * 9999])
 def test_damaged_manifests_are_refused(prepared, content):
     (prepared / FILE).write_bytes(content)
     with pytest.raises(UserError, match=f"{FILE}.*esper prepare"):
         Manifest.read(prepared)
 
 
-def arrow(path, *columns, name="tokens"):
-    schema = pa.schema([(name, columns[0].type)]) if columns else pa.schema([(name, pa.uint16())])
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for column in columns:
-            writer.write_batch(pa.record_batch([column], names=[name]))
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        (),
-        (pa.array(np.zeros(500)),),
-        (pa.array(["a"] * 500),),
-        (pa.array([None] * 500, pa.uint16()),),
-        (pa.array(np.full(500, 300, np.uint16)),),
-        (pa.array(np.zeros(100, np.uint16)), pa.array(np.zeros(400, np.uint16))),
-    ],
-)
-def test_well_signed_shards_of_something_else_are_refused(prepared, columns):
-    file = prepared / "train-00003.arrow"
-    arrow(file, *columns)
-    rewritten(prepared, lambda m: m["splits"]["train"]["shards"][3].update(sha256=shards._sha256(file)))
-    with pytest.raises(UserError, match="esper prepare"):
+@pytest.mark.parametrize("content", ['"ba"', "7", "", None, "[" * 100_000])
+def test_a_wrong_tokenizer_file_is_refused(prepared, content):
+    path = prepared / "characters.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"characters.json"):
         TokenData.open(prepared)
 
 
@@ -200,11 +191,3 @@ def test_no_shards_at_all(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(UserError, match="no folder of prepared shards"):
             TokenData.open(path)
-
-
-@pytest.mark.parametrize("content", ['"abc"', "7", "", None, "[" * 100_000])
-def test_a_wrong_tokenizer_file_is_refused(prepared, content):
-    path = prepared / "characters.json"
-    path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(UserError, match=r"characters.json"):
-        TokenData.open(prepared)
