@@ -23,7 +23,7 @@ class CalibrateArguments(CommonArguments):
 
 
 def run(arguments: CalibrateArguments) -> None:
-    """Settle, time, fit, report."""
+    """Time, fit, report."""
     from esper.pipelines.common.preset import resolve_spec
     from esper.pipelines.common.run_folder import RunFolder
     from esper.workers.calibrate import calibrate

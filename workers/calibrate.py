@@ -6,7 +6,8 @@ then the factor while segments are separate, and the seconds of an expert, of a 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -27,31 +28,26 @@ BURN_IN = 5  # steps not counted: allocator, caches, lazy initialisation
 
 
 class Measurement(NamedTuple):
-    """One shape, timed: an optimizer step's FLOPs, its median seconds, those by the fitted formula, and their error."""
+    """One shape, timed."""
 
     layers: int
     mlp_width: int
-    flops: float
-    wall: float
-    predicted: float
+    flops: float  # of an optimizer step
+    wall: float  # its median seconds
+    predicted: float  # those by the fitted formula
     error: float  # (predicted − wall) / wall
 
 
 def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[ClockSpec, list[Measurement]]:
     """The fitted clock of this device for this spec's batches, and the shapes it was fitted to.
 
-    Sizes run from one layer to the spec's deepest, with the spec's MLP and with one twice as wide; the passes over
-    them are interleaved, so that a drift of the machine's speed does not pass for a difference of shapes.
+    The passes over the shapes are interleaved: a drift of the machine's speed is no difference of shapes.
     """
     width, deepest = spec.host.mlp_width or 4 * spec.host.n_embd, spec.growth.max_layers
     shapes = [(n, factor * width) for n in sorted({1, 2, (1 + deepest) // 2, deepest}) for factor in (1, 2)]
     trainers = [_born(spec, data, n_layer=n, mlp_width=width) for n, width in shapes]
-    times: list[list[float]] = []
-    for i in range(steps + BURN_IN):
-        times.append([_step(trainer) for trainer in trainers])
-        if i % 10 == 9:
-            say(f"calibrate: {i + 1} of {steps + BURN_IN} rounds over {len(trainers)} shapes")
-    wall = np.median(times[BURN_IN:], axis=0)
+    say(f"calibrate: {steps + BURN_IN} rounds over {len(trainers)} shapes")
+    wall = np.median(_rounds(trainers, steps), axis=0)
     flops = batch_tokens(spec) * np.array([trainer.host.shape.flops_per_token() for trainer in trainers], float)
     design = np.stack([np.ones(len(shapes)), [n for n, _ in shapes], flops], axis=1)
     scale = (design / wall[:, None]).max(axis=0)
@@ -81,14 +77,14 @@ def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float
     ]
     layer, head_dim = grown.host.shape.layers[0], spec.host.head_dim or spec.host.n_embd // spec.host.n_head
     born = _born(spec, data, n_head=layer.heads, head_dim=head_dim, mlp_width=layer.width)
-    split = _paired_steps(grown, born, steps)
+    split = _rounds([grown, born], steps)
     fuses = [_timed(grown, lambda seed=seed: grown.kasmina.fuse(seed)) for seed in grown.kasmina.seeds]
     for site in gated.host.shape.injection_specs():
         if site.kind == "post_ffn":
             gated.kasmina.graft(site.id, "expert")
-    extra = median(first - second for first, second in _paired_steps(gated, plain, steps))
+    extra = float(np.median(np.subtract(*_rounds([gated, plain], steps).T)))
     return {
-        "split_factor": max(1.0, median(first / second for first, second in split)),
+        "split_factor": max(1.0, float(np.median(np.divide(*split.T)))),
         "graft_seconds": median(grafts),
         "fuse_seconds": median(fuses),
         "expert_seconds": max(0.0, extra / gated.host.shape.experts()),
@@ -100,13 +96,10 @@ def _born(spec: RunSpec, data: TokenData, **host: int) -> Trainer:
     return Trainer(sized, data, make_blueprints(None), 0, Instance())
 
 
-def _paired_steps(a: Trainer, b: Trainer, steps: int) -> list[tuple[float, float]]:
-    """Seconds of a step of each, in turn."""
-    return [(_step(a), _step(b)) for _ in range(steps + BURN_IN)][BURN_IN:]
-
-
-def _step(trainer: Trainer) -> float:
-    return _timed(trainer, lambda: trainer.step(1e-4))
+def _rounds(trainers: Sequence[Trainer], steps: int) -> np.ndarray:
+    """Seconds of a step of each in turn, (steps, trainers)."""
+    rounds = [[_timed(trainer, partial(trainer.step, 1e-4)) for trainer in trainers] for _ in range(steps + BURN_IN)]
+    return np.array(rounds[BURN_IN:])
 
 
 def _timed(trainer: Trainer, work: Callable[[], object]) -> float:

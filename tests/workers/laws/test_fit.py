@@ -9,9 +9,7 @@ import pytest
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, load_spec
-from esper.workers.instances import instance_set
 from esper.workers.laws.fit import BOUNDS, LawFit, StaticPoint, fit_laws, law_distance, points_of, predicted
-from esper.workers.laws.oracle import bound
 from esper.workers.laws.scaling_law import ScalingLaw, budget_tokens, start_of
 from esper.workers.laws.surrogate import SurrogateRun
 
@@ -86,16 +84,6 @@ def test_a_surrogate_that_stays_at_a_size_ends_where_it_was_seen_to(fitted):
         measured = np.mean([point.loss for point in points if (point.layers, point.tokens) == (layers, last)])
         assert abs(run.loss - measured) < 0.02
         assert points_of(run.summary()) == [StaticPoint(layers, run.ledger.tokens, run.loss, 3)]
-
-
-def test_controllers_train_on_it(fitted):
-    _, _, fit = fitted
-    run, random = SurrogateRun(with_laws(fit.laws)), np.random.default_rng(0)
-    for instance in list(instance_set("train", SPEC).values())[:6]:
-        run.reset(instance)
-        while not run.ended:
-            run.step(GraftAction(int(random.choice(run.telemetry.legal())), run.telemetry.sequence))
-        assert run.loss >= bound(run.spec, instance) - 1e-9
 
 
 def test_an_outlier_and_a_steep_first_phase_do_not_bend_it():

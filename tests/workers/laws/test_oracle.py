@@ -87,7 +87,7 @@ def test_classes_are_all_that_grafts_lead_to():
             allowed = {telemetry.actions[i].blueprint for i in telemetry.legal()} - {None}
             if telemetry.get("decaying") == 0:
                 reachable = {b for b, target in zip(known.blueprints, known.target, strict=True) if target[at] >= 0}
-                planted = {graft["blueprint"] for graft in run.grafts}  # their prunes are legal too
+                planted = {graft.blueprint for graft in run.grafts}  # their prunes are legal too
                 assert reachable <= allowed <= reachable | planted
             rows = [i for i in telemetry.legal() if telemetry.actions[i].operation != "prune"]
             row = int(random.choice(rows))
