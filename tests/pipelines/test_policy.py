@@ -100,16 +100,8 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert pipeline.main(["evaluate", str(trained), *FEW, "--out", str(out)]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:]] == [
-        "static",
-        "random",
-        "tamiyo",
-        "lag",
-        "schedule",
-        "openloop",
-        "ppo",
-        "bound",
-    ]
+    arms = ["static", "random", "tamiyo", "lag", "schedule", "openloop", "ppo", "bound"]
+    assert [line.split()[0] for line in table[1:]] == arms
     result = evaluation_of(out)
     rows = {row["arm"]: row for row in result["rows"]}
     losses = {
