@@ -4,8 +4,7 @@ A run without a graft is a static one, whatever arm it belongs to: an arm that n
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,66 +20,54 @@ DRAWN = 50  # points of an envelope
 
 
 class Trials:
-    """One grid point's runs, by what they are for.
-
-    Attributes:
-        axis: of AXES, on which all that is equal at equal budget.
-        test: label → seed → test run; statics first, from small to large.
-        arms: label → arm.
-        grown: labels of the arms that decide or schedule when to grow, and did: those that a verdict is about.
-        controls: labels of the arms that grow at random, and did.
-        idle: labels of those that on no seed did → the static label whose runs theirs are to the bit, if any.
-        statics: size → sound test runs; sizes without any are left out.
-        size: the best static size at equal budget: chosen on tuning seeds, else on the test seeds.
-        schedule: label of the best fixed schedule, likewise.
-    """
+    """One grid point's runs, by what they are for."""
 
     def __init__(self, runs: Sequence[Run], point: dict[str, Any]) -> None:
         self.point = point
         self.runs = [run for run in runs if run.grid == point["grid"]]
         self.title = ", ".join(f"{key} = {value}" for key, value in json.loads(point["grid"]).items())
         axis, self.amount = str(point["budget"]["axis"]), float(point["budget"]["amount"])
-        self.axis = EQUAL_COST.get(axis, axis)
+        self.axis = EQUAL_COST.get(axis, axis)  # of AXES, on which all that is equal at equal budget
         self.budget = f"{self.amount:,.10g} {axis.replace('_', '-')}"
-        self.test = _by_label([run for run in self.runs if run.purpose == "test"])
-        self.statics = _by_size(self.test)
+        self.test: dict[str, dict[int, Run]] = {}  # label → seed → test run; statics first, from small to large
+        for run in sorted(self.runs, key=lambda run: (run.arm != STATIC, run.arm == STATIC and run.size)):
+            if run.purpose == "test":
+                self.test.setdefault(run.label, {})[run.seed] = run
         self.arms = {label: next(iter(seeds.values())).arm for label, seeds in self.test.items()}
+        self.statics = self._sound(label for label, arm in self.arms.items() if arm == STATIC)
         may_grow = [label for label, arm in self.arms.items() if arm not in NOT_GROWN]
         grew = [label for label in may_grow if any(run.grafts for run in self.test[label].values())]
-        self.grown = [label for label in grew if self.arms[label] != RANDOM]
+        self.grown = [label for label in grew if self.arms[label] != RANDOM]  # that a verdict is about
         self.controls = [label for label in grew if self.arms[label] == RANDOM]
         self.idle = {label: self._same_static(label) for label in may_grow if label not in grew}
-        self.schedules = {label: self.sound(label) for label in may_grow if self.arms[label] in SCHEDULES}
-        self.size: int | None = best(self.statics) if point["size"] is None else point["size"]
+        self.schedules = self._sound(label for label in may_grow if self.arms[label] in SCHEDULES)
+        # The best at equal budget, chosen on tuning seeds, else on the test seeds.
+        of_size = {self.size(label): label for label in self.statics}
+        self.best_static = best(self.statics) if point["size"] is None else of_size.get(point["size"])
         self.schedule: str | None = best(self.schedules) if point["schedule"] is None else point["schedule"]
 
     def sound(self, label: str | None) -> dict[int, Run]:
         """A label's sound test runs by seed; empty if it has none."""
-        return _sound(self.test.get(label or "", {}))
+        return {seed: run for seed, run in sorted(self.test.get(label or "", {}).items()) if run.sound}
+
+    def size(self, label: str) -> int | None:
+        """A static label's layers."""
+        return next(iter(self.test[label].values())).size
 
     def test_runs(self) -> list[Run]:
         """By label and seed."""
         return [run for seeds in self.test.values() for _, run in sorted(seeds.items())]
 
-    @property
-    def best_static(self) -> str | None:
-        """The label of the best static size at equal budget."""
-        return self.static(self.size)
-
-    def static(self, size: int | None) -> str | None:
-        """The label of a static size's test runs, None if it has none."""
-        runs = self.statics.get(size) if size is not None else None
-        return next(iter(runs.values())).label if runs else None
+    def _sound(self, labels: Iterable[str]) -> dict[str, dict[int, Run]]:
+        return {label: runs for label in labels if (runs := self.sound(label))}
 
     def _same_static(self, label: str) -> str | None:
         """The static label whose runs these are, to the bit."""
         ends = {seed: (run.loss, *map(run.final, AXES)) for seed, run in self.sound(label).items()}
-        for size, runs in self.statics.items():
+        for static, runs in self.statics.items():
             if ends and all(s in runs and (runs[s].loss, *map(runs[s].final, AXES)) == end for s, end in ends.items()):
-                return self.static(size)
+                return static
         return None
-
-    # -- Tests ---------------------------------------------------------------------------------------------------
 
     def tests(self, baseline: str, axis: str) -> list[PairedTest]:
         """All tests against one kind of baseline: the grown arms' and, corrected among themselves, the controls'.
@@ -97,14 +84,15 @@ class Trials:
         if baseline == BEST_STATIC:
             # Whichever size is named, the arm has to get below every one: the choice may be wrong. Means alone would
             # let an arm that equals the best size win in 8 % of sweeps with four nearly equal sizes.
-            pairs = {label: pair(mine, self.test[label], axis) for label in map(self.static, self.statics) if label}
+            pairs = {label: pair(mine, self.test[label], axis) for label in self.statics}
             equal = {label: test for label, test in pairs.items() if test.interval}
-            against = max(equal or pairs, key=lambda label: pairs[label].mean, default=None)
             weakest = max((test.p for test in equal.values()), default=0.0)
-            doubt = ", ".join(label for label in pairs if label not in equal)
-            doubt = doubt and f"{doubt} has no loss at this cost, and may be lower"
-            if axis == self.axis:
-                against, doubt = self.best_static, ""
+            against = self.best_static
+            if axis != self.axis:
+                means = {label: np.mean(t.differences) for label, t in (equal or pairs).items() if len(t.differences)}
+                against = max(means, key=means.__getitem__, default=next(iter(pairs), None))
+                if unknown := ", ".join(label for label in pairs if label not in equal):
+                    doubt = f"{unknown} has no loss at this cost, and may be lower"
         if against is None or against not in self.test:
             return PairedTest(np.empty(0), doubt="it was not trained", arm=arm, baseline=baseline, axis=axis)
         found = pair(mine, self.test[against], axis)
@@ -118,40 +106,24 @@ class Trials:
         """Label of the runs born in the shape an arm ended with; a static size's first, which has a rate of its own."""
         ends = {run.final("parameters") for run in self.sound(arm).values()}
         # Layers that are all alike: no other growth gives the same number of parameters, but by coincidence.
-        alike = [size for size, runs in self.statics.items() if {r.final("parameters") for r in runs.values()} == ends]
-        return (self.static(alike[0]) if alike else None) or f"static_final:{arm}"
+        alike = (
+            label for label, runs in self.statics.items() if {r.final("parameters") for r in runs.values()} == ends
+        )
+        return next(alike, f"static_final:{arm}")
 
 
-def best(candidates: Mapping[Any, Seeds]) -> Any:
-    """The key whose sound runs end lowest in the mean; None without any."""
-    means = {key: np.mean([run.loss for run in runs.values()]) for key, runs in candidates.items() if runs}
-    return min(means, key=means.__getitem__) if means else None
+def best(candidates: Mapping[str, Seeds]) -> str | None:
+    """The label whose sound runs end lowest in the mean."""
+    return min(candidates, key=lambda label: np.mean([r.loss for r in candidates[label].values()]), default=None)
 
 
-def draw_envelope(statics: Mapping[int, Seeds], axis: str) -> tuple[np.ndarray, np.ndarray]:
+def draw_envelope(statics: Iterable[Seeds], axis: str) -> tuple[np.ndarray, np.ndarray]:
     """Costs (points,) and the lowest mean annealed loss (points,) that any static size reaches by each; never rises."""
-    ends = [cost for runs in statics.values() for run in runs.values() for cost in run.points(axis)[0][[0, -1]]]
+    sizes = [list(runs.values()) for runs in statics]
+    ends = [cost for runs in sizes for run in runs for cost in run.points(axis)[0][[0, -1]]]
     if not ends:
         return np.empty(0), np.empty(0)
     costs = np.unique(np.geomspace(min(ends), max(ends), DRAWN))
-    means = [np.mean([run.loss_at(axis, costs) for run in runs.values()], axis=0) for runs in statics.values()]
+    means = [np.mean([run.loss_at(axis, costs) for run in runs], axis=0) for runs in sizes]
     losses = np.fmin.accumulate(np.fmin.reduce(means))
     return costs[np.isfinite(losses)], losses[np.isfinite(losses)]
-
-
-def _sound(runs: Seeds) -> dict[int, Run]:
-    return {seed: run for seed, run in sorted(runs.items()) if run.sound}
-
-
-def _by_label(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
-    """Static labels first, from small to large."""
-    labels: dict[str, dict[int, Run]] = {}
-    for run in sorted(runs, key=lambda run: run.size or 0 if run.arm == STATIC else math.inf):
-        labels.setdefault(run.label, {})[run.seed] = run
-    return labels
-
-
-def _by_size(labels: Mapping[str, Seeds]) -> dict[int, dict[int, Run]]:
-    """Sound static runs by their size, in increasing order."""
-    runs = [(run, _sound(seeds)) for seeds in labels.values() for run in list(seeds.values())[:1]]
-    return {run.size: kept for run, kept in runs if run.arm == STATIC and run.size is not None and kept}

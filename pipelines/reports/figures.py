@@ -1,9 +1,10 @@
 """The figures of a report: each as SVG for the page, all of a sweep together as one PNG.
 
-A label has one colour everywhere: static sizes are greys, arms take the palettes of Okabe and Ito and of Tol (told
-apart with any kind of colour vision); what follows an arm (`static_final:tamiyo`) has its colour, hollow and dotted.
+A label has one colour everywhere: static sizes are greys; what follows an arm (`static_final:tamiyo`) has its colour,
+hollow and dotted.
 """
 
+import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,8 +22,8 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.baselines import Trials, draw_envelope
+from esper.pipelines.reports.page import AXIS_NAMES, short
 from esper.pipelines.reports.runs import AXES
-from esper.pipelines.reports.sections import AXIS_NAMES, short
 from esper.pipelines.reports.verdict import Verdict
 
 PALETTE = (
@@ -46,36 +47,20 @@ Look = dict[str, Any]  # color, marker, linestyle and markerfacecolor, as matplo
 def looks(arms: Mapping[str, str]) -> dict[str, Look]:
     """How each label (→ its arm) is drawn."""
     static = [label for label, arm in arms.items() if arm == "static"]
-    greys = np.linspace(0.72, 0.35, max(1, len(static)))
-    colors = {label: (str(grey.round(3)), "o") for label, grey in zip(static, greys, strict=False)}
-    own = dict.fromkeys(label.split(":", 1)[-1] for label in arms)
-    for i, label in enumerate(label for label in own if label not in static):
-        colors[label] = PALETTE[i % len(PALETTE)], MARKERS[i // len(PALETTE) % len(MARKERS)]
+    greys = np.linspace(0.72, 0.35, max(1, len(static))).round(3)
+    colored = [label for label in dict.fromkeys(label.split(":", 1)[-1] for label in arms) if label not in static]
     found: dict[str, Look] = {}
     for label in arms:
         kind, follows, of = label.partition(":")
-        color, marker = colors[of or label]
+        if (of or label) in static:
+            color, marker = str(greys[static.index(of or label)]), "o"
+        else:
+            turn, place = divmod(colored.index(of or label), len(PALETTE))
+            color, marker = PALETTE[place], MARKERS[turn % len(MARKERS)]
         marker = FOLLOWERS.get(kind, "D") if follows else marker
         line = ":" if follows else "--" if label in static else "-"
         found[label] = {"color": color, "marker": marker, "linestyle": line, "mfc": "white" if follows else color}
     return found
-
-
-def _dots(look: Look) -> Look:
-    return look | {"linestyle": ""}
-
-
-def panels(trials: Trials) -> dict[str, tuple[Callable[..., None], tuple[float, float]]]:
-    """Each figure's name → what draws it, and its size in inches."""
-    changed = sum(bool(run.events()) for run in trials.test_runs())
-    return {axis: (partial(draw_losses, axis=axis), (5.2, 3.5)) for axis in AXES} | {
-        "training": (partial(draw_losses, axis=trials.axis, legend=True), (9.6, 4.6)),
-        "differences": (draw_differences, (9.6, 1 + 0.34 * len(trials.test))),
-        "growth": (draw_growth, (9.6, 1 + 0.24 * changed)),
-    }
-
-
-# -- Panels ------------------------------------------------------------------------------------------------------------
 
 
 def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) -> None:
@@ -83,19 +68,20 @@ def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) 
     tops = []
     for label, look in looks(trials.arms).items():
         runs = list(trials.sound(label).values())
+        dots: Look = {**look, "linestyle": ""}
         costs, means = _means(
             [[(point[axis], point["val_loss"]) for point in run.summary["val_curve"]] for run in runs]
         )
         axes.plot(costs, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.3, zorder=2)
-        axes.plot(*_means([np.transpose(run.points(axis))[:-1] for run in runs]), markersize=3, zorder=4, **_dots(look))
+        axes.plot(*_means([np.transpose(run.points(axis))[:-1] for run in runs]), markersize=3, zorder=4, **dots)
         tops += means[costs > 0.3 * max(costs, default=0)][:1].tolist()
         for run in runs:
-            axes.plot(run.final(axis), run.loss, markersize=4.5, zorder=4, **_dots(look))
+            axes.plot(run.final(axis), run.loss, markersize=4.5, zorder=4, **dots)
             fractions, spent = np.transpose([(p["budget_fraction"], p[axis]) for p in run.summary["val_curve"]])
             at = np.interp([graft["budget_fraction"] for graft in run.summary["grafts"]], fractions, spent)
             axes.plot(at, np.interp(at, costs, means), "^", color=look["color"], mec="white", mew=0.6, markersize=7)
         axes.plot([], [], label=label, markersize=5, **look)
-    envelope = draw_envelope(trials.statics, axis)
+    envelope = draw_envelope(trials.statics.values(), axis)
     axes.plot(*envelope, color=INK, linewidth=2.6, alpha=0.55, label="best static, annealed")
     axes.plot([], [], "^", color=SOFT, label="graft")
     low, high = _span([run.loss for label in _compared(trials) for run in trials.sound(label).values()])
@@ -108,17 +94,11 @@ def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) 
         axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1.03))
 
 
-def _means(curves: Sequence[Any]) -> np.ndarray:
-    """Mean costs and losses (2, points) of runs' points, in their order, as far as all of them go."""
-    return np.reshape([np.mean(at, axis=0) for at in zip(*curves, strict=False)], (-1, 2)).T
-
-
 def draw_differences(axes: Axes, trials: Trials) -> None:
     """Every label's final losses minus the best static size's on the same seed: seeds, mean, 95 % interval."""
     base, differences = trials.sound(trials.best_static), {}
     for label in trials.test:
-        own = trials.sound(label)
-        differences[label] = [own[seed].loss - base[seed].loss for seed in own if seed in base]
+        differences[label] = [run.loss - base[seed].loss for seed, run in trials.sound(label).items() if seed in base]
     differences = dict(sorted(differences.items(), key=lambda item: np.mean(item[1] or [np.inf])))
     low, high = _span([value for label in _compared(trials) for value in differences[label]])
     low, high = low - 0.3 * (high - low), high + 0.3 * (high - low)
@@ -127,7 +107,8 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
         found = Interval.of(np.array(values)) if values else None
         if found and low <= found.mean <= high:
             axes.errorbar(found.mean, place, xerr=found.half or 0, color=INK, capsize=4, marker="|", markersize=12)
-            axes.plot(values, [place] * len(values), markersize=5, **_dots(looks(trials.arms)[label]))
+            dots: Look = {**looks(trials.arms)[label], "linestyle": ""}
+            axes.plot(values, [place] * len(values), markersize=5, **dots)
         elif found:  # beyond the range of the arms that grow and the best static size: told at the edge
             left = found.mean < low
             text, side = (f"◂ {found.mean:+.3f}", "left") if left else (f"{found.mean:+.3f} ▸", "right")
@@ -158,15 +139,19 @@ def draw_growth(axes: Axes, trials: Trials) -> None:
     _label_rows(axes, [f"{run.label}, seed {run.seed}" for run in runs])
 
 
+def _means(curves: Sequence[Any]) -> np.ndarray:
+    """Mean costs and losses (2, points), as far as all runs go."""
+    return np.reshape([np.mean(at, axis=0) for at in zip(*curves, strict=False)], (-1, 2)).T
+
+
 def _compared(trials: Trials) -> list[str]:
-    """The labels whose losses make the range: the best static size and all that are not static; all if none grow."""
+    """The labels whose losses make the range."""
     kept = [label for label, arm in trials.arms.items() if arm != "static" or label == trials.best_static]
     return kept if len(kept) > 1 else list(trials.test)
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
-    """Least and greatest of some numbers, never quite the same."""
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = min(values, default=0.0), max(values, default=1.0)
     room = max(0.0, LEAST - (high - low)) / 2
     return low - room, high + room
 
@@ -177,18 +162,25 @@ def _label_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-# -- SVG and PNG -------------------------------------------------------------------------------------------------------
-
-
-def svg(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
-    """One panel as an SVG document of `size` inches."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
-        draw(axes)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return text.getvalue()
+def svgs(trials: Trials) -> dict[str, str]:
+    """Each figure's name → an SVG file, in base64: ids in one cannot meet those of another."""
+    changed = sum(bool(run.events()) for run in trials.test_runs())
+    figures: dict[str, tuple[Callable[..., None], tuple[float, float]]] = {
+        **{axis: (partial(draw_losses, axis=axis), (5.2, 3.5)) for axis in AXES},
+        "training": (partial(draw_losses, axis=trials.axis, legend=True), (9.6, 4.6)),
+        "differences": (draw_differences, (9.6, 1 + 0.34 * len(trials.test))),
+        "growth": (draw_growth, (9.6, 1 + 0.24 * changed)),
+    }
+    drawn = {}
+    for name, (draw, inches) in figures.items():
+        with plt.rc_context(STYLE):
+            figure, axes = plt.subplots(figsize=inches, layout="constrained")
+            draw(axes, trials)
+            file = io.BytesIO()
+            figure.savefig(file, format="svg", metadata={"Date": None})
+            plt.close(figure)
+        drawn[name] = base64.b64encode(file.getvalue()).decode()
+    return drawn
 
 
 def save_picture(title: str, verdicts: Sequence[Verdict], path: Path) -> None:
@@ -198,9 +190,10 @@ def save_picture(title: str, verdicts: Sequence[Verdict], path: Path) -> None:
         shape: dict[str, Any] = {"width_ratios": (1.4, 1, 1), "squeeze": False, "layout": "constrained"}
         figure, rows = plt.subplots(len(verdicts), 3, figsize=size, **shape)
         figure.suptitle(title, x=0.01, ha="left", fontsize=14, weight="bold")
-        for row, trials in zip(rows, [verdict.trials for verdict in verdicts], strict=True):
-            for axes, name in zip(row, ("training", "differences", "growth"), strict=True):
-                panels(trials)[name][0](axes, trials)
-            row[0].set_title(trials.title)
+        for (losses, differences, growth), verdict in zip(rows, verdicts, strict=True):
+            draw_losses(losses, verdict.trials, verdict.trials.axis, legend=True)
+            draw_differences(differences, verdict.trials)
+            draw_growth(growth, verdict.trials)
+            losses.set_title(verdict.trials.title)
         figure.savefig(path, dpi=100, format="png")
         plt.close(figure)

@@ -1,8 +1,7 @@
-"""Paired tests: one arm against one baseline at equal cost, with Holm's correction over the arms.
+"""Paired tests: one arm against one baseline at equal cost; a pair is a seed.
 
-A pair is a seed: the arm's final loss minus the baseline's annealed loss at the cost at which the arm ended. "Better"
-takes five pairs and a 95 % t interval below 0, after Holm's step-down over the grown arms; than the best static size,
-also against every static size (an intersection-union test: Berger 1982, Technometrics 24).
+"Better" takes five pairs and a 95 % t interval below 0, after Holm's step-down over the grown arms; than the best
+static size, also against every static size (an intersection-union test: Berger 1982, Technometrics 24).
 """
 
 import math
@@ -22,41 +21,24 @@ BETTER, TIE, WORSE, CANNOT_SAY = "better", "tie", "worse", "cannot say"
 
 @dataclass(frozen=True)
 class PairedTest:
-    """An arm against a baseline at equal cost.
+    """An arm against a baseline at equal cost."""
 
-    Attributes:
-        differences: the arm's loss minus the baseline's (pairs,).
-        beyond: the baseline was never trained as long as the arm on some seed. Its last loss stands there, so that the
-            true difference can only be higher.
-        diverged: seeds on which the arm diverged, in words: it is worse then, however low the rest.
-        doubt: why "better" cannot be said, whatever the interval says.
-        left_out: seeds without a pair, in words.
-        weakest: the largest p-value against the other static sizes, where the baseline is the best of them.
-        p_holm: `p` adjusted over the grown arms, or over the random controls.
-        against: the label that stands for the baseline, None where there is none.
-    """
-
-    differences: np.ndarray
-    beyond: bool = False
-    diverged: str = ""
-    doubt: str = ""
-    left_out: str = ""
-    weakest: float = 0.0
-    p_holm: float = 1.0
+    differences: np.ndarray  # the arm's final loss minus the baseline's annealed loss where the arm ended (pairs,)
+    beyond: bool = False  # the arm ended beyond the baseline, whose last loss stands: the truth can only be higher
+    diverged: str = ""  # seeds on which the arm diverged, in words: it is worse then, however low the rest
+    doubt: str = ""  # why "better" cannot be said, whatever the interval says
+    left_out: str = ""  # seeds without a pair, in words
+    weakest: float = 0.0  # the largest p-value against all static sizes, where the baseline is the best of them
+    p_holm: float = 1.0  # `p` adjusted over the grown arms, or over the random controls
     arm: str = ""
     baseline: str = ""
     axis: str = ""
-    against: str | None = None
+    against: str | None = None  # the label that stands for the baseline
 
     @property
     def interval(self) -> Interval | None:
         """The mean difference with its 95 % interval; None without a pair at equal cost."""
         return Interval.of(self.differences) if len(self.differences) and not self.beyond else None
-
-    @property
-    def mean(self) -> float:
-        """The mean difference, nats; minus infinity without any."""
-        return float(self.differences.mean()) if len(self.differences) else -math.inf
 
     @property
     def p(self) -> float:
@@ -85,11 +67,12 @@ class PairedTest:
             return WORSE, "it was lower at a lower cost already" if self.beyond else self.left_out
         if self.beyond or self.doubt:
             return CANNOT_SAY, self.doubt or f"{self.against} was never trained that long"
-        if found.mean + half < 0 and self.p_holm <= 1 - CONFIDENCE:
+        if found.mean + half >= 0:
+            return TIE, self.left_out
+        if self.p_holm <= 1 - CONFIDENCE:
             return BETTER, self.left_out
         scope = " and against every static size" if self.weakest else ""
-        alone = f"the interval alone lies below 0, but for all arms together{scope} p = {self.p_holm:.2g}"
-        return TIE, alone if found.mean + half < 0 else self.left_out
+        return TIE, f"the interval alone lies below 0, but for all arms together{scope} p = {self.p_holm:.2g}"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -99,22 +82,21 @@ class PairedTest:
 
 
 def pair(arm: Seeds, other: Seeds, axis: str) -> PairedTest:
-    """Pair an arm's sound runs with a baseline's (both by seed) at the cost at which the arm ended, an axis of AXES."""
+    """Pair an arm's sound runs with a baseline's at the cost at which the arm ended, an axis of AXES."""
     diverged = ", ".join(f"{run.label} diverged on seed {seed}" for seed, run in sorted(arm.items()) if run.diverged)
     differences, left_out, beyond = [], [], False
     for seed in sorted({*arm, *other}):
-        for runs in (arm, other):
-            if seed not in runs or not runs[seed].sound:
-                left_out.append(f"{next(iter(runs.values())).label} has no loss on seed {seed}")
-                break
-        else:
-            run, baseline = arm[seed], other[seed]
-            cost, longest = run.final(axis), baseline.final(axis)
-            if not (cost > 0 and longest > 0):
-                return PairedTest(np.empty(0), doubt="not all costs are known")
-            beyond |= cost > longest * (1 + NEAR)
-            ended = cost > longest / (1 + NEAR)
-            differences.append(run.loss - (baseline.loss if ended else float(baseline.loss_at(axis, cost))))
+        lacking = [runs for runs in (arm, other) if seed not in runs or not runs[seed].sound]
+        if lacking:
+            left_out.append(f"{next(iter(lacking[0].values())).label} has no loss on seed {seed}")
+            continue
+        run, baseline = arm[seed], other[seed]
+        cost, longest = run.final(axis), baseline.final(axis)
+        if not (cost > 0 and longest > 0):
+            return PairedTest(np.empty(0), doubt="not all costs are known")
+        beyond |= cost > longest * (1 + NEAR)
+        ended = cost > longest / (1 + NEAR)
+        differences.append(run.loss - (baseline.loss if ended else float(baseline.loss_at(axis, cost))))
     if not np.isfinite(differences).all():
         return PairedTest(np.empty(0), doubt="it has no annealed loss at so low a cost")
     return PairedTest(np.array(differences), beyond, diverged, left_out="; ".join(left_out))

@@ -13,16 +13,17 @@ AXES = ("parameter_seconds", "flops", "seconds", "tokens")  # what a run costs, 
 FINAL = (*AXES, "steps", "wall_seconds", "parameters")
 NEAR = 0.02  # costs and budgets that differ by less than this are equal: a run ends at the first step past its budget
 EVENTS = {"grafts": "graft", "prunes": "prune", "rollbacks": "rollback"}
-NEEDED = ("val_loss", *FINAL, *EVENTS, "layers", "annealed", "val_curve")  # of a summary
+NEEDED = {"val_loss", *FINAL, *EVENTS, "layers", "annealed", "val_curve"}  # of a summary
 
 IDENTITY = ("run_id", "label", "arm", "size", "seed", "purpose", "grid")
-CURVE = ("kind", "budget_fraction", "steps", *AXES, "parameters", "val_loss")
 END = ("status", "diverged", "val_loss", *FINAL, "layers", *EVENTS)
-CHANGE = ("event", "budget_fraction", "optimizer_step", "site", "blueprint", "outcome")
+CURVE = ("kind", "budget_fraction", "steps", *AXES, "parameters", "val_loss")
 SIZES = ("parameters_before", "parameters_after")
 LOSSES = ("val_loss_before", "val_loss_after")
-INTEGERS = {"size", "steps", "parameters", "layers", "optimizer_step", *SIZES, *EVENTS}
-FLOATS = {"budget_fraction", "wall_seconds", "val_loss", *LOSSES, *AXES}
+CHANGE = ("event", "budget_fraction", "optimizer_step", "site", "blueprint", "outcome", *SIZES, *LOSSES)
+INTEGERS = ("size", "steps", "parameters", "layers", "optimizer_step", *SIZES, *EVENTS)
+FLOATS = ("budget_fraction", "wall_seconds", "val_loss", *LOSSES, *AXES)
+TYPES = dict.fromkeys(INTEGERS, "Int64") | dict.fromkeys(FLOATS, "float64")
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,8 @@ class Tables:
     """Every trial of a sweep, long form; losses in nats per token, costs since the run's first step.
 
     Attributes:
-        finals: a row per trial. `status` is MLflow's, FINISHED where it ran to its end; `diverged`: the governor gave
-            it up; `val_loss` is empty for the others; `grafts`, `prunes` and `rollbacks` are counts.
-        curves: a row per point of a run. `kind` is "decision" (in mid-run, learning rate not annealed: never compared)
-            or "annealed" (a cooldown fork, or the end of a sound run).
+        finals: a row per trial. `val_loss` is empty where it failed or `diverged`.
+        curves: a row per point. `kind` is "decision" (learning rate not annealed: never compared) or "annealed".
         timeline: a row per change of a network. `event` is "graft", "prune" or "rollback".
     """
 
@@ -130,16 +129,13 @@ def tables(runs: Iterable[Run]) -> Tables:
         curves += [point | own | {"kind": "decision"} for point in run.summary.get("val_curve", ())]
         curves += [point | own | {"kind": "annealed"} for point in run.annealed]
         timeline += [event | own for event in run.events()]
+
+    def frame(rows: list[dict[str, Any]], *columns: str) -> pd.DataFrame:
+        types: Any = {name: TYPES[name] for name in columns if name in TYPES}
+        return pd.DataFrame(rows).reindex(columns=columns).astype(types)
+
     return Tables(
-        finals=_frame(finals, ("sweep", "name", *IDENTITY, *END)),
-        curves=_frame(curves, (*IDENTITY, *CURVE)),
-        timeline=_frame(timeline, (*IDENTITY, *CHANGE, *SIZES, *LOSSES)),
-    )
-
-
-def _frame(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
-    """With these columns, and their types whatever the rows lack."""
-    types: Any = {name: "Int64" if name in INTEGERS else "float64" for name in columns if name in INTEGERS | FLOATS}
-    return pd.DataFrame([{name: row.get(name) for name in columns} for row in rows], columns=list(columns)).astype(
-        types
+        finals=frame(finals, "sweep", "name", *IDENTITY, *END),
+        curves=frame(curves, *IDENTITY, *CURVE),
+        timeline=frame(timeline, *IDENTITY, *CHANGE),
     )

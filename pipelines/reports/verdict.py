@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,21 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        told = {"grid": self.trials.point["grid"], "budget": self.trials.budget}
-        told |= {"best_static": self.trials.best_static, "best_schedule": self.trials.schedule}
-        criteria, tests = [vars(criterion) for criterion in self.criteria], [test.as_dict() for test in self.tests]
-        return told | {"criteria": criteria, "did_not_grow": self.trials.idle, "tests": tests}
+        return {
+            "grid": self.trials.point["grid"],
+            "budget": self.trials.budget,
+            "best_static": self.trials.best_static,
+            "best_schedule": self.trials.schedule,
+            "criteria": [asdict(criterion) for criterion in self.criteria],
+            "did_not_grow": self.trials.idle,
+            "tests": [test.as_dict() for test in self.tests],
+        }
 
 
 def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> Verdict:
-    """Judge one grid point. Test runs are compared; tuning runs only choose what they are compared with.
+    """Judge one entry of `sweep["points"]`, where `sweep` is what `sweep.json` holds.
 
-    Args:
-        runs: of the sweep.
-        point: an entry of `sweep["points"]`.
-        sweep: what `sweep.json` holds.
+    Test runs are compared; tuning runs only choose what they are compared with.
     """
     order = {label: i for i, label in enumerate(sweep["arms"])}
     # Of a trial that was run again, the run that ended comes last, and counts.
@@ -57,9 +59,6 @@ def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> 
     trials = Trials(runs, point)
     tests = tuple(test for axis in AXES for baseline in BASELINES for test in trials.tests(baseline, axis))
     return Verdict(trials, tests, (efficiency(trials, tests, find_caveats(trials, sweep)), mechanics(trials.runs)))
-
-
-# -- Criteria ----------------------------------------------------------------------------------------------------------
 
 
 def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[str]) -> Criterion:
@@ -104,11 +103,12 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     undone = sum(graft["outcome"] == "rolled back" for graft in grafts)
     grown = [f"{run.label} on seed {run.seed}" for run in runs if run.diverged and run.grafts]
     others = [f"{run.label} on seed {run.seed}" for run in runs if run.diverged and not run.grafts]
+    grafted = f"{counted(len(grafts), 'graft')} on {counted(sum(run.grafts > 0 for run in runs), 'run')}"
     moved = (
         f"moved the validation loss by at most {change:.1e} nats" if change else "left the validation loss as it was"
     )
     parts = [
-        f"{counted(len(grafts), 'graft')} on {counted(sum(run.grafts > 0 for run in runs), 'run')} {moved}",
+        f"{grafted} {moved}",
         f"{undone or 'none'} of them {'was' if undone < 2 else 'were'} rolled back",
         f"{counted(len(grown), 'run')} that had grown diverged{_named(grown)}",
     ]
@@ -118,30 +118,28 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     return Criterion("Mechanics", "; ".join(parts) + ".", "met" if met else "not met")
 
 
-# -- Caveats -----------------------------------------------------------------------------------------------------------
-
-
 def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
     """What this grid point cannot say, a sentence each; any of them withholds the efficiency verdict."""
-    seeds, point = len(sweep["seeds"]), trials.point
-    few = f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}."
-    untuned = "The learning rates of the static sizes were not tuned, or the best was the last that was tried."
-    flatters = "The best static size or schedule was chosen on the test seeds, not on tuning seeds: that flatters it."
+    seeds, point, caveats = len(sweep["seeds"]), trials.point, []
+    if seeds < PAIRS:
+        caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
+    caveats.append(_edge(trials, sorted(sweep["sizes"])))
+    if not sweep["rates_tuned"]:
+        caveats.append(
+            "The learning rates of the static sizes were not tuned, or the best was the last that was tried."
+        )
     unchosen = (point["size"] is None and trials.statics) or (point["schedule"] is None and trials.schedules)
-    caveats = [
-        few if seeds < PAIRS else "",
-        _edge(trials, sorted(sweep["sizes"])),
-        "" if sweep["rates_tuned"] else untuned,
-        flatters if unchosen or not sweep["tuning_seeds"] else "",
-        _without_result(trials, sweep["trials"]),
-        _unequal(trials),
-    ]
+    if unchosen or not sweep["tuning_seeds"]:
+        what = "The best static size or schedule was chosen on the test seeds, not on tuning seeds"
+        caveats.append(f"{what}: that flatters it.")
+    caveats += [_without_result(trials, sweep["trials"]), _unequal(trials)]
     return [caveat for caveat in caveats if caveat]
 
 
 def _edge(trials: Trials, tried: Sequence[int]) -> str:
-    """Growing can only matter where the best static size is neither the smallest nor the largest of those tried."""
-    found = {"chosen": trials.size, "best on the test seeds": best(trials.statics)}
+    lowest = best(trials.statics)
+    on_test = trials.size(lowest) if lowest else None
+    found = {"chosen": trials.point["size"] or on_test, "best on the test seeds": on_test}
     for size in (*tried[:1], *tried[-1:]):
         if hows := [how for how, of in found.items() if of == size]:
             who = f"The best static size, {counted(size, 'layer')} ({' and '.join(hows)}),"
@@ -152,7 +150,6 @@ def _edge(trials: Trials, tried: Sequence[int]) -> str:
 
 
 def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:
-    """Trials that failed, never ran, or are not in MLflow; one that diverged has a result."""
     ended = {run.name for run in trials.runs if run.sound or run.diverged}
     lacking = {run.name: "failed" for run in trials.runs if run.name not in ended}
     for name, trial in planned.items():
@@ -165,16 +162,15 @@ def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:
 def _unequal(trials: Trials) -> str:
     """Budgets that were not equal: by the ledger's reading, or on a measured clock by the steps that they gave."""
     axis = trials.point["budget"]["axis"]
-    runs = [run for label in trials.test for run in trials.sound(label).values()]
+    runs = [run for run in trials.test_runs() if run.sound]
     if off := [run.name for run in runs if abs(run.final(axis) / trials.amount - 1) > NEAR]:
         return f"{counted(len(off), 'run')} ended more than {NEAR:.0%} off the budget{_named(off)}."
-    for size, seeds in trials.statics.items():
+    for label, seeds in trials.statics.items():
         steps = [run.final("steps") for run in seeds.values()]
         if max(steps) > min(steps) * (1 + SPEED):
-            return (
-                f"Equal measured budgets gave {trials.static(size)} from {min(steps):,.0f} to {max(steps):,.0f} steps, "
-                f"more than {SPEED:.0%} apart: the machine was not always as fast. Run fewer trials at once."
-            )
+            span = f"from {min(steps):,.0f} to {max(steps):,.0f} steps, more than {SPEED:.0%} apart"
+            why = "the machine was not always as fast. Run fewer trials at once."
+            return f"Equal measured budgets gave {label} {span}: {why}"
     return ""
 
 

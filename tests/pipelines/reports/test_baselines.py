@@ -27,7 +27,7 @@ def law(sweep: SyntheticSweep, size: int, axis: str, cost: np.ndarray) -> np.nda
 @pytest.mark.parametrize("axis", AXES)
 def test_a_loss_is_that_of_its_points_and_between_them_within_the_bound(axis):
     sweep = SyntheticSweep(forks=FORKS)
-    run, last = trials(sweep).statics[2][1], sweep.final_cost("static-2")[axis]
+    run, last = trials(sweep).statics["static-2"][1], sweep.final_cost("static-2")[axis]
     costs = last * np.array([*FORKS, 1.0])
     np.testing.assert_allclose(run.loss_at(axis, costs), law(sweep, 2, axis, costs), rtol=1e-12)
     for low, high in ((0.1, 0.25), (0.25, 0.5), (0.5, 1.0)):
@@ -46,27 +46,27 @@ def test_the_envelope_is_the_lowest_mean_of_any_size_at_every_cost():
     cost = {"static-1": {"flops": 1e12}, "static-2": {"flops": 2e12}}
     sweep = SyntheticSweep(statics={1: crossing, 2: 1.2}, cost=cost)
     statics = trials(sweep).statics
-    costs, losses = draw_envelope(statics, "flops")
+    costs, losses = draw_envelope(statics.values(), "flops")
     assert costs[0] == pytest.approx(0.25e12)
     assert costs[-1] == pytest.approx(2e12)
     assert (np.diff(costs) > 0).all()
     for size, mine in ((1, costs < 0.65e12), (2, costs > 0.85e12)):
-        run = statics[size][1]
+        run = statics[f"static-{size}"][1]
         np.testing.assert_allclose(losses[mine], run.loss_at("flops", costs[mine]), rtol=1e-12)
-    assert draw_envelope({}, "flops")[0].size == 0
+    assert draw_envelope([], "flops")[0].size == 0
 
 
 def test_the_envelope_never_rises():
     """A size that overshoots the budget ends last, and higher than another one has ended."""
     sweep = SyntheticSweep(statics={1: 1.2, 2: 1.4}, cost={"static-2": {"parameter_seconds": 1.1 * BUDGET}})
-    costs, losses = draw_envelope(trials(sweep).statics, "parameter_seconds")
+    costs, losses = draw_envelope(trials(sweep).statics.values(), "parameter_seconds")
     assert costs[-1] == pytest.approx(1.1 * BUDGET)
     assert losses[-1] == pytest.approx(1.2, abs=0.01)
     assert (np.diff(losses) <= 0).all()
 
 
 def test_runs_without_forks_give_the_envelope_where_they_end():
-    costs, losses = draw_envelope(trials(SyntheticSweep(forks=())).statics, "parameter_seconds")
+    costs, losses = draw_envelope(trials(SyntheticSweep(forks=())).statics.values(), "parameter_seconds")
     assert (costs.tolist(), losses.tolist()) == ([BUDGET], [1.2])
 
 

@@ -19,7 +19,7 @@ from esper.pipelines.reports.verdict import Verdict, efficiency, judge
 sys.path.insert(0, str(Path(__file__).parent))
 from synthetic_sweeps import BUDGET, SyntheticSweep, graft, own_tests, simulate
 
-SWEEPS = 400
+SWEEPS = 300
 NOISE = 0.01
 OWN = "parameter_seconds"
 NO_MATCH = 1.6  # a loss that any arm gets below
@@ -45,9 +45,6 @@ def found(verdict: Verdict, arm: str, baseline: str = "best static", axis: str =
 
 def outcome(*args: Any) -> str:
     return found(*args).outcome[0]
-
-
-# -- Rates over many sweeps --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("axis", "share"), [(OWN, 1.0), ("flops", 0.6)])
@@ -79,7 +76,7 @@ def test_no_arm_that_equals_the_best_static_wins_more_often_than_it_may(sizes):
         ahead = {t.arm for t in tests if t.baseline == "best static" and t.outcome[0] == "better"}
         better += bool(ahead.intersection(trials.grown))
         controls += bool(ahead.intersection(trials.controls))
-        chosen += trials.size != 2
+        chosen += trials.best_static != "static-2"
     assert chosen > SWEEPS / 10
     assert won <= better <= 0.05 * SWEEPS
     assert controls <= 0.05 * SWEEPS
@@ -100,9 +97,6 @@ def test_clear_winners_win_losers_lose_and_equals_tie():
     assert won > 0.9 * SWEEPS
     assert lost > 0.9 * SWEEPS
     assert tied > 0.95 * SWEEPS
-
-
-# -- One test ----------------------------------------------------------------------------------------------------------
 
 
 def test_holm_and_p_are_the_fields():
@@ -234,9 +228,6 @@ def test_a_shape_that_is_a_static_size_is_held_against_that_size():
     assert found(judged(sweep, runs), "tamiyo", "final size").against is None
 
 
-# -- Arms that never grew ----------------------------------------------------------------------------------------------
-
-
 def test_an_arm_that_never_grew_cannot_win_and_is_told():
     """It ends below everything, for its rate was another one; and beside it none has grown."""
     sweep = SyntheticSweep(grown=WINS, idle=("tamiyo",))
@@ -279,8 +270,6 @@ def test_equal_runs_tie_on_every_axis():
     verdict = judged(sweep, runs)
     assert {outcome(verdict, "tamiyo", "best schedule", axis) for axis in AXES} == {"tie"}
 
-
-# -- Caveats -----------------------------------------------------------------------------------------------------------
 
 FAILED = {"label": "lag", "grid": "{}", "status": "failed"}
 CAVEATS: dict[str, Callable[[dict, dict], Any]] = {
@@ -334,9 +323,6 @@ def test_measured_budgets_are_equal_only_if_they_give_equal_work():
     assert judged(replace(truth, edits={("static-2", 4): {"steps": 96}})).criteria[0].outcome == "met"
 
 
-# -- What is not looked at ---------------------------------------------------------------------------------------------
-
-
 def test_un_annealed_points_and_other_runs_change_nothing():
     """Losses of mid-run, of runs that diverged, of rate trials and of another grid point."""
     sweep = five_equal(edits={("ppo", 2): DIVERGED})
@@ -360,9 +346,6 @@ def test_a_verdict_is_json():
     told = json.loads(json.dumps(judged(five_equal(edits={"lag": DIVERGED})).as_dict(), allow_nan=False))
     assert [criterion["criterion"] for criterion in told["criteria"]] == ["Efficiency", "Mechanics"]
     assert told["tests"][0]["interval"].keys() == {"mean", "half_width_95"}
-
-
-# -- Criteria ----------------------------------------------------------------------------------------------------------
 
 
 def test_efficiency_names_the_winner_and_the_lowest():
