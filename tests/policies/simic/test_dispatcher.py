@@ -92,8 +92,6 @@ def test_whole_episodes_with_what_chose_each_action(make):
         assert (observations["mask"][np.arange(DECISIONS), actions] == 1).all()
         log_p = torch.from_numpy(logits).log_softmax(-1).numpy()[np.arange(DECISIONS), actions]
         np.testing.assert_allclose(log_p, episode.get_extra_model_outputs(Columns.ACTION_LOGP), rtol=1e-6)
-        recomputed = make_net().logits({name: torch.from_numpy(a) for name, a in observations.items()})
-        np.testing.assert_allclose(logits, recomputed.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_episodes_have_their_seeds_and_instances(make):
@@ -327,6 +325,8 @@ def test_workers_are_served_while_the_learner_is_busy(make):
     before = dispatcher.ready()
     wait_until(lambda: dispatcher.ready() >= before + 4 * DECISIONS)  # this thread, the learner's, does nothing
     assert 0.0 < dispatcher.busy_fraction() <= 1.0
+    dispatcher.stop()
+    assert not any(thread.name == "simic-dispatcher" for thread in threading.enumerate())
 
 
 def test_deadlines_are_by_what_a_decision_usually_takes_here(monkeypatch):
@@ -396,10 +396,3 @@ def test_workers_that_cannot_start_are_reported_in_their_own_words(make, local_r
 
     with pytest.raises(UserError, match="no corpus here"):
         make(actors([broken])).collect(8)
-
-
-def test_stop_leaves_no_thread(make):
-    dispatcher = make(threaded(ToyRun, 2))
-    dispatcher.collect(8)
-    dispatcher.stop()
-    assert not any(thread.name == "simic-dispatcher" for thread in threading.enumerate())

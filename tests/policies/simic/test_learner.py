@@ -1,7 +1,6 @@
 """Stock PPO over the dispatcher: it learns, repeats by its seed, survives a killed worker, and resumes."""
 
 import pickle
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from test_dispatcher import local
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.platform.spec import PPOSpec, RunSpec
-from esper.policies.simic.fleet import LocalFleet, RayFleet
+from esper.policies.simic.fleet import LocalFleet
 from esper.policies.simic.learner import (
-    AHEAD,
     STATE,
     build_algorithm,
     current_policy,
@@ -28,8 +26,6 @@ from esper.policies.simic.learner import (
     save_algorithm,
 )
 from esper.policies.simic.policy import SimicPolicy
-from esper.policies.simic.runner import SimicEnvRunner
-from esper.workers.actor import GrowthWorker
 
 SPEC = RunSpec(ppo=PPOSpec(decisions=128, minibatch=64, epochs=6, learning_rate=2e-3, hidden=64, entropy=0.01))
 
@@ -153,52 +149,6 @@ def test_what_is_no_checkpoint_of_this_training_is_refused(make, tmp_path: Path)
     with pytest.raises(UserError, match="is damaged"):
         make(start=tmp_path / "c")
     assert not (tmp_path / "exploded").exists()
-
-
-def test_training_survives_a_killed_worker(local_ray):
-    fleets: list[RayFleet] = []
-
-    def make_fleet() -> RayFleet:
-        fleets.append(RayFleet(lambda: GrowthWorker.options(num_cpus=0.1).remote(ToyRun), lambda: 2))
-        return fleets[-1]
-
-    algorithm = build_algorithm(SPEC, SPACE, make_fleet, seed=0)
-    try:
-        first = iteration_metrics(algorithm.train())
-        local_ray.kill(fleets[0]._actors[1])
-        later = [iteration_metrics(algorithm.train()) for _ in range(3)]
-    finally:
-        algorithm.stop()
-    assert first["failures"] == 0
-    assert later[-1]["failures"] == 1
-    assert 0 < later[-1]["busy"] <= 1
-    assert all(0 <= m["lag_mean"] <= m["lag_max"] <= 4 for m in later)
-    assert torch.isfinite(torch.tensor([m["return_mean"] for m in later])).all()
-
-
-def test_two_workers_at_one_to_eight_every_episode_is_learned_from_once(local_ray, monkeypatch):
-    learned: list[int] = []
-    sample = SimicEnvRunner.sample
-
-    def noting(self, **kwargs):
-        episodes = sample(self, **kwargs)
-        learned.extend(int(episode.id_) for episode in episodes)
-        return episodes
-
-    monkeypatch.setattr(SimicEnvRunner, "sample", noting)
-    seconds = iter((0.01, 0.08))
-    make_worker = lambda: GrowthWorker.options(num_cpus=0.1).remote(partial(ToyRun, next(seconds)))  # noqa: E731
-    algorithm = build_algorithm(SPEC, SPACE, lambda: RayFleet(make_worker, lambda: 2), seed=0)
-    try:
-        metrics = [iteration_metrics(algorithm.train()) for _ in range(4)]
-        flying = runner(algorithm).dispatcher.in_flight()
-    finally:
-        algorithm.stop()
-    assert len(learned) == len(set(learned)) == sum(each["episodes"] for each in metrics)
-    assert sorted({*learned, *flying}) == list(range(len(learned) + len(flying)))  # none is missing
-    most = 1 + AHEAD + 3 * 2 * 8 / 128  # what the dispatcher states of 2 workers
-    assert all(0 <= each["lag_mean"] <= each["lag_max"] <= most for each in metrics)
-    assert max(each["lag_max"] for each in metrics) >= 1  # chosen before the update that came in between
 
 
 def test_a_learner_in_a_process_of_its_own_learns_the_same_task(local_ray):
