@@ -12,29 +12,16 @@ from esper.workers.tolaria.hosts import start_shape
 
 @dataclass(frozen=True)
 class Option:
-    """A candidate and what it leads to.
-
-    Attributes:
-        candidate: the action.
-        site: index of its site among the shape's sites; −1 for WAIT.
-        adds: what it adds, one of `telemetry.GROWTH_KINDS`; empty for WAIT.
-        after: the shape it leads to; None where the blueprint's own limit forbids it.
-    """
+    """A candidate and what it leads to."""
 
     candidate: Candidate
-    site: int
-    adds: str
-    after: HostShape | None
+    site: int  # index of its site among the shape's; −1 for WAIT
+    adds: str  # one of `telemetry.GROWTH_KINDS`; empty for WAIT
+    after: HostShape | None  # the shape it leads to; None where the blueprint's own limit forbids it
 
 
 def options(shape: HostShape, blueprints: Iterable[Blueprint], newest: Iterable[Planted] = ()) -> tuple[Option, ...]:
-    """WAIT, then for each site from input to output each blueprint in use that it accepts, and its newest seed's end.
-
-    Args:
-        shape: of the host now.
-        blueprints: in use.
-        newest: the newest seed of each site that has one.
-    """
+    """WAIT, then for each site from input to output each blueprint that it accepts, and its newest seed's end."""
     found = [Option(WAIT, -1, "", shape)]
     seeds = {seed.site: seed for seed in newest}
     by_name = {blueprint.name: blueprint for blueprint in blueprints}

@@ -2,22 +2,17 @@
 
     import gymnasium as gym
 
-    env = gym.make("esper.workers.environment:Esper/GrowthSurrogate-v0", spec="tinystories-char")    # a loss law
+    env = gym.make("esper.workers.environment:Esper/GrowthSurrogate-v0", spec="tinystories-char")    # a scaling law
     env = gym.make("esper.workers.environment:Esper/Growth-v0", spec="demo", data="SHARDS")          # GPTs on text
-
-Gymnasium 1.0 did away with plugins that register themselves, so the id names the module that registers it; once the
-module is imported, `Esper/…` alone will do.
 
 - Observation, action: telemetry's arrays and a row of its candidates (`platform/spaces.py`). Reward: the run's own.
 - The end of the budget is `terminated`; nothing is ever truncated here.
-- Instances are DACBench's (Eimer et al. 2021, 2105.08541): `instance_set` maps ids to instances; `reset` goes through
-  it in the order of the ids, round and round, or takes what `options={"instance_id": …}` names; `info` says which.
-- `reset(seed=s)` restarts the round at a place that the seed draws (so that copies with other seeds are elsewhere in
-  the set) and gives the episode the seed s; later episodes draw theirs. Equal seeds and actions give equal numbers to
-  the bit, on text too, where the clock is `reference` and the device the CPU.
-- `action_masks()` is what sb3-contrib's maskable algorithms ask for; the mask is in the observation too. A row that is
-  not legal is taken as WAIT, with `illegal` in the info: agents that know no masks, and Gymnasium's own checker, draw
-  any row, and an episode that may cost GPU minutes should not die of it. The run itself refuses such an action.
+- Instances are DACBench's (Eimer et al. 2021, 2105.08541): `reset` goes through `instance_set` in the order of its ids,
+  round and round, or takes what `options={"instance_id": …}` names; `info` says which.
+- `reset(seed=s)` starts the round at a place that the seed draws and gives the episode the seed s; later episodes draw
+  theirs. Equal seeds and actions give equal numbers to the bit, on text too, by the reference clock on the CPU.
+- `action_masks()` is what sb3-contrib's maskable algorithms ask for. A row that is not legal is taken as WAIT, with
+  `illegal` in the info: agents that know no masks draw any row, and an episode should not die of it.
 """
 
 from collections.abc import Mapping
@@ -92,11 +87,7 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         return observation(self.run.telemetry), self._info()
 
     def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Take a row of the candidates, and train to the next decision.
-
-        Raises:
-            UserError: the action is outside the action space, or the episode has ended.
-        """
+        """Take a row of the candidates, and train to the next decision."""
         if not self.action_space.contains(action):
             raise UserError(f"action {action!r} is not in {self.action_space}: choose a row of the candidates.")
         before = self.run.telemetry
@@ -120,40 +111,19 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
 def growth_env(
     spec: RunSpec | str = "demo", data: Path | str | None = None, instances: Instances = "train"
 ) -> GrowthEnv:
-    """`Esper/Growth-v0`: GPTs that train on text.
-
-    Args:
-        spec: a spec, or a preset's name or file.
-        data: folder of prepared shards (`esper prepare`).
-        instances: a set, or the name of one.
-
-    Raises:
-        UserError: one of them is not good.
-    """
+    """`Esper/Growth-v0`: GPTs that train on the prepared shards in `data`; `spec` may be a preset's name or file."""
     if data is None:
         raise UserError("Esper/Growth-v0 trains on text: give data=FOLDER, prepared shards that `esper prepare` left.")
     return GrowthEnv(GrowthRun(_resolved(spec), TokenData.open(Path(data))), instances)
 
 
 def growth_surrogate_env(spec: RunSpec | str = "tinystories-char", instances: Instances = "train") -> GrowthEnv:
-    """`Esper/GrowthSurrogate-v0`: a loss law in place of training, a fraction of a millisecond a decision.
-
-    Args:
-        spec: a spec, or a preset's name or file.
-        instances: a set, or the name of one.
-
-    Raises:
-        UserError: one of them is not good.
-    """
+    """`Esper/GrowthSurrogate-v0`: a scaling law in place of training, a fraction of a millisecond a decision."""
     return GrowthEnv(SurrogateRun(_resolved(spec)), instances)
 
 
 def named_instances(name: str, spec: RunSpec) -> dict[int, Instance]:
-    """The instance set of that name.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The instance set of that name; UserError where there is none."""
     for known in SIZES:
         if name == known:
             return instance_set(known, spec)

@@ -7,8 +7,11 @@ by a formula.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from esper.platform.budget import DecisionClock
 from esper.platform.contracts import GraftAction, HostShape, Instance, Transition
@@ -27,21 +30,8 @@ class Episode(ABC):
     """The Run contract but for the training itself.
 
     Attributes:
-        spec: what the run is.
-        ledger: what it has used so far.
-        loss: at the last decision, nats per token.
-        curve: a point per decision, the first at budget fraction 0 (`summary.json`'s `val_curve`).
         telemetry: the last observation.
-        sequence: its number.
-        grafts: a record per graft.
-        prunes: a record per prune.
-        rollbacks: a record per fault that the governor undid.
-        annealed: a point per cooldown: the loss that a run of that budget would have ended at.
-        failure: why the run was given up; None while it goes on.
-        grafted: (boundaries passed, site) of each graft.
-        lockout: (site, blueprint, boundaries passed when it may come again) of grafts rolled back.
-        paid: parameter-seconds that a reward has charged the rent of.
-        unfinished: whether a slice is under way: `finish` is then what comes next, not `step`.
+        curve: a point per decision, the first at budget fraction 0 (`summary.json`'s `val_curve`).
     """
 
     def __init__(self, spec: RunSpec) -> None:
@@ -53,18 +43,18 @@ class Episode(ABC):
 
     def _clear(self) -> None:
         self.ledger = Ledger()
-        self.loss = math.inf
+        self.loss = math.inf  # at the last decision, nats per token
         self.curve: list[Point] = []
         self.grafts: list[Graft] = []
         self.prunes: list[Change] = []
         self.rollbacks: list[Rollback] = []
-        self.annealed: list[Point] = []
-        self.failure: str | None = None
-        self.grafted: list[tuple[int, str]] = []
-        self.lockout: list[tuple[str, str, int]] = []
-        self.unfinished = False
-        self.paid = 0.0
-        self.sequence = 0
+        self.annealed: list[Point] = []  # a point per cooldown: where a run of that budget would have ended
+        self.failure: str | None = None  # why the run was given up
+        self.grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
+        self.lockout: list[tuple[str, str, int]] = []  # (site, blueprint, boundaries passed when it may come again)
+        self.unfinished = False  # whether a slice is under way: then `finish` comes next, not `step`
+        self.paid = 0.0  # parameter-seconds that a reward has charged the rent of
+        self.sequence = 0  # number of the last observation
 
     # -- What trains ---------------------------------------------------------------------------------------------
 
@@ -107,6 +97,14 @@ class Episode(ABC):
     @abstractmethod
     def _vocab_size(self) -> int:
         """Tokens in the vocabulary."""
+
+    @abstractmethod
+    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
+        """What each action leads to from here on the same batches, tried on copies.
+
+        Returns:
+            Training losses, float64 (len(actions), optimizer_steps), and each copy's ledger after.
+        """
 
     # -- Run -----------------------------------------------------------------------------------------------------
 

@@ -25,84 +25,59 @@ _FIRST_OF_SITE = len(CANDIDATE) - len(SITE)
 
 @dataclass(frozen=True)
 class Measured:
-    """What training measured in the last slice; None and absent sites mean: not measured.
+    """What training measured in the last slice; None and absent sites mean: not measured."""
 
-    Attributes:
-        train_loss: mean training loss, nats per token.
-        gradient_noise: standard deviation of the gradient's norm over its mean.
-        norms: site id → (gradient norm, norm of the last update), both over the site's weight norm.
-        stages: site id → (a seed is on probation, a seed has left it).
-        contributions: site id → loss with its newest seed masked less the loss with it, in nats.
-    """
-
-    train_loss: float | None = None
-    gradient_noise: float | None = None
-    norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    stages: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
-    contributions: Mapping[str, float] = field(default_factory=dict)
+    train_loss: float | None = None  # mean, nats per token
+    gradient_noise: float | None = None  # standard deviation of the gradient's norm over its mean
+    norms: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # gradient's, last update's, over the weights'
+    stages: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)  # a seed is on probation, a seed has left it
+    contributions: Mapping[str, float] = field(
+        default_factory=dict
+    )  # loss with the newest seed masked less that with it
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands at a decision.
-
-    Attributes:
-        decision: boundaries passed, of `decisions`.
-        budget: on the spec's axis; `budget_used` is the fraction spent.
-        losses: (budget fraction, validation loss in nats) at every decision so far, the first at 0.
-        grafts: (decision, site id) of every graft so far.
-        outcome: of the last graft: 1 kept, −1 rolled back, None while it is on probation.
-        lockout: (site id, blueprint) of the grafts that are blocked for a while after a rollback.
-        reference: parameter-seconds that cost the rent.
-    """
+    """Where a run stands at a decision."""
 
     sequence: int
-    decision: int
+    decision: int  # boundaries passed
     decisions: int
-    budget: float
-    budget_used: float
+    budget: float  # on the spec's axis
+    budget_used: float  # fraction spent
     tokens: int
     vocab_size: int
-    losses: Sequence[tuple[float, float]]
-    grafts: Sequence[tuple[int, str]]
-    outcome: float | None
-    lockout: Collection[tuple[str, str]]
-    reference: float
+    losses: Sequence[tuple[float, float]]  # (budget fraction, validation loss in nats) at every decision so far
+    grafts: Sequence[tuple[int, str]]  # (decision, site id) of every graft so far
+    outcome: float | None  # of the last graft: 1 kept, −1 rolled back, None while it is on probation
+    lockout: Collection[tuple[str, str]]  # (site id, blueprint) of the grafts that are blocked for a while
+    reference: float  # parameter-seconds that cost the rent
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: a cheap cache key
 class Layout:
     """What of the observations only a change of shape changes, which is most of the work.
 
-    Attributes:
-        options: the candidates.
-        actions: theirs.
-        parameters: of the shape; `non_embedding` of them without embeddings and output head.
-        relative: ln(parameters / those at the start), and parameters over the most the spec allows.
-        step_seconds: of an optimizer step.
-        axis_per_step: what a step uses on the budget's axis after each candidate, float64 (A',); infinite where there
-            is no shape.
-        allowed: whether the caps allow each candidate, bool (A',).
-        prunes: which candidates are prunes, bool (A',).
-        site_of: index of each candidate's site, WAIT left out, int64 (A' − 1,).
-        site_ids: of the sites.
-        sites: their table, but for what training changes, float32 (S, F).
-        candidates: the candidates' table, but for their sites' rows and what the budget decides, float32 (A, Fc).
+    S sites and A candidates in the space, A' candidates present.
     """
 
     options: tuple[Option, ...]
     actions: tuple[Candidate, ...]
     parameters: int
-    non_embedding: int
-    relative: tuple[float, float]
+    non_embedding: int  # of them, without embeddings and output head
+    relative: tuple[float, float]  # ln(parameters / those at the start), and parameters over the most allowed
     step_seconds: float
-    axis_per_step: np.ndarray
-    allowed: np.ndarray
-    prunes: np.ndarray
-    site_of: np.ndarray
+    axis_per_step: (
+        np.ndarray
+    )  # a step's use of the budget's axis after each candidate, float64 (A',); ∞ without a shape
+    allowed: np.ndarray  # by the caps, bool (A',)
+    prunes: np.ndarray  # bool (A',)
+    site_of: np.ndarray  # index of each candidate's site, WAIT left out, int64 (A' − 1,)
     site_ids: tuple[str, ...]
-    sites: np.ndarray
-    candidates: np.ndarray
+    sites: np.ndarray  # float32 (S, F), but for what training changes
+    candidates: np.ndarray  # float32 (A, Fc), but for their sites' rows and what the budget decides
 
 
 class Observer:
@@ -120,14 +95,7 @@ class Observer:
         self.layout = lru_cache(maxsize=512)(self._layout)
 
     def _layout(self, shape: HostShape, newest: tuple[Planted, ...], split: bool, start: HostShape) -> Layout:
-        """The layout of a shape's candidates.
-
-        Args:
-            shape: now.
-            newest: the newest seed of each site that has one.
-            split: whether some seed's segments are separate tensors.
-            start: the shape that the run started with.
-        """
+        """Of a shape, with the newest seed of each site that has one, and whether segments are separate tensors."""
         growth, clock = self._spec.growth, self._spec.clock
         axis, tokens = self._spec.budget.axis, batch_tokens(self._spec)
         found = options(shape, self.blueprints.values(), newest)

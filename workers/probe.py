@@ -2,32 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
 from esper.platform.contracts import GraftAction
-from esper.platform.ledger import Ledger
-
-
-class Twinned(Protocol):
-    """A run that can be copied: `GrowthRun` and `SurrogateRun`."""
-
-    ledger: Ledger
-
-    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
-        """Training losses under each action, float64 (len(actions), optimizer_steps), and the copies' ledgers after."""
-        ...
+from esper.workers.episode import Episode
 
 
 class ChargedProbe:
-    """Implements `Probe` on a run: what its twins use, on every axis, is added to the run's ledger.
+    """Implements `Probe` on a run: what its twins use, on every axis, is added to the run's ledger."""
 
-    Args:
-        run: which the twins are copies of.
-    """
-
-    def __init__(self, run: Twinned) -> None:
+    def __init__(self, run: Episode) -> None:
         self._run = run
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray:

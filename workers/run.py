@@ -104,11 +104,7 @@ class GrowthRun(Episode):
         return fork
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
-        """What each action leads to from here on the same batches, tried on forks.
-
-        Returns:
-            Training losses, float64 (len(actions), optimizer_steps), and each twin's ledger after.
-        """
+        """As `Episode.twins` says."""
         losses, ledgers = [], []
         for action in actions:
             twin = self._trial()
@@ -125,11 +121,7 @@ class GrowthRun(Episode):
         """The loss that a run of a smaller budget would have ended at: a fork's, its rate let down from here on.
 
         The fork decays over as large a part of its budget as the run itself will: from fraction u on to
-        u / `optimizer.decay_from`. Nothing is charged to this run.
-
-        Returns:
-            The fork's point: `budget_fraction` (of this run's budget), ledger axes, `parameters`, and `val_loss`, None
-            where the governor would have stopped it.
+        u / `optimizer.decay_from`. Nothing is charged to this run. `val_loss` is None where the governor found a fault.
         """
         fork = self._trial()
         end = min(1.0, fork.fraction() / self.spec.optimizer.decay_from)
@@ -142,16 +134,12 @@ class GrowthRun(Episode):
     # -- Saving ------------------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Save as a file, whole or not at all (`platform/checkpoint.py`)."""
+        """Save as a file (`platform/checkpoint.py`)."""
         checkpoint.write(path, *self.state())
 
     @classmethod
     def restore(cls, path: Path, data: TokenData, on_step: Callable[["GrowthRun"], None] | None = None) -> "GrowthRun":
-        """The run that `save` saved; on the CPU, by the reference clock, it goes on to the same numbers to the bit.
-
-        Raises:
-            UserError: the file is damaged, or was saved over other text or another tokenizer.
-        """
+        """The run that `save` saved; on the CPU, by the reference clock, it goes on to the same numbers to the bit."""
         values, tensors = checkpoint.read(path)
         run = cls(RunState.checked(values, f"the checkpoint {path}").episode.spec, data, on_step)
         run.load(values, tensors)

@@ -43,25 +43,15 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(eq=False)  # a seed is itself, whatever another one is like
 class Seed:
-    """One graft.
-
-    Attributes:
-        planted: where it is and what its blueprint has to know.
-        number: of this graft among all that were made, from 0.
-        parameters: how many it added.
-        probation: optimizer steps over which its rate warms up.
-        fuse_age: age at which it is fused.
-        age: optimizer steps since birth.
-        groups: its optimizer groups, each with the group whose rate it follows (in a saved seed, their indices); none
-            once it is fused.
-    """
+    """One graft."""
 
     planted: Planted
-    number: Natural
-    parameters: Natural
-    probation: Count
-    fuse_age: Natural
-    age: Natural = 0
+    number: Natural  # of this graft among all that were made
+    parameters: Natural  # that it added
+    probation: Count  # optimizer steps over which its rate warms up
+    fuse_age: Natural  # at which it is fused
+    age: Natural = 0  # optimizer steps since birth
+    # Its optimizer groups, each with the group whose rate it follows (in a saved seed their indices); none once fused.
     groups: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     @property
@@ -164,14 +154,10 @@ class Kasmina:
         return seed
 
     def fuse(self, seed: Seed | None = None) -> list[Seed]:
-        """Make seeds the host's own: `seed`, or all that are old enough. To be called between two optimizer steps.
+        """Make seeds the host's own: `seed`, or all that are old enough; returns them. Between two optimizer steps.
 
         The output does not change by a bit. Units are joined to the host's tensors, their moments rescaled
-        (`surgery`); a part's tensors move to the groups that they followed. Of several young seeds of units at a site
-        the oldest comes first.
-
-        Returns:
-            Those that were fused.
+        (`surgery`); a part's tensors move to the groups that they followed.
 
         Raises:
             UserError: `seed` is not on the host, or fused already, or an older one at its site is not.

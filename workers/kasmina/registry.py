@@ -23,35 +23,21 @@ Natural = Annotated[int, Field(ge=0, le=2**53)]
 
 @dataclass(frozen=True)
 class Planted:
-    """A seed on a host, as far as its blueprint has to know it.
+    """A seed on a host, as far as its blueprint has to know it."""
 
-    Attributes:
-        site: where it was grafted.
-        blueprint: its name.
-        units: heads or neurons that it added; 0 for a part.
-        part: the host's name of the part (a layer, an expert) that it is; empty for units.
-    """
-
-    site: str
+    site: str  # where it was grafted
     blueprint: str
-    units: int
-    part: str
+    units: int  # heads or neurons that it added; 0 for a part
+    part: str  # the host's name of the part (a layer, an expert) that it is; empty for units
 
 
 class Blueprint(ABC):
-    """What a blueprint must tell and do.
+    """What a blueprint must tell and do."""
 
-    Attributes:
-        name: as actions, specs and records call it.
-        site_kind: the kind of site it grows at.
-        adds: what it adds, one of `telemetry.GROWTH_KINDS`.
-        units: that a graft adds; 0 where it adds a part.
-    """
-
-    name: ClassVar[str]
-    site_kind: ClassVar[SiteKind]
-    adds: ClassVar[str]
-    units: int
+    name: ClassVar[str]  # as actions, specs and records call it
+    site_kind: ClassVar[SiteKind]  # at which it grows
+    adds: ClassVar[str]  # one of `telemetry.GROWTH_KINDS`
+    units: int  # that a graft adds; 0 where it adds a part
 
     def patience(self, host: HostProtocol, site_id: str) -> int:
         """How many times the usual warm-up a seed needs at a site of this host."""
@@ -108,11 +94,7 @@ def names_for(site_kind: SiteKind) -> tuple[str, ...]:
 
 
 def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Blueprint]:
-    """Name → blueprint with its settings; none means every registered one with its defaults.
-
-    Raises:
-        UserError: an unknown blueprint or setting, or a value that is not allowed.
-    """
+    """Name → blueprint with its settings (UserError where they are odd); none means every one with its defaults."""
     if settings is None:
         settings = {name: {} for name in _KINDS}
     made: dict[str, Blueprint] = {}

@@ -20,18 +20,7 @@ STEPS_AT_ONCE = 256
 
 
 class Batches:
-    """Random windows of a slice of the training tokens.
-
-    Args:
-        spec: with the batch's size.
-        data: the prepared shards.
-        seed: of the `data` stream.
-        part: slice of the training tokens, as fractions.
-        device: where the tensors go.
-
-    Raises:
-        UserError: the slice holds no window.
-    """
+    """Random windows of `part`, a slice of the training tokens as fractions (UserError where it holds none)."""
 
     def __init__(
         self, spec: RunSpec, data: TokenData, seed: int, part: tuple[float, float], device: torch.device
@@ -61,11 +50,7 @@ class Batches:
 def held_out(
     data: TokenData, n: int, block_size: int, device: torch.device, *, last: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The first or last `n` whole windows of the validation tokens (or all there are), int64 (n, T) each.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The first or last `n` whole windows of the validation tokens (or all there are, at least one): int64 (n, T)."""
     split = data.split("valid")
     whole = (split.tokens - 1) // block_size
     first = max(0, whole - n) if last else 0

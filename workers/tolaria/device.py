@@ -7,11 +7,7 @@ from esper.platform.spec import RunSpec
 
 
 def pick_device(spec: RunSpec) -> torch.device:
-    """The spec's device; `auto` takes the GPU where there is one.
-
-    Raises:
-        UserError: a GPU is asked for that is not there.
-    """
+    """The spec's device; `auto` takes the GPU where there is one. UserError where one is asked for in vain."""
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but this machine shows no CUDA GPU: use --set device=cpu or device=auto.")
     if spec.device == "auto":

@@ -54,15 +54,7 @@ Snapshot = tuple[TrainerState, dict[str, Tensor]]
 
 
 class Trainer:
-    """Trains one host.
-
-    Attributes:
-        host: the model.
-        optimizer: AdamW over exactly its parameters.
-        kasmina: grows both.
-        steps: optimizer steps done: the data's cursor.
-        sample_tokens: held-out tokens that contributions are measured on.
-    """
+    """Trains one `host` by its `optimizer`; `kasmina` grows both."""
 
     def __init__(
         self, spec: RunSpec, data: TokenData, blueprints: dict[str, Blueprint], seed: int, instance: Instance
@@ -78,9 +70,9 @@ class Trainer:
         self.batches = Batches(spec, data, seed, instance.data, self.device)
         self._held_out = held_out(data, spec.data.eval_tokens // block, block, self.device)
         self._sample = held_out(data, CONTRIBUTION_BATCHES * spec.data.batch_size, block, self.device, last=True)
-        self.sample_tokens = self._sample[0].numel()
+        self.sample_tokens = self._sample[0].numel()  # that contributions are measured on
         self.take(TransformerHost(self._born, self._vocab_size, torch_stream(seed, "init")))
-        self.steps = 0
+        self.steps = 0  # optimizer steps done: the data's cursor
         self._measured: list[Tensor] = []
 
     def take(self, host: TransformerHost) -> None:

@@ -38,11 +38,7 @@ KERNELS: dict[str, Attend] = {"sdpa": sdpa, "flash": flash}
 
 
 def kernel(name: str) -> Attend:
-    """The implementation of this name.
-
-    Raises:
-        UserError: there is none, or this machine cannot run it.
-    """
+    """The implementation of this name; UserError where there is none, or this machine cannot run it."""
     if name not in KERNELS:
         raise unknown("host.attention", name, KERNELS)
     if name == "flash":
