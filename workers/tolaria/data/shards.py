@@ -5,7 +5,7 @@ Pages of a mapped file are shared by all processes of a machine, so hundreds of 
 
 import hashlib
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -122,7 +122,7 @@ class TokenSplit:
     """The tokens of one split as one sequence, over however many shards."""
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
-        self._arrays = arrays
+        self.arrays = arrays
         self._ends = np.cumsum([len(array) for array in arrays])
 
     def __deepcopy__(self, memo: dict) -> Self:
@@ -134,25 +134,17 @@ class TokenSplit:
         """Count of tokens."""
         return int(self._ends[-1])
 
-    def largest(self) -> int:
-        """The largest id; reads all of them."""
-        return max(int(array.max()) for array in self._arrays)
-
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Windows of `length` consecutive tokens from `starts`, int64 (windows,): int64 (windows, length).
-
-        Raises:
-            IndexError: a window reaches outside of the split.
-        """
+        """The `length` tokens from each of `starts`, int64 (windows,): int64 (windows, length)."""
         if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
             raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} in {self.tokens} tokens")
         positions = starts[:, None] + np.arange(length)
-        if len(self._arrays) == 1:
-            return self._arrays[0][positions].astype(np.int64)
+        if len(self.arrays) == 1:
+            return self.arrays[0][positions].astype(np.int64)
         out = np.empty(positions.shape, dtype=np.int64)
         shard_of = np.searchsorted(self._ends, positions, side="right")
         for index in np.unique(shard_of):
-            inside, array = shard_of == index, self._arrays[index]
+            inside, array = shard_of == index, self.arrays[index]
             out[inside] = array[positions[inside] - (self._ends[index] - len(array))]
         return out
 
@@ -178,12 +170,14 @@ class TokenData:
             for name, split in manifest.splits.items()
         }
         data = cls(path, manifest, splits)
-        if verify and (largest := max(split.largest() for split in splits.values())) >= data.tokenizer.vocab_size:
-            raise damaged(path, f"it holds token {largest}, and its tokenizer has {data.tokenizer.vocab_size}")
+        if verify:
+            largest = max(array.max() for split in splits.values() for array in split.arrays)
+            if largest >= data.tokenizer.vocab_size:
+                raise damaged(path, f"it holds token {largest}, and its tokenizer has {data.tokenizer.vocab_size}")
         return data
 
     def __reduce__(self) -> tuple:
-        return _reopen, (self.path,)
+        return partial(TokenData.open, verify=False), (self.path,)
 
     def split(self, name: Split) -> TokenSplit:
         """The training or the validation tokens."""
@@ -196,7 +190,3 @@ class TokenData:
         if (loaded.fingerprint, loaded.vocab_size) != (self.manifest.tokenizer_fingerprint, self.manifest.vocab_size):
             raise damaged(self.path / loaded.FILE, "it is not the tokenizer that made the shards")
         return loaded
-
-
-def _reopen(path: Path) -> TokenData:
-    return TokenData.open(path, verify=False)

@@ -24,23 +24,14 @@ MIN_BPE = 257  # every byte, and the end of a document
 
 
 class Tokenizer:
-    """Text to ids in [0, vocab_size) and back.
+    """Text to ids in [0, vocab_size) and back."""
 
-    Attributes:
-        name: `char`, `bpe:1024`, `gpt2`.
-        vocab_size: count of ids, reserved ones included.
-        end_id: stands after every document, and reads `<|endoftext|>`.
-        unseen_id: stands for what cannot be encoded; None where everything can.
-        fingerprint: of the encoding, 16 hex digits.
-        content: of its file, all that `load` needs, GPT-2's tokens too: shards are read offline.
-    """
-
-    name: str
-    vocab_size: int
-    end_id: int
-    unseen_id: int | None = None
-    fingerprint: str
-    content: str
+    name: str  # `char`, `bpe:1024`, `gpt2`
+    vocab_size: int  # count of ids, reserved ones included
+    end_id: int  # stands after every document, and reads `<|endoftext|>`
+    unseen_id: int | None = None  # stands for what cannot be encoded; None where everything can
+    fingerprint: str  # of the encoding, 16 hex digits
+    content: str  # of its file, all that `load` needs, GPT-2's tokens too: shards are read offline
     FILE: ClassVar[str]
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
@@ -130,11 +121,7 @@ def checked_name(name: str) -> str:
 
 
 def build(name: str, documents: Sequence[str]) -> Tokenizer:
-    """Learn the tokenizer called `name` from the training documents, or fetch it.
-
-    Raises:
-        UserError: an unknown name, too little text for so many tokens, or no network.
-    """
+    """Learn the tokenizer called `name` from the training documents, or fetch it; a UserError where neither works."""
     if checked_name(name) == "char":
         seen = np.zeros(0x110000, dtype=bool)
         for document in documents:

@@ -81,7 +81,7 @@ def test_one_shard_and_many_hold_the_same_tokens(whole, many):
 def test_the_map_is_not_a_copy_and_pickles_as_its_path(whole):
     before = pa.total_allocated_bytes()
     data = TokenData.open(whole)
-    (array,) = data.split("train")._arrays
+    (array,) = data.split("train").arrays
     assert pa.total_allocated_bytes() - before < array.nbytes
     assert array.dtype == np.uint16
     assert not array.flags.writeable
