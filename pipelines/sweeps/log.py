@@ -104,14 +104,19 @@ class SweepLog(tune.Callback):
         """
         self._store.close()
         for tracker in self._open.values():
-            tracker.close("KILLED", self._close_seconds)
+            if not tracker.close("KILLED", self._close_seconds):
+                self._close_seconds = 0.0  # nor would it take the others
         uri, deadline = self._parent.uri, time.monotonic() + seconds
+
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
+
         done = [(trial, summary) for trial in self._trials.values() if (summary := self.summary(trial)) is not None]
         late = [(trial, summary) for trial, summary in done if not synced(self.folder(trial), uri)]
         if late:
             say(f"MLflow gets what it lacks of {counted(len(late), 'trial')}: this takes {seconds:g} s at most")
-        taken = [self._finish(trial, summary, deadline - time.monotonic()) for trial, summary in late]
-        taken += [sync(folder, uri, deadline - time.monotonic()) for folder in others if (folder / SUMMARY).exists()]
+        taken = [self._finish(trial, summary, left()) for trial, summary in late]
+        taken += [sync(folder, uri, left()) for folder in others if (folder / SUMMARY).exists()]
         return all(taken)
 
     # -- Tune's callbacks --------------------------------------------------------------------------------------
