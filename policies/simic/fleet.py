@@ -109,11 +109,11 @@ class RayFleet(Fleet):
         ]
 
     def replace(self, worker: int) -> None:
-        """Kill the actor, and start another if it is wanted."""
+        """Kill the actor; `ready` starts another if it is wanted."""
         actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
-            self._look()
+            self._look_at = 0.0
 
     def starting(self) -> int:
         """Actors whose process is not there yet."""

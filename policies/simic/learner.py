@@ -17,6 +17,7 @@ A checkpoint is a folder of two files, neither of them pickled: `learner.safeten
 and then `policy.safetensors`, which needs no Ray.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -270,8 +271,6 @@ def _add_metrics(*, algorithm: Any, result: dict[str, Any], **_: Any) -> None:
 def _drop_log_folder(algorithm: PPO) -> None:
     """Remove the empty folder that RLlib makes for each algorithm below ~/ray_results."""
     folder = Path(str(algorithm.logdir))
-    try:
+    with contextlib.suppress(OSError):
         folder.rmdir()
         folder.parent.rmdir()
-    except OSError:
-        pass
