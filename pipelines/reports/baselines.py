@@ -55,19 +55,18 @@ class Trials:
         return next(iter(self.test[label].values())).size
 
     def test_runs(self) -> list[Run]:
-        """By label and seed."""
+        """In the order of `test`, and by seed."""
         return [run for seeds in self.test.values() for _, run in sorted(seeds.items())]
 
     def _sound(self, labels: Iterable[str]) -> dict[str, dict[int, Run]]:
         return {label: runs for label in labels if (runs := self.sound(label))}
 
     def _same_static(self, label: str) -> str | None:
-        """The static label whose runs these are, to the bit."""
-        ends = {seed: (run.loss, *map(run.final, AXES)) for seed, run in self.sound(label).items()}
-        for static, runs in self.statics.items():
-            if ends and all(s in runs and (runs[s].loss, *map(runs[s].final, AXES)) == end for s, end in ends.items()):
-                return static
-        return None
+        ends = {
+            label: {(seed, run.loss, *map(run.final, AXES)) for seed, run in self.sound(label).items()}
+            for label in (label, *self.statics)
+        }
+        return next((static for static in self.statics if ends[label] and ends[label] <= ends[static]), None)
 
     def tests(self, baseline: str, axis: str) -> list[PairedTest]:
         """All tests against one kind of baseline: the grown arms' and, corrected among themselves, the controls'.

@@ -15,41 +15,25 @@ from esper.pipelines.reports.paired_tests import PairedTest
 from esper.pipelines.reports.runs import AXES, FINAL, Run
 
 BUDGET = 1e6
-PROVENANCE = {
-    "commit": "abc1234",
-    "hardware": "AMD EPYC 7B13, 2 core(s)",
-    "versions": "torch 2.13.0",
-    "data": "stories",
-}
+PROVENANCE = {"commit": "abc1234", "hardware": "AMD EPYC, 2 core(s)", "versions": "torch 2.13.0", "data": "stories"}
 
 
 @dataclass
 class SyntheticSweep:
-    """A sweep whose truth is known.
+    """A run that ends at loss L would have ended at L + slope·(share^-power − 1) after a share of its cost."""
 
-    A run that ends at loss L would have ended at L + slope·(share^-power − 1) after a share of its cost.
-
-    Attributes:
-        statics: size → true loss at the end of the budget.
-        grown: label → true final loss.
-        final_size: true loss of every `static_final:<label>`.
-        slope, power: of that law; all axes of a run grow in proportion.
-        forks: shares of the annealed points before the end.
-        cost: label → axis → final cost, where it is not `final_cost`'s own.
-        idle: labels that never graft.
-        edits: label, or (label, seed) of a test run → what its summary says instead; {"status": …} is the run's.
-    """
-
+    # Size, or label → true final loss.
     statics: dict[int, float] = field(default_factory=lambda: {1: 1.4, 2: 1.2, 3: 1.25, 4: 1.4})
     grown: dict[str, float] = field(default_factory=lambda: {"tamiyo": 1.2, "onejump": 1.3})
-    final_size: float = 1.5
+    final_size: float = 1.5  # of every `static_final:<label>`
     slope: float = 0.3
     power: float = 0.5
-    forks: tuple[float, ...] = (0.25, 0.5, 0.75)
-    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    forks: tuple[float, ...] = (0.25, 0.5, 0.75)  # shares of the annealed points before the end
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)  # label → axis, where not `final_cost`'s own
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     tuning_seeds: tuple[int, ...] = (101, 102)
-    idle: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()  # labels that never graft
+    # Label, or (label, seed) of a test run → what its summary says instead; {"status": …} is the run's.
     edits: dict[Any, dict[str, Any]] = field(default_factory=dict)
     grid: str = "{}"
 
