@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from growing_run import act, changed
+from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.platform.contracts import GraftAction
 from esper.platform.telemetry import SITE
 from esper.workers.kasmina.governor import CHECK_EVERY, WINDOW, Governor
 from esper.workers.run import GrowthRun
@@ -21,7 +21,6 @@ def rows(losses):
     return [[float(loss), 1.0, 1.0] for loss in losses]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 0.3), st.floats(0, 2))
 def test_noise_and_progress_are_no_fault(seed, noise, progress):
     random = np.random.default_rng(seed)
@@ -62,12 +61,7 @@ def test_back_at_chance_level_is_a_fault_however_noisy_it_was():
 @pytest.fixture
 def spec(tiny_spec):
     """240 steps in 8 decisions, a seed's probation longer than a decision."""
-    return tiny_spec.model_copy(
-        update={
-            "budget": tiny_spec.budget.model_copy(update={"amount": 240}),
-            "growth": tiny_spec.growth.model_copy(update={"probation_steps": 50, "lockout_decisions": 2}),
-        }
-    )
+    return changed(tiny_spec, budget={"amount": 240}, growth={"probation_steps": 50, "lockout_decisions": 2})
 
 
 def graft(run, blueprint):
@@ -75,19 +69,12 @@ def graft(run, blueprint):
 
 
 def started(spec, tokens, inject=None):
-    """A run that has waited for two decisions; `inject(run, k)` is called after every step, k counting them all."""
-    calls = [0]
-
-    def on_step(run):
-        calls[0] += 1
-        if inject is not None:
-            inject(run, calls[0])
-
-    run = GrowthRun(spec, tokens, on_step=on_step)
+    """A run that has waited for two decisions; `inject(run)` is called after every step."""
+    run = GrowthRun(spec, tokens, on_step=inject)
     run.reset(seed=0)
     for _ in range(2):
-        run.step(GraftAction(0, run.telemetry.sequence))
-    return run, calls
+        act(run)
+    return run
 
 
 def poison(parameter):
@@ -112,14 +99,14 @@ FAULTS = {
 def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, fault):
     at = []
 
-    def inject(run, k):
+    def inject(run):
         if run.trainer.kasmina.seeds and not at and run.trainer.kasmina.seeds[-1].age == 10:
             at.append(run.ledger.steps)
             FAULTS[fault](run)
 
-    run, _ = started(spec, tokens, inject)
+    run = started(spec, tokens, inject)
     shape, steps = run.trainer.host.shape, run.trainer.steps
-    transition = run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
+    transition = act(run, "ffn")
     assert at
     assert not transition.terminated
     (rollback,) = run.rollbacks
@@ -138,19 +125,19 @@ def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, fault):
     masks = []
     for _ in range(4):
         masks.append((run.telemetry.sites[site, SITE.index("lockout")], run.telemetry.mask[graft(run, "ffn")]))
-        run.step(GraftAction(0, run.telemetry.sequence))
+        act(run)
     assert masks == [(1, False), (1, False), (0, True), (0, True)]
     while not run.ended:
-        run.step(GraftAction(0, run.telemetry.sequence))
+        act(run)
     assert run.summary()["failure"] is None
 
 
 def test_after_a_rollback_the_run_is_the_one_that_never_grafted(spec, tokens):
     """Weights, moments, batches, dropout: all as from the snapshot."""
-    spec = spec.model_copy(update={"host": spec.host.model_copy(update={"dropout": 0.1})})
-    run, _ = started(spec, tokens, lambda run, k: poison(seed_weight(run)) if run.trainer.kasmina.seeds else None)
-    run.step(GraftAction(graft(run, "block"), run.telemetry.sequence))
-    never, _ = started(spec, tokens)
+    spec = changed(spec, host={"dropout": 0.1})
+    run = started(spec, tokens, lambda run: poison(seed_weight(run)) if run.trainer.kasmina.seeds else None)
+    act(run, "block")
+    never = started(spec, tokens)
     never.trainer.forget()
     rollback = run.rollbacks[0].optimizer_step - 60
     for step in range(30 - rollback):
@@ -161,34 +148,34 @@ def test_after_a_rollback_the_run_is_the_one_that_never_grafted(spec, tokens):
 
 
 def test_a_graft_of_an_earlier_decision_is_removed_while_it_is_on_probation(spec, tokens):
-    run, _ = started(spec, tokens)
-    run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
+    run = started(spec, tokens)
+    act(run, "ffn")
     assert run.trainer.kasmina.seeds[0].on_probation
     poison(run.trainer.host.ln_f.weight)
-    run.step(GraftAction(0, run.telemetry.sequence))
+    act(run)
     assert run.rollbacks[-1].removed == "ffn at h0.ffn"
     assert not run.trainer.kasmina.seeds
-    run.step(GraftAction(0, run.telemetry.sequence))
+    act(run)
     assert len(run.rollbacks) == 1
 
 
 def test_a_graft_that_has_left_probation_is_kept(spec, tokens):
-    run, _ = started(spec, tokens)
-    run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
-    run.step(GraftAction(0, run.telemetry.sequence))
+    run = started(spec, tokens)
+    act(run, "ffn")
+    act(run)
     assert run.grafts[-1].outcome == "kept"
     assert run.telemetry.get("last_graft_outcome") == 1
     poison(run.trainer.host.ln_f.weight)
-    run.step(GraftAction(0, run.telemetry.sequence))
+    act(run)
     assert run.rollbacks[-1].removed is None
     assert len(run.trainer.kasmina.seeds) == 1
     assert run.grafts[-1].outcome == "kept"
 
 
 def test_a_prune_in_the_slice_of_a_fault_is_undone(spec, tokens):
-    run, _ = started(spec, tokens)
-    run.step(GraftAction(graft(run, "ffn"), run.telemetry.sequence))
-    run.step(GraftAction(0, run.telemetry.sequence))
+    run = started(spec, tokens)
+    act(run, "ffn")
+    act(run)
     fired = []
 
     def inject(run):
@@ -196,18 +183,17 @@ def test_a_prune_in_the_slice_of_a_fault_is_undone(spec, tokens):
             fired.append(poison(run.trainer.host.ln_f.weight))
 
     run.on_step = inject
-    prune = next(i for i, action in enumerate(run.telemetry.actions) if action.operation == "prune")
-    run.step(GraftAction(prune, run.telemetry.sequence))
+    act(run, "ffn", operation="prune")
     assert len(run.trainer.kasmina.seeds) == 1
     assert run.prunes == []
     assert run.grafts[-1].outcome == "kept"
 
 
 def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(spec, tokens, tmp_path):
-    run, _ = started(spec, tokens)
+    run = started(spec, tokens)
     before, sound = run.loss, {n: t.clone() for n, t in run.trainer.host.state_dict().items()}
     run.on_step = lambda run: poison(run.trainer.host.ln_f.weight)
-    transition = run.step(GraftAction(0, run.telemetry.sequence))
+    transition = act(run)
     assert transition.terminated
     assert run.failure == "the loss was not finite, 3 times in a row"
     assert len(run.rollbacks) == 3
@@ -223,11 +209,11 @@ def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(sp
 
 
 def test_faults_with_a_sound_decision_between_them_do_not_end_it(spec, tokens):
-    run, _ = started(spec, tokens)
+    run = started(spec, tokens)
     for _ in range(2):
         for times in (1, 0):
             if times:
                 poison(run.trainer.host.ln_f.weight)
-            run.step(GraftAction(0, run.telemetry.sequence))
+            act(run)
     assert len(run.rollbacks) == 2
     assert not run.ended
