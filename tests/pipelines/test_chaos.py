@@ -77,7 +77,7 @@ def lines(folder: Path) -> list[str]:
 
 def wait_until_ended(folder: Path, episodes: int) -> None:
     end = time.monotonic() + 300
-    while sum('"ended"' in line for line in lines(folder)) < episodes:
+    while sum('"terminated":true' in line for line in lines(folder)) < episodes:
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.2)
 
