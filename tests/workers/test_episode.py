@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.platform.contracts import GraftAction, Instance
@@ -19,7 +19,6 @@ def spec_for(axis, *overrides):
     return load_spec("tinystories-char", [f"budget.axis={axis}", f"budget.amount={AMOUNTS[axis]}", *overrides])
 
 
-@settings(max_examples=30, deadline=None)
 @given(AXES, st.integers(0, 2**40), st.floats(0, 1))
 def test_rewards_telescope_and_every_observation_is_sound(axis, seed, eagerness):
     spec = spec_for(axis)
