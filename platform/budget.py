@@ -9,16 +9,11 @@ class DecisionClock:
 
     Decision k ends at the first optimizer step whose reading is at or past k·B/K; the overshoot is carried into the
     next. A cost that runs past a boundary merges decisions: `passed` then jumps by more than one.
-
-    Attributes:
-        amount: the budget B, in its axis's unit.
-        decisions: K.
-        passed: boundaries passed so far.
     """
 
-    amount: float
-    decisions: int
-    passed: int = 0
+    amount: float  # the budget B, in its axis's unit
+    decisions: int  # K
+    passed: int = 0  # boundaries passed so far
 
     @property
     def slice(self) -> float:

@@ -136,11 +136,7 @@ def room(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)
 
 
 def fit(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
-    """`room`, which must be at least one.
-
-    Raises:
-        UserError: not one; Ray would wait for ever.
-    """
+    """`room`, which must be at least one. Raises UserError: not one; Ray would wait for ever."""
     count = room(each_cpus, each_gpus, taken)
     if count < 1:
         raise UserError(

@@ -117,11 +117,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Be the only process that works in a folder.
-
-    Raises:
-        UserError: another one does.
-    """
+    """Be the only process that works in a folder. Raises UserError: another one does."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder / ".lock", wait=False))
@@ -144,11 +140,7 @@ def check_unused(out: Path) -> None:
 
 
 def check_new_file(out: Path) -> None:
-    """Refuse an output file that is there already, or that cannot be made.
-
-    Raises:
-        UserError: so it is.
-    """
+    """Refuse an output file that is there already, or that cannot be made. Raises UserError: so it is."""
     if out.exists():
         raise UserError(f"--out {out} is there already: name a new file.")
     _check_writable(out)

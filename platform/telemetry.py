@@ -117,29 +117,18 @@ class TelemetrySpace:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """One observation.
-
-    Attributes:
-        sequence: number of this observation in its episode.
-        globals: float32 (len(GLOBALS),).
-        sites: float32 (S, len(SITE)), a row per site, then zero rows.
-        candidates: float32 (A, len(CANDIDATE)), a row per possible action, WAIT first, then zero rows.
-        mask: bool (A,), which candidates are legal.
-        site_ids: id of each present row of `sites`.
-        actions: meaning of each present row of `candidates`.
-        version: of this schema.
-    """
+    """One observation."""
 
     __pydantic_config__ = CHECKED
 
-    sequence: int
-    globals: np.ndarray
-    sites: np.ndarray
-    candidates: np.ndarray
-    mask: np.ndarray
-    site_ids: tuple[str, ...]
-    actions: tuple[Candidate, ...]
-    version: int = VERSION
+    sequence: int  # number of this observation in its episode
+    globals: np.ndarray  # float32 (len(GLOBALS),)
+    sites: np.ndarray  # float32 (S, len(SITE)), a row per site, then zero rows
+    candidates: np.ndarray  # float32 (A, len(CANDIDATE)), a row per possible action, WAIT first, then zero rows
+    mask: np.ndarray  # bool (A,), which candidates are legal
+    site_ids: tuple[str, ...]  # id of each present row of `sites`
+    actions: tuple[Candidate, ...]  # meaning of each present row of `candidates`
+    version: int = VERSION  # of this schema
 
     def get(self, name: str) -> float:
         """A global by name."""

@@ -51,11 +51,7 @@ class LagPolicy:
         self.limits = limits or Limits()
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        """The best of what it tried, or WAIT with the reason.
-
-        Raises:
-            UserError: there is no probe.
-        """
+        """The best of what it tried, or WAIT with the reason. Raises UserError: there is no probe."""
         if probe is None:
             raise UserError(
                 "lag tries grafts on copies of the run, and was given no probe to try them through: play it where "

@@ -38,11 +38,7 @@ class SchedulePolicy:
 
     @classmethod
     def load(cls, path: Path) -> "SchedulePolicy":
-        """Read a schedule.
-
-        Raises:
-            UserError: no such file, no JSON list, or an entry that is not one.
-        """
+        """Read a schedule. Raises UserError: no such file, no JSON list, or an entry that is not one."""
         values = read_json(path, f"--schedule {path}", "a JSON file")
         if not isinstance(values, list):
             raise UserError(

@@ -68,11 +68,7 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start the next episode, or that of the instance which `options` names.
-
-        Raises:
-            UserError: no such instance.
-        """
+        """Start the next episode, or that of the instance which `options` names. Raises UserError: no such instance."""
         super().reset(seed=seed)
         ids = sorted(self.instance_set)
         following = next((i for i in ids if self.inst_id is not None and i > self.inst_id), ids[0])

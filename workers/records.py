@@ -19,15 +19,10 @@ Point = dict[str, Any]
 
 @dataclass
 class Change:
-    """A change of the host, as `summary.json` tells of it.
-
-    Attributes:
-        decision: number of the observation that it answered.
-        val_loss_after: nats per token; None until it is evaluated, and where it was not finite.
-    """
+    """A change of the host, as `summary.json` tells of it."""
 
     budget_fraction: Finite
-    decision: Natural
+    decision: Natural  # number of the observation that it answered
     optimizer_step: Natural
     site: str
     blueprint: str
@@ -35,7 +30,7 @@ class Change:
     parameters_after: Natural
     val_loss_before: Finite
     reason: str
-    val_loss_after: Finite | None = None
+    val_loss_after: Finite | None = None  # nats per token; None until it is evaluated, and where it was not finite
 
 
 @dataclass

@@ -42,18 +42,13 @@ STRIKES = 3  # faults in a row, without a sound decision between them, that end 
 
 
 class RunState(Frozen):
-    """A GrowthRun but for its tensors; callers may keep keys of their own beside it.
-
-    Attributes:
-        data: fingerprint of the text.
-        trainer: `now`, and where that is another, `good`.
-    """
+    """A GrowthRun but for its tensors; callers may keep keys of their own beside it."""
 
     model_config = ConfigDict(extra="ignore")
 
-    data: str
+    data: str  # fingerprint of the text
     episode: EpisodeState
-    trainer: dict[str, TrainerState]
+    trainer: dict[str, TrainerState]  # `now`, and where that is another, `good`
     measured: Measured
     contributed: dict[str, tuple[float, Natural, Natural]]
     norms: dict[str, tuple[float, float]]

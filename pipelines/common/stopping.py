@@ -25,11 +25,7 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def check(self) -> None:
-        """To be called where stopping is possible.
-
-        Raises:
-            Stopped: a signal has come.
-        """
+        """To be called where stopping is possible. Raises Stopped: a signal has come."""
         if self._asked is not None:
             raise Stopped(self._asked)
 

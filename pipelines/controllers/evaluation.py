@@ -32,19 +32,12 @@ Summaries = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Where arms are compared.
+    """Where arms are compared."""
 
-    Attributes:
-        spec: what is played.
-        instances: id → instance.
-        make_run: makes the run that an arm plays on.
-        seed: from which each instance's own is derived, whatever the arm.
-    """
-
-    spec: RunSpec
-    instances: Mapping[int, Instance]
-    make_run: Callable[[], GrowthRun | SurrogateRun]
-    seed: int = 0
+    spec: RunSpec  # what is played
+    instances: Mapping[int, Instance]  # id → instance
+    make_run: Callable[[], GrowthRun | SurrogateRun]  # makes the run that an arm plays on
+    seed: int = 0  # from which each instance's own is derived, whatever the arm
 
     def seed_of(self, id: int) -> int:
         """The seed of an instance's episodes."""

@@ -49,11 +49,7 @@ def begin(arguments: SweepArguments, name: str = "sweep") -> int:
 
 
 def resume(out: Path) -> int:
-    """Go on with the sweep in `out`.
-
-    Raises:
-        UserError: there is none, or what it rests on has changed.
-    """
+    """Go on with the sweep in `out`. Raises UserError: there is none, or what it rests on has changed."""
     with RunFolder.reopen(out, "sweep", SweepPlan) as (folder, plan):
         inputs = folder.check()
         say(f"resume  {folder.out}")
