@@ -26,32 +26,30 @@ __all__ = ["JOURNAL", "Status", "Tracker", "flatten", "milliseconds", "new_key",
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 READY_SECONDS = 30  # the longest that anyone waits for the first try to connect: MLflow's import, a first migration
-CLOSE_SECONDS = 30
+CLOSE_SECONDS, AWAY_SECONDS = 60, 15  # likewise at a run's end; of a store that has just taken nothing
 VALUE_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 8000, 250  # MLflow's own limits
 
 
 class Tracker:
-    """One MLflow run, written to from any thread without waiting. Use `Tracker.start`, best in a `with` block.
+    """One MLflow run, begun or gone on with; written to from any thread without waiting. Best used in a `with` block.
 
-    Attributes:
-        uri: of the store.
-        experiment: the group of runs.
-        key: what tells the run from all others, in whatever store.
+    Args:
+        folder: the run's, in which one tracker may be open.
+        experiment: the group of runs it belongs to, made where it does not exist.
+        run_name: how the UI calls it.
+        key: of the run (`new_key`), in whatever store; where the store has it already, it is gone on with.
+        tags: what the UI filters by (arm, seed, preset, git commit).
+        params: the configuration; nested mappings become dotted keys (`host.n_layer`).
+        parent: of the run this one is a child of.
+        system_metrics: let MLflow watch this machine (processor, memory, disk, network, GPU) under `system/`.
+
+    Raises:
+        OSError: the journal cannot be opened.
+        UserError: it is damaged, or the store's file is in a place that MLflow cannot name.
     """
 
-    def __init__(self, folder: Path, experiment: str, key: str, *, system_metrics: bool = False) -> None:
-        self.uri, self.experiment, self.key = tracking_uri(), experiment, key
-        self._folder = folder
-        self._journal = Journal(folder / JOURNAL, _identity)
-        self._unwritten: list[Entry] = []  # what a full disk did not take
-        self._entries = list(self._journal.entries)
-        self._delivery = Delivery(folder, self._entries, self.uri, system_metrics=system_metrics)
-        self._lock = threading.Lock()
-        self._open, self._told = True, False
-
-    @classmethod
-    def start(
-        cls,
+    def __init__(
+        self,
         folder: Path,
         experiment: str,
         run_name: str,
@@ -61,45 +59,25 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         parent: "Tracker | None" = None,
         system_metrics: bool = False,
-    ) -> Self:
-        """Begin a run, or go on with it; returns at once, while the connection is made in the background.
-
-        Args:
-            folder: the run's, in which one tracker may be open.
-            experiment: the group of runs it belongs to, made where it does not exist.
-            run_name: how the UI calls it.
-            key: of the run (`new_key`); where the store has a run with it already, that one is gone on with.
-            tags: what the UI filters by (arm, seed, preset, git commit).
-            params: the configuration; nested mappings become dotted keys (`host.n_layer`).
-            parent: of the run this one is a child of.
-            system_metrics: let MLflow watch this machine (processor, memory, disk, network, GPU) under `system/`.
-
-        Raises:
-            OSError: the journal cannot be opened.
-            UserError: it is damaged, or the store's file is in a place that MLflow cannot name.
-        """
-        tracker = cls(folder, experiment, key, system_metrics=system_metrics)
-        header = {
-            "experiment": experiment,
-            "name": run_name,
-            "key": key,
-            "tags": {name: str(value)[:TAG_LENGTH] for name, value in (tags or {}).items()},
-            "params": flatten(params or {}),
-            "parent": parent and {"experiment": parent.experiment, "key": parent.key},
-        }
-        tracker._record("run", at=milliseconds(), **header)
-        tracker._delivery.start(run_name)
-        return tracker
+    ) -> None:
+        self.uri = tracking_uri()
+        self._id = {"experiment": experiment, "key": key}
+        self._folder = folder.absolute()
+        self._journal = Journal(folder / JOURNAL, _identity)
+        self._entries = list(self._journal.entries)
+        self._unwritten: list[Entry] = []  # what a full disk did not take
+        self._lock = threading.Lock()
+        self._open, self._told = True, False
+        self._delivery = Delivery(folder, self._entries, self.uri, system_metrics=system_metrics)
+        labels = {name: str(value)[:TAG_LENGTH] for name, value in (tags or {}).items()}
+        described = {"name": run_name, "tags": labels, "params": flatten(params or {})}
+        self._record("run", **self._id, **described, parent=parent and parent._id, at=milliseconds())
+        self._delivery.start(run_name)
 
     def log(self, metrics: Mapping[str, float], step: int, at: int | None = None) -> None:
-        """Record `metrics` at `step`: one time stamp for all keys.
+        """Record `metrics` at `step`, with one time stamp for all keys: `at` in milliseconds, or this call's.
 
         A point whose keys and step are in the journal already is the same point: it is not recorded again.
-
-        Args:
-            metrics: values by key.
-            step: that they belong to.
-            at: time stamp in milliseconds, this call's if none is given.
         """
         values = {key: float(value) for key, value in metrics.items()}
         self._record("point", step=int(step), at=milliseconds() if at is None else at, metrics=values)
@@ -107,8 +85,7 @@ class Tracker:
     def artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Keep a file, or a folder's files, with the run, under `folder` there."""
         whole = Path(path).absolute()
-        inside = whole.is_relative_to(self._folder.absolute())
-        kept = whole.relative_to(self._folder.absolute()) if inside else whole
+        kept = whole.relative_to(self._folder) if whole.is_relative_to(self._folder) else whole
         self._record("artifact", path=str(kept), folder=folder)
 
     def tag(self, key: str, value: object) -> None:
@@ -116,31 +93,22 @@ class Tracker:
         self._record("tag", key=key, value=str(value)[:TAG_LENGTH])
 
     def log_input(self, name: str, source: str, digest: str, profile: Mapping[str, Any] | None = None) -> None:
-        """Name the data set that the run reads, as MLflow's UI shows and filters by.
+        """Name the data set that the run reads: its path or address, a fingerprint of its content, what else is known.
 
-        Args:
-            name: of the data set.
-            source: its path or address.
-            digest: fingerprint of its content; MLflow takes 36 characters.
-            profile: what else is known of it, such as its size.
+        MLflow takes 36 characters of the fingerprint.
         """
         self._record("input", name=name, source=source, digest=digest, profile=dict(profile or {}))
 
-    def close(self, status: Status = "FINISHED", seconds: float = CLOSE_SECONDS, *, ended: int | None = None) -> bool:
-        """End the run, waiting for at most `seconds` until the store has had everything. A second call is idle.
-
-        Args:
-            status: that the run ends with.
-            seconds: the longest to wait.
-            ended: time stamp of the run's end in milliseconds, this call's if none is given.
+    def close(self, status: Status = "FINISHED", seconds: float | None = None, *, ended: int | None = None) -> bool:
+        """End the run, `ended` at a time in milliseconds or now, and wait for the store for at most `seconds`.
 
         Returns:
-            whether the store has had everything; nothing is said where it has not.
+            whether the store has had everything; nothing is said where it has not. A second call is idle.
         """
         if self._open:
             self._record("end", status=status, at=milliseconds() if ended is None else ended)
             self._open = False
-            self._delivery.finish(seconds)
+            self._delivery.finish(seconds or (AWAY_SECONDS if self._delivery.failing else CLOSE_SECONDS))
             self._journal.close()
         return self._delivery.complete and not self._unwritten
 
@@ -189,11 +157,9 @@ class Tracker:
                     del self._unwritten[0]
             except OSError as error:
                 if not self._told:
-                    self._told = True
-                    say(
-                        f"{self._journal.path} cannot be written ({error.strerror or error}): the run goes on; make "
-                        "room, or MLflow will not have its points."
-                    )
+                    reason = error.strerror or error
+                    say(f"{self._journal.path} cannot be written ({reason}): make room, or MLflow lacks these points.")
+                self._told = True
         self._delivery.wake()
 
 

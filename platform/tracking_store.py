@@ -13,10 +13,12 @@ import urllib.request
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper.platform.console import say
+from esper.platform.deadline import within
 from esper.platform.errors import UserError
 from esper.platform.journal import Entry
 from esper.platform.storage import locked
@@ -103,7 +105,7 @@ def shown(uri: str) -> str:
 def probe(uri: str) -> None:
     """Find out quickly whether a server answers; any answer will do, MLflow judges the rest."""
     if is_server(uri):
-        health = re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health"
+        health = shown(uri).rstrip("/") + "/health"
         try:
             urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError as answer:
@@ -141,7 +143,7 @@ def find_run(uri: str, header: Entry) -> Place:
         ExperimentDeleted: the experiment has been deleted.
         NoParentYet: the run that it is a child of is not there.
     """
-    probe(uri)
+    within(PROBE_SECONDS, partial(probe, uri))
     client = connect(uri)
     experiment = _experiment(client, header["experiment"], uri)
     if experiment.lifecycle_stage == "deleted":
@@ -200,18 +202,16 @@ def _experiment(client: "MlflowClient", name: str, uri: str) -> "Experiment":
     """The experiment, which another process may be making at the same time."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        file = sqlite_file(uri)
-        folder = re.sub(r"[^\w\-.]", "_", name)
-        try:
-            made = client.create_experiment(name, (file.parent / "mlruns" / folder).as_uri() if file else None)
-            return client.get_experiment(made)
-        except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    return found
+    if (found := client.get_experiment_by_name(name)) is not None:
+        return found
+    file, folder = sqlite_file(uri), re.sub(r"[^\w\-.]", "_", name)
+    try:
+        made = client.create_experiment(name, (file.parent / "mlruns" / folder).as_uri() if file else None)
+        return client.get_experiment(made)
+    except MlflowException:
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return found
 
 
 def _run_with_key(client: "MlflowClient", experiment: str, key: str) -> "Run | None":
@@ -221,7 +221,6 @@ def _run_with_key(client: "MlflowClient", experiment: str, key: str) -> "Run | N
 
 
 def _send_artifact(place: Place, source: Path, folder: str | None) -> None:
-    """Keep a file, or a folder's files; a sentence where they cannot be read or kept."""
     try:
         if source.is_dir():
             place.client.log_artifacts(place.run_id, str(source), folder)

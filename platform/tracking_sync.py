@@ -15,43 +15,32 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esper.platform import tracking_store
 from esper.platform.console import say
 from esper.platform.deadline import within
 from esper.platform.journal import Entry, read_entries
 from esper.platform.storage import write_json
-from esper.platform.tracking_store import (
-    ExperimentDeleted,
-    NoParentYet,
-    Place,
-    find_run,
-    is_final,
-    reason,
-    send,
-    shown,
-    tracking_uri,
-)
+from esper.platform.tracking_store import ExperimentDeleted, NoParentYet, Place, reason, shown, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 JOURNAL, SENT = "tracking.jsonl", "tracking.sent.json"
-CONNECT_SECONDS, CALL_SECONDS = 30, 20  # the longest that one request, or one try to connect, may take
+CONNECT_SECONDS, CALL_SECONDS = 60, 20  # the longest that one try to connect, or one request, may take
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 10  # between two tries, doubling
 SYNC_SECONDS = 60
 WATCH_SECONDS = 10  # between two looks at whether MLflow still watches the machine
 MONITOR = "SystemMetricsMonitor"  # the name of its thread
 
-_said: set[str] = set()  # what was said of stores: once a process, not once a trial
+_said: set[str] = set()  # what was said of stores: once a process, not once a run
 _outages: dict[str, "Outage"] = {}  # by store
 
 
 def sync(folder: Path, uri: str | None = None, seconds: float = SYNC_SECONDS) -> bool:
-    """Send a store what it lacks of a run that no tracker is open for; whether it has had everything then.
+    """Send a store (none: the one in use) what it lacks of a run that no tracker is open for, for at most `seconds`.
 
-    Args:
-        folder: the run's.
-        uri: of the store; none for the one that is in use.
-        seconds: the longest to take.
+    Returns:
+        whether it has had everything then.
 
     Raises:
         UserError: the journal is damaged.
@@ -66,21 +55,16 @@ def sync(folder: Path, uri: str | None = None, seconds: float = SYNC_SECONDS) ->
 def synced(folder: Path, uri: str) -> bool:
     """Whether a store has had all of a run's journal, and that has an end: no process died before it."""
     entries = read_entries(folder / JOURNAL)
-    return bool(entries) and entries[-1]["kind"] == "end" and _sent(folder, uri) == len(entries)
+    return bool(entries) and entries[-1].get("kind") == "end" and _marks(folder).get(shown(uri)) == len(entries)
 
 
 class Delivery:
-    """A thread that sends a run's entries to a store, in order, from where that store stands.
-
-    Args:
-        folder: the run's.
-        entries: of its journal; may grow, and `wake` tells of it.
-        uri: of the store.
-        system_metrics: let MLflow watch this machine meanwhile.
+    """A thread that sends a run's entries, which may grow, to a store, in order, from where that store stands.
 
     Attributes:
         run_id: MLflow's, once connected; `experiment_id` too.
         tried: the first try to connect is over.
+        failing: nothing came of the last two tries.
         given_up: the store refuses for good, and why has been said.
     """
 
@@ -88,15 +72,15 @@ class Delivery:
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self.tried = threading.Event()
-        self.given_up = False
+        self.failing = self.given_up = False
         self._folder, self._entries, self._uri = folder, entries, uri
         self._outage = _outages.setdefault(uri, Outage(uri))
-        self._count = min(_sent(folder, uri), len(entries))
+        self._count = min(_marks(folder).get(shown(uri), 0), len(entries))
         self._place: Place | None = None  # while connected
         self._watched = system_metrics
         self._monitor: SystemMetricsMonitor | None = None
         self._wake, self._last, self._stop = threading.Event(), threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
 
     @property
     def complete(self) -> bool:
@@ -105,7 +89,7 @@ class Delivery:
 
     def start(self, name: str) -> None:
         """Start the thread, which ends with the process."""
-        self._thread = threading.Thread(target=self._work, name=f"tracking {name}", daemon=True)
+        self._thread.name = f"tracking {name}"
         self._thread.start()
 
     def wake(self) -> None:
@@ -116,8 +100,7 @@ class Delivery:
         """There will be no more: let the thread end, once all is sent or `seconds` are over."""
         self._last.set()
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(seconds)
+        self._thread.join(seconds)
         self._stop.set()
 
     def _work(self) -> None:
@@ -129,17 +112,18 @@ class Delivery:
                 self._send_all()
             except Exception as error:
                 failures += 1
+                self.failing = failures > 1
                 connected, self._place = self._place is not None, None  # the store may have been made anew
-                if is_final(error) and (failures > 1 or not connected):
+                if tracking_store.is_final(error) and (failures > 1 or not connected):
                     self._give_up(error)
-                elif failures > 1 and not isinstance(error, NoParentYet):
+                elif self.failing and not isinstance(error, NoParentYet):
                     self._outage.failed(began, error)
                 self.tried.set()
                 hurried = self._last.is_set()
                 (self._stop if hurried else self._last).wait(PAUSE_SECONDS if hurried else pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 continue
-            pause, failures = PAUSE_SECONDS, 0
+            pause, failures, self.failing = PAUSE_SECONDS, 0, False
             self.tried.set()
             if self._last.is_set() and self.complete:
                 break
@@ -152,7 +136,7 @@ class Delivery:
             return
         if self._place is None:
             self._end_watch()
-            place = within(CONNECT_SECONDS, lambda: find_run(self._uri, self._entries[0]))
+            place = within(CONNECT_SECONDS, partial(tracking_store.find_run, self._uri, self._entries[0]))
             self._place, self.run_id, self.experiment_id = place, place.run_id, place.experiment_id
             if place.fresh:
                 self._count = 0
@@ -161,9 +145,10 @@ class Delivery:
             self._watch(place)
         while not self.complete and not self._stop.is_set():
             left = self._entries[self._count :]
-            self._count += within(CALL_SECONDS, partial(send, place, left, self._folder))
+            self._count += within(CALL_SECONDS, partial(tracking_store.send, place, left, self._folder))
             self._outage.answered()
-            self._note()
+            with contextlib.suppress(OSError):  # a full disk: sent again, it is still there once
+                write_json(self._folder / SENT, {**_marks(self._folder), shown(self._uri): self._count})
 
     def _watch(self, place: Place) -> None:
         """Let MLflow watch the machine, unless it does: a server's outage ends its thread."""
@@ -186,29 +171,23 @@ class Delivery:
             with contextlib.suppress(TimeoutError):
                 within(CALL_SECONDS, monitor.finish)
 
-    def _note(self) -> None:
-        path = self._folder / SENT
-        with contextlib.suppress(OSError):  # a full disk: sent again, it is still there once
-            write_json(path, {**_marks(path), shown(self._uri): self._count})
-
     def _give_up(self, error: Exception) -> None:
         """Say why, once a process."""
         self.given_up = True
-        known = f"{self._uri} {error}"
-        if known in _said:
+        if f"{self._uri} {error}" in _said:
             return
-        _said.add(known)
-        kept = f"what it lacks stays in the run's {JOURNAL}"
+        _said.add(f"{self._uri} {error}")
+        store, kept = shown(self._uri), f"what it lacks stays in the run's {JOURNAL}"
         if isinstance(error, ExperimentDeleted):
-            restore = f"MLFLOW_TRACKING_URI={shown(self._uri)} mlflow experiments restore -x {error.experiment_id}"
+            restore = f"`MLFLOW_TRACKING_URI={store} mlflow experiments restore -x {error.experiment_id}`"
             say(
-                f"MLflow's experiment {error.name} at {shown(self._uri)} has been deleted: {kept}; get it back with "
-                f"`{restore}`, then resume the run."
+                f"MLflow's experiment {error.name} at {store} has been deleted: {kept}; get it back with {restore}, "
+                "then resume the run."
             )
         else:
             say(
-                f"MLflow at {shown(self._uri)} cannot be used ({reason(error)}): {kept}; check MLFLOW_TRACKING_URI, or "
-                "unset it for a local file."
+                f"MLflow at {store} cannot be used ({reason(error)}): {kept}; check MLFLOW_TRACKING_URI, or unset it "
+                "for a local file."
             )
 
 
@@ -216,7 +195,7 @@ class Outage:
     """Whether a store takes anything at the moment: told once for all runs."""
 
     def __init__(self, uri: str) -> None:
-        self._uri = uri
+        self._store = shown(uri)
         self._lock = threading.Lock()
         self._down = False
         self._answered = -float("inf")
@@ -228,8 +207,8 @@ class Outage:
                 return
             self._down = True
         say(
-            f"MLflow at {shown(self._uri)} takes nothing at the moment ({reason(error)}): the run goes on, and what "
-            "is kept in its journal is sent later."
+            f"MLflow at {self._store} takes nothing at the moment ({reason(error)}): the run goes on, and what is kept "
+            "in its journal is sent later."
         )
 
     def answered(self) -> None:
@@ -238,19 +217,13 @@ class Outage:
             self._answered = time.monotonic()
             was_down, self._down = self._down, False
         if was_down:
-            say(f"MLflow at {shown(self._uri)} is back: what was kept is being sent.")
+            say(f"MLflow at {self._store} is back: what was kept is being sent.")
 
 
-def _sent(folder: Path, uri: str) -> int:
-    """How many entries a store has had."""
-    count = _marks(folder / SENT).get(shown(uri), 0)
-    return count if isinstance(count, int) else 0
-
-
-def _marks(path: Path) -> dict[str, int]:
-    """Store → entries; none where that cannot be read: to send them again changes nothing."""
+def _marks(folder: Path) -> dict[str, int]:
+    """Store → entries that it has had; none where that cannot be read: to send them again changes nothing."""
     try:
-        marks = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        marks = json.loads((folder / SENT).read_bytes())
+        return {store: count for store, count in marks.items() if isinstance(count, int) and count >= 0}
+    except (OSError, ValueError, RecursionError, AttributeError):
         return {}
-    return marks if isinstance(marks, dict) else {}

@@ -176,11 +176,11 @@ class RunFolder(Frozen):
         return "esper-" + re.sub(r"[^\w.-]+", "-", text)
 
     def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
-        """The tracker of its MLflow run; `options` are those of `Tracker.start`."""
+        """The tracker of its MLflow run; `options` are those of `Tracker`."""
         tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
         named = {"experiment": self.experiment, "run_name": self.out.name, **options}
         params = self.spec.model_dump(mode="json")
-        return Tracker.start(self.out, key=self.key, tags=tags, params=params, **named)
+        return Tracker(self.out, key=self.key, tags=tags, params=params, **named)
 
     def _check_text(self) -> None:
         manifest, block = self.tokens.manifest, self.spec.host.block_size

@@ -171,7 +171,7 @@ class SweepLog(tune.Callback):
     # -- Helpers -----------------------------------------------------------------------------------------------
 
     def _track(self, trial: Trial) -> Tracker:
-        tracker = Tracker.start(
+        tracker = Tracker(
             self.folder(trial),
             self._folder.experiment,
             trial.name,

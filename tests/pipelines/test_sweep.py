@@ -322,7 +322,7 @@ def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
 
 
 def test_an_experiment_that_was_deleted(tiny, client, tmp_path, capfd):
-    with Tracker.start(tmp_path / "first", "esper-stories", "first", key="first"):
+    with Tracker(tmp_path / "first", "esper-stories", "first", key="first"):
         pass
     store, out = client(), tmp_path / "sweep"
     store.delete_experiment(store.get_experiment_by_name("esper-stories").experiment_id)

@@ -65,7 +65,7 @@ def trial(
 
 
 def start(folder: Path, experiment: str, name: str = "sweep") -> Tracker:
-    return Tracker.start(folder / name, experiment, name, key=f"{experiment}/{name}", tags={"kind": "sweep"})
+    return Tracker(folder / name, experiment, name, key=f"{experiment}/{name}", tags={"kind": "sweep"})
 
 
 def sweep(folder: Path, uri: str, name: str) -> Tracker:
