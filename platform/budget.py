@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass
 class DecisionClock:
-    """Where a run stands in its budget.
+    """A run's place in its budget.
 
-    Decision k ends at the first optimizer step whose reading is at or past k·B/K; the overshoot is carried into the
-    next. A cost that runs past a boundary merges decisions: `passed` then jumps by more than one.
+    Decision k ends at the first optimizer step with a reading ≥ k·B/K; the next one is shorter by the overshoot. A cost
+    that crosses several boundaries moves `passed` by more than one.
     """
 
     amount: float  # the budget B, in its axis's unit
@@ -27,7 +27,7 @@ class DecisionClock:
 
     def advance(self, reading: float) -> None:
         """Note that training stopped at `reading`."""
-        # The tolerance keeps a reading that is a boundary, but for rounding, from counting as just short of it.
+        # The tolerance: a reading short of a boundary by rounding alone has passed it.
         self.passed = max(self.passed, min(self.decisions, int(reading / self.slice * (1 + 1e-9))))
 
     def fraction(self, reading: float) -> float:

@@ -1,10 +1,7 @@
-"""Checkpoints: one safetensors file that is whole or absent, and refused when a single byte of it differs.
+"""Checkpoints: one safetensors file that is whole or absent, and refused when any byte differs. Nothing is pickled.
 
-Beside the tensors the file's metadata holds the state (any JSON value; its floats come back exactly), the format's
-version, and the SHA-256 of the whole file with 64 zeros in the digest's place. Nothing is pickled.
-
-A place is a path, or a URI of a filesystem that pyarrow knows (`s3://bucket/runs`, `gs://…`, `hdfs://…`;
-https://arrow.apache.org/docs/python/filesystems.html). A path is written by one rename, a URI by one PUT.
+The metadata holds the state, the version, and the file's SHA-256, taken with 64 zeros in its place. A place is a path
+(one rename) or a URI (one PUT; `s3://…`, https://arrow.apache.org/docs/python/filesystems.html).
 """
 
 import contextlib
@@ -34,22 +31,17 @@ HEADER_BYTES = 100_000_000  # the most that safetensors reads
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-)
-"""The real types that safetensors 0.6.2 writes and reads."""
+)  # the real types that safetensors 0.6.2 writes and reads
 
 Content = tuple[Any, dict[str, Tensor]]  # state and tensors
 
 
 def pack(state: Any, tensors: Mapping[str, Tensor]) -> bytes:
-    """A checkpoint as the bytes of its file.
+    """A checkpoint as the bytes of its file; raises ValueError where it would not read back as it is.
 
     Args:
         state: a JSON value: dicts with string keys, lists (no tuples), strings, finite numbers, booleans, None.
-        tensors: dense, on the CPU, of any shape and of one of `DTYPES`; views and tensors that share memory are written
-            in full. `requires_grad` and the order of the names are not kept.
-
-    Raises:
-        ValueError: they hold what a checkpoint could not give back as it was.
+        tensors: dense, on the CPU, of one of `DTYPES`; shared memory is written in full, `requires_grad` is not kept.
     """
     metadata = {"version": str(VERSION), "state": _state_text(state), "sha256": NO_DIGEST.decode()}
     data = safetensors.torch.save(_own_memory(tensors), metadata)
@@ -60,11 +52,7 @@ def pack(state: Any, tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def unpack(data: bytes, name: str) -> Content:
-    """The state and the tensors (on the CPU, each with memory of its own) of a checkpoint that errors call `name`.
-
-    Raises:
-        UserError: another version of the format wrote it, or any byte of it differs from what was written.
-    """
+    """State and tensors (CPU, own memory); raises UserError, with `name`, for another version or any changed byte."""
     metadata = _metadata(data, name)
     if (version := metadata.get("version")) != str(VERSION):
         raise UserError(
@@ -85,27 +73,17 @@ def unpack(data: bytes, name: str) -> Content:
 
 
 def write(path: str | Path, state: Any, tensors: Mapping[str, Tensor]) -> None:
-    """`pack` into a file at a path or URI, whatever is there; on the disk when this returns.
-
-    Raises:
-        ValueError: as `pack` does.
-        UserError: no such kind of URI.
-        OSError: it could not be written; what was there before still is.
-    """
+    """`pack` to a path or URI, synced; raises UserError for an unknown URI, OSError with the old file intact."""
     _write(*_located(path), pack(state, tensors))
 
 
 def read(path: str | Path) -> Content:
-    """`unpack` what lies at a path or URI.
-
-    Raises:
-        UserError: it is not there, cannot be read, or is not as it was written.
-    """
+    """`unpack` from a path or URI; raises UserError where it is missing, unreadable or damaged."""
     return _read(*_located(path), str(path))
 
 
 def below(place: str, folder: str) -> str:
-    """A folder of one's own below a place that several may share."""
+    """`folder` below a path or URI; a URI keeps its query."""
     if "://" not in place:
         return str(Path(place).expanduser().absolute() / folder)
     head, mark, query = place.partition("?")
@@ -113,16 +91,10 @@ def below(place: str, folder: str) -> str:
 
 
 class CheckpointStore:
-    """The newest checkpoint of each run below a place, as `<place>/<name>.safetensors`, written by one thread.
+    """The newest checkpoint of each run, `<place>/<name>.safetensors`, written by one thread.
 
-    One process at a time may save under a name. Closing it writes what still waits. A write that fails is said once, in
-    a sentence, and the run goes on; later saves are tried again.
-
-    Attributes:
-        failed: why the last save that was tried is not there, as a sentence; None when it is.
-
-    Raises:
-        UserError: no such kind of URI, or it cannot be reached.
+    One process at a time may save under a name. A failed write is said once and the run goes on; `failed` says why the
+    last write failed, or is None. Raises UserError where the URI is unknown or unreachable.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -133,16 +105,12 @@ class CheckpointStore:
         self._writing: Future[None] | None = None  # while the thread has work
         self._closed = False
         self._lock = threading.Lock()  # held for those three
-        # One thread, from the first save on. Should nobody close this, the interpreter waits for its work at exit.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")  # joined at exit
 
     def save(self, name: str, state: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Hand over what `pack` takes, and return at once; of a name's that wait, only the newest is written.
+        """Queue what `pack` takes and return at once; of one name only the newest is written.
 
-        No tensor is copied: from now on nobody may change what it holds.
-
-        Raises:
-            ValueError: this is closed.
+        Tensors are not copied: do not change them afterwards. Raises ValueError where this is closed.
         """
         self._hand_over(name, (state, dict(tensors)))
 
@@ -151,16 +119,12 @@ class CheckpointStore:
         self._hand_over(name, None)
 
     def load(self, name: str) -> Content:
-        """State and tensors of a run's newest checkpoint; what was handed over is written first.
-
-        Raises:
-            UserError: there is none, or it is not as it was written.
-        """
+        """A run's newest checkpoint, after a flush; raises UserError where it is missing or damaged."""
         self.flush()
         return _read(self._system, self._path(name), f"{self._place.rstrip('/')}/{name}{SUFFIX}")
 
     def find(self, name: str) -> Content | None:
-        """`load`, or None where there is no whole one."""
+        """`load`, or None where it is missing or damaged."""
         try:
             return self.load(name)
         except UserError:
@@ -176,14 +140,14 @@ class CheckpointStore:
                     self.drop(info.base_name.removesuffix(SUFFIX))
 
     def flush(self) -> None:
-        """Wait until everything handed over is there, or has failed."""
+        """Wait until everything queued is written, or has failed."""
         with self._lock:
             writing = self._writing
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Flush and end the thread. Closing twice does no harm."""
+        """Flush and end the thread. Idempotent."""
         with self._lock:
             self._closed = True
         self._thread.shutdown(wait=True)
@@ -206,7 +170,6 @@ class CheckpointStore:
                 self._writing = self._thread.submit(self._work)
 
     def _work(self) -> None:
-        """What the thread does: write until nothing waits."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -233,7 +196,6 @@ class CheckpointStore:
 
 
 def _located(place: str | Path) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a place, and its path there."""
     if isinstance(place, Path) or "://" not in place:
         return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
     try:
@@ -267,7 +229,6 @@ def _read(system: fs.FileSystem, path: str, name: str) -> Content:
 
 
 def _metadata(data: bytes, name: str) -> dict[str, Any]:
-    """The metadata in a safetensors file's header; none in what is no such file."""
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length]) if length <= HEADER_BYTES else None
@@ -291,7 +252,7 @@ def _state_text(state: Any) -> str:
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous, no two in the same memory; copied only where they are not."""
+    """The tensors as safetensors takes them: contiguous, none sharing memory; copied only where needed."""
     ours: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

@@ -1,10 +1,7 @@
-"""Two clocks for one ledger: measured wall time, and a deterministic reference.
+"""Two clocks for one ledger: measured wall time, and a reference that the machine's load does not change.
 
-The reference clock's seconds per optimizer step are `base + layer·depth + expert·experts + FLOPs/rate`, times a factor
-while a seed's segments are still separate tensors, plus constants for a graft and for fusing. The constants are fitted
-once on an idle device (`esper calibrate` fits them and prints their error against wall time) and stored with the run,
-so that a result does not depend on what else the machine was doing. The wall clock uses the same formula only to
-predict what a graft would cost.
+Reference step: `base + layer·depth + expert·experts + FLOPs/rate`, times `split_factor` while segments are separate.
+`esper calibrate` fits the constants on an idle device. The wall clock takes the formula only to predict a graft's cost.
 """
 
 from typing import Annotated, Literal
@@ -17,7 +14,7 @@ from esper.platform.ledger import Axis
 
 
 class ClockSpec(Frozen):
-    """Which clock a run is measured by, and the fitted constants of the reference formula."""
+    """Which clock, and the fitted constants of the reference formula."""
 
     kind: Literal["reference", "wall"] = "reference"
     base_seconds: Seconds = 1e-3  # of a step that no layer accounts for
@@ -30,14 +27,14 @@ class ClockSpec(Frozen):
     measured_on: str = ""  # device, threads, dtype and command that the constants were fitted with
 
     def step_seconds(self, shape: HostShape, tokens: int, *, split: bool = False) -> float:
-        """Predicted seconds of one optimizer step over `tokens` tokens at this shape."""
+        """Predicted seconds of an optimizer step over `tokens` tokens."""
         flops = tokens * shape.flops_per_token()
         fixed = self.base_seconds + self.layer_seconds * shape.depth() + self.expert_seconds * shape.experts()
         plain = fixed + flops / self.flops_per_second
         return plain * (self.split_factor if split else 1.0)
 
     def axis_per_step(self, axis: Axis, shape: HostShape, tokens: int, *, split: bool = False) -> float:
-        """Predicted use of one budget axis by one optimizer step over `tokens` tokens at this shape."""
+        """Predicted use of a budget axis by an optimizer step over `tokens` tokens."""
         if axis == "steps":
             return 1.0
         if axis == "tokens":
@@ -48,5 +45,5 @@ class ClockSpec(Frozen):
         return seconds if axis == "seconds" else seconds * shape.parameters_count()
 
     def reading(self, predicted: float, measured: float) -> float:
-        """The seconds this clock charges for something predicted and measured (both in seconds)."""
+        """Seconds charged: `predicted` by the reference clock, else `measured`."""
         return predicted if self.kind == "reference" else measured

@@ -1,11 +1,7 @@
-"""The Ray cluster a pipeline runs on: attached to where `RAY_ADDRESS` says so, else started here, quietly.
+"""The Ray cluster a pipeline runs on: the one `RAY_ADDRESS` names (`ray job submit` sets it), else one started here.
 
-`ray job submit` sets `RAY_ADDRESS` for the job's driver, so the same command runs on a laptop and on a cluster. Ray
-itself is imported when it is first needed: it takes a second, and `--help` needs none.
-
-What listens, of a cluster started here: Ray's gcs_server, raylet, agents and monitor, the driver and the workers,
-all on 127.0.0.1, and all but the monitor's metrics ask for Ray's token (`~/.ray/auth_token`). Only a program that has
-imported Ray before `esper.pipelines` listens beyond this machine.
+Ray is imported where needed: `--help` needs none. A cluster started here listens on 127.0.0.1 only and asks for Ray's
+token (`~/.ray/auth_token`; not the monitor's metrics), unless Ray was imported before `esper.pipelines`.
 """
 
 import contextlib
@@ -35,7 +31,7 @@ LOOK_SECONDS, GRACE_SECONDS = 0.5, 15  # between two looks at them; to stop in, 
 
 
 def prepare() -> None:
-    """Set Ray's environment, unless `RAY_ADDRESS` names a cluster; best before Ray is imported."""
+    """Set Ray's environment, unless `RAY_ADDRESS` names a cluster; call before Ray is imported."""
     if not attached():
         for name, value in LOCAL.items():
             os.environ.setdefault(name, value)
@@ -44,17 +40,14 @@ def prepare() -> None:
 
 
 def connect(cpus: int | None = None, gpus: int | None = None) -> None:
-    """Attach to the cluster of `RAY_ADDRESS`, or start one on this machine, and say which in one line.
+    """Attach to the cluster of `RAY_ADDRESS`, or start one here, and say which in a line.
 
-    In a process that is connected already, only `gpus` is checked. Workers import what the driver can: they get its
-    `sys.path`. What they print is in Ray's own log folder (/tmp/ray/session_latest/logs).
+    Where connected already, only `gpus` is checked. Workers get the driver's `sys.path` and print to Ray's log folder.
+    Raises UserError where `RAY_ADDRESS` leads to no cluster, or it has fewer GPUs than `gpus`.
 
     Args:
-        cpus: cores of a cluster that is started here (None: this machine's). An attached cluster has what it has.
-        gpus: GPUs the caller is going to use: 0 hides those of a local cluster, None takes what is there.
-
-    Raises:
-        UserError: `RAY_ADDRESS` leads to no cluster, or the cluster has fewer GPUs than asked for.
+        cpus: cores of a cluster started here; None takes this machine's.
+        gpus: GPUs the caller will use: 0 hides those of a local cluster, None takes what is there.
     """
     prepare()
     import ray
@@ -82,11 +75,9 @@ def connect(cpus: int | None = None, gpus: int | None = None) -> None:
 
 @contextmanager
 def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
-    """`connect` for the length of a block, leaving things as they were found.
+    """`connect` for a block; at its end a cluster started here is shut down, an attached one left.
 
-    At its end a cluster that was started here is shut down and an attached one is only left; a connection that existed
-    before the block stays. Where a server of a cluster that was started here dies, that is said, and the process stops
-    as by SIGTERM, or else is ended.
+    A connection from before the block stays. Where a server of a cluster started here dies, this process says so and stops.
     """
     prepare()
     import ray
@@ -109,7 +100,7 @@ def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
 
 
 def cores() -> int:
-    """Cores of the connected cluster; of this machine (those this process may use) where none is connected."""
+    """Cores of the connected cluster; without one, the cores this process may use."""
     import ray
 
     if ray.is_initialized():
@@ -118,25 +109,19 @@ def cores() -> int:
 
 
 def attached() -> bool:
-    """Whether pipelines run on a cluster that `RAY_ADDRESS` names, which may grow; not on one that they start here."""
+    """Whether `RAY_ADDRESS` names a cluster, which may grow."""
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def room(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
-    """How many processes of this many cores and GPUs the connected cluster holds at once, which may be none.
-
-    Args:
-        each_cpus: cores of one.
-        each_gpus: GPUs of one.
-        taken: cores and GPUs that others are going to need.
-    """
+    """Processes of this many cores and GPUs that fit the cluster at once, beside `taken` (cores, GPUs); may be 0."""
     there = ((cores(), taken[0], each_cpus), (_gpus(), taken[1], each_gpus))
     shares = [int(max(0.0, have - others) / need) for have, others, need in there if need]
     return min(shares, default=cores())
 
 
 def fit(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
-    """`room`, which must be at least one. Raises UserError: not one; Ray would wait for ever."""
+    """`room`; raises UserError where it is 0: Ray would wait for ever."""
     count = room(each_cpus, each_gpus, taken)
     if count < 1:
         raise UserError(
@@ -153,7 +138,6 @@ def _gpus() -> int:
 
 
 def _attach(address: str) -> None:
-    """Connect to a running cluster, saying in one sentence why that cannot be done."""
     import ray
 
     if "://" in address and not address.startswith("ray://"):
@@ -182,7 +166,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _watch(servers: list[psutil.Process], over: threading.Event) -> None:
-    """Once a server has died, stop this process: by SIGTERM, or, where it does not, at once and with what is Ray's."""
+    """Once a server has died, stop this process by SIGTERM; where that does not, kill it and Ray's processes."""
     names = {process.pid: process.name() for process in servers}
     while not over.wait(LOOK_SECONDS):
         dead = next((process for process in servers if not _lives(process)), None)

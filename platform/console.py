@@ -19,7 +19,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def said_to(listener: Callable[[str], None]) -> Iterator[None]:
-    """While the block lasts, what any thread says goes to `listener`: a live display prints it above itself."""
+    """Within the block, send what any thread says to `listener`, such as a live display."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -45,18 +45,14 @@ def duration(seconds: float) -> str:
 
 
 class Eta:
-    """Time left of a job whose finished fraction is known, from the time it took so far.
-
-    Args:
-        done: fraction that was finished before the clock started.
-    """
+    """Time left, from the time taken so far; `done` is the fraction finished before this started."""
 
     def __init__(self, done: float = 0.0) -> None:
         self._start = time.perf_counter()
         self._done = done
 
     def left(self, fraction: float) -> str:
-        """Time left as text at a finished `fraction` in [0, 1]; `?` before anything is finished."""
+        """Time left at a finished `fraction` in [0, 1]; `?` before any progress."""
         if fraction <= self._done:
             return "?"
         spent = time.perf_counter() - self._start

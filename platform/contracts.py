@@ -1,8 +1,4 @@
-"""What the parts of Esper promise each other.
-
-Workers train and report; policies decide; both know only these types. See `platform/telemetry.py` for the
-observation's fields.
-"""
+"""What workers and policies promise each other; `platform/telemetry.py` lists the observation's fields."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +28,10 @@ class InjectionSpec:
 
 @runtime_checkable
 class HostShape(Protocol):
-    """What can be known of a host without its tensors: its sites and what it costs. Frozen and hashable."""
+    """A host without its tensors: its sites and its cost. Frozen and hashable."""
 
     def injection_specs(self) -> tuple[InjectionSpec, ...]: ...  # the sites, from input to output
-    # Parameters, tied ones counted once; without embeddings and output head if `non_embedding`.
+    # Tied ones counted once; `non_embedding` leaves out embeddings and output head.
     def parameters_count(self, *, non_embedding: bool = False) -> int: ...
     def flops_per_token(self) -> int: ...  # FLOPs of one training step (forward and backward) per token
     def depth(self) -> int: ...  # layers: what the reference clock charges a fixed time for
@@ -47,7 +43,7 @@ class HostShape(Protocol):
 
 @dataclass(frozen=True)
 class Swap:
-    """A parameter that takes another's place in the model, and so has to in its optimizer."""
+    """A parameter that takes another's place, in the model and in its optimizer."""
 
     new: Any  # `old` and then `young`, joined along `axis`; without `young`, the leading part of `old`
     old: Any  # the parameter that `new` replaces
@@ -56,23 +52,20 @@ class Swap:
 
 
 class HostProtocol(Protocol):
-    """What Kasmina may ask of a model. Domain-neutral: a CNN's pair of convolutions is a pair of linears.
+    """What Kasmina asks of a model, of any domain: a CNN's pair of convolutions is a pair of linears.
 
-    A site either takes units (heads, neurons), added between a pair of linears, or parts (layers, experts), modules of
-    their own that the host names.
+    A site takes units (heads, neurons) between a pair of linears, or parts: modules (layers, experts) the host names.
     """
 
     @property
     def shape(self) -> HostShape: ...  # the shape now: frozen and hashable
     def parameters(self) -> Iterator[Any]: ...  # every parameter, once
-    # The pair that units are added between: (incoming, grows by rows; outgoing, grows by columns).
-    def linears(self, site_id: str) -> tuple[Any, Any]: ...
-    # Put in the uninitialised part that `shape` has and the host has not: (its name, parameters and siblings).
+    def linears(self, site_id: str) -> tuple[Any, Any]: ...  # incoming, grows by rows; outgoing, grows by columns
+    # Insert, uninitialised, the part that only `shape` has: (its name, [(parameter, sibling's parameter)]).
     def insert(self, site_id: str, shape: Any) -> tuple[str, list[tuple[Any, Any]]]: ...
     def part(self, name: str) -> Any: ...  # the module of an inserted part; None when it is gone
     def remove(self, name: str) -> list[Any]: ...  # take an inserted part out; returns every parameter that is gone
-    # Stream site → root mean square of the residual stream there, as far as it can be told without data.
-    def stream_sizes(self) -> dict[str, float]: ...
+    def stream_sizes(self) -> dict[str, float]: ...  # stream site → root mean square there, told without data
     def written_by(self, site_id: str) -> Iterator[Any]: ...  # the parameters that a site's telemetry is about
     def split(self) -> bool: ...  # whether some seed's segments are still separate tensors
     def grown(self) -> None: ...  # to be called after a change of tensors
@@ -117,28 +110,21 @@ class Instance(Frozen):
 
 
 class Run(Protocol):
-    """One host's training run as a controller sees it: an episode. `GrowthRun` trains, `SurrogateRun` computes."""
+    """An episode: one host's training run as a controller sees it. `GrowthRun` trains, `SurrogateRun` computes."""
 
-    # Start an episode and return the first observation.
-    def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry: ...
+    def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry: ...  # the first observation
     def step(self, action: GraftAction) -> Transition: ...  # apply the action, train to the next decision, and report
     def summary(self) -> dict[str, Any]: ...  # what the run has reached and used, as plain JSON values
-    # Seconds that the next decision should take at the size now, by the run's clock.
-    def expected_seconds(self) -> float: ...
+    def expected_seconds(self) -> float: ...  # of the next decision at the size now, by the run's clock
     @property
     def telemetry(self) -> Telemetry: ...  # the last observation
-    # All that `load` needs to go on to the same numbers: JSON values, and tensors by name.
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
-    # Become the run whose `state` this is.
-    def load(self, values: dict[str, Any], tensors: Mapping[str, Any]) -> None: ...
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...  # JSON values, and tensors by name
+    def load(self, values: dict[str, Any], tensors: Mapping[str, Any]) -> None: ...  # go on to equal numbers
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the last of `actions` leads to, in an episode that any worker can take up.
-
-    It names the whole way there: sent again, to any worker, it gets the same answer.
-    """
+    """Asks any worker for the answer to the last of `actions`; sent again, it gets the same answer."""
 
     episode: int
     seed: int
@@ -149,7 +135,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's answer to an Order. `Reply.checked` refuses one that is not of this form."""
+    """A worker's answer to an Order."""
 
     __pydantic_config__ = CHECKED
 
@@ -168,11 +154,7 @@ class Reply:
 
     @classmethod
     def checked(cls, value: Any) -> "Reply":
-        """What came from a worker, as a Reply whose every field has its type, and numbers are finite.
-
-        Raises:
-            ValueError: it is none, in a clause.
-        """
+        """A worker's `value`, every field's type and finiteness checked; raises ValueError with a clause."""
         try:
             return _REPLY.validate_python(value)
         except ValidationError as error:
@@ -184,22 +166,20 @@ _REPLY = TypeAdapter(Reply)
 
 
 class Worker(Protocol):
-    """What carries out orders: in a Ray actor, or in the dispatcher's own process."""
+    """Carries out orders, in a Ray actor or in the dispatcher's process."""
 
-    # Carry out an order. Equal orders get equal answers, whatever this worker did before.
-    def advance(self, order: Order) -> Reply: ...
+    def advance(self, order: Order) -> Reply: ...  # equal orders get equal answers, whatever came before
 
 
 class Probe(Protocol):
-    """Through which a policy may try actions on copies of the run, on the same batches."""
+    """Tries actions on copies of the run: training losses on equal batches, float64 (len(actions), optimizer_steps)."""
 
-    # Training losses, float64 (len(actions), optimizer_steps), that each action leads to.
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray: ...
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A policy that remembers something between decisions: a resumed run gives it back."""
+    """A policy whose memory a resumed run restores."""
 
     def state(self) -> Any: ...  # what it remembers, as a JSON value
     def resume(self, state: Any) -> None: ...  # remember what `state` gave
@@ -207,13 +187,12 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class Planned(Protocol):
-    """A policy whose grafts were planned beforehand: whoever planned them hears of those that were not played."""
+    """A policy with planned grafts; the planner is told which were not played."""
 
     def unplayed(self) -> list[str]: ...  # the grafts still to come, a few words each
 
 
 class GrowthPolicy(Protocol):
-    """Who decides. Every arm is one of these and runs through the same run, trainer and ledger."""
+    """Who decides. Every arm is one, on the same run, trainer and ledger."""
 
-    # Choose one legal candidate of `telemetry`.
-    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction: ...
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction: ...  # a legal candidate

@@ -1,4 +1,4 @@
-"""A call that may not take longer than so many seconds."""
+"""A call with a deadline: sockets' own timeouts cover neither hanging name resolution nor a slow drip."""
 
 import threading
 from collections.abc import Callable
@@ -9,11 +9,7 @@ T = TypeVar("T")
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; where it takes longer, it is left alone in a thread that ends with the process.
-
-    Raises:
-        TimeoutError: it does take longer: sockets' own timeouts cover no name resolution that hangs, and no drip.
-    """
+    """`call`'s result; raises TimeoutError after `seconds` and leaves the call to a daemon thread."""
     outcome: Future[T] = Future()
 
     def work() -> None:

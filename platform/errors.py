@@ -5,11 +5,11 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """Bad input. Pipelines print its one sentence and exit with code 2, without a traceback."""
+    """Bad input. Pipelines print the sentence and exit with code 2, without a traceback."""
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not among the `known` ones, with the closest of them suggested."""
+    """The error for a `name` not among the `known`, with the closest one suggested."""
     names = sorted(known)
     close = get_close_matches(str(name)[:100], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -17,6 +17,6 @@ def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
 
 
 def clipped(value: object) -> str:
-    """A value as sentences show it: its repr, and of a long one the beginning."""
+    """A value's repr, cut to 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

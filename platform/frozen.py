@@ -14,11 +14,7 @@ class Frozen(BaseModel):
 
     @classmethod
     def checked(cls, values: Any, what: str) -> Self:
-        """Build from plain values.
-
-        Raises:
-            UserError: naming the first wrong key of `what`, its value and what is allowed.
-        """
+        """Build from plain values; raises UserError naming the first wrong key of `what` and what is allowed."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -39,7 +35,6 @@ def _sentence(cls: type[BaseModel], error: ValidationError, what: str) -> UserEr
 
 
 def _keys(cls: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys that the model at `path` below `cls` allows."""
     for part in path:
         annotation = cls.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

@@ -1,7 +1,6 @@
-"""Journal: an append-only file of JSON lines that outlives its process.
+"""Journal: an append-only file of JSON lines that survives its process.
 
-A line is written whole, in one piece, or not at all. A last line without its end, of a process that died writing it, is
-cut off when the file is opened again.
+A line is written whole or not at all; an unfinished last line is cut off when the file is opened.
 """
 
 import errno
@@ -21,17 +20,8 @@ Entry = dict[str, Any]
 class Journal:
     """The journal in a file, written by one process; its threads may share it.
 
-    Args:
-        path: made, with its folders, where it is missing.
-        identity: what tells an entry from others; of those with one identity only the first is kept. Entries whose
-            identity is None are all kept.
-
-    Attributes:
-        entries: found in the file.
-
-    Raises:
-        OSError: it cannot be read or written.
-        UserError: a line before its end is damaged.
+    `entries` are those found. Of entries with one `identity` only the first is kept; identity None keeps all. Raises
+    UserError where a line before the last is damaged.
     """
 
     def __init__(self, path: Path, identity: Callable[[Entry], Hashable] | None = None) -> None:
@@ -45,11 +35,7 @@ class Journal:
         os.ftruncate(self._file, whole)
 
     def add(self, entry: Entry) -> bool:
-        """Append an entry; False where one of its identity is there already, or the journal is closed.
-
-        Raises:
-            OSError: it cannot be written; nothing of it is.
-        """
+        """Append; False for a known identity or a closed journal. After an OSError nothing is written."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"  # NaN stays NaN: only Python reads this
         with self._lock:
             identity = self._identity(entry)
@@ -62,7 +48,7 @@ class Journal:
         return True
 
     def close(self) -> None:
-        """Let go of the file. Closing twice does no harm."""
+        """Close the file. Idempotent."""
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
@@ -70,16 +56,12 @@ class Journal:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The whole entries in a journal; none where there is no file.
-
-    Raises:
-        UserError: it cannot be read, or a line before its end is damaged.
-    """
+    """The whole entries; none without a file. Raises UserError where it is unreadable or damaged."""
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[list[Entry], int]:
-    """The entries, and the length in bytes of the whole lines."""
+    """The entries, and the whole lines' length in bytes."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -1,9 +1,7 @@
 """The ledger: what a run has used so far, on every axis at once.
 
-Axes: optimizer steps, tokens, FLOPs, seconds (by the run's clock), and parameter-seconds, the integral of N over
-time with N all parameters (tied ones counted once). Wall seconds are recorded beside them whatever the clock.
-Grafts, and trials on copies, are charged; the validation that every arm does at the same points is kept apart in
-`validation_seconds`.
+Parameter-seconds are the integral of N over time, N all parameters (tied ones once). Grafts and trials on copies are
+charged; validation, the same for every arm, is kept apart.
 """
 
 from dataclasses import asdict, dataclass
@@ -37,7 +35,7 @@ class Ledger:
         tokens: int = 0,
         flops: float = 0.0,
     ) -> None:
-        """Add the cost of a training step (or, with no steps and tokens, of a graft) at the size it was done at."""
+        """Add a training step's cost, or a graft's (no steps and tokens), at the size it was done at."""
         self.steps += steps
         self.tokens += tokens
         self.flops += flops
@@ -47,7 +45,7 @@ class Ledger:
         self.parameter_seconds_non_embedding += parameters_non_embedding * seconds
 
     def add(self, other: "Ledger") -> None:
-        """Add what something else has used, on every axis."""
+        """Add another ledger's totals."""
         for name, value in other.as_dict().items():
             setattr(self, name, getattr(self, name) + value)
 

@@ -1,4 +1,4 @@
-"""Memory: whether there is enough, and what the C library keeps though nobody uses it."""
+"""Memory: whether there is enough, and returning what is freed."""
 
 import ctypes
 import sys
@@ -9,15 +9,7 @@ from esper.platform.errors import UserError
 
 
 def check_fits(needed: int, what: str) -> None:
-    """Refuse what cannot be held by this machine, before it is tried.
-
-    Args:
-        needed: bytes.
-        what: for which, as errors call it.
-
-    Raises:
-        UserError: the machine's whole memory is less.
-    """
+    """Raise UserError where `what` needs more bytes than the machine's memory."""
     there = psutil.virtual_memory().total
     if needed > there:
         raise UserError(
@@ -27,11 +19,9 @@ def check_fits(needed: int, what: str) -> None:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library is glibc; else nothing.
+    """Return freed memory to the system (glibc only).
 
-    A driver frees thousands of arrays of a few KiB an iteration, between others that stay; glibc keeps such pages, some
-    5 MiB for every 512 decisions (measured), until it is told to look
-    (https://man7.org/linux/man-pages/man3/malloc_trim.3.html).
+    glibc keeps pages between live arrays, about 5 MiB per 512 decisions (measured); see malloc_trim(3).
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none

@@ -1,8 +1,6 @@
-"""Pins: what a result rests on, by content, so that a run that is resumed goes on from nothing else.
+"""Pins: hashes of what a run's numbers depend on, so that a resumed run goes on from the same.
 
-`OUT/spec.json` is the resolved spec, `OUT/inputs/` holds copies of the files that were named (a policy, a schedule).
-`OUT/pins.json` holds their SHA-256, the text's fingerprint, a digest of the code that numbers depend on, and torch's
-version.
+A run's folder holds `spec.json` (resolved), `inputs/` (copies of named files) and `pins.json`.
 """
 
 import functools
@@ -22,7 +20,7 @@ CODE = ("platform", "workers", "policies")  # the folders that numbers depend on
 
 
 class Pins(Frozen):
-    """What `pins.json` holds; digests are SHA-256 in hexadecimal digits."""
+    """`pins.json`; digests are SHA-256 in hexadecimal."""
 
     files: dict[str, str]  # path in the run's folder → digest
     inputs: dict[str, str]  # name of an input → path in the run's folder
@@ -33,21 +31,7 @@ class Pins(Frozen):
 
 
 def pin(out: Path, spec: RunSpec, *, data: str | None, inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """Note in `out` what a run rests on; `pins.json` comes last.
-
-    Args:
-        out: the run's folder.
-        spec: resolved.
-        data: fingerprint of the text.
-        inputs: files that were named, by what they are for.
-
-    Returns:
-        The copies of the inputs, which the run is to read.
-
-    Raises:
-        UserError: an input cannot be read.
-        OSError: something cannot be written.
-    """
+    """Copy spec and inputs into the run's folder, `pins.json` last; returns the copies, which the run must read."""
     copies = {name: out / INPUTS / f"{name}{path.suffix}" for name, path in inputs.items()}
     contents = {copies[name]: _content(path, f"the {name} {path}") for name, path in inputs.items()}
     contents[out / SPEC] = (spec.model_dump_json(indent=2) + "\n").encode()
@@ -66,18 +50,7 @@ def pin(out: Path, spec: RunSpec, *, data: str | None, inputs: Mapping[str, Path
 
 
 def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
-    """Make sure that a run would go on from what it began with.
-
-    Args:
-        out: the run's folder.
-        data: fingerprint of the text as it is now.
-
-    Returns:
-        The copies of its inputs.
-
-    Raises:
-        UserError: naming the first thing that differs.
-    """
+    """The copies of a run's inputs; raises UserError for the first thing that differs from its pins."""
     pins = Pins.checked(read_json(out / PINS, str(out / PINS), "the folder of a run that was begun"), str(out / PINS))
     for name, digest in pins.files.items():
         if hashlib.sha256(_content(out / name, str(out / name))).hexdigest() != digest:

@@ -13,7 +13,7 @@ PACKAGES = ("torch", "ray", "mlflow", "numpy")
 
 
 def provenance() -> dict[str, str]:
-    """Tags for a run: `commit`, `hardware` (processor, cores that this process may use, GPUs), and `versions`."""
+    """Tags of a run: `commit`, `hardware` (processor, usable cores, GPUs), `versions`."""
     packages = [f"{package} {version(package)}" for package in PACKAGES]
     versions = ", ".join([f"Python {platform.python_version()}", *packages])
     return {"commit": commit() or "unknown", "hardware": _hardware(), "versions": versions}
@@ -21,7 +21,7 @@ def provenance() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of this clone, with `-dirty` where files differ from it; None where the code is in no clone."""
+    """This clone's commit, with `-dirty` where files differ; None outside a clone."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:

@@ -1,7 +1,6 @@
-"""Named streams of random numbers: one seed for a run, an independent stream for each purpose.
+"""Named random streams: a draw depends only on (seed, name, keys), never on earlier draws.
 
-A draw depends only on (seed, name, keys), never on how many draws came before it. So grafting changes no other
-stream, two arms with the same seed see the same batches, and a resumed run needs no generator state.
+So a graft changes no other stream, arms with one seed see equal batches, and a resumed run needs no generator state.
 """
 
 import zlib
@@ -21,5 +20,5 @@ def derive(seed: int, name: str, *keys: int) -> int:
 
 
 def torch_stream(seed: int, name: str, *keys: int) -> torch.Generator:
-    """`stream` as a CPU torch generator: weights are drawn on the CPU, so that every device starts equal."""
+    """`stream` as a CPU torch generator: weights drawn on the CPU are equal on every device."""
     return torch.Generator().manual_seed(derive(seed, name, *keys))

@@ -1,4 +1,4 @@
-"""Telemetry as Gymnasium spaces: what an RL library takes for observations and actions."""
+"""Telemetry as Gymnasium spaces."""
 
 import gymnasium as gym
 import numpy as np
@@ -23,5 +23,5 @@ def action_space(space: TelemetrySpace) -> gym.spaces.Discrete:
 
 
 def observation(telemetry: Telemetry) -> dict[str, np.ndarray]:
-    """A telemetry as an element of `observation_space`."""
+    """An element of `observation_space`."""
     return {name: np.asarray(array, np.float32) for name, array in telemetry.arrays().items()}

@@ -1,7 +1,6 @@
-"""RunSpec: everything that decides a run's numbers, as frozen models read from a preset and overrides.
+"""RunSpec: everything that decides a run's numbers, from a preset and overrides.
 
-Every size that memory is taken for has a bound. Names that need a registry (a blueprint, a host, a tokenizer) are
-resolved where the registry lives.
+Sizes that memory depends on are bounded. Names (blueprint, host, tokenizer) are resolved by their registries.
 """
 
 import json
@@ -27,8 +26,7 @@ Layers = Annotated[int, Field(ge=1, le=512)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 Neurons = Annotated[int, Field(ge=1, le=2**20)]
 Batch = Annotated[int, Field(ge=8, le=2**20)]
-Range = tuple[float, float]
-"""Low and high; equal for a number that is not drawn."""
+Range = tuple[float, float]  # low and high; equal for a number that is not drawn
 
 
 class ExpertSpec(Frozen):
@@ -81,7 +79,7 @@ class HostSpec(Frozen):
         return self
 
     def starting_with(self, n_layer: int | None) -> Self:
-        """With that many layers, all alike; as it is for None."""
+        """With `n_layer` layers of equal shape; unchanged for None."""
         return self if n_layer is None else self.model_copy(update={"n_layer": n_layer, "layers": None})
 
 
@@ -97,11 +95,10 @@ class DataSpec(Frozen):
 
 
 class OptimizerSpec(Frozen):
-    """AdamW and its rate: warm-up, stable, decay, by the fraction of the budget spent.
+    """AdamW; its rate warms up, stays stable and decays, by the fraction of the budget spent.
 
-    The stable rate is `learning_rate · (N / rate_parameters)^(−rate_exponent)`, N the non-embedding parameters
-    now: an exponent of 0 makes it constant, a positive one lowers it as the network grows. `rates` or `rate_path`
-    take its place.
+    The stable rate is `learning_rate · (N / rate_parameters)^(−rate_exponent)`, N the non-embedding parameters now;
+    `rates` or `rate_path` replace it.
     """
 
     learning_rate: Positive = 3e-3  # stable rate at rate_parameters
@@ -139,7 +136,7 @@ class BudgetSpec(Frozen):
     axis: Axis = "parameter_seconds"
     amount: Positive = 1e6  # in the axis's own unit
     decisions: Annotated[int, Field(ge=1, le=1000)] = 24  # K, in an episode
-    # Budget fractions whose annealed loss is taken on a fork, not charged.
+    # Budget fractions at which a fork, not charged, is annealed.
     cooldowns: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=1000)] = ()
 
 
@@ -173,7 +170,7 @@ class FleetSpec(Frozen):
 
 
 class PPOSpec(Frozen):
-    """Simic's PPO (Schulman et al. 2017, 1707.06347), in RLlib's terms; γ is 1 by design."""
+    """PPO (Schulman et al. 2017, 1707.06347) in RLlib's terms; γ is 1 by design."""
 
     iterations: Count = 20
     decisions: Batch = 256  # that an iteration learns from (train_batch_size)
@@ -190,10 +187,9 @@ class PPOSpec(Frozen):
 
 
 class LawSpec(Frozen):
-    """Ranges from which a surrogate's laws are drawn, each (low, high), as `workers/laws/scaling_law.py` says.
+    """Ranges (low, high) of a surrogate's laws (`workers/laws/scaling_law.py`), drawn evenly; "log": in the logarithm.
 
-    Drawn evenly, those marked "log" evenly in the logarithm. The defaults suit no text in particular;
-    `workers/laws/fit.py` fits them to static runs.
+    The defaults fit no text in particular; `workers/laws/fit.py` fits them to static runs.
     """
 
     floor: Range = (0.3, 0.3)  # E, nats
@@ -254,9 +250,9 @@ class RunSpec(Frozen):
         return self
 
     def training_bytes(self) -> int:
-        """About the least memory that training takes at the starting size, without the vocabulary's part.
+        """About the least memory of training at the starting size, in bytes, without the vocabulary's part.
 
-        Weights, gradients and AdamW's two moments in float32; of activations, 12 of width C per token and layer.
+        Weights, gradients and AdamW's moments in float32; 12 activations of width C per token and layer.
         """
         host, c = self.host, self.host.n_embd
         heads = host.n_head * (host.head_dim or c // host.n_head)
@@ -267,11 +263,7 @@ class RunSpec(Frozen):
         return 16 * parameters + 4 * 12 * tokens * c * len(layers)
 
     def overridden(self, values: Mapping[str, Any]) -> Self:
-        """With the values of dotted keys (`budget.amount`) put in.
-
-        Raises:
-            UserError: an unknown key, or a value that is not allowed.
-        """
+        """With values by dotted key (`budget.amount`); raises UserError for an unknown key or a value not allowed."""
         dump = self.model_dump(mode="json")
         for key, value in values.items():
             _assign(dump, key, value)
@@ -284,13 +276,7 @@ def presets() -> tuple[str, ...]:
 
 
 def load_spec(preset: str, overrides: Sequence[str] = ()) -> RunSpec:
-    """The spec of a preset (a name or a JSON file) with `key.path=value` overrides applied.
-
-    A value is read as JSON where it is JSON (`8`, `0.1`, `null`, `[0.9, 0.95]`), else as text.
-
-    Raises:
-        UserError: unknown preset or key, or a value that is not allowed; it names the file that it is in.
-    """
+    """A preset (name or JSON file) with `key.path=value` overrides, JSON or text; raises UserError for a wrong one."""
     values = _read_preset(preset)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -310,7 +296,7 @@ def saved_spec(path: Path) -> RunSpec:
 
 
 def value_of(text: str) -> Any:
-    """A value as it is typed: JSON where it is JSON, else text."""
+    """The JSON value that `text` is, or else the text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

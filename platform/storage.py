@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: everything is written beside its place, flushed, and renamed."""
+"""Files that are whole or absent: written beside their place, synced, and renamed."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ from esper.platform.errors import UserError
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError name `path`: a write, unlike an open, names no file, and a rename two."""
+    """Let an OSError name `path` alone: a failed write names no file, a rename two."""
     try:
         yield
     except OSError as error:
@@ -25,11 +25,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file and its folders, on the disk when this returns: a reader sees the old file or the new one.
-
-    Raises:
-        OSError: it cannot be written; its `filename` is `path`, and nothing is left of what was begun.
-    """
+    """Write a file and its folders, synced; raises OSError naming `path` and leaves no partial file."""
     partial = _beside(path)
     with naming(path):
         standing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -55,21 +51,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON. NaN is refused: JSON has none."""
+    """Write indented JSON; raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, what: str, example: str) -> Any:
-    """The value in a JSON file that a user named.
-
-    Args:
-        path: the file.
-        what: how errors call it, such as `--schedule plan.json`.
-        example: what it should be, for the mend.
-
-    Raises:
-        UserError: it cannot be read, or is no JSON.
-    """
+    """A user's JSON file; raises UserError, which calls it `what` and asks for `example`, where it is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -80,12 +67,9 @@ def read_json(path: Path, what: str, example: str) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill that becomes `path` only when the block ends without an error.
+    """Yield a folder that becomes `path` when the block ends without an error; of two at once the first wins.
 
-    Two processes may fill the same `path` at once: the first to finish wins, the other's work is dropped.
-
-    Raises:
-        UserError: it cannot be written.
+    Raises UserError where it cannot be written.
     """
     partial = _beside(path.absolute())
     try:
@@ -104,11 +88,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file, which is let go with the process however that ends.
-
-    Raises:
-        BlockingIOError: another process holds it, and this one is not to wait.
-    """
+    """Hold a lock file, released however the process ends; raises BlockingIOError where it is held and not `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:  # closing it lets go of it
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -117,7 +97,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Be the only process that works in a folder. Raises UserError: another one does."""
+    """Be the only process in a folder; raises UserError where another is."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder / ".lock", wait=False))
@@ -127,11 +107,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def check_unused(out: Path) -> None:
-    """Refuse an output folder that cannot become a run's own.
-
-    Raises:
-        UserError: `out` is a file, a folder with anything in it, or in a place that may not be written to.
-    """
+    """Raise UserError unless `out` is new or an empty folder, and writable."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: name a new or empty folder.")
     if out.is_dir() and any(out.iterdir()):
@@ -140,7 +116,7 @@ def check_unused(out: Path) -> None:
 
 
 def check_new_file(out: Path) -> None:
-    """Refuse an output file that is there already, or that cannot be made. Raises UserError: so it is."""
+    """Raise UserError where `out` exists or cannot be made."""
     if out.exists():
         raise UserError(f"--out {out} is there already: name a new file.")
     _check_writable(out)

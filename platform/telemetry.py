@@ -1,8 +1,7 @@
-"""Telemetry: what a worker tells the controller at each decision. Fixed order, versioned, always finite.
+"""Telemetry: what a worker tells the controller at each decision. Fixed shapes, versioned, always finite.
 
-The column names below are the one list of fields; everything is read and written by name. A quantity that may be
-unmeasured has a `…_measured` flag beside it: 0 in the quantity means nothing unless its flag is 1. Rows beyond the
-present ones are all zero (`present` = 0), up to the preset's maxima, so that every array has a fixed shape.
+Fields are read and written by the names below. A quantity with a `…_measured` flag means nothing while the flag is 0.
+Rows beyond the present ones are zero (`present` = 0), up to the preset's maxima.
 """
 
 from dataclasses import dataclass
@@ -74,13 +73,12 @@ CANDIDATE = (
 )
 
 
-CHECKED = ConfigDict(arbitrary_types_allowed=True, revalidate_instances="always")
-"""For dataclasses that come from another process: pydantic looks at each field, of instances too."""
+CHECKED = ConfigDict(arbitrary_types_allowed=True, revalidate_instances="always")  # for what another process sent
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one row of `candidates` stands for."""
+    """A row of `candidates`."""
 
     __pydantic_config__ = CHECKED
 
@@ -99,7 +97,7 @@ WAIT = Candidate("wait")
 
 @dataclass(frozen=True)
 class TelemetrySpace:
-    """The fixed array sizes of a preset: at most `sites` sites and `candidates` candidates."""
+    """The most sites and candidates of a preset: they fix the arrays' sizes."""
 
     sites: int
     candidates: int
@@ -151,7 +149,7 @@ class Telemetry:
         return {"globals": self.globals, "sites": self.sites, "candidates": self.candidates, "mask": self.mask}
 
     def problems(self, space: TelemetrySpace) -> str | None:
-        """Why this observation must not be used (wrong version or shape, not finite), or None."""
+        """Why this observation cannot be used (version, shape, not finite), or None."""
         if self.version != VERSION:
             return f"telemetry of version {self.version}, but this code reads version {VERSION}"
         for name, shape in space.shapes.items():
