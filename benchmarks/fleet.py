@@ -1,7 +1,6 @@
 """Benchmark of the fleet: decisions through one dispatcher.
 
-A thousand real actors do not fit a small machine: workers are logical ones, many to an async actor, which sleep instead
-of training and answer with recorded telemetry. The driver's side, and every call through Ray, is what a training has.
+Logical workers, many to an async actor, sleep and answer with recorded telemetry: 1,000 real ones do not fit here.
 """
 
 import asyncio
@@ -32,14 +31,14 @@ SPEC = load_spec("tinystories-char")
 
 @ray.remote(num_cpus=0.01, max_restarts=0)
 class Many:
-    """Many logical workers in one process: each sleeps and answers from a recorded episode."""
+    """Many logical workers in one process: each sleeps, then answers from a recorded episode."""
 
     def __init__(self, recorded: list[Any], seconds: float) -> None:
         self._recorded, self._seconds = recorded, seconds
         self._chance = np.random.default_rng(os.getpid())
 
     async def up(self) -> None:
-        """Answers once it is there."""
+        """Return once it is there."""
 
     async def advance(self, order: Order) -> Reply:
         """The recorded answer, after a while."""
@@ -49,7 +48,7 @@ class Many:
 
 
 class LogicalFleet(RayFleet):
-    """Logical workers, `each` to an actor; notes when a reply came and when its order went out."""
+    """Logical workers, `each` to an actor; notes the times of replies and orders."""
 
     def __init__(self, count: int, each: int, seconds: float) -> None:
         actors = [Many.options(max_concurrency=2 * each).remote(_recorded(), seconds) for _ in range(-(-count // each))]
@@ -61,7 +60,7 @@ class LogicalFleet(RayFleet):
         super().__init__(lambda: next(handles), lambda: count)
 
     def submit(self, worker: int, order: Order) -> None:
-        """Send, and note how long the reply before it waited."""
+        """Send, and note how long the previous reply waited."""
         super().submit(worker, order)
         if worker in self.arrived:
             self.latencies.append(time.perf_counter() - self.arrived[worker])
@@ -81,7 +80,7 @@ class LogicalFleet(RayFleet):
 
 
 def _recorded() -> list[Any]:
-    """The answers of an episode that grafts now and then, each legal action of which may be chosen as well."""
+    """An episode that grafts now and then; any legal action may be chosen at each answer."""
     run = SurrogateRun(SPEC)
     answers: list[Any] = [run.reset(Instance(), 0)]
     while not run.ended:
@@ -91,7 +90,7 @@ def _recorded() -> list[Any]:
 
 
 def bench_dispatch() -> None:
-    """Decisions a second through one dispatcher, latency, and cost of a decision by the number of workers."""
+    """Decisions a second through one dispatcher, latency, and cost a decision, by number of workers."""
     print("dispatcher, one core, with its journal (goals: 500 decisions/s and p99 < 100 ms at 1,000 logical workers)")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers could not import it
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

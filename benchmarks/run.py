@@ -1,9 +1,6 @@
-"""`make bench`: speed as paired ratios, measured alternately in one process.
+"""`make bench` (or `python benchmarks/run.py step growth dispatch sweep`): paired ratios, timed in turn.
 
-    python benchmarks/run.py            # every benchmark
-    python benchmarks/run.py step       # one of them: step, growth, dispatch, sweep
-
-A number depends on the machine and on what else it does; a ratio of two things timed in turn hardly does.
+A ratio hardly depends on the machine or its load.
 """
 
 import copy
@@ -42,7 +39,7 @@ BLOCKS = 7  # paired blocks, each a few steps of the one, then of the other
 
 
 def paired(a: Callable[[], object], b: Callable[[], object], steps: int) -> list[float]:
-    """Seconds of b over seconds of a, a value per block; above 1 means that a is the faster."""
+    """Seconds of b over seconds of a, one value per block; above 1 a is faster."""
     for _ in range(BURN_IN):
         a()
         b()

@@ -1,4 +1,4 @@
-"""What a sweep costs beside its training: the same runs as Ray Tune trials, and one after another in this process."""
+"""Cost of a sweep beside its training: the same runs as Ray Tune trials and one after another here."""
 
 import os
 import tempfile
@@ -18,7 +18,7 @@ SETTINGS = ("budget.cooldowns=[0.5]",)  # as many forks here as there
 
 
 def bench_sweep() -> None:
-    """Seconds of a sweep of static runs of `demo`, and of the same runs alone, shared out over the cores."""
+    """Seconds of a sweep of static `demo` runs, against the same runs alone, shared out over the cores."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         shards = Path(folder) / "shards"

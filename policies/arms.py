@@ -1,4 +1,4 @@
-"""The arms: every controller by name. The one list; the command line, the sweep and the docs derive from it."""
+"""Every controller by name; the command line, the sweep and the docs derive from this list."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class ArmInputs:
     blueprints: tuple[str, ...] | None = None  # those the run has: a schedule or a match may name no others
 
     def check(self, what: str, wanted: Iterable[str]) -> None:
-        """Refuse blueprints that the run does not have."""
+        """Raise UserError where the run lacks a blueprint."""
         for name in wanted:
             if self.blueprints is not None and name not in self.blueprints:
                 raise unknown(f"blueprint in {what}", name, self.blueprints)
@@ -82,7 +82,7 @@ ALIASES = {"baseline": "static", "heuristic": "tamiyo"}
 
 
 def arm_name(name: str) -> str:
-    """The arm that a name or an alias stands for; a UserError where there is none."""
+    """The arm of a name or an alias; a UserError where there is none."""
     name = ALIASES.get(name, name)
     if name not in ARMS:
         raise unknown("arm", name, [*ARMS, *ALIASES])
@@ -90,5 +90,5 @@ def arm_name(name: str) -> str:
 
 
 def make_policy(arm: str, inputs: ArmInputs) -> GrowthPolicy:
-    """The controller of an arm; a UserError where there is no such arm, or it lacks what it needs."""
+    """The controller of an arm; a UserError where the arm is unknown or lacks an input."""
     return ARMS[arm_name(arm)](inputs)

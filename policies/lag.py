@@ -1,25 +1,13 @@
-"""Lag: tries every graft on a copy of the run for a while, and takes the one that does best.
+"""Lag tries every graft on a copy, and takes the best (Landscape-Aware Growing, Karp et al. 2024, 2406.02469).
 
-Landscape-Aware Growing (Karp et al. 2024, 2406.02469): how the loss stands a short lag after a growth operation tells
-the final ranking better than how it stands right after it. Here every graft starts at the loss that was, so without a
-lag there is nothing to tell.
+1. Wait for a slope, and then for a decision whose number is a multiple of `patience` of all decisions.
+2. Of the legal grafts, keep those that the rest of the budget can train; without any, wait.
+3. Wait if the trial would cost more than `cost` of the budget, or last until the rate decays.
+4. Train copies for `steps` optimizer steps, under WAIT and each graft, on the same batches; charged to the run.
+5. Take the lowest mean loss over the last `tail` of the steps; of equal ones WAIT.
 
-1. Wait until there is a slope, and then until a decision whose number is a multiple of `patience` of all decisions.
-2. Of the legal grafts, keep those that the rest of the budget can train, as Tamiyo does; without any, wait.
-3. Wait if trying them would cost more than `cost` of the budget, or would last until the rate decays.
-4. Train a copy of the run for `steps` optimizer steps under WAIT and one under each graft, on the same batches.
-5. Take the one with the lowest mean loss over the last `tail` of those steps; of equal ones WAIT.
-
-Everything tried is charged to the run. The policy keeps no state.
-
-Copies are compared at equal steps, not at equal cost: a seed's rate warms up over `growth.probation_steps`, so within a
-shorter lag next to nothing is gained while the larger size is paid for at once, and WAIT would always win. A lag tells
-*which* graft, of those that warm up alike; *whether* growing pays is left to rules 2 and 3. The same batches, because
-other ones add nine millinats of noise to a difference of one or two. The default length is a quarter of the character
-presets' warm-up, where a sixteenth tells nothing.
-
-A limit that matters: as a seed warms up, the host's learning rate glides to that of the larger size, and a falling rate
-lowers the loss by itself. So of grafts of different sizes the largest is mostly taken (docs/results.md).
+Equal steps, not equal cost: a graft gains little during its warm-up, so WAIT would always win. A known bias: the host's
+rate falls as a seed warms up, so the largest graft mostly wins (docs/results.md).
 """
 
 import math
@@ -45,13 +33,13 @@ class Limits:
 
 
 class LagPolicy:
-    """The rule above."""
+    """The rules above; keeps no state."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        """The best of what it tried, or WAIT with the reason. Raises UserError: there is no probe."""
+        """The best graft tried, or WAIT with the reason; a UserError without a probe."""
         if probe is None:
             raise UserError(
                 "lag tries grafts on copies of the run, and was given no probe to try them through: play it where "

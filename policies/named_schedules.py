@@ -1,7 +1,7 @@
-"""Schedules by name: the fixed growth plans that any controller has to beat.
+"""Named schedules: the fixed growth plans that any controller has to beat, in budget fractions.
 
-Fractions are of the budget. Depth by one jump or by few: Du et al. 2024 (2405.15319) and 2511.04981; several kinds in
-turn: MSG (Yao et al. 2023, 2305.02869). The numbers were chosen on `tinystories-char`, before any sweep's test seeds.
+Sources: Du et al. 2024 (2405.15319), 2511.04981; MSG (Yao et al. 2023, 2305.02869). Chosen on `tinystories-char`
+before any sweep's test seeds.
 """
 
 from esper.policies.schedule import Entry
@@ -20,4 +20,3 @@ NAMED: dict[str, tuple[Entry, ...]] = {
     "width": tuple(Entry(at=at, blueprint=WIDTH) for at in OFTEN),
     "layers": tuple(Entry(at=at, blueprint=LAYER) for at in OFTEN),
 }
-"""Name → grafts."""

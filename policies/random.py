@@ -1,8 +1,6 @@
-"""Random: grafts without looking. The control that tells a controller's judgement from growth itself.
+"""Random grafts: the control that tells a controller's judgement from growth itself.
 
-Either by a rate (each decision, with probability `rate`, one of the legal grafts), or matched to another run: the
-same number of grafts of the same blueprints, in random order, at random moments before the rate decays, at random
-sites.
+Either at a `rate`, or the grafts of another run in random order, at random sites and moments before the rate decays.
 """
 
 from collections.abc import Sequence
@@ -16,9 +14,8 @@ class RandomPolicy:
     """Draws are keyed by (seed, decision).
 
     Args:
-        seed: of the `policy` stream.
-        rate: probability of a graft at a decision; not used if `matched` is given.
-        matched: blueprint names to graft, each once per mention.
+        rate: probability of a graft at a decision; unused with `matched`.
+        matched: blueprints to graft, each once per mention.
     """
 
     def __init__(self, seed: int = 0, *, rate: float = 0.2, matched: Sequence[str] | None = None) -> None:
@@ -38,7 +35,7 @@ class RandomPolicy:
         else:
             nxt = self._pending[0] if self._pending else None
             wanted = [i for i in grafts if telemetry.actions[i].blueprint == nxt]
-            # With chance pending / decisions left, this one included, all get their turn before the rate decays.
+            # Chance pending / decisions left: all get their turn before the rate decays.
             left = round(10 ** telemetry.get("growth_decisions_left") - 1)
             chance = len(self._pending) / max(1, left)
         if not wanted or random.random() >= chance:
@@ -52,9 +49,9 @@ class RandomPolicy:
         return [str(name) for name in self._pending]
 
     def resume(self, state: list[str]) -> None:
-        """Go on with these."""
+        """Go on with these blueprints."""
         self._pending = list(state)
 
     def unplayed(self) -> list[str]:
-        """The blueprints still to come, of those to be matched."""
+        """The matched blueprints still to come."""
         return self.state()

@@ -1,8 +1,7 @@
 """Schedule: a fixed list of grafts at budget fractions, blind to telemetry.
 
-A JSON list, such as `[{"at": 0.15, "blueprint": "block"}, {"at": 0.4, "blueprint": "ffn", "site": "h0.ffn"}]`.
-Without a site, the deepest one where it is legal. An entry is due at the first decision at or past its fraction; one
-graft a decision, in order, and one that is not legal when due waits until it is.
+JSON: `[{"at": 0.15, "blueprint": "block"}, {"at": 0.4, "blueprint": "ffn", "site": "h0.ffn"}]`; without a site, the
+deepest legal one. One graft a decision, in order, at or past its fraction; an illegal one waits until it is legal.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,7 @@ class Entry(Frozen):
 
 
 class SchedulePolicy:
-    """Plays a schedule.
-
-    Attributes:
-        entries: by the fraction at which they are due.
-    """
+    """Plays `entries`, sorted by their fractions."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = sorted(entries, key=lambda entry: entry.at)
@@ -38,7 +33,7 @@ class SchedulePolicy:
 
     @classmethod
     def load(cls, path: Path) -> "SchedulePolicy":
-        """Read a schedule. Raises UserError: no such file, no JSON list, or an entry that is not one."""
+        """Read a schedule; a UserError where it is missing or malformed."""
         values = read_json(path, f"--schedule {path}", "a JSON file")
         if not isinstance(values, list):
             raise UserError(
@@ -48,11 +43,7 @@ class SchedulePolicy:
         return cls([Entry.checked(value, f"entry {i} of {path}") for i, value in enumerate(values)])
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        """The entry that is due, or WAIT.
-
-        Raises:
-            UserError: an entry names a blueprint or a site that the run does not have.
-        """
+        """The due entry, or WAIT; a UserError where the run lacks its blueprint or site."""
         if telemetry.sequence == 0:
             self._next = 0
         if self._next == len(self.entries) or telemetry.get("budget_used") < self.entries[self._next].at:
@@ -66,11 +57,11 @@ class SchedulePolicy:
         return GraftAction(legal[-1], telemetry.sequence, f"due at {entry.at:g}")
 
     def state(self) -> int:
-        """How many entries have been played."""
+        """Number of entries played."""
         return self._next
 
     def resume(self, state: int) -> None:
-        """Go on after so many."""
+        """Go on after so many entries."""
         self._next = state
 
     def unplayed(self) -> list[str]:

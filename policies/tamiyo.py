@@ -1,12 +1,9 @@
 """Tamiyo (alias `heuristic`): the rule-based controller.
 
-1. Wait while the loss still falls fast: while slope_fast × (budget left before the rate decays) > `flat`.
-2. Wait until `patience` of all decisions have passed since the last graft: a young seed has not shown what it does.
-3. Of the legal grafts, keep those that the rest of the budget can train: at least `tokens_per_parameter` tokens for
-   each parameter of the grown network.
-4. Prefer a layer to neurons to heads (what adds most first), and of equal kinds the site with the greatest pressure,
-   its gradient norm over its weight norm, less what the graft costs in seconds per step.
-5. Graft it; if none is left, wait.
+1. Wait while slope_fast × (budget left before the rate decays) > `flat`.
+2. Wait until `patience` of all decisions have passed since the last graft: a young seed has shown nothing yet.
+3. Keep the legal grafts after which the rest of the budget holds `tokens_per_parameter`; without any, wait.
+4. Prefer a layer to neurons to heads, then the site of the greatest gradient over weight norm, less seconds per step.
 """
 
 from dataclasses import dataclass
@@ -28,7 +25,7 @@ class Thresholds:
 
 
 class TamiyoPolicy:
-    """The rule above; it keeps no state."""
+    """The rules above; keeps no state."""
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self.thresholds = thresholds or Thresholds()

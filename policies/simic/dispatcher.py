@@ -1,4 +1,4 @@
-"""The dispatcher: serves a fleet from a thread of its own, so that no worker waits for another or for the learner.
+"""The dispatcher serves a fleet from its own thread: no worker waits for another or for the learner.
 
     workers ──replies──► ready ──► one batched inference ──► orders ──► workers
                            │ episode ended
@@ -6,23 +6,21 @@
                          ended ──► SimicEnvRunner.sample() ──► PPO's learner ──► new weights, between two batches
 
 Rules, each tested:
-1. Whatever is ready is answered in one batch; nothing waits for what is not, and nothing is polled.
-2. Whole episodes only, every one that was begun, and learned from in the order in which they *began*: in the order in
-   which they end, those that end soon would be preferred.
-3. A step keeps what chose its action, with the weights' number: PPO's ratio is then right at any lag.
-4. Episode i has the seed `derive(seed, "episode", i)`, and its decision k the noise of the stream (seed, "policy", i,
-   k); a row's logits do not depend on its batch. So no action depends on who shared it.
-5. An episode belongs to no worker: an order that is lost goes, as it was, to the next free one (`workers/worker.py`).
-6. What must not be learned from is refused and counted, and the order sent again. An order that `TRIES` workers failed
-   at, or that took `DEATHS` processes with it, gives its episode up.
-7. When nothing but loss happens, the training ends with the last one's own words; at once where a user can mend them.
-8. A worker begins no episode while `ahead` decisions could be learned from, or while, beside so many, `OVERTAKING`
-   episodes a worker have ended and wait for one that began before them. With W workers, episodes of K decisions and
-   batches of B, a decision is then learned from within 1 + (ahead + (OVERTAKING + 1)·W·K) / B updates.
-9. With a journal, all of this outlives this process (`journal.py`).
+1. All ready replies are answered in one batch; nothing is polled.
+2. Every episode is learned from whole, in the order of beginning: the order of ending would prefer short episodes.
+3. A step keeps the logits and the number of the weights that chose its action: PPO's ratio is right at any lag.
+4. Episode i has the seed `derive(seed, "episode", i)`, its decision k the stream (seed, "policy", i, k), and a row's
+   logits do not depend on its batch: so no action does.
+5. An episode belongs to no worker: a lost order goes, unchanged, to the next free one (`workers/worker.py`).
+6. A bad reply is refused and counted, and the order sent again; after `TRIES` failed workers or `DEATHS` lost processes
+   the episode is dropped.
+7. Losses with no good reply between them end the training with the last error; a UserError ends it at once.
+8. A worker begins no episode while `ahead` decisions are ready, or while these and the ended episodes that wait for an
+   earlier one exceed `ahead` by `OVERTAKING` episodes a worker. With W workers, K decisions an episode and batches of
+   B, a decision is learned from within 1 + (ahead + (OVERTAKING + 1)·W·K) / B updates.
+9. With a journal, the episodes outlive this process (`journal.py`).
 
-A lockstep fleet (LocalFleet) needs no thread: `collect()` itself turns the loop. No weights arrive meanwhile and the
-order of answers is fixed, so equal seeds give equal trainings.
+With a lockstep fleet (LocalFleet) there is no thread: `collect()` turns the loop, and equal seeds give equal trainings.
 """
 
 import threading
@@ -64,7 +62,7 @@ OVERTAKING = 2  # episodes a worker that may end before one that began before th
 
 
 class Progress(Frozen):
-    """What a resumed training goes on from, beside the journal."""
+    """Where a training stands, beside its journal."""
 
     learned: int = Field(default=0, ge=0)  # episodes learned from or given up: all with lower numbers
     dropped: tuple[int, ...] = ()  # numbers of the episodes that were given up
@@ -73,23 +71,14 @@ class Progress(Frozen):
 
 
 class Dispatcher:
-    """See the module.
+    """Serves the workers of `fleet`; see the module.
 
     Args:
-        fleet: the workers.
-        net: a network of its own: the thread reads it while the learner trains another.
-        space: what a telemetry must look like.
-        seed: of episodes and action noise.
-        ahead: decisions that may wait for the learner before workers rest.
-        start: where a training stands that is gone on with.
+        net: not shared with the learner, which trains in another thread.
+        ahead: ready decisions at which workers rest.
+        start: of a resumed training.
         instances: episode number → instance.
-        deadlines: how long orders may take.
-        journal: keeps the episodes; what it holds is gone on with.
-
-    Attributes:
-        counts: since the training's start, of `COUNTS`.
-        dropped: numbers of the episodes that were given up.
-        begun: how many episodes have begun.
+        journal: keeps the episodes; those it holds are resumed.
     """
 
     def __init__(
@@ -123,20 +112,18 @@ class Dispatcher:
         self._taken: list[int] = []  # numbers of the episodes whose journal is still there
         self._thread: threading.Thread | None = None
         start = start or Progress()
-        self.begun = start.learned
+        self.begun = start.learned  # how many episodes
         self.counts: Counter[str] = Counter(start.counts)
-        self.dropped = list(start.dropped)
+        self.dropped = list(start.dropped)  # numbers of the episodes given up
         self._spent = {fate: dict(used) for fate, used in start.spent.items()}
         if journal is not None:
             self._take_up(journal)
 
-    # -- The learner's side --------------------------------------------------------------------------------------
-
     def collect(self, decisions: int, check: Callable[[], None] | None = None) -> list[SingleAgentEpisode]:
-        """Wait for whole episodes of at least so many decisions and take them, the first begun first.
+        """Wait for whole episodes of at least so many decisions, and take them in the order of beginning.
 
-        `check` is called at once and a few times a second meanwhile; what it raises passes through, and nothing is
-        taken. So does whatever ended the dispatcher's thread, and a UserError where workers do nothing but fail.
+        `check` runs at once and a few times a second; its errors, the thread's, and a UserError where workers only fail
+        pass through.
         """
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
@@ -173,19 +160,19 @@ class Dispatcher:
             self._new_weights = (weights, weights_seq_no)
 
     def busy_fraction(self) -> float | None:
-        """Mean fraction of the time since the last call in which a worker had an order; none in lockstep."""
+        """Mean fraction of the time since the last call in which a worker had an order; None in lockstep."""
         with self._changed:
             return None if self._fleet.lockstep else self._table.busy_fraction()
 
     def progress(self) -> Progress:
-        """Where the training stands, if what was taken has been learned from."""
+        """Where the training stands, if all taken episodes have been learned from."""
         with self._changed:
             learned = next(iter(self._untaken), self.begun)
             spent = {fate: dict(used) for fate, used in self._spent.items()}
             return Progress(learned=learned, dropped=tuple(self.dropped), counts=dict(self.counts), spent=spent)
 
     def spent(self) -> dict[str, dict[str, float]]:
-        """What episodes have used of each ledger axis: `learned` from (or taken to be), `in_flight`, and `dropped`."""
+        """Used amount of each ledger axis, of the episodes `learned` from (or taken), `in_flight` and `dropped`."""
         with self._changed:
             in_flight: dict[str, float] = {}
             for episode in self._untaken.values():
@@ -193,32 +180,32 @@ class Dispatcher:
             return {**{fate: dict(used) for fate, used in self._spent.items()}, "in_flight": in_flight}
 
     def forget(self) -> None:
-        """A checkpoint that has learned from all that was taken is whole: the journal need not keep it."""
+        """Delete the taken episodes' journals: a whole checkpoint has learned from them."""
         if self._journal is not None:
             self._journal.remove(self._taken)
         self._taken = []
 
     def instance(self, number: int) -> Instance | None:
-        """That of an episode."""
+        """The instance of an episode."""
         return self._instances(number)
 
     def in_flight(self) -> list[int]:
-        """Numbers of the episodes that have begun and were not taken, ascending."""
+        """Numbers of the episodes begun and not taken, ascending."""
         with self._changed:
             return list(self._untaken)
 
     def ready(self) -> int:
-        """Decisions that could be taken: of ended episodes before which none is under way."""
+        """Decisions of ended episodes before which none is under way."""
         with self._changed:
             return sum(each.decisions for each in takewhile(lambda each: each.ended, self._untaken.values()))
 
     def waiting(self) -> int:
-        """Decisions of ended episodes that wait for one that began before them."""
+        """Decisions of ended episodes that wait for an earlier one."""
         with self._changed:
             return sum(each.decisions for each in self._untaken.values() if each.ended) - self.ready()
 
     def workers(self) -> list[WorkerView]:
-        """A line a worker, for the live view; from any thread."""
+        """A line per worker, for the live view; from any thread."""
         with self._changed:
             return self._table.views(self._fleet.starting())
 
@@ -230,8 +217,6 @@ class Dispatcher:
             self._thread.join()
         self._fleet.close()
 
-    # -- The loop ------------------------------------------------------------------------------------------------
-
     def _serve(self) -> None:
         try:
             while not self._stopped:
@@ -242,7 +227,6 @@ class Dispatcher:
                 self._changed.notify_all()
 
     def _turn(self) -> None:
-        """Give out orders, take what is ready, answer it in one batch."""
         with self._changed:
             self._give_out()
             timeout = self._table.next_deadline()
@@ -262,7 +246,6 @@ class Dispatcher:
                 self._decide(wanting)
 
     def _give_out(self) -> None:
-        """Give every free worker an episode: one that lost its worker, else a new one."""
         for worker in self._table.free():
             if self._orphaned:
                 self._send(worker, self._orphaned.popleft())
@@ -290,7 +273,7 @@ class Dispatcher:
         self._fleet.submit(worker, episode.order)
 
     def _receive(self, worker: int, answer: object) -> Reply | None:
-        """Book a reply; returned if it wants an action."""
+        """Book a reply; returns it if it wants an action."""
         episode = self._table.episode(worker)
         if episode is None:
             return None
@@ -318,7 +301,6 @@ class Dispatcher:
         return None
 
     def _decide(self, wanting: Mapping[int, tuple[Candidate, ...]]) -> None:
-        """One inference for all, then the orders."""
         if self._new_weights is not None:
             weights, self._weights_seq_no = self._new_weights
             self._net.load_state_dict(weights)
@@ -336,10 +318,7 @@ class Dispatcher:
                 self._journal.note(episode)
             self._send(worker, episode)
 
-    # -- Losses --------------------------------------------------------------------------------------------------
-
     def _fail(self, worker: int, error: Exception) -> None:
-        """An order, or a worker's start, ended in an exception."""
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, UserError):
             self.counts["failures"] += 1
@@ -347,7 +326,6 @@ class Dispatcher:
         self._lose(worker, error, "failures")
 
     def _lose(self, worker: int, error: Exception, count: str) -> None:
-        """A worker did not do its order: it is replaced, the order is another's; give up if nothing else happens."""
         self.counts[count] += 1
         self._losses += 1
         episode = self._table.leave(worker)
@@ -376,10 +354,7 @@ class Dispatcher:
         if self._drops >= enough:
             raise _given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
 
-    # -- Helpers -------------------------------------------------------------------------------------------------
-
     def _take_up(self, journal: EpisodeJournal) -> None:
-        """Go on with what a journal holds."""
         learned, there = self.begun, journal.numbers()
         journal.remove([number for number in there if number < learned or number in self.dropped])
         for number in range(learned, max([learned, *(number + 1 for number in (*there, *self.dropped))])):
@@ -395,11 +370,9 @@ class Dispatcher:
 
 
 def infer(net: ControllerNet, observations: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits (B, A), log-probabilities (B, A) and values (B,), all float32, of a network in float64.
+    """Logits (B, A), log-probabilities (B, A) and values (B,), float32, of a network in float64.
 
-    In float32 the rounding of a matrix product depends on its shape and on a row's place in it; in float64 that is gone
-    once the result is rounded to float32, but for one value in 10^8. So an episode can be repeated to the bit, whatever
-    the fleet's timing.
+    In float32, rounding depends on the batch's shape; float64 makes episodes repeatable to the bit at any timing.
     """
     with torch.no_grad():
         logits, values = net({name: array.double() for name, array in batch(observations).items()})

@@ -1,11 +1,7 @@
-"""Distilling: a policy's median schedule, from the episodes it played: the open-loop control, which looks at nothing.
+"""Distilling: the median schedule of a policy's episodes, an open-loop control. Prunes are left out.
 
-1. As many grafts of a blueprint as the median episode has.
-2. The j-th of them is due at the median budget fraction of those episodes that have a j-th.
-3. It names a site if most of those episodes took the same one, and one that every episode starts with; else the
-   schedule takes the deepest site where the graft is legal.
-
-Prunes have no place in a schedule and are left out.
+1. Of each blueprint as many grafts as the median episode has, the j-th due at the median budget fraction of j-ths.
+2. A graft names a site if most of those episodes took it and every episode starts with it; else the deepest legal one.
 """
 
 import math
@@ -29,12 +25,10 @@ class Taken:
 
 
 def median_schedule(episodes: Sequence[Sequence[Taken]], decisions: int, sites: Collection[str] = ()) -> list[Entry]:
-    """The schedule that stands for these episodes, by the fraction at which its entries are due.
+    """The schedule of at least one episode's grafts, in order of due fraction.
 
     Args:
-        episodes: the grafts of each, in order; at least one episode.
-        decisions: in a budget. A decision falls on the first optimizer step past its boundary, and how far past varies:
-            fractions are taken back to the boundary.
+        decisions: in a budget; fractions go back to the decision's boundary, past which each falls by chance.
         sites: that every episode starts with.
     """
     entries = []
@@ -54,5 +48,5 @@ def _boundary(fraction: float, decisions: int) -> float:
 
 
 def _floored(fraction: float) -> float:
-    """Few digits, and never later: an entry rounded up would be due a decision late."""
+    """An entry rounded up would be due a decision late."""
     return math.floor(fraction * 10**DIGITS) / 10**DIGITS

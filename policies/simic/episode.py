@@ -1,4 +1,4 @@
-"""InFlight: an episode under way, as the dispatcher and its journal know it. Any worker can do its next order."""
+"""An episode under way, as the dispatcher and its journal know it; any worker can do its next order."""
 
 import base64
 import math
@@ -22,7 +22,7 @@ REACHED = ("budget_fraction", "val_loss", "parameters", *AXES)  # of a run's poi
 
 @dataclass(frozen=True)
 class Choice:
-    """An action and what chose it, kept until the outcome comes: new weights may be there by then."""
+    """An action and what chose it: by the time of its outcome there may be new weights."""
 
     action: int  # the row
     logits: np.ndarray  # float32 (A,)
@@ -32,7 +32,7 @@ class Choice:
     doing: str  # the action in words, for the view
 
     def outputs(self) -> dict[str, Any]:
-        """As RLlib's extra model outputs."""
+        """RLlib's extra model outputs."""
         return {
             Columns.ACTION_DIST_INPUTS: self.logits,
             Columns.ACTION_LOGP: np.float32(self.log_p),
@@ -43,7 +43,7 @@ class Choice:
 
 @dataclass
 class InFlight:
-    """See the module."""
+    """An episode under way."""
 
     number: int
     seed: int
@@ -67,16 +67,16 @@ class InFlight:
 
     @property
     def used(self) -> dict[str, float]:
-        """Of each ledger axis, so far, as far as known."""
+        """Amount used of each known ledger axis."""
         return {axis: self.reached[axis] or 0.0 for axis in AXES if axis in self.reached}
 
     @property
     def decisions(self) -> int:
-        """Their number, of those whose outcome has come."""
+        """Number of decisions whose outcome has come."""
         return 0 if self.episode is None else len(self.episode)
 
     def whole(self) -> SingleAgentEpisode:
-        """RLlib's, numpy'ised, of an episode that has ended."""
+        """The ended episode, numpy'ised."""
         assert self.episode is not None
         return self.episode.to_numpy()
 
@@ -87,11 +87,7 @@ class InFlight:
         return self.episode.get_observations(-1)
 
     def checked(self, reply: Any, space: TelemetrySpace) -> Reply:
-        """A reply to the order under way.
-
-        Raises:
-            ValueError: it must not be used: of another form, to another order, not finite; why, in a clause.
-        """
+        """A usable reply to the order under way; a ValueError says in a clause why it must not be used."""
         reply = Reply.checked(reply)
         telemetry = reply.telemetry
         if (reply.episode, telemetry.sequence) != (self.number, len(self.actions)):
@@ -139,15 +135,13 @@ class InFlight:
             assert self.choice is not None
             self.episode.add_env_step(seen, self.choice.action, extra_model_outputs=self.choice.outputs(), **outcome)
 
-    # -- In the journal --------------------------------------------------------------------------------------------
-
     def head(self) -> dict[str, Any]:
-        """How its journal begins."""
+        """The journal's first line."""
         instance = None if self.instance is None else self.instance.model_dump(mode="json")
         return {"episode": self.number, "seed": self.seed, "instance": instance}
 
     def entry(self) -> dict[str, Any]:
-        """The last observation, the outcome that came with it, and the choice made on it."""
+        """The last observation, its outcome, and the choice made on it."""
         assert self.episode is not None
         entry: dict[str, Any] = {
             "observation": _packed(np.concatenate([array.ravel() for array in self.observation.values()])),
@@ -167,11 +161,7 @@ class InFlight:
 
     @classmethod
     def replayed(cls, head: dict[str, Any], entries: list[dict[str, Any]], space: TelemetrySpace) -> "InFlight":
-        """From its journal.
-
-        Raises:
-            KeyError, TypeError, ValueError: it cannot be read.
-        """
+        """The episode of a journal; a KeyError, TypeError or ValueError where it cannot be read."""
         instance = None if head["instance"] is None else Instance.model_validate(head["instance"])
         flight = cls(head["episode"], head["seed"], instance)
         for entry in entries:

@@ -1,7 +1,6 @@
-"""The fleet: workers that come and go, and that carry out orders; in Ray actors, or in this process.
+"""The fleet: workers that come and go, in Ray actors or in this process; it knows nothing of episodes.
 
-A worker is one process for as long as it lives; what it leaves undone is the dispatcher's to give to another. So a
-fleet knows nothing of episodes: it tells who has come, who answered what, and who is gone.
+It tells which worker has joined, answered or is gone; a lost order is the dispatcher's to give to another.
 """
 
 import re
@@ -22,35 +21,34 @@ PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds before the next start once a worker 
 
 
 class Joined:
-    """The event of a worker that is there."""
+    """The event of a worker that has started."""
 
 
-Event = Joined | Reply | Exception
-"""An exception says what became of an order; where it says that the process is gone, so is the worker."""
+Event = Joined | Reply | Exception  # an exception says what became of an order, or of its process and so the worker
 
 
 class Fleet:
-    """What the dispatcher asks of workers. Each has a number that no other ever gets.
+    """Carries out orders; no two workers ever have the same number.
 
-    In lockstep, orders are carried out in the caller's thread: the learner's, between updates.
+    In lockstep, orders run in the caller's thread: the learner's, between updates.
     """
 
     lockstep = False
 
     def submit(self, worker: int, order: Order) -> None:
-        """Send an order to a worker that has none. Never raises for the worker's sake."""
+        """Send an order to a worker that has none. Never raises on the worker's account."""
         raise NotImplementedError
 
     def ready(self, timeout: float) -> list[tuple[int, Event]]:
-        """Every event there is, waiting up to `timeout` seconds for the first."""
+        """All events, waiting up to `timeout` seconds for the first."""
         raise NotImplementedError
 
     def replace(self, worker: int) -> None:
-        """End a worker, whatever it does; another joins in its place. An unknown number does nothing."""
+        """End a worker; another joins in its place. An unknown number is ignored."""
         raise NotImplementedError
 
     def starting(self) -> int:
-        """Workers that have been started and have not joined yet."""
+        """How many workers are starting."""
         return 0
 
     def wake(self) -> None:
@@ -61,16 +59,12 @@ class Fleet:
 
 
 class RayFleet(Fleet):
-    """Ray actors with the methods `up()`, which returns once it is there, and `advance(order) -> Reply`.
-
-    Nothing is polled: Ray's own thread puts each answer into a queue. Workers join as the cluster has room for them and
-    leave with their nodes; every few seconds the fleet looks how many there should be.
+    """Ray actors with `up()`, which returns once the actor is there, and `advance(order) -> Reply`.
 
     Args:
         make_worker: starts an actor, with `max_restarts=0`.
-        wanted: how many workers there should be now; asked again while it runs.
-        at_once: how many start at the same time, once the first is there; none means all. More than the cluster has
-            cores would all wait for each other's imports.
+        wanted: how many workers there should be; asked every few seconds.
+        at_once: how many may start at once after the first; more than the cores would wait for each other's imports.
     """
 
     def __init__(
@@ -92,7 +86,7 @@ class RayFleet(Fleet):
         self._call(worker, self._actors[worker].advance.remote(order))
 
     def ready(self, timeout: float) -> list[tuple[int, Event]]:
-        """Block for one event, then take all that have come."""
+        """Block for one event, then take all there are."""
         if time.monotonic() >= self._look_at:
             self._look()
         try:
@@ -109,18 +103,18 @@ class RayFleet(Fleet):
         ]
 
     def replace(self, worker: int) -> None:
-        """Kill the actor; `ready` starts another if it is wanted."""
+        """Kill the actor; `ready` starts another if one is wanted."""
         actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
             self._look_at = 0.0
 
     def starting(self) -> int:
-        """Actors whose process is not there yet."""
+        """Actors that are not up yet."""
         return len(self._starting)
 
     def wake(self) -> None:
-        """Put nothing into the queue."""
+        """Put an empty event into the queue."""
         self._events.put((-1, None))
 
     def close(self) -> None:
@@ -130,7 +124,7 @@ class RayFleet(Fleet):
             ray.kill(actor)
 
     def _look(self) -> None:
-        """Start actors that are wanted; end those that wait in vain for a node that is gone."""
+        """Start wanted actors; end those that wait in vain for a lost node."""
         self._look_at = time.monotonic() + LOOK
         wanted, now = self._wanted(), time.monotonic()
         stuck = [worker for worker, since in self._starting.items() if now - since > self._patience]
@@ -170,12 +164,7 @@ class RayFleet(Fleet):
 
 
 class LocalFleet(Fleet):
-    """Workers in this process: an order is carried out when `submit` returns. For surrogates.
-
-    Args:
-        make_worker: makes a worker.
-        n: workers.
-    """
+    """`n` workers in this process, for surrogates: an order is done when `submit` returns."""
 
     lockstep = True
 
@@ -201,7 +190,7 @@ class LocalFleet(Fleet):
         return events
 
     def replace(self, worker: int) -> None:
-        """Another worker."""
+        """Start another worker."""
         if self._workers.pop(worker, None) is not None:
             self._start()
 
@@ -216,12 +205,12 @@ class LocalFleet(Fleet):
 
 
 def process_lost(error: Exception) -> bool:
-    """Whether a worker's process is gone, or its run merely raised."""
+    """Whether the worker's process is gone; otherwise its run only raised."""
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
 def sentence(error: Exception) -> str:
-    """What a worker's error says: its last line, which in Ray's is the worker's own error or the cause of death."""
+    """A worker's error in one line: its own error or its process's cause of death."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     if isinstance(error, RayError):

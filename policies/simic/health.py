@@ -1,8 +1,7 @@
-"""Health: tells a training that goes wrong, from the metrics of its iterations, in sentences that say what to do.
+"""Health: recognises a failing training from its metrics, in sentences that say what to do.
 
-Thresholds are such that none of 15 trainings that learned is warned of (11 on the tests' toy run, 3 on the surrogate,
-one of `esper ppo --surrogate`), and all of five toys are that lost what they had learned in one update. Sources:
-Schulman et al. 2017 (1707.06347); stable-baselines3, `docs/common/logger.rst`; RLlib 2.60's PPO.
+Thresholds: none of 15 trainings that learned is warned of; all of five toys that lost what they had learned are.
+Sources: Schulman et al. 2017 (1707.06347); stable-baselines3 `docs/common/logger.rst`; RLlib 2.60's PPO.
 """
 
 import math
@@ -22,10 +21,9 @@ Metrics = dict[str, float]
 
 
 class Health:
-    """Looks at each iteration and warns once of each condition, again only after `CALM` looks without it.
+    """Warns once of each condition, again only after `CALM` looks without it.
 
-    Args:
-        iterations: at which the training ends, to tell early from late; none if not known.
+    `iterations`, where known, tells early from late.
     """
 
     def __init__(self, iterations: int | None = None) -> None:
@@ -34,7 +32,7 @@ class Health:
         self._held: dict[str, int] = {}  # condition → the last look at which it held
 
     def look(self, metrics: Metrics) -> list[str]:
-        """Take in an iteration's `iteration_metrics`; the warnings that are new."""
+        """Take in an iteration's `iteration_metrics`; returns the new warnings."""
         self.all.append(metrics)
         look, new = len(self.all), []
         for condition, sentence in rules(self):
@@ -50,7 +48,7 @@ class Health:
         return [metrics[name] for metrics in window] if all(name in metrics for metrics in window) else []
 
     def held(self, name: str, n: int, test: Callable[[float], bool]) -> bool:
-        """Whether a metric passes a test, `n` times in a row."""
+        """Whether a metric passed a test `n` times in a row."""
         values = self.last(name, n)
         return bool(values) and all(map(test, values))
 
@@ -59,12 +57,12 @@ class Health:
         return median(self.last(name, n) or [default])
 
     def settled(self) -> bool:
-        """Whether entropy is below 5 % of what it was; healthy trainings keep 22 % through their first half."""
+        """Whether entropy is below 5 % of its start; healthy trainings keep 22 % through their first half."""
         first = max((metrics.get("entropy", 0.0) for metrics in self.all[:3]), default=0.0)
         return self.held("entropy", 3, lambda entropy: entropy < 0.05 * first)
 
     def risen(self) -> bool:
-        """Whether the last third of the returns, at most 10, is higher than the first by over two standard errors."""
+        """Whether the last third of the returns (at most 10) is over two standard errors above the first."""
         returns = [metrics["return_mean"] for metrics in self.all if "return_mean" in metrics]
         n = min(10, len(returns) // 3)
         noise = fmean((b - a) ** 2 for a, b in pairwise(returns)) / 2 if n else 0.0  # a trend hardly touches it
@@ -72,7 +70,7 @@ class Health:
 
 
 def rules(health: Health) -> Iterator[tuple[str, str]]:
-    """The conditions that hold now, and a sentence of each; why its threshold is where it is stands beside it."""
+    """The conditions that hold now, each with its sentence."""
     now, looks = health.all[-1], len(health.all)
     if odd := [name for name, value in now.items() if not math.isfinite(value)]:
         yield (
@@ -152,6 +150,6 @@ def rules(health: Health) -> Iterator[tuple[str, str]]:
 
 
 def warnings(history: list[Metrics], iterations: int | None = None) -> list[str]:
-    """All warnings of a training, in the order in which they would have been said."""
+    """All warnings of a training, in order."""
     health = Health(iterations)
     return [warning for metrics in history for warning in health.look(metrics)]

@@ -1,8 +1,6 @@
-"""The episodes that have not been learned from for good, on the driver's disk: a file each, a line a decision.
+"""The episodes in flight on the driver's disk: a file each, a line a decision, written before the order is sent.
 
-A line is written before the order that follows from it is sent. So when the driver dies, the next one finds each
-episode with its choices and what chose them, sends its last order again, and learns from those that have ended. An
-episode's file goes when a checkpoint that has learned from it is whole.
+A restarted driver resends each last order; a file goes once a whole checkpoint has learned from its episode.
 """
 
 from pathlib import Path
@@ -17,12 +15,7 @@ VERSION = 2
 
 
 class EpisodeJournal:
-    """The journals in a folder, written by one process.
-
-    Args:
-        folder: made at the first line.
-        space: what telemetry looks like.
-    """
+    """The journals in a folder, which the first line creates; one process writes them."""
 
     def __init__(self, folder: Path, space: TelemetrySpace) -> None:
         self._folder, self._space = folder, space
@@ -34,27 +27,23 @@ class EpisodeJournal:
         self._write(episode.number, {"version": VERSION, **episode.head()})
 
     def note(self, episode: InFlight) -> None:
-        """Note an episode's last observation, what came with it, and the choice made on it."""
+        """Note an episode's last observation, its outcome and the choice made on it."""
         self._write(episode.number, episode.entry())
         if episode.ended:
             self._close(episode.number)
 
     def remove(self, numbers: list[int]) -> None:
-        """Forget episodes: learned from for good, or given up."""
+        """Delete the journals of these episodes."""
         for number in numbers:
             self._close(number)
             self._path(number).unlink(missing_ok=True)
 
     def numbers(self) -> list[int]:
-        """Of the episodes that are there, ascending."""
+        """Numbers of the episodes, ascending."""
         return sorted(int(path.stem) for path in self._folder.glob("*.jsonl") if path.stem.isdigit())
 
     def read(self, number: int) -> InFlight | None:
-        """An episode as far as it is there, to be gone on with in place; None where not even its start is.
-
-        Raises:
-            UserError: it is of another version, or damaged before its last line.
-        """
+        """An episode to resume; None without its start, a UserError where it is damaged or of another format."""
         path = self._path(number)
         if not path.exists():
             return None
@@ -73,7 +62,7 @@ class EpisodeJournal:
             ) from None
 
     def _write(self, number: int, line: dict) -> None:
-        """A line that cannot be written ends its file; the episode goes on, and would be taken up from there."""
+        """A failed write ends the file; the episode goes on, and would resume from there."""
         try:
             if number not in self._open:
                 self._folder.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,10 @@
-"""Simic's learner: RLlib's PPO with Esper's settings, its metrics and its checkpoints.
+"""Simic's learner: RLlib's PPO (Schulman et al. 2017, 1707.06347), its metrics and its checkpoints.
 
-Settings that are not in PPOSpec, and why (PPO: Schulman et al. 2017, 1707.06347):
-
-- γ = 1: rewards are loss drops, whose sum is what counts; less than 1 turns them into greed, and grafts pay late.
-- The value is the part of the return that telemetry's globals do not give linearly, in units of its own spread
-  (`baseline.py`); without that PPO learned next to nothing on the loss laws.
-- `vf_clip_param` = ∞: RLlib clamps the value's *squared error* at it, with no gradient beyond, so that a value which is
-  far off would never be learned.
-- Advantages are standardised over the batch's decisions (`module.py`), so the policy's loss has no unit.
-- `vf_loss_coeff` 0.5 (Huang et al. 2022) and a gradient clip of 0.5 *per tensor* (`grad_clip_by="norm"`), not of the
-  global norm: policy and value share no tensor (`net.py`), and a global clip would let a large error of the value
-  shrink the policy's step, the only coupling left.
-- KL loss as in RLlib (coefficient 0.2, target 0.01, adaptive): data may be an update or two old.
-
-A checkpoint is a folder of two files, neither of them pickled: `learner.safetensors`, from which a training goes on,
-and then `policy.safetensors`, which needs no Ray.
+- γ = 1: returns are sums of loss drops, and grafts pay late.
+- Rewards are shaped and scaled (`baseline.py`): PPO learned next to nothing on the loss laws without.
+- `vf_clip_param` = ∞: RLlib clamps the value's *squared error* there, without a gradient beyond.
+- `grad_clip_by="norm"` clips each tensor: a global clip would let a large value error shrink the policy's step.
+- A checkpoint is a folder of `learner.safetensors` (to go on from) and `policy.safetensors` (needs no Ray).
 """
 
 import contextlib
@@ -81,23 +71,16 @@ def build_algorithm(
     check: Callable[[], None] | None = None,
     start: Path | None = None,
 ) -> PPO:
-    """PPO over the fleet, whose workers start while PPO is built. Ray must be initialised; end it with `stop()`.
+    """PPO over the fleet, whose workers start meanwhile. Ray must be initialised; end it with `stop()`.
 
-    This process computes with one torch thread from here on: the network is tiny, the cores are the workers', and on
-    busy cores two threads wait for each other (measured: an update 8 times slower). It also fixes the rounding.
+    Sets one torch thread for this process: on busy cores two made an update 8 times slower. It also fixes the rounding.
 
     Args:
-        spec: its `ppo` is used, and the deadlines of its `fleet`.
-        space: what telemetry looks like.
-        make_fleet: makes the workers.
         seed: of the network, episodes, action noise and minibatches.
-        instances: episode number → instance; none means the spec's own.
-        journal: folder in which the episodes are kept until a checkpoint has learned from them.
-        check: called a few times a second while the learner waits for episodes; what it raises passes through.
-        start: a checkpoint to go on from; episodes under way go on from the journal.
-
-    Raises:
-        UserError: `start` holds no checkpoint, or one that does not fit the spec.
+        instances: episode number → instance; None means the spec's own.
+        journal: folder that keeps episodes until a checkpoint has learned from them.
+        check: called a few times a second while the learner waits for episodes; its errors pass through.
+        start: a checkpoint to resume; a UserError where it is none or does not fit the spec.
     """
     kept = None if start is None else _read(start, spec.ppo.hidden)
     ppo, learners = spec.ppo, max(1, spec.ppo.learners)
@@ -155,7 +138,7 @@ def build_algorithm(
 
 
 def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """What `algorithm.train()` returned, flat; docs/mlflow.md says what each means, `metrics.py` how it is computed."""
+    """The result of `algorithm.train()`, flat; docs/mlflow.md says what each metric means."""
     learner = result[LEARNER_RESULTS][DEFAULT_MODULE_ID]
     return {
         **result[SIMIC],
@@ -166,20 +149,14 @@ def iteration_metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def current_policy(algorithm: PPO) -> SimicPolicy:
-    """The policy as learned so far, a copy."""
+    """A copy of the policy as learned so far."""
     return _policy(_learner_state(algorithm))
 
 
 def save_algorithm(algorithm: PPO, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint; it is one once its policy is there, which comes last.
+    """Write a checkpoint, the policy last; `extra` are plain JSON values for its card.
 
-    Args:
-        algorithm: to be saved.
-        folder: made if need be.
-        extra: plain JSON values for the policy's card.
-
-    Raises:
-        UserError: `folder` holds a checkpoint already.
+    Raises UserError where `folder` holds a checkpoint already.
     """
     if (folder / FILE).exists():
         raise UserError(f"checkpoint {folder} exists already: name a new folder, or delete it first.")
@@ -205,12 +182,11 @@ def save_algorithm(algorithm: PPO, folder: Path, extra: dict[str, Any] | None = 
 
 
 def runner(algorithm: PPO) -> SimicEnvRunner:
-    """The algorithm's only runner: it has the fleet."""
+    """The algorithm's only runner, which has the fleet."""
     return cast(SimicEnvRunner, algorithm.env_runner)
 
 
 def _read(folder: Path, hidden: int) -> tuple[LearnerState, dict[str, Tensor]]:
-    """A checkpoint's state, if it fits a network of that width."""
     values, tensors = checkpoint.read(folder / STATE)
     state = LearnerState.checked(values, f"checkpoint {folder}")
     wanted = {f"module.net.{name}": tensor.shape for name, tensor in ControllerNet(hidden).state_dict().items()}
@@ -221,7 +197,6 @@ def _read(folder: Path, hidden: int) -> tuple[LearnerState, dict[str, Tensor]]:
 
 
 def _give(algorithm: PPO, state: LearnerState, tensors: dict[str, Tensor]) -> None:
-    """Put what a checkpoint held where RLlib and the runner have it."""
     learner = _learner_state(algorithm)
     [(name, optimizer)] = learner[COMPONENT_OPTIMIZER].items()
     moments: dict[int, dict[str, Any]] = {}
@@ -252,7 +227,6 @@ def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _learner_state(algorithm: PPO) -> dict[str, Any]:
-    """Of one learner: they are equal."""
     return cast(LearnerGroup, algorithm.learner_group).get_state()[COMPONENT_LEARNER]
 
 
@@ -264,12 +238,11 @@ def _policy(learner: dict[str, Any]) -> SimicPolicy:
 
 
 def _add_metrics(*, algorithm: Any, result: dict[str, Any], **_: Any) -> None:
-    """RLlib's callback at the end of an iteration: the runner has the new weights by then."""
+    """RLlib's callback at the end of an iteration, when the runner has the new weights."""
     result[SIMIC] = runner(algorithm).iteration()
 
 
 def _drop_log_folder(algorithm: PPO) -> None:
-    """Remove the empty folder that RLlib makes for each algorithm below ~/ray_results."""
     folder = Path(str(algorithm.logdir))
     with contextlib.suppress(OSError):
         folder.rmdir()

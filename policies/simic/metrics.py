@@ -1,4 +1,4 @@
-"""What an iteration's episodes, and the update on them, come to in numbers."""
+"""Metrics of an iteration's episodes and of the update on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from esper.policies.simic.net import ControllerNet, entropy
 
 @dataclass(frozen=True)
 class Sample:
-    """Whole episodes, decision by decision: N of them in all."""
+    """Whole episodes, decision by decision: N in all."""
 
     lengths: list[int]  # decisions of each episode
     observations: dict[str, np.ndarray]  # float32 (N, …) by name
@@ -29,7 +29,7 @@ class Sample:
 
     @classmethod
     def of(cls, episodes: Sequence[SingleAgentEpisode]) -> "Sample":
-        """Copied out of numpy'ised episodes, which RLlib changes."""
+        """Copies of numpy'ised episodes, which RLlib changes."""
         observations = [episode.get_observations(slice(0, len(episode))) for episode in episodes]
 
         def stacked(column: str) -> np.ndarray:
@@ -52,13 +52,7 @@ class Sample:
 
 
 def sample_metrics(sample: Sample, said: np.ndarray, weights_seq_no: int) -> dict[str, float]:
-    """Of the policy as it chose, and of the episodes it led to.
-
-    Args:
-        sample: the episodes.
-        said: what baseline and value network, as they were then, said of `to_come`, in nats (N,).
-        weights_seq_no: number of the newest weights.
-    """
+    """Metrics before the update; `said`: what baseline and value then predicted of `to_come`, nats (N,)."""
     returns = [each[0] for each in sample.split(sample.to_come)]
     # Not below 0: a resumed training may learn from what was chosen by weights after its checkpoint's.
     lag = np.maximum(0, weights_seq_no - sample.weights)
@@ -85,10 +79,10 @@ def sample_metrics(sample: Sample, said: np.ndarray, weights_seq_no: int) -> dic
 
 
 def explained_variance(sample: Sample, said: np.ndarray) -> float:
-    """1 − Var[G − V] / Var[G | k], at least −1: G the rewards still to come at decision k, V what was said of them.
+    """1 − Var[G − V] / Var[G | k], at least −1: G the rewards to come at decision k, V their prediction.
 
-    Stricter than RLlib's `vf_explained_var`: of all decisions, before the update on them, and against what is left when
-    the mean of each decision is known. Most of the plain variance is the fall of the loss itself.
+    Unlike RLlib's, before the update, over all decisions and less each decision's mean: most of Var[G] is the fall of
+    the loss itself.
     """
     decision = np.concatenate([np.arange(length) for length in sample.lengths])
     means = np.bincount(decision, sample.to_come) / np.bincount(decision)
@@ -105,11 +99,7 @@ def action_shares(sample: Sample) -> dict[str, float]:
 
 
 def update_metrics(sample: Sample, net: ControllerNet, clip: float) -> dict[str, float]:
-    """What an update did to the policy, over all decisions it learned from.
-
-    - `clip_fraction`: of those where p_new/p_old of the action is outside 1 ± clip;
-    - `kl`: mean of Σ p_old ln(p_old/p_new), nats.
-    """
+    """`clip_fraction`: decisions with p_new/p_old outside 1 ± clip; `kl`: mean of Σ p_old ln(p_old/p_new), nats."""
     before = torch.from_numpy(sample.logits).log_softmax(dim=-1)
     with torch.no_grad():
         after = net.logits({name: torch.from_numpy(array) for name, array in sample.observations.items()})

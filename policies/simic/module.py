@@ -1,10 +1,7 @@
-"""What RLlib is given in place of its own: ControllerNet as its RLModule, and PPO's learner with three differences.
+"""ControllerNet as RLlib's RLModule, and PPO's learner, whose updates a resumed training repeats.
 
-1. Advantages are standardised over decisions alone, and nothing else is learned from: RLlib adds a row to each episode,
-   for the value of its last state, and counts it among them.
-2. The order of minibatches is a function of the seed and of the update's number.
-3. Its state holds PPO's adaptive KL coefficient too.
-So an update depends on its episodes, the seed, the state and nothing else, and a resumed training repeats it.
+1. Advantages are standardised over decisions alone: RLlib adds a row to each episode, for its last state's value.
+2. The seed and the update's number fix the order of minibatches. 3. The state holds the adaptive KL coefficient too.
 """
 
 from collections.abc import Collection
@@ -30,7 +27,7 @@ SMALLEST = 1e-4  # standard deviation that advantages are divided by; RLlib's
 
 
 class SimicModule(TorchRLModule, ValueFunctionAPI):
-    """The network under the names that RLlib's PPO calls. `model_config`: `hidden`, its width."""
+    """ControllerNet under the names that RLlib's PPO calls; `model_config`: `hidden`, its width."""
 
     def setup(self) -> None:
         """Make the network."""
@@ -40,12 +37,12 @@ class SimicModule(TorchRLModule, ValueFunctionAPI):
         return {Columns.ACTION_DIST_INPUTS: self.net.logits(batch[Columns.OBS])}
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
-        """Values (B,). The value has a trunk of its own, so there are no embeddings to share."""
+        """Values (B,); without embeddings, since the value has its own trunk."""
         return self.net.value(batch[Columns.OBS])
 
 
 class DecisionsOnly(ConnectorV2):
-    """Drops the rows that RLlib added to the batch, and standardises the advantages of those that are left."""
+    """Drops the rows that RLlib added, and standardises the advantages of the rest."""
 
     def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """The batch, of decisions only."""
@@ -59,16 +56,16 @@ class DecisionsOnly(ConnectorV2):
 
 
 class SimicLearner(PPOTorchLearner):
-    """See the module."""
+    """PPO's learner with the differences above."""
 
     def build(self) -> None:
-        """Build RLlib's, and put `DecisionsOnly` behind its advantages."""
+        """Put `DecisionsOnly` behind RLlib's advantages."""
         super().build()
         assert self._learner_connector is not None
         self._learner_connector.append(DecisionsOnly())
 
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
-        """RLlib shuffles by numpy's global generator."""
+        """Seed numpy's global generator, by which RLlib shuffles."""
         super().before_gradient_based_update(timesteps=timesteps)
         number = self.get_state(components=[])[WEIGHTS_SEQ_NO]
         np.random.seed(derive(self.config.seed or 0, "minibatches", number) % 2**32)
@@ -80,12 +77,12 @@ class SimicLearner(PPOTorchLearner):
         not_components: str | Collection[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """RLlib's, and the KL coefficient."""
+        """RLlib's state and the KL coefficient."""
         state = super().get_state(components, not_components=not_components, **kwargs)
         return state | {KL_COEFFICIENT: self.curr_kl_coeffs_per_module[DEFAULT_MODULE_ID].item()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take both."""
+        """Take RLlib's state and the KL coefficient."""
         super().set_state(state)
         if KL_COEFFICIENT in state:
             cast(Tensor, self.curr_kl_coeffs_per_module[DEFAULT_MODULE_ID]).fill_(state[KL_COEFFICIENT])

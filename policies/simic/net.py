@@ -1,14 +1,8 @@
-"""ControllerNet: a policy that scores candidate rows, and a value. Pure torch; knows nothing of Ray.
+"""ControllerNet: scores candidate rows, and a value. Pure torch. B batch, S sites, A candidates, H hidden.
 
-A set encoder in the manner of Deep Sets (Zaheer et al. 2017, 1703.06114): every row goes through the same encoder, so
-a new blueprint, another site or another host adds rows, never outputs, and the parameter count depends on no padded
-size. Hidden layers are orthogonal with gain √2, value output 1, policy output 0.01, biases 0 (Huang et al. 2022, "The
-37 Implementation Details of PPO", 2): the first policy is WAIT's prior, whatever the telemetry. The value has a trunk
-of its own (Andrychowicz et al. 2020, 2006.05990, §3.2): its regression is far better determined than the policy's small
-signal, and would shape shared features. LayerNorm after each encoder's first layer, since globals mix fractions with
-logarithms up to 8, needs no running statistics. Only legal rows are computed: most of a padded table is not legal.
-
-B batch, S site rows, A candidate rows, H hidden.
+A set encoder as in Deep Sets (Zaheer et al. 2017, 1703.06114): new blueprints, sites or hosts add rows, not outputs.
+Orthogonal initialisation, gains √2, value 1, policy 0.01 (Huang et al. 2022, "37 Implementation Details of PPO", 2).
+Value and policy share no trunk (Andrychowicz et al. 2020, 2006.05990, §3.2): the value's regression would shape it.
 """
 
 import math
@@ -24,22 +18,17 @@ from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
 ILLEGAL = -1e9  # a logit; finite, so that entropy and KL stay finite: exp(−1e9) is exactly 0 and 0 · 1e9 is 0
 WAIT_PRIOR = 0.7  # 24 decisions then hold some 7 grafts; most decisions of a good schedule are WAIT
 
+# Columns raised by these factors: beside the larger ones, LayerNorm would leave little of their differences.
 SCALES = {"gradient_norm": 10.0, "update_norm": 10.0, "parameters": 5.0, "seconds": 5.0}
-"""Telemetry's columns whose differences are small beside the others', in rows of sites and candidates, and by how much
-they are raised: a LayerNorm over all columns would leave little of them."""
-
 _SITE_PRESENT = SITE.index("present")
 _IS_WAIT = CANDIDATE.index("is_wait")
 
 
 class ControllerNet(nn.Module):
-    """Scores each candidate on (its row, pooled sites, globals); illegal rows get ILLEGAL.
+    """Scores each candidate on its row, the pooled sites and globals; illegal rows get ILLEGAL.
 
-    Inputs are a mapping of `globals` float32 (B, G), `sites` float32 (B, S, F), `candidates` float32 (B, A, Fc) and
-    `mask` bool or float32 (B, A), as in `platform/telemetry.py`.
-
-    Args:
-        hidden: H, the width of every layer.
+    Inputs (`platform/telemetry.py`): `globals` float32 (B, G), `sites` float32 (B, S, F), `candidates` float32
+    (B, A, Fc), `mask` bool or float32 (B, A). `hidden` is the width H of every layer.
     """
 
     def __init__(self, hidden: int = 64) -> None:
@@ -68,15 +57,13 @@ class ControllerNet(nn.Module):
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits float32 (B, A).
 
-        With n legal rows beside WAIT, WAIT's logit is raised by ln n + ln(p / (1 − p)): where all scores are equal,
-        WAIT has probability p = WAIT_PRIOR for any n, since n·p/(1−p) against n times 1 is p against 1 − p. What is
-        learned is then *whether* to act and *which* row, apart, and the first does not drift as sites are added.
+        WAIT's logit is raised by ln n + ln(p / (1 − p)), n the other legal rows: at equal scores it has probability
+        p = WAIT_PRIOR for any n. So whether to act is learned apart from which row, and new sites do not shift it.
         """
         candidates, legal = inputs["candidates"], inputs["mask"] > 0.5
         context = torch.cat([inputs["globals"], self.policy_sites(inputs["sites"])], dim=-1)  # (B, G + 2H)
         of, row = legal.nonzero(as_tuple=True)  # N legal rows; the others, mostly padding, are not computed
         joint, activation, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.score))
-        # The joint layer's half for the context is done once for all rows.
         of_row, of_context = joint.weight.split(self.hidden, dim=1)
         context = functional.linear(self.policy_context(context), of_context, joint.bias)  # (B, H)
         hidden = functional.linear(self.candidate(candidates[of, row]), of_row) + context[of]  # (N, H)
@@ -88,13 +75,13 @@ class ControllerNet(nn.Module):
         return torch.where(legal, logits + wait * prior, ILLEGAL)
 
     def value(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Expected sum of the learner's (shaped, scaled) rewards still to come, float32 (B,): see `baseline.py`."""
+        """Expected sum of the shaped rewards (`baseline.py`) still to come, float32 (B,)."""
         pooled = self.value_sites(inputs["sites"])  # (B, 2H)
         return self.value_head(torch.cat([inputs["globals"], pooled], dim=-1)).squeeze(-1)
 
 
 class SitePool(nn.Module):
-    """A set of site rows as one vector: shared encoder, then mean and max over the present rows; zeros without any."""
+    """Site rows as one vector: encoder, then mean and max over the present rows; zeros without any."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SimicPolicy: a trained ControllerNet as a GrowthPolicy, and its file. Pure torch; loads in a process without Ray."""
+"""SimicPolicy: a trained ControllerNet as a GrowthPolicy, and its file. Loads without Ray."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ WIDEST = 4096  # network that is read
 
 
 class Card(Frozen):
-    """What a policy's file says of it."""
+    """A policy file's metadata."""
 
     format: str  # of the file and the network
     telemetry_version: int  # that it was trained on
@@ -33,16 +33,12 @@ class Card(Frozen):
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints that a `ppo` run left in its folder, oldest first."""
+    """The checkpoints in the folder of a `ppo` run, oldest first."""
     return sorted(path.parent for path in (run / CHECKPOINTS).glob(f"*/{FILE}") if path.parent.name.isdigit())
 
 
 def policy_file(path: Path) -> Path:
-    """The policy's own file, whether that, its folder or a `ppo` run's is named; a run's newest is taken.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The policy's file, given that, its folder or a `ppo` run (its newest); a UserError where there is none."""
     newest = [folder / FILE for folder in checkpoints(path)[::-1]]
     file = next((each for each in (path, path / FILE, *newest) if each.is_file()), None)
     if file is None:
@@ -52,12 +48,12 @@ def policy_file(path: Path) -> Path:
 
 
 def batch(observations: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Observations as the network's inputs, float32 with the batch first."""
+    """Observations as network inputs, float32, batch first."""
     return {name: torch.from_numpy(np.stack([each[name] for each in observations])) for name in observations[0]}
 
 
 def draw(logits: np.ndarray, mask: np.ndarray, uniform: float) -> int:
-    """The legal row that a number in [0, 1) picks, by inverse distribution, from logits (A,)."""
+    """The legal row that a number in [0, 1) picks from logits (A,), by inverse distribution."""
     legal = np.flatnonzero(mask)
     weights = np.exp(logits[legal].astype(np.float64) - logits[legal].max())
     bounds = np.cumsum(weights)
@@ -65,23 +61,15 @@ def draw(logits: np.ndarray, mask: np.ndarray, uniform: float) -> int:
 
 
 def likeliest(chances: np.ndarray) -> int:
-    """Acting or waiting, whichever is likelier; if acting, the likeliest row (probabilities (A,), WAIT first).
+    """First whether to act, then the likeliest row (probabilities (A,), WAIT first).
 
-    Not the likeliest of all rows: where 0.6 of the probability is spread over a dozen grafts that differ little, WAIT
-    with 0.4 would win, and a policy that mostly acts would never act.
+    A plain argmax would let WAIT with 0.4 win over a dozen similar grafts that share 0.6.
     """
     return 0 if chances[0] >= 0.5 else 1 + int(chances[1:].argmax())
 
 
 class SimicPolicy:
-    """Chooses the likeliest legal candidate (`likeliest`), or draws one.
-
-    Args:
-        net: the network.
-        sample: draw from the policy's probabilities instead.
-        rng: where the draws come from; needed with `sample`.
-        card: what its file said, if it was loaded.
-    """
+    """Chooses the `likeliest` legal candidate, or with `sample` draws one by `rng`."""
 
     def __init__(
         self,
@@ -113,11 +101,7 @@ class SimicPolicy:
 
     @classmethod
     def load(cls, path: Path, *, sample: bool = False, rng: np.random.Generator | None = None) -> "SimicPolicy":
-        """Read a policy: its own file, its folder's, or a `ppo` run's, whose newest checkpoint is taken.
-
-        Raises:
-            UserError: there is none, it is damaged, or it was made for another telemetry or network.
-        """
+        """Read a policy (see `policy_file`); a UserError where it is missing, damaged or of another telemetry."""
         file = policy_file(path)
         values, tensors = checkpoint.read(file)
         card = Card.checked(values, f"the card of policy {file}")
@@ -135,7 +119,6 @@ class SimicPolicy:
 
 
 def _net(tensors: dict[str, Tensor], hidden: int) -> ControllerNet | None:
-    """The network of these weights, if they are one's."""
     last = tensors.get("score.2.weight")
     if last is None or last.shape != (1, hidden):  # before anything of that size is allocated
         return None

@@ -1,8 +1,7 @@
-"""SimicEnvRunner: what stock PPO takes for its (only, local) EnvRunner. `sample()` only takes what has ended.
+"""SimicEnvRunner: PPO's only, local EnvRunner. `sample()` only takes ended episodes.
 
-PPO samples and updates in turns in one thread. A runner that served workers inside `sample()` would stall them during
-every update; here the dispatcher serves them all the time. RLlib's
-`env/external/env_runner_server_for_external_inference.py` shows what a runner owes.
+PPO samples and updates in turns in one thread; the dispatcher serves workers during updates too. For what a runner
+owes, see RLlib's `env/external/env_runner_server_for_external_inference.py`.
 """
 
 from collections.abc import Callable
@@ -33,11 +32,7 @@ def net_weights(module: dict[str, Any]) -> Weights:
 
 
 class SimicEnvRunner(EnvRunner):
-    """Whole episodes from a dispatcher, chosen by the learner's latest weights.
-
-    Attributes:
-        baseline: shapes the rewards.
-    """
+    """Whole episodes from a dispatcher, chosen by the learner's latest weights; `baseline` shapes rewards."""
 
     def __init__(self, *, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
@@ -57,17 +52,12 @@ class SimicEnvRunner(EnvRunner):
         return self._dispatcher
 
     def connect(self, dispatcher: Dispatcher, check: Callable[[], None] | None) -> None:
-        """Take episodes from `dispatcher`; `check` is called while they are waited for, and may raise."""
+        """Take episodes from `dispatcher`; `check` is called while waiting, and may raise."""
         self._dispatcher, self._check = dispatcher, check
         dispatcher.set_weights(self._weights, self._weights_seq_no)
 
-    # -- EnvRunner -----------------------------------------------------------------------------------------------
-
     def sample(self, **kwargs: Any) -> list[SingleAgentEpisode]:
-        """Whole episodes of at least `train_batch_size` decisions, numpy'ised, in the order in which they began.
-
-        Their rewards are the shaped ones (`baseline.py`); what is logged is true.
-        """
+        """Whole episodes of at least `train_batch_size` decisions in order of beginning, with shaped rewards."""
         self._sample = None
         give_back()
         episodes = self.dispatcher.collect(self._settings.total_train_batch_size, self._check)
@@ -85,20 +75,20 @@ class SimicEnvRunner(EnvRunner):
         return episodes
 
     def get_metrics(self) -> Any:
-        """What RLlib wants to know of the last sample."""
+        """RLlib's metrics of the last sample."""
         return self.metrics.reduce()
 
     def get_spaces(self) -> dict[str, Any]:
-        """The environment's and the module's: the same, there are no connectors between."""
+        """The environment's spaces, which are the module's: there are no connectors between."""
         spaces = (self.config.observation_space, self.config.action_space)
         return {INPUT_ENV_SPACES: spaces, DEFAULT_MODULE_ID: spaces}
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: the learner has the weights, and the rest is kept beside it (`learner.py`)."""
+        """Empty: the learner has the weights, and `learner.py` keeps the rest."""
         return {}
 
     def set_state(self, state: Any) -> None:
-        """Take weights that are newer, or have no number yet."""
+        """Take weights that are newer or unnumbered."""
         if isinstance(state, ray.ObjectRef):
             state = ray.get(state)
         number = state.get(WEIGHTS_SEQ_NO, 0)
@@ -112,7 +102,7 @@ class SimicEnvRunner(EnvRunner):
             self._dispatcher.set_weights(self._weights, number)
 
     def assert_healthy(self) -> None:
-        """It has a way to episodes."""
+        """Check that a dispatcher is connected."""
         assert self._dispatcher is not None
 
     def stop(self) -> None:
@@ -120,10 +110,8 @@ class SimicEnvRunner(EnvRunner):
         if self._dispatcher is not None:
             self._dispatcher.stop()
 
-    # -- Metrics -------------------------------------------------------------------------------------------------
-
     def iteration(self) -> dict[str, float]:
-        """Metrics of the last sample, and of the update on it: to be asked once the new weights are here."""
+        """Metrics of the last sample and its update; call it once the new weights are here."""
         assert self._sample is not None
         net = ControllerNet(self._settings.model_config["hidden"])
         net.load_state_dict(self._weights)

@@ -1,4 +1,4 @@
-"""The worker table: which worker has which order, since when, and by when it must have answered."""
+"""The worker table: which worker has which order, since when, and its deadline."""
 
 import math
 import time
@@ -19,7 +19,7 @@ STATES: tuple[State, ...] = get_args(State)
 
 @dataclass(frozen=True)
 class WorkerView:
-    """A worker at a moment, for displays; what is not known, or does not apply, is None."""
+    """A worker at a moment, for displays; None: unknown, or does not apply."""
 
     worker: int  # from 0; -1 of one that has no number yet
     state: State  # its process starts, it has an episode, it rests between episodes
@@ -36,9 +36,8 @@ class WorkerView:
 class Deadlines:
     """How long an order may take: (grace + factor · ratio · expected) · 2^(times it was lost with a process already).
 
-    `expected` is what the run's clock predicts, for all of an order's decisions where a new worker may have to do them
-    again; `ratio`, at least 1, the median of worked over expected seconds in this fleet: clocks are fitted to another
-    machine, and cores are shared. Before an episode's first observation nothing is expected, and the grace is all.
+    `expected`: seconds by the run's clock, of all the order's decisions where a new worker may redo them.
+    `ratio` ≥ 1: this fleet's median of worked over expected seconds, since clocks are fitted to another machine.
     """
 
     factor: float = 20.0
@@ -56,7 +55,7 @@ class _Row:
 
 
 class WorkerTable:
-    """A row for each worker that is there. Not thread-safe: the dispatcher holds its lock."""
+    """A row per worker. Not thread-safe: the dispatcher holds its lock."""
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
@@ -66,12 +65,12 @@ class WorkerTable:
         self.most = 1  # workers that were there at once
 
     def join(self, worker: int) -> None:
-        """A worker is there."""
+        """Add a worker."""
         self._rows[worker] = _Row()
         self.most = max(self.most, len(self._rows))
 
     def leave(self, worker: int) -> InFlight | None:
-        """A worker is gone; the episode that it had."""
+        """Remove a worker; returns its episode."""
         row = self._rows.pop(worker, None)
         if row is None:
             return None
@@ -83,12 +82,12 @@ class WorkerTable:
         return [worker for worker, row in self._rows.items() if row.episode is None]
 
     def episode(self, worker: int) -> InFlight | None:
-        """Whose order a worker has."""
+        """The episode of a worker's order."""
         row = self._rows.get(worker)
         return row.episode if row is not None else None
 
     def assign(self, worker: int, episode: InFlight) -> None:
-        """A worker gets an episode's next order."""
+        """Give a worker an episode's next order."""
         row = self._rows[worker]
         self._book(row)
         decisions = 1 if row.episode is episode else max(1, len(episode.actions))
@@ -98,7 +97,7 @@ class WorkerTable:
         row.deadline = row.since + (self._deadlines.grace + usual) * 2 ** episode.lost["deaths"]
 
     def answered(self, worker: int, reply: Reply) -> None:
-        """A worker has answered; it keeps its episode until that has ended or the worker has another order."""
+        """Note an answer; the worker keeps its episode until that ends or another order comes."""
         row = self._rows[worker]
         self._book(row)
         episode = row.episode
@@ -108,21 +107,21 @@ class WorkerTable:
             self._ratios.append(reply.worked / episode.expected)
 
     def release(self, worker: int) -> None:
-        """A worker's episode has ended."""
+        """End a worker's episode."""
         self._rows[worker].episode = None
 
     def late(self) -> list[tuple[int, float]]:
-        """Workers past their deadline, with the seconds they have had."""
+        """Workers past their deadline, with their seconds so far."""
         now = time.monotonic()
         return [(worker, now - row.since) for worker, row in self._rows.items() if now > row.deadline]
 
     def next_deadline(self) -> float:
-        """Seconds until the loop has to look about: at the next deadline, and every second."""
+        """Seconds until the next deadline, at most one."""
         nearest = min((row.deadline for row in self._rows.values()), default=math.inf)
         return max(0.0, min(LOOK, nearest - time.monotonic()))
 
     def busy_fraction(self) -> float:
-        """Mean fraction of the time since the last call in which a worker that is there had an order."""
+        """Mean fraction of the time since the last call in which a worker had an order."""
         for row in self._rows.values():
             self._book(row)
         fraction = self._busy / self._there if self._there > 0 else 0.0
@@ -130,7 +129,7 @@ class WorkerTable:
         return min(1.0, fraction)
 
     def views(self, starting: int) -> list[WorkerView]:
-        """A line a worker."""
+        """A line per worker."""
         lines = [_view(worker, row) for worker, row in sorted(self._rows.items())]
         return [*lines, *(WorkerView(-1, "starting") for _ in range(starting))]
 
