@@ -77,7 +77,7 @@ def connect(cpus: int | None = None, gpus: int | None = None) -> None:
 def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
     """`connect` for a block; at its end a cluster started here is shut down, an attached one left.
 
-    A connection from before the block stays. Where a server of a cluster started here dies, this process says so and stops.
+    An earlier connection stays. Where a server of a cluster started here dies, this process says so and stops.
     """
     prepare()
     import ray

@@ -1,6 +1,6 @@
 """Named random streams: a draw depends only on (seed, name, keys), never on earlier draws.
 
-So a graft changes no other stream, arms with one seed see equal batches, and a resumed run needs no generator state.
+So grafts change no other stream, arms with one seed see equal batches, and resuming needs no generator state.
 """
 
 import zlib
