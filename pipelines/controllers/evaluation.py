@@ -1,4 +1,4 @@
-"""A trained controller beside the other arms: every arm plays every instance of a set once, from the same seeds."""
+"""Evaluates a trained controller: every arm plays every instance once, from the same seeds."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ Summaries = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Where arms are compared."""
+    """The instances and runs on which arms are compared."""
 
     spec: RunSpec  # what is played
     instances: Mapping[int, Instance]  # id → instance
@@ -40,11 +40,11 @@ class Evaluation:
     seed: int = 0  # from which each instance's own is derived, whatever the arm
 
     def seed_of(self, id: int) -> int:
-        """The seed of an instance's episodes."""
+        """The seed of an instance's episodes, the same for all arms."""
         return derive(self.seed, "evaluate", id)
 
     def play(self, arm: str, make_policy: Callable[[int], GrowthPolicy]) -> Summaries:
-        """An arm's summary of each instance; `make_policy` makes its controller from an episode's seed."""
+        """An arm's summary per instance; `make_policy` makes its controller from an episode's seed."""
         run = self.make_run()
 
         def episode(id: int) -> dict[str, Any]:
@@ -54,23 +54,23 @@ class Evaluation:
         return self._each(arm, episode)
 
     def bounds(self) -> np.ndarray:
-        """The lowest loss that can be reached on each instance, nats, float64 (instances,)."""
+        """The oracle's lowest loss per instance, nats, float64 (instances,)."""
         return np.array(self._each(BOUND, lambda id: bound(self.spec, self.instances[id], seed=self.seed_of(id))))
 
     def best_schedule(self) -> list[Entry]:
-        """The fixed schedule with the lowest mean loss here that local search finds, on loss laws."""
+        """The fixed schedule with the lowest mean loss here, by local search on loss laws."""
         found = best_fixed_schedule(self.spec, self.instances.values())
         return [Entry(at=at, blueprint=blueprint) for at, blueprint in found]
 
     def median_schedule(self, policy: SimicPolicy) -> tuple[list[Entry], Summaries]:
-        """The median schedule of what a policy plays here, and the summaries of that."""
+        """The median schedule of a policy's episodes here, and their summaries."""
         shallow = min(self.instances, key=lambda id: self.instances[id].n_layer or self.spec.host.n_layer)
         sites = self.make_run().reset(self.instances[shallow], self.seed_of(shallow)).site_ids
         played = self.play(TRAINED, lambda seed: policy)
         return median_grafts(played, self.spec.budget.decisions, set(sites)), played
 
     def _each(self, what: str, of: Callable[[int], Any]) -> list[Any]:
-        """`of` each instance, with a line every few seconds on how many are done."""
+        """`of` each instance, printing progress."""
         found, eta, told = [], Eta(), time.perf_counter()
         for done, id in enumerate(self.instances):
             if time.perf_counter() - told >= TOLD_EVERY:
@@ -82,29 +82,21 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What arms reached on the same instances.
+    """Results of arms on the same instances."""
 
-    Attributes:
-        played: arm → a summary per instance.
-        schedules: arm → entries, of the arms that play a schedule.
-        bounds: lowest loss of each instance, nats, float64 (instances,); None where nobody knows it.
-    """
-
-    played: dict[str, Summaries]
-    schedules: dict[str, list[Entry]]
-    bounds: np.ndarray | None = None
+    played: dict[str, Summaries]  # arm → a summary per instance
+    schedules: dict[str, list[Entry]]  # of the arms that play one
+    bounds: np.ndarray | None = None  # float64 (instances,), nats; None where unknown
 
     @property
     def reference(self) -> str | None:
-        """The arm that the others are held against."""
+        """The arm that the others are compared with."""
         return next((arm for arm in ("schedule", "static") if arm in self.played), None)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per arm, then the bound; None where there is nothing to hold it against.
+        """A row per arm, then the bound: mean `loss`, `to_bound` and paired `difference` to the reference, in nats.
 
-        `loss`, `to_bound` and `difference` (an Interval: to the reference, in pairs) are means in nats per token;
-        `closed` is the share of the gap between the reference and the bound; `grafts` of an episode; `diverged` counts
-        episodes.
+        `closed` is the share of the gap between reference and bound, `grafts` a mean per episode, `diverged` a count.
         """
         losses = {arm: np.array([run["val_loss"] for run in runs]) for arm, runs in self.played.items()}
         bounds, reference = self.bounds, losses.get(self.reference or "")
@@ -126,7 +118,7 @@ class Comparison:
         return rows
 
     def table(self) -> str:
-        """The rows as text; a column without any number is left out."""
+        """The rows as text, without empty columns."""
         import pandas
 
         names = {"loss": "mean final loss", "to_bound": "to the bound", "closed": "gap closed"}
@@ -139,7 +131,7 @@ class Comparison:
         return frame.rename(columns=names).to_string(index=False)
 
     def reached(self, i: int) -> dict[str, Any]:
-        """What each arm reached on the i-th instance, and its bound, as JSON values."""
+        """The result of each arm on the i-th instance, and its bound, as JSON values."""
         arms = {arm: _reached(runs[i]) for arm, runs in self.played.items()}
         return {BOUND: None if self.bounds is None else float(self.bounds[i]), "arms": arms}
 
@@ -151,15 +143,7 @@ def compare(
     training: Evaluation | None,
     given: Mapping[str, list[Entry]],
 ) -> Comparison:
-    """Play these arms and then the policy, telling how it goes.
-
-    Args:
-        arms: names; `schedule` and `openloop` are chosen on training instances, where they are not given.
-        policy: the trained controller.
-        on: where the arms are compared.
-        training: where schedules are chosen; None on text, where that would take days.
-        given: arm → the entries of its schedule.
-    """
+    """Play arms and the policy. Schedules not `given` are chosen on `training`, which is None on text."""
     played, schedules, bounds = {}, dict(given), None
 
     def schedule(arm: str) -> list[Entry]:
@@ -183,7 +167,7 @@ def compare(
 
 
 def median_grafts(summaries: Iterable[dict[str, Any]], decisions: int, sites: Collection[str]) -> list[Entry]:
-    """The median schedule of runs, by their summaries (`policies/simic/distill.py`)."""
+    """The median schedule of runs, from their summaries."""
     episodes = [
         [Taken(graft["budget_fraction"], graft["blueprint"], graft["site"]) for graft in summary["grafts"]]
         for summary in summaries

@@ -1,7 +1,6 @@
-"""A training of a controller as it goes: a live view in a terminal, else a plain line an iteration.
+"""Progress of a controller's training: a live view in a terminal, else a line per iteration.
 
-The view must never cost a training anything: what fails while it is drawn is shown in its place, and a terminal that is
-gone is left alone. The cursor stays visible, so that a killed process leaves a sane terminal.
+Errors while drawing are shown in the view's place and never end the training. The cursor stays visible.
 """
 
 import os
@@ -26,7 +25,7 @@ if TYPE_CHECKING:  # it imports Ray
 REFRESH_SECONDS = 0.25
 COURSE = 16  # iterations that a sparkline shows
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=*#"
-SHOWN = {
+SHOWN = {  # metric → format
     "return_mean": "+.3f",
     "explained_variance": "+.2f",
     "entropy": ".2f",
@@ -37,19 +36,12 @@ SHOWN = {
     "busy": ".0%",
     "lag_mean": ".1f",
 }
-"""Metric → its format."""
 LOST = ("failures", "refused", "dropped")  # counts that are shown where they are not 0
 STYLES = {"starting": "yellow", "resting": "dim"}
 
 
 class TrainingView:
-    """Use it as a context manager around the iterations.
-
-    Args:
-        iterations: at which the training ends.
-        begin: iterations done before, in a resumed training.
-        workers: a snapshot of the workers, from any thread; an empty list where there are none to show.
-    """
+    """A context manager around the iterations; `workers` returns a snapshot of the workers, from any thread."""
 
     def __init__(self, iterations: int, begin: int, workers: "Callable[[], list[WorkerView]]") -> None:
         self._iterations, self._begin, self._number, self._workers = iterations, begin, begin, workers
@@ -61,7 +53,7 @@ class TrainingView:
         self._exit = ExitStack()
 
     def iteration(self, number: int, metrics: dict[str, float]) -> None:
-        """To be called after each iteration with its number, from 1, and `iteration_metrics`."""
+        """Record an iteration: its number, from 1, and `iteration_metrics`."""
         self._number, self._history = number, [*self._history, metrics]
         self._left = self._eta.left(self._done())
         if self._live is None:
@@ -82,7 +74,6 @@ class TrainingView:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leave the head as it stood, without the workers, and the terminal as it was."""
         if self._live is None:
             return
         self._stop.set()
@@ -95,7 +86,7 @@ class TrainingView:
             self._exit.close()
 
     def drawing(self, workers: "list[WorkerView]") -> RenderableType:
-        """The view as it stands, at most a line less high than the terminal."""
+        """The current view, at least a line shorter than the terminal."""
         assert self._live is not None
         console = self._live.console
         head = Group(self._head(), *_metrics(self._history, console.options.ascii_only))
@@ -118,7 +109,6 @@ class TrainingView:
             self._live.console.print(Text(message), soft_wrap=True)  # unbroken: it is copied whole
 
     def _done(self) -> float:
-        """Fraction of the iterations to do, of which a resumed training has fewer."""
         return (self._number - self._begin) / max(1, self._iterations - self._begin)
 
     def _head(self) -> Text:
@@ -130,7 +120,6 @@ class TrainingView:
 
 
 def _metrics(history: list[dict[str, float]], ascii_only: bool) -> list[Table]:
-    """Metrics with their latest course."""
     if not history:
         return []
     grid, now = Table.grid(padding=(0, 2)), history[-1]
@@ -142,7 +131,7 @@ def _metrics(history: list[dict[str, float]], ascii_only: bool) -> list[Table]:
 
 
 def _workers(workers: "list[WorkerView]", room: int) -> list[RenderableType]:
-    """The first that fit into `room` lines as a table, and a line that sums up all where some do not."""
+    """A table of the first that fit into `room` lines, and a line that sums up all if some do not."""
     if not workers or room < 3:
         return []
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -163,7 +152,7 @@ def _workers(workers: "list[WorkerView]", room: int) -> list[RenderableType]:
 
 
 def sparkline(values: list[float], ascii_only: bool = False) -> str:
-    """A character for each of the latest values, from the least to the greatest of them; `!` for one not finite."""
+    """A character per latest value, scaled from the least to the greatest; `!` where one is not finite."""
     values, blocks = values[-COURSE:], ASCII_BLOCKS if ascii_only else BLOCKS
     finite = [value for value in values if abs(value) < float("inf")]  # leaves out NaN too
     low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
@@ -190,7 +179,7 @@ def plain_line(number: int, iterations: int, metrics: dict[str, float]) -> str:
 
 
 class _Console(Console):
-    """Writes one thing at a time: rich erases its last drawing before the next, by a height that must still be true."""
+    """Locked: rich erases the last drawing by its height, which another thread must not change meanwhile."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False)

@@ -1,4 +1,4 @@
-"""What `esper policy` does: say what a trained policy is, hold it against other arms, boil it down to a schedule."""
+"""The actions of `esper policy`: info, evaluate, distill."""
 
 import hashlib
 from collections.abc import Collection
@@ -37,7 +37,7 @@ ON_LAWS_ONLY = ("schedule", "openloop", "bound")  # a schedule may also be given
 
 
 def info(arguments: "InfoArguments") -> None:
-    """Print what the checkpoint says of itself."""
+    """Print a checkpoint's card."""
     file = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(file)
     card, extra = policy.card, policy.card["extra"]
@@ -58,7 +58,7 @@ def info(arguments: "InfoArguments") -> None:
 
 
 def evaluate(arguments: "EvaluateArguments") -> None:
-    """Settle, play, compare, report."""
+    """Compare a policy with other arms, and write and print the result."""
     file = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(file)
     on_text = arguments.data is not None
@@ -98,7 +98,7 @@ def evaluate(arguments: "EvaluateArguments") -> None:
 
 
 def distill(arguments: "DistillArguments") -> None:
-    """Play the policy, take its median schedule, play that, report."""
+    """Write the policy's median schedule, and compare both."""
     check_new_file(arguments.out)
     file = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(file)
@@ -124,11 +124,7 @@ def distill(arguments: "DistillArguments") -> None:
 
 
 def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ()) -> list[str]:
-    """The arms that a comma-separated list names, or all that can be had; never the policy itself, which always plays.
-
-    Raises:
-        UserError: no arm, an unknown one, or one that cannot be had on text, as its schedule is not `given`.
-    """
+    """The arms named, by default all available, without the policy. UserError where one is unknown or unavailable."""
     here = [arm for arm in ARMS if not on_text or arm in given or arm not in ON_LAWS_ONLY]
     if names is None:
         return here
@@ -145,7 +141,7 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
 
 
 def spec_for(arguments: CommonArguments, file: Path, *, on_text: bool) -> RunSpec:
-    """What is played: the preset that is named, else that of the training whose folder the policy lies in."""
+    """The named preset, else that of the training in whose folder the policy is."""
     own = next(
         (path for path in (folder / "spec.json" for folder in file.absolute().parents[:3]) if path.is_file()), None
     )
@@ -157,7 +153,7 @@ def spec_for(arguments: CommonArguments, file: Path, *, on_text: bool) -> RunSpe
 
 
 def instances(spec: RunSpec, name: SetName, first: int | None) -> dict[int, Instance]:
-    """An instance set, or its first instances; a UserError where it has not so many."""
+    """The first instances of a set; UserError where it has too few."""
     whole = instance_set(name, spec)
     if first is not None and first > len(whole):
         raise UserError(f"--episodes is {first}, but the {name} set has {len(whole)} instances: ask for fewer.")

@@ -1,7 +1,6 @@
-"""The best of a training's policies: each one kept plays the same held-out episodes; the lowest mean final loss wins.
+"""Selects a training's best policy by its mean final loss over held-out episodes, the same for all candidates.
 
-On text these are episodes from seeds that nothing is trained or compared on; on loss laws, the tuning set's instances.
-What they cost is counted with the training.
+On text their seeds are used nowhere else; on loss laws they are the tuning set's instances.
 """
 
 import math
@@ -32,15 +31,9 @@ Key = tuple[int, int]  # iteration, episode
 def held_out(
     candidates: Mapping[int, Path], spec: RunSpec, data: Path | None, out: Path, seed: int, check: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes of every held-out episode of every candidate.
+    """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and candidate.
 
-    Args:
-        candidates: iteration → checkpoint.
-        spec: of the runs; `ppo.held_out` is the number of episodes.
-        data: folder of the shards; None on loss laws.
-        out: the training's folder.
-        seed: the training's.
-        check: called often; what it raises ends the work, which can be gone on with.
+    `candidates`: iteration → checkpoint. `data`: None on loss laws. `check` may raise; a later call continues.
     """
     number = spec.ppo.held_out
     instances = [Instance()] * number if data else list(islice(instance_set("tuning", spec).values(), number))
@@ -88,7 +81,6 @@ def _here(
 def _on_cluster(
     tasks: Mapping[Key, Callable[[], dict[str, Any]]], spec: RunSpec, check: Callable[[], None]
 ) -> Iterator[tuple[Key, dict[str, Any]]]:
-    """Side by side, each with a worker's cores and GPUs."""
     import ray
 
     remote = ray.remote(_call).options(num_cpus=spec.fleet.cpus, num_gpus=spec.fleet.gpus)

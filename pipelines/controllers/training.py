@@ -1,8 +1,6 @@
-"""Training a controller: PPO iterations over a fleet, with a live view, tracking, checkpoints and a summary.
+"""Trains a controller: PPO iterations over a fleet, with a live view, tracking, checkpoints and a summary.
 
-A checkpoint follows every iteration, and the journal every decision, so a training that is stopped or killed goes on
-from its last decision (`esper ppo --resume`). At the end the kept policies are held against each other
-(`selection.py`), and the best becomes `policy.safetensors` in the output folder.
+`esper ppo --resume` continues after the last decision. The policy that `selection.py` chooses is the result.
 """
 
 import math
@@ -39,8 +37,7 @@ from esper.workers.worker import save_name
 
 CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest
 HISTORY, EPISODES, SAVES = "history.jsonl", "episodes", "saves"  # in the output folder
-ON_LAWS = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256, "ppo.held_out": 16}
-"""What it takes to learn on loss laws, where a decision costs a third of a millisecond; on text it would be days."""
+ON_LAWS = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256, "ppo.held_out": 16}  # enough there
 
 OWN = ("iteration", "time")  # what a line of the history has beside the metrics
 COUNTED = (
@@ -50,7 +47,7 @@ COUNTED = (
 
 
 class Reached(Frozen):
-    """Where a training stands: kept as `extra` in the card of each checkpoint's policy."""
+    """A training's progress: `extra` in the card of each checkpoint's policy."""
 
     key: str  # of the training
     preset: str
@@ -63,11 +60,7 @@ class Reached(Frozen):
 
     @classmethod
     def of(cls, folder: RunFolder) -> Self:
-        """That of the newest checkpoint in a training's folder, or of one that is about to begin.
-
-        Raises:
-            UserError: the checkpoint is another training's.
-        """
+        """The newest checkpoint's progress, or the start's; UserError for another training's checkpoint."""
         there = checkpoints(folder.out)
         if not there:
             spec = folder.spec
@@ -78,17 +71,14 @@ class Reached(Frozen):
         return reached
 
     def after(self, metrics: dict[str, float]) -> Self:
-        """One iteration later."""
+        """The progress one iteration later."""
         done = {name: getattr(self, name) + metrics[name] for name in ("episodes", "decisions")}
         last = {"iteration": self.iterations + 1, "time": milliseconds(), **metrics}
         return self.model_copy(update={"iterations": self.iterations + 1, "last": _as_json(last), **done})
 
 
 class History:
-    """The metrics of a training's iterations: a line each in `history.jsonl`, a point each in MLflow.
-
-    What is not finite is null in files, since JSON has no NaN.
-    """
+    """Metrics per iteration: in `history.jsonl`, where null stands for non-finite values, and in MLflow."""
 
     def __init__(self, out: Path, tracker: Tracker) -> None:
         self._journal, self._tracker = Journal(out / HISTORY, lambda entry: entry["iteration"]), tracker
@@ -99,7 +89,7 @@ class History:
         return [{k: math.nan if v is None else v for k, v in entry.items()} for entry in self.entries]
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Note an iteration, unless it is there."""
+        """Record an iteration, once."""
         if self._journal.add(entry):
             self.entries.append(entry)
         metrics = {name: value for name, value in entry.items() if name not in OWN and value is not None}
@@ -109,12 +99,9 @@ class History:
 def train_controller(
     folder: RunFolder, *, parent: Tracker | None = None, check: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Train on the connected cluster, or go on, and return the summary, which is also left in the folder.
+    """Train on the connected cluster, or resume, and return the summary, also left in the folder.
 
-    Args:
-        folder: where everything goes, which no other process works in; without data it trains on loss laws.
-        parent: of the MLflow run that this one is a child of.
-        check: called a few times a second; what it raises ends the training, from where it can be resumed.
+    A folder without data trains on loss laws. `check` is called often and may raise; the training can be resumed.
     """
     out, surrogate = folder.out, folder.data is None
     spec = folder.spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
@@ -196,11 +183,7 @@ def keep(folder: RunFolder, tracker: Tracker) -> None:
 
 
 def send(folder: RunFolder) -> bool:
-    """Give MLflow what it has not had of a training that has ended; False where it has had everything.
-
-    Raises:
-        UserError: it does not take it.
-    """
+    """Send MLflow what it lacks of an ended training, or raise UserError; False where it lacks nothing."""
     if synced(folder.out, tracking_uri()):
         return False
     tracker = track(folder)
@@ -212,7 +195,7 @@ def send(folder: RunFolder) -> bool:
 
 
 def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, history: History) -> Reached:
-    """Train from where it stands to the last iteration, a checkpoint after each; returns where it stands then."""
+    """Train to the last iteration, a checkpoint after each."""
     health = Health(iterations)
     for row in history.rows():
         health.look({name: value for name, value in row.items() if name not in OWN})  # said already
@@ -229,11 +212,7 @@ def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, histo
 
 
 def _save(algorithm: PPO, out: Path, reached: Reached, every: int) -> None:
-    """Write the checkpoint of where the training stands, and remove those before it that are not to be kept.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write a checkpoint and remove earlier ones, except the newest and every `every`-th."""
     checkpoint = _checkpoint(out, reached.iterations)
     try:
         save_algorithm(algorithm, checkpoint, reached.model_dump(mode="json"))
@@ -256,13 +235,12 @@ def _candidates(out: Path) -> dict[int, Path]:
 
 
 def _instances(spec: RunSpec) -> Callable[[int], Instance]:
-    """Episode number → training instance, all in turn."""
     instances = list(instance_set("train", spec).values())
     return lambda number: instances[number % len(instances)]
 
 
 def _spent(parts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What the training used of each ledger axis, in all and by what it went to; nothing on loss laws."""
+    """Totals and parts per ledger axis; zero on loss laws."""
     whole = {name: {axis: part.get(axis, 0.0) for axis in AXES} for name, part in parts.items()}
     total = {axis: sum(part[axis] for part in whole.values()) for axis in AXES}
     return {"spent": total, "spent_on": whole, "spent_counts": COUNTED if parts else "nothing: no GPT was trained"}

@@ -1,4 +1,4 @@
-"""The picture of a controller's training: a small panel per question, over the iterations."""
+"""Draws a controller's training: a panel per question, over the iterations."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ Rows = list[dict[str, float]]
 
 
 class Panel(NamedTuple):
-    """A title, the unit, and for each metric its name in the legend (none where it is the only one)."""
+    """`lines`: metric → its legend, None for a single one."""
 
     title: str
     unit: str
@@ -47,12 +47,7 @@ PANELS = (
 
 
 def training_picture(history: Rows, path: Path) -> None:
-    """Write the picture as PNG; what was never logged, and counts that stayed 0, are left out.
-
-    Args:
-        history: metrics of each iteration (`iteration_metrics`), with its number as `iteration`.
-        path: of the PNG; nothing is written where there is nothing to draw.
-    """
+    """Write `iteration_metrics` with `iteration` as PNG, without empty panels; nothing where nothing was logged."""
     told = {name for panel in PANELS for name in panel.lines if _told(history, name)}
     panels = [panel for panel in PANELS if told & panel.lines.keys()]
     if not panels:
@@ -93,6 +88,6 @@ def _draw(axes: Any, panel: Panel, lines: dict[str, str | None], history: Rows) 
 
 
 def _told(history: Rows, name: str) -> bool:
-    """Whether a metric was logged and, if it is a count or a share, was ever above 0."""
+    """Whether a metric was logged; counts and shares also have to be above 0 once."""
     values = [row[name] for row in history if name in row]
     return any(values) if name in (*LOSSES, *KINDS) else bool(values)

@@ -1,4 +1,4 @@
-"""The workers that a controller is trained over: Ray actors that train GPTs, or surrogate runs in this process."""
+"""The workers of a training: Ray actors that train GPTs, or surrogate runs in this process."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SURROGATES = 16  # surrogate runs side by side in the driver
 
 
 def fleet_maker(spec: RunSpec, data: Path | None, storage: str) -> Callable[[], Fleet]:
-    """Makes the workers, which save their runs in `storage`; without data they are surrogates, and save nothing."""
+    """A maker of the workers, which save runs in `storage`; without data they are surrogates and save nothing."""
     if data is None:
         return partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, spec)), SURROGATES)
     CheckpointStore(storage).close()  # a place that cannot be is told of here, not by each worker
@@ -34,7 +34,7 @@ def make_run(spec: RunSpec, data: Path | None) -> GrowthRun | SurrogateRun:
 
 
 def gpus_needed(spec: RunSpec) -> int | None:
-    """GPUs that a cluster must have, for one worker or trial and for learners; None for none, or where it grows."""
+    """GPUs for one worker and the learners; None for none, or on a cluster that grows."""
     needed = math.ceil(spec.fleet.gpus + spec.ppo.learners * spec.ppo.learner_gpus)
     return None if _grows(spec) else needed or None
 
@@ -61,5 +61,5 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
 
 
 def _grows(spec: RunSpec) -> bool:
-    """Whether the cluster may have no node for workers yet: a number of them that is asked for makes it grow."""
+    """Whether the cluster may add nodes for the workers asked for."""
     return cluster.attached() and spec.fleet.workers is not None

@@ -1,10 +1,6 @@
-"""Batches: which tokens a run sees at an optimizer step, and the fixed held-out set.
+"""Batches and the fixed held-out set. A batch depends on the seed and its step alone: resuming needs no cursor.
 
-The batch of a step depends on the seed and the step's number alone, so a graft changes no later batch, twins see the
-same ones, and resuming needs no cursor. Positions are drawn for a block of steps at once: seeding a stream costs more
-than drawing from it.
-
-B sequences, T block size.
+Positions are drawn for many steps at once, as seeding costs more than drawing. B sequences, T block size.
 """
 
 import numpy as np
@@ -20,7 +16,7 @@ STEPS_AT_ONCE = 256
 
 
 class Batches:
-    """Random windows of `part`, a slice of the training tokens as fractions (UserError where it holds none)."""
+    """Random windows of `part`, fractions of the training tokens; UserError where it holds none."""
 
     def __init__(
         self, spec: RunSpec, data: TokenData, seed: int, part: tuple[float, float], device: torch.device
@@ -50,7 +46,7 @@ class Batches:
 def held_out(
     data: TokenData, n: int, block_size: int, device: torch.device, *, last: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The first or last `n` whole windows of the validation tokens (or all there are, at least one): int64 (n, T)."""
+    """The first or last `n` whole validation windows, or all there are, at least one: inputs, targets int64 (n, T)."""
     split = data.split("valid")
     whole = (split.tokens - 1) // block_size
     first = max(0, whole - n) if last else 0

@@ -1,4 +1,4 @@
-"""Which device a run is on."""
+"""The device of a run."""
 
 import torch
 
@@ -7,7 +7,7 @@ from esper.platform.spec import RunSpec
 
 
 def pick_device(spec: RunSpec) -> torch.device:
-    """The spec's device; `auto` takes the GPU where there is one. UserError where one is asked for in vain."""
+    """The spec's device; `auto` prefers a GPU. UserError where CUDA is asked for but absent."""
     if spec.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but this machine shows no CUDA GPU: use --set device=cpu or device=auto.")
     if spec.device == "auto":
@@ -16,6 +16,6 @@ def pick_device(spec: RunSpec) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a time read next is that of finished work."""
+    """Wait until the device has finished its work, before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

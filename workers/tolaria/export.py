@@ -1,6 +1,6 @@
-"""A trained host as a folder for others: in Esper's own format, which takes any shape, or Hugging Face's GPT-2 layout.
+"""Exports a trained host as a folder: Esper's format, for any shape, or Hugging Face's GPT-2 layout.
 
-Young segments are joined, which changes no bit. C embedding, H heads, D head dimension, W neurons of an MLP.
+C embedding, H heads, D head dimension, W MLP neurons.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ CONFIG, MODEL = "config.json", "model.safetensors"  # names that transformers ex
 
 
 def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformerHost:
-    """The host in a state of `GrowthRun`, on the CPU, in evaluation mode; a UserError where there is none."""
+    """The host in a state of `GrowthRun`, on the CPU in evaluation mode; UserError where there is none."""
     prefix = "now/host/"
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -40,11 +40,7 @@ def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transfo
 
 
 def load_native(folder: Path) -> TransformerHost:
-    """The host that `export_native` wrote, on the CPU, in evaluation mode and in the dtype it had.
-
-    Raises:
-        UserError: there is none, it is damaged, or it is of another version.
-    """
+    """The host that `export_native` wrote, on the CPU in evaluation mode; UserError where it cannot be read."""
     values, tensors = checkpoint.read(Path(folder) / MODEL)
 
     def make() -> TransformerHost:
@@ -57,7 +53,7 @@ def load_native(folder: Path) -> TransformerHost:
 
 
 def load_native_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `export_native` put beside the host; a UserError where there is none, or it is damaged."""
+    """The tokenizer beside an exported host; UserError where it is missing or damaged."""
     values, _ = checkpoint.read(Path(folder) / MODEL)
     if values["tokenizer"] is None:
         raise UserError(f"{folder} was exported without a tokenizer: load the one in the folder of its prepared text.")
@@ -65,7 +61,6 @@ def load_native_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _loaded(make: Callable[[], TransformerHost], wrong: str, mend: str) -> TransformerHost:
-    """The host that `make` makes, in evaluation mode."""
     try:
         return make().eval()
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -74,13 +69,9 @@ def _loaded(make: Callable[[], TransformerHost], wrong: str, mend: str) -> Trans
 
 
 def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a host of any shape as a new folder, for `load_native`; the host, fused or not, is not changed.
+    """Write a host of any shape as a new folder, for `load_native`; the host is not changed.
 
-    `model.safetensors` is a checkpoint with the state dict of a host born in this shape (a tied head is left out: it is
-    `wte.weight`) and the `HostSpec` that it is born with. Which kernel computes attention is not part of it.
-
-    Raises:
-        UserError: the folder is not empty or cannot be written, or the tokenizer has another vocabulary.
+    UserError where the folder is not empty or writable, or the tokenizer's vocabulary differs.
     """
     born = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
     config = born.model_dump(mode="json", exclude={"attention"})
@@ -92,13 +83,9 @@ def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | No
 
 
 def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a host as a new folder that `transformers.GPT2LMHeadModel.from_pretrained` and `AutoTokenizer` read.
+    """Write a host as a new folder for `transformers.GPT2LMHeadModel.from_pretrained` and `AutoTokenizer`.
 
-    GPT-2's layers are alike, with heads that fill C: smaller ones are filled up with heads and neurons of zeros, which
-    add exactly nothing.
-
-    Raises:
-        UserError: as `export_native` does, or GPT-2's layout cannot express the shape.
+    Smaller layers are padded with zeros, which add exactly nothing. UserError as in `export_native` and `check_gpt2`.
     """
     check_gpt2(host.shape)
     with _exported(host, folder, tokenizer) as partial:
@@ -110,7 +97,6 @@ def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None
 
 
 def _exported(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> AbstractContextManager[Path]:
-    """A folder that appears whole or not at all."""
     check_unused(Path(folder))
     if tokenizer is not None and tokenizer.vocab_size != host.shape.vocab_size:
         raise UserError(
@@ -121,7 +107,7 @@ def _exported(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) 
 
 
 def fused_state(host: TransformerHost) -> dict[str, Tensor]:
-    """The state dict of the same host with every young segment fused; without a tied head's second name. On the CPU."""
+    """The state dict on the CPU, every young segment fused, a tied head left out."""
     state = {name: tensor for name, tensor in host.own_state().items() if ".young." not in name}
     for name, module in host.named_modules():
         if isinstance(module, GrowableLinear):
@@ -130,7 +116,7 @@ def fused_state(host: TransformerHost) -> dict[str, Tensor]:
 
 
 def check_gpt2(shape: TransformerShape) -> None:
-    """Refuse a shape that GPT-2's layout cannot express, naming the first layer that is why (UserError)."""
+    """UserError, naming the layer, where GPT-2's layout cannot express the shape."""
     C, D = shape.n_embd, shape.head_dim
     for number, layer in enumerate(shape.layers, start=1):
         if layer.experts:
@@ -146,10 +132,7 @@ def check_gpt2(shape: TransformerShape) -> None:
 
 
 def gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
-    """The host's tensors under transformers' names and in its order.
-
-    There every linear is a `Conv1D`, (in, out), and QKV is all of Q, then K, then V, not head by head.
-    """
+    """The host's tensors as transformers has them: linears are `Conv1D` (in, out), QKV is all Q, all K, all V."""
     D, W = host.shape.head_dim, max(layer.width for layer in host.shape.layers)
     H = host.shape.n_embd // D
     state = {}

@@ -1,7 +1,6 @@
-"""Our tokenizers as Hugging Face's `tokenizer.json` and `tokenizer_config.json`, for `transformers.AutoTokenizer`.
+"""Our tokenizers as Hugging Face's `tokenizer.json` and `tokenizer_config.json`: the same ids for the same text.
 
-Both give the same ids for the same text, but that `<|endoftext|>` in a text is read as the end of a document, as in
-GPT-2's own tokenizer there; and an unseen character decodes to `<|unseen|>`.
+One exception: `<|endoftext|>` in a text is one token there. Unseen characters decode to `<|unseen|>`.
 """
 
 from pathlib import Path
@@ -16,7 +15,7 @@ UNSEEN = "<|unseen|>"  # several characters, so none of the text's
 
 
 def save_hugging_face(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
-    """Write a tokenizer into `folder`, as of a model that reads `context` tokens at most."""
+    """Write a tokenizer into `folder`, for a model that reads at most `context` tokens."""
     converted = _byte_pairs(tokenizer) if isinstance(tokenizer, BytePairs) else _characters(tokenizer)
     converted.add_special_tokens([END] if tokenizer.unseen_id is None else [UNSEEN, END])
     write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
@@ -41,11 +40,7 @@ def _characters(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _byte_pairs(tokenizer: BytePairs) -> tokenizers.Tokenizer:
-    """Byte-level BPE; what is a token as a whole is not taken apart, as in tiktoken.
-
-    tiktoken joins the two neighbours whose join has the lowest rank, however that token came to be; Hugging Face joins
-    listed pairs in the order of the list. So every pair whose join is a token is listed, by the rank of the join.
-    """
+    """Lists every pair whose join is a token, by the join's rank: tiktoken joins by that rank alone."""
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
     symbols = byte_symbols()
     spelled = {token: "".join(symbols[byte] for byte in token) for token in ranks}

@@ -1,4 +1,4 @@
-"""From a spec's host section to a host's shape: where another kind of host would be chosen."""
+"""The choice of the host for a spec; other kinds of hosts would be added here."""
 
 from esper.platform.spec import RunSpec
 from esper.workers.tolaria.model.shape import TransformerShape

@@ -1,8 +1,6 @@
-"""The learning rate: warm-up, stable, decay, by the fraction of the budget spent and the size now.
+"""The learning rate: warm-up, stable, decay, over the fraction of the budget spent, so every arm ends annealed.
 
-Driven by the budget, not by a step count that is not known in advance, every arm ends annealed exactly when its
-budget ends (WSD: Hu et al. 2024, 2404.06395). The stable rate follows the current size, so a run that grows glides
-along the curve that static sizes were tuned to.
+WSD: Hu et al. 2024, 2404.06395. The stable rate follows the current size, along the curve tuned on static sizes.
 """
 
 import numpy as np
@@ -11,12 +9,9 @@ from esper.platform.spec import OptimizerSpec
 
 
 def stable_rate(spec: OptimizerSpec, parameters_non_embedding: float) -> float:
-    """By `rates`: a listed size's own, log-log interpolated between two, held outside them.
-
-    Else `learning_rate · (N / rate_parameters)^(−rate_exponent)`, at most `rate_max`.
-    """
+    """`rates` interpolated log-log, else `learning_rate · (N / rate_parameters)^−rate_exponent`, at most `rate_max`."""
     if spec.rates:
-        # exp(log(rate)) is not always the rate: a run that has not grown is the static size to the bit
+        # exp(log(rate)) may differ in a bit: a run that has not grown has exactly its static size's rate
         exact = dict(spec.rates).get(parameters_non_embedding)  # pyright: ignore[reportArgumentType]
         sizes, rates = np.log(np.array(spec.rates).T)
         return exact or float(np.exp(np.interp(np.log(parameters_non_embedding), sizes, rates)))
@@ -25,7 +20,7 @@ def stable_rate(spec: OptimizerSpec, parameters_non_embedding: float) -> float:
 
 
 def path_rate(spec: OptimizerSpec, fraction: float) -> float:
-    """The stable rate at a budget fraction on `rate_path`, whose ends are held."""
+    """The stable rate on `rate_path`, whose ends are held."""
     fractions, rates = zip(*spec.rate_path, strict=True)
     return float(np.interp(fraction, fractions, rates))
 
@@ -33,14 +28,7 @@ def path_rate(spec: OptimizerSpec, fraction: float) -> float:
 def rate(
     spec: OptimizerSpec, fraction: float, parameters_non_embedding: float, decay: tuple[float, float] | None = None
 ) -> float:
-    """The host's learning rate at a budget `fraction` in [0, 1]; above 0 at the very start.
-
-    Args:
-        spec: the curve.
-        fraction: of the budget spent.
-        parameters_non_embedding: N.
-        decay: fractions between which the rate falls; none means from the spec's `decay_from` to the end.
-    """
+    """The host's learning rate at a budget `fraction` in [0, 1], positive at 0; falls between the fractions `decay`."""
     begin, end = decay or (spec.decay_from, 1.0)
     stable = path_rate(spec, fraction) if spec.rate_path else stable_rate(spec, parameters_non_embedding)
     if fraction < spec.warmup:

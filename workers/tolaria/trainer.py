@@ -1,7 +1,4 @@
-"""The training engine: one host, its optimizer and its text; optimizer steps and evaluation.
-
-It knows nothing of budgets, ledgers or policies: its caller says at which rate to step, and reads what was measured.
-"""
+"""The training engine: one host, its optimizer and its text. The caller gives the learning rate of each step."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +29,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class GroupState(Frozen):
-    """An optimizer group: the names of its parameters, and what differs between groups."""
+    """An optimizer group: its parameters by name, and the settings that differ between groups."""
 
     params: tuple[str, ...]
     lr: NotNegative
@@ -40,7 +37,7 @@ class GroupState(Frozen):
 
 
 class TrainerState(Frozen):
-    """A trainer but for its tensors."""
+    """A trainer's state without its tensors."""
 
     layout: Layout
     groups: tuple[GroupState, ...]
@@ -49,8 +46,7 @@ class TrainerState(Frozen):
     steps: Natural
 
 
-Snapshot = tuple[TrainerState, dict[str, Tensor]]
-"""A trainer's state, never changed once taken."""
+Snapshot = tuple[TrainerState, dict[str, Tensor]]  # never changed once taken
 
 
 class Trainer:
@@ -70,7 +66,7 @@ class Trainer:
         self.batches = Batches(spec, data, seed, instance.data, self.device)
         self._held_out = held_out(data, spec.data.eval_tokens // block, block, self.device)
         self._sample = held_out(data, CONTRIBUTION_BATCHES * spec.data.batch_size, block, self.device, last=True)
-        self.sample_tokens = self._sample[0].numel()  # that contributions are measured on
+        self.sample_tokens = self._sample[0].numel()  # tokens that contributions are measured on
         self.take(TransformerHost(self._born, self._vocab_size, torch_stream(seed, "init")))
         self.steps = 0  # optimizer steps done: the data's cursor
         self._measured: list[Tensor] = []
@@ -103,18 +99,13 @@ class Trainer:
         self.optimizer.step()
         self.steps += 1
 
-    # -- Measuring ---------------------------------------------------------------------------------------------
-
     def evaluate(self, between: Callable[[], None] = lambda: None) -> float:
         """Mean loss over the fixed held-out set, nats per token; `between` is called between its parts."""
         return self._mean_loss(*self._held_out, between)
 
     @torch.no_grad()
     def contributions(self, sites: Iterable[str], between: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Of each site, the loss with its newest seed masked less the loss with it, nats per token.
-
-        On a small fixed held-out sample, apart from the validation set where the text is long enough.
-        """
+        """Site → loss with its newest seed masked minus loss with it, nats per token, on a small held-out sample."""
         whole = self._mean_loss(*self._sample, between)
         without = {}
         for site in sites:
@@ -123,29 +114,24 @@ class Trainer:
         return without
 
     def measured(self, since: int = 0) -> list[list[float]]:
-        """Of each step since the last `forget` (from the one numbered `since` on): [loss, norm, norm of all].
+        """Per step since the last `forget`, from index `since` on: [loss, norm, norm of all].
 
-        The training loss in nats per token; the norm, before clipping, of the host's gradient; the same with the norms
-        of seeds on probation added.
+        Loss in nats per token; the host's gradient norm before clipping, without and with seeds on probation.
         """
         rows = self._measured[since:]
         return torch.stack(rows).tolist() if rows else []
 
     @property
     def unread(self) -> int:
-        """How many rows `measured` has."""
+        """Number of rows that `measured` has."""
         return len(self._measured)
 
     def forget(self) -> None:
-        """Drop what was measured."""
+        """Drop the measured rows."""
         self._measured = []
 
     def site_norms(self) -> dict[str, tuple[float, float]]:
-        """Site id → (norm of the last gradient, as clipped; norm of the last update), over the site's weight norm.
-
-        The update is read off AdamW's state after the step, weight decay apart. Sites that no gradient reached, or
-        whose norms are not finite, are left out.
-        """
+        """Site id → norms of the clipped gradient and AdamW's last update over the weights' norm, where finite."""
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         rows = {}
         for site in self.host.shape.injection_specs():
@@ -162,10 +148,8 @@ class Trainer:
             if math.isfinite(weight + gradient + update)
         }
 
-    # -- Saving ------------------------------------------------------------------------------------------------
-
     def state(self) -> Snapshot:
-        """All that `load` needs to go on to the same numbers."""
+        """A copy on the CPU, from which `load` continues with the same numbers."""
         names = {id(parameter): name for name, parameter in self.host.named_parameters()}
         tensors = {f"host/{name}": tensor for name, tensor in self.host.own_state().items()}
         for parameter, moments in self.optimizer.state.items():
@@ -185,11 +169,7 @@ class Trainer:
         return values, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def load(self, state: TrainerState, tensors: Mapping[str, Tensor]) -> None:
-        """Become what `state` told of; the tensors are copied.
-
-        Raises:
-            UserError: state and tensors do not fit together.
-        """
+        """Restore a state, copying its tensors. Raises UserError where state and tensors do not fit together."""
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in within("host/", tensors).items()}
         self.take(TransformerHost.rebuilt(self._born, self._vocab_size, state.layout, own))
         parameters, moments = dict(self.host.named_parameters()), {}
@@ -219,17 +199,14 @@ class Trainer:
         self._measured = list(rows.to(self.device, copy=True).unbind())
 
     def roll_back(self, good: Snapshot) -> None:
-        """Load a snapshot of this run, but for what counts layers and grafts: no id is ever used twice."""
+        """Load a snapshot of this run but keep the counters of layers and grafts: no id is used twice."""
         next_uid, grafts = self.host.shape.born.uid, self.kasmina.grafts
         self.load(*good)
         self.host.reserve(next_uid)
         self.kasmina.grafts = grafts
 
-    # -- Helpers -----------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def _mean_loss(self, inputs: Tensor, targets: Tensor, between: Callable[[], None]) -> float:
-        """In evaluation mode, in parts of a bounded size."""
         at_once = max(1, EVAL_TOKENS_AT_ONCE // inputs.shape[1])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(0, len(inputs), at_once):
@@ -250,7 +227,7 @@ class Trainer:
 
 
 def within(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin so, by the rest of their names."""
+    """The tensors under `folder`, with that prefix removed from their names."""
     return {name.removeprefix(folder): tensor for name, tensor in tensors.items() if name.startswith(folder)}
 
 
@@ -263,14 +240,13 @@ def make_optimizer(spec: OptimizerSpec, host: nn.Module) -> torch.optim.AdamW:
 
 
 def _fit(parameter: Tensor, moments: Mapping[str, Tensor]) -> bool:
-    """Whether these can be AdamW's moments of a parameter."""
     step = moments.get("step", torch.zeros(1))
     like = all(moments[key].shape == parameter.shape for key in moments if key != "step")
     return moments.keys() == MOMENTS and like and step.dim() == 0 and bool(step >= 1)
 
 
 def _update(state: dict, parameter: Tensor, group: dict) -> Tensor:
-    """The last AdamW update of a parameter, learning rate included (1711.05101, algorithm 2, line 12)."""
+    """AdamW's last update of a parameter without weight decay, times the learning rate (1711.05101, algorithm 2)."""
     if not state:
         return torch.zeros_like(parameter)
     beta1, beta2 = group["betas"]

@@ -1,4 +1,4 @@
-"""From a source's text to a folder of shards: once by name (`prepare`), or through the cache (`ensure`)."""
+"""Writes a text as a folder of shards: `prepare` at a given path, `ensure` in the cache."""
 
 import hashlib
 import os
@@ -17,11 +17,11 @@ from esper.workers.tolaria.data.shards import Manifest, SplitManifest
 
 CHUNK_DOCUMENTS = 10_000  # encoded at a time, so that only so much is held as ids of 8 bytes
 MIN_TOKENS = {"train": 1000, "valid": 100}
-SPLITTING = 2  # how text is split into documents and held out: counted up where that changes, for the cache
+SPLITTING = 2  # version of the split into documents and held-out text, for the cache
 
 
 def prepare(data: DataSpec, out: Path) -> Manifest:
-    """Turn a text into the folder `out`: shards, the tokenizer's file and `manifest.json`, whole or not at all."""
+    """Write the new folder `out`: shards, tokenizer and `manifest.json`, whole or not at all."""
     check_unused(out)
     tokenizer.checked_name(data.tokenizer)
     if (Path(data.source).expanduser() / shards.FILE).exists():
@@ -30,11 +30,7 @@ def prepare(data: DataSpec, out: Path) -> Manifest:
 
 
 def ensure(data: DataSpec) -> Path:
-    """The folder of prepared shards of a text: itself, if it is one, or one in the cache, made now if it is not there.
-
-    The cache (`$ESPER_CACHE`, `$XDG_CACHE_HOME/esper` or `~/.cache/esper`) is used as long as text and options are the
-    same. Several processes may call this at once.
-    """
+    """The source's folder of shards, else one in the cache, made if needed; safe to call from several processes."""
     folder = Path(data.source).expanduser()
     if (folder / shards.FILE).exists():
         made_with = Manifest.read(folder).tokenizer
@@ -55,7 +51,7 @@ def ensure(data: DataSpec) -> Path:
 
 
 def _cached(source: sources.Source, data: DataSpec) -> Path:
-    """Where the cache keeps these shards: readable names, and a hash of all that decides their content."""
+    """The cache folder, whose name has a hash of all that decides its content."""
     cache = os.environ.get("ESPER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "esper"
     options = data.tokenizer, data.valid_fraction, data.max_bytes
     key = (shards.VERSION, SPLITTING, source.name, source.fingerprint, *options)

@@ -1,4 +1,4 @@
-"""Documents from local files: .txt, .parquet, .jsonl, and folders of them."""
+"""Documents from .txt, .parquet and .jsonl files and folders of them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ JSON_BLOCKS = pj.ReadOptions(block_size=64 * 2**20)  # bytes: a line must fit in
 
 
 class Piece(str):
-    """A part of a running text, one without document marks: it goes on in the next piece."""
+    """A part of a running text without document marks."""
 
     __slots__ = ()
 
 
 def pieces(text: str) -> Iterator[Piece]:
-    """Pieces of 2,000 to 4,000 characters: to a blank line where one is in that range, else a line's end or a space."""
+    """Pieces of 2,000 to 4,000 characters, cut at a blank line, else a line's end, else a space."""
     start = 0
     while start < len(text):
         least, most = start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS
@@ -61,7 +61,7 @@ READERS = {".txt": _txt, ".parquet": _parquet, ".jsonl": _jsonl}
 
 
 def read_file(path: Path) -> Iterator[str]:
-    """The documents of one file, nulls left out; a UserError where it is damaged, or has no one column of texts."""
+    """A file's documents without nulls; UserError where it is damaged or has no one column of texts."""
     try:
         yield from READERS[path.suffix](path)
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
@@ -71,11 +71,7 @@ def read_file(path: Path) -> Iterator[str]:
 
 
 def read(path: Path) -> tuple[Iterator[str], Iterator[str] | None]:
-    """Training and validation documents of a file or folder.
-
-    If a folder holds both files whose names start with `train` and files whose names start with `valid`, those are
-    the splits and its other files are left out; otherwise all files are documents and validation is None.
-    """
+    """Training and validation documents: `train*` and `valid*` of a folder with both, else (all files, None)."""
     files = text_files(path)
     train, valid = ([file for file in files if file.name.startswith(name)] for name in ("train", "valid"))
     return (_all(train), _all(valid)) if train and valid else (_all(files), None)
@@ -86,7 +82,7 @@ def _all(files: list[Path]) -> Iterator[str]:
 
 
 def text_files(path: Path) -> list[Path]:
-    """The readable files at `path`: itself, or those directly in the folder, by name; a UserError if there is none."""
+    """The readable file at `path`, or those directly in the folder, by name; UserError where there is none."""
     found = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
     if readable := [file for file in found if file.suffix in READERS]:
         return readable
@@ -96,7 +92,7 @@ def text_files(path: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> str:
-    """What tells this text from another without reading it: paths, sizes and modification times of its files."""
+    """A hash of the paths, sizes and modification times of the files."""
     stats = [(file.resolve(), file.stat()) for file in text_files(path)]
     lines = "".join(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for file, stat in stats)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""English that every machine has: the language reference and docstrings of the installed Python, about 2 MB."""
+"""English on every machine: the installed Python's language reference and docstrings, about 2 MB."""
 
 import ast
 import hashlib
@@ -7,15 +7,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# Test suites are half of the library's source, and some distributions leave them out; the rest is not English.
+# Some distributions leave out the test suites; the rest is not English.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data"}
 
 
 def read() -> Iterator[str]:
-    """Topics of the reference, modules' docstrings, and top-level definitions with their members; it takes seconds.
-
-    They are in the order of a hash of their text, so that any prefix is a fair sample. Source is never imported.
-    """
+    """Topics of the reference and docstrings, ordered by hash: any prefix is a fair sample. Source is not imported."""
     from pydoc_data.topics import topics  # half a megabyte, needed here alone
 
     documents = [topic.strip() for topic in topics.values()]
@@ -51,5 +48,4 @@ def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
 
 
 def _text(name: str, doc: str) -> str:
-    # An escape in a docstring may be half of a surrogate pair, which no encoding of text holds.
-    return f"{name}\n{doc}".encode("utf-8", "replace").decode()
+    return f"{name}\n{doc}".encode("utf-8", "replace").decode()  # escapes may be lone surrogates

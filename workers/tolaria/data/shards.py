@@ -1,6 +1,6 @@
-"""A folder of prepared text: token ids in uncompressed Arrow files, mapped into memory, and their manifest.
+"""Prepared text: token ids in uncompressed Arrow files, and their manifest.
 
-Pages of a mapped file are shared by all processes of a machine, so hundreds of workers cost the memory of one.
+The files are mapped into memory, so all processes of a machine share one copy.
 """
 
 import hashlib
@@ -35,25 +35,21 @@ class Shard(Frozen):
 
 
 class SplitManifest(Frozen):
-    """The counts of one split, and its shards in order.
-
-    Tokens include one end per document; characters and bytes (of UTF-8) do not, so that bits per byte can be told.
-    `unseen` are the characters that the tokenizer does not know.
-    """
+    """The counts of one split, and its shards in order."""
 
     documents: PositiveInt
-    tokens: PositiveInt
-    characters: NonNegativeInt
-    bytes: NonNegativeInt
-    unseen: NonNegativeInt
+    tokens: PositiveInt  # one end per document included
+    characters: NonNegativeInt  # without ends, as bytes
+    bytes: NonNegativeInt  # of UTF-8
+    unseen: NonNegativeInt  # characters that the tokenizer does not know
     shards: tuple[Shard, ...] = Field(min_length=1)
 
 
 class Manifest(Frozen):
-    """What a folder of prepared shards holds: `manifest.json`. `source` is a source's name, or an absolute path."""
+    """The content of `manifest.json`."""
 
     version: Literal[1]
-    source: str
+    source: str  # a name of `SOURCES`, or an absolute path
     tokenizer: str
     tokenizer_fingerprint: str
     vocab_size: int = Field(ge=2, le=2**31 - 1)
@@ -62,13 +58,13 @@ class Manifest(Frozen):
     splits: dict[Split, SplitManifest] = Field(min_length=2)
 
     def fingerprint(self) -> str:
-        """What tells these tokens from others, wherever they lie."""
+        """A hash of the tokens and their tokenizer, independent of the folder."""
         shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
         return hashlib.sha256(json.dumps([self.tokenizer_fingerprint, shards]).encode()).hexdigest()
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read `folder`'s manifest; a UserError where there is none, or it is damaged or of another version."""
+        """Read `folder`'s manifest; UserError where it is missing, damaged or of another version."""
         try:
             return cls.checked(from_json((folder / FILE).read_bytes()), FILE)
         except (FileNotFoundError, NotADirectoryError):
@@ -80,7 +76,7 @@ class Manifest(Frozen):
 
 
 def damaged(path: Path, how: object) -> UserError:
-    """The error for a file of prepared shards that cannot be used."""
+    """The error for an unusable file of prepared shards."""
     how = str(how).removesuffix(".")
     return UserError(f"{path} cannot be used ({how}): delete {path.parent} and make it anew with `esper prepare`.")
 
@@ -93,8 +89,7 @@ def write_split(folder: Path, split: str, ids: np.ndarray) -> tuple[Shard, ...]:
 
 
 def _write(path: Path, ids: np.ndarray) -> Shard:
-    # One record batch: several would come back as several arrays, not as one view of the map.
-    batch = pa.record_batch([pa.array(ids)], names=[COLUMN])
+    batch = pa.record_batch([pa.array(ids)], names=[COLUMN])  # only one, to be read as one view
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return Shard(file=path.name, tokens=len(ids), sha256=_sha256(path))
@@ -106,7 +101,6 @@ def _sha256(path: Path) -> str:
 
 
 def _map(path: Path, shard: Shard, *, verify: bool) -> np.ndarray:
-    """A read-only view of the shard's ids, without a copy."""
     try:
         if verify and _sha256(path) != shard.sha256:
             raise ValueError("its SHA-256 is not the manifest's")
@@ -119,23 +113,23 @@ def _map(path: Path, shard: Shard, *, verify: bool) -> np.ndarray:
 
 
 class TokenSplit:
-    """The tokens of one split as one sequence, over however many shards."""
+    """The tokens of one split as one sequence over its shards."""
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
         self.arrays = arrays
         self._ends = np.cumsum([len(array) for array in arrays])
 
     def __deepcopy__(self, memo: dict) -> Self:
-        """Itself: the tokens are read-only, and a run that is forked must not copy its text."""
+        """The same object: the tokens are read-only."""
         return self
 
     @property
     def tokens(self) -> int:
-        """Count of tokens."""
+        """Number of tokens."""
         return int(self._ends[-1])
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `starts`, int64 (windows,): int64 (windows, length)."""
+        """The `length` tokens from each of `starts` (windows,): int64 (windows, length)."""
         if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
             raise IndexError(f"windows of {length} from {starts.min()} to {starts.max()} in {self.tokens} tokens")
         positions = starts[:, None] + np.arange(length)
@@ -150,7 +144,7 @@ class TokenSplit:
 
 
 class TokenData:
-    """A folder of prepared shards, mapped into memory. Pickles as its path, and is mapped anew where it arrives."""
+    """A folder of prepared shards, mapped into memory; pickled as its path."""
 
     def __init__(self, path: Path, manifest: Manifest, splits: dict[Split, TokenSplit]) -> None:
         self.path = path
@@ -159,10 +153,9 @@ class TokenData:
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> Self:
-        """Map the shards in a folder written by `prepare`; a UserError where they are damaged or of another text.
+        """Map a folder's shards; UserError where they are damaged.
 
-        To verify is to read every shard once, compare its SHA-256 and hold its ids against the tokenizer; otherwise
-        only presence, type and length are checked.
+        `verify` reads every shard and checks its SHA-256 and largest id; otherwise only type and length are checked.
         """
         manifest = Manifest.read(path)
         splits: dict[Split, TokenSplit] = {
@@ -185,7 +178,7 @@ class TokenData:
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
-        """The tokenizer that made these ids, read at first use; a UserError where its file is not that."""
+        """The tokenizer of these ids, read at first use; UserError where its file is another."""
         loaded = tokenizer.load(self.manifest.tokenizer, self.path)
         if (loaded.fingerprint, loaded.vocab_size) != (self.manifest.tokenizer_fingerprint, self.manifest.vocab_size):
             raise damaged(self.path / loaded.FILE, "it is not the tokenizer that made the shards")

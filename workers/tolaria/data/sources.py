@@ -1,4 +1,4 @@
-"""Where text comes from: the list of sources, local paths, and the split into training and validation documents."""
+"""Sources of text, and the split into training and validation documents."""
 
 import hashlib
 import os
@@ -18,8 +18,7 @@ HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can r
 HUB_VALID_BYTES = 2_000_000
 PROBE_SECONDS = 4.0  # the hub's own client retries for minutes when nothing answers
 
-Documents = tuple[Iterable[str], Iterable[str] | None]
-"""For training, and for validation: None where the source has no split of its own."""
+Documents = tuple[Iterable[str], Iterable[str] | None]  # training, validation if the source has it
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ SOURCES = (
 
 
 def find(source: str) -> Source:
-    """The source of this name, or else the local file or folder at this path; a UserError where neither exists."""
+    """The source of this name, else the local file or folder; UserError where neither exists."""
     named = {known.name: known for known in SOURCES}
     if source in named:
         return named[source]
@@ -57,7 +56,7 @@ def find(source: str) -> Source:
 
 
 def available(source: Source) -> Source:
-    """`source`, or its stand-in, said in one sentence, when its text cannot be had now."""
+    """`source`, or python-docs, with a message, when its text cannot be had now."""
     if not source.on_hub or hub_answers(TINYSTORIES):
         return source
     say(f"{source.name} needs the Hugging Face hub, which does not answer: using python-docs instead.")
@@ -65,7 +64,7 @@ def available(source: Source) -> Source:
 
 
 def hub_answers(repo: str) -> bool:
-    """Whether the Hugging Face hub (or `$HF_ENDPOINT`) knows the data set `repo`; at once false when set offline."""
+    """Whether the Hugging Face hub (or `$HF_ENDPOINT`) knows the data set `repo`."""
     import huggingface_hub  # half a second to import
 
     hub = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
@@ -77,12 +76,11 @@ def hub_answers(repo: str) -> bool:
 
 
 def hub_texts(repo: str, split: str) -> Iterator[str]:
-    """Stream the column `text` of a data set's split; only what is consumed is downloaded, and nothing is stored."""
+    """Stream the column `text` of a data set's split; downloads only what is consumed, and stores nothing."""
     import datasets  # a second to import, and needed by this source alone
     import huggingface_hub
 
-    # Their warnings are of retries: the one sentence of our error says what matters.
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()  # no warnings of retries
     huggingface_hub.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
@@ -96,10 +94,7 @@ def hub_texts(repo: str, split: str) -> Iterator[str]:
 
 
 def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:
-    """Training and validation documents, blank ones left out; no text stands in both unless the source has it so.
-
-    Only what comes before `max_bytes` of training text, in bytes of UTF-8, is read.
-    """
+    """Training (`max_bytes` of UTF-8 at most) and validation documents, disjoint unless the source splits itself."""
     limit = max_bytes or source.max_bytes
     train, valid = source.load()
     if valid is not None:
@@ -109,7 +104,7 @@ def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple
 
 
 def cap(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
-    """The leading documents that together have at most `max_bytes` bytes of UTF-8, blank ones left out."""
+    """The leading documents with at most `max_bytes` bytes of UTF-8 together, blank ones left out."""
     total = 0
     for document in filter(str.strip, documents):
         if max_bytes is not None:
@@ -120,11 +115,9 @@ def cap(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
 
 
 def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Split off `fraction` of the characters: whole documents, or the end of a running text as one block.
+    """Split off `fraction` of the characters: the documents with the smallest hashes, or the end of a running text.
 
-    Which documents depends on the texts alone: those with the smallest hashes, so that equal ones fall on the same
-    side. They come in the order of their hashes, so that any prefix is a fair sample; the others keep their order.
-    Where that would take every document (there is one), it is cut as a running text is.
+    Equal documents stay together; held-out ones are in hash order. A single document is cut as a running text is.
     """
     running = [document for document in documents if isinstance(document, files.Piece)]
     hashed = [(hashlib.sha256(d.encode()).digest(), d) for d in documents if not isinstance(d, files.Piece)]

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back. `char`, `bpe:N` (learned from the training text) and `gpt2`."""
+"""Tokenizers: `char`, `bpe:N` (learned from the training text) and `gpt2`."""
 
 import base64
 import hashlib
@@ -35,11 +35,11 @@ class Tokenizer:
     FILE: ClassVar[str]
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """Ids of the documents one after the other, each followed by `end_id`; int64 (tokens,)."""
+        """Ids of the documents in turn, each followed by `end_id`; int64 (tokens,)."""
         raise NotImplementedError
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; what is no whole character reads `\\ufffd`."""
+        """The text of `ids`; incomplete characters read `\\ufffd`."""
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
@@ -77,12 +77,7 @@ class Characters(Tokenizer):
 
 
 class BytePairs(Tokenizer):
-    """Byte-level byte-pair encoding with GPT-2's way of splitting text into words; the end is the last id.
-
-    Args:
-        name: `bpe:N` or `gpt2`.
-        tokens: bytes of each id, in order, which is also the order of merging.
-    """
+    """Byte-level BPE with GPT-2's splitting into words; `tokens` are in order of id and of merging, the end is last."""
 
     FILE = "ranks.tiktoken"  # in tiktoken's own format
 
@@ -99,7 +94,7 @@ class BytePairs(Tokenizer):
         )
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """See `Tokenizer`; in tiktoken's threads, on all cores."""
+        """See `Tokenizer`; uses tiktoken's threads on all cores."""
         encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=os.cpu_count() or 1)
         parts = (np.asarray([*ids, self.end_id], dtype=np.int64) for ids in encoded)
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])
@@ -110,7 +105,7 @@ class BytePairs(Tokenizer):
 
 
 def checked_name(name: str) -> str:
-    """`name`, if it is `char`, `gpt2` or `bpe:N` with N of at least 257; a UserError otherwise."""
+    """`name`, if it is `char`, `gpt2` or `bpe:N` with N ≥ 257; UserError otherwise."""
     if name in ("char", "gpt2"):
         return name
     if not re.fullmatch("bpe:(?!N$).*", name):
@@ -121,7 +116,7 @@ def checked_name(name: str) -> str:
 
 
 def build(name: str, documents: Sequence[str]) -> Tokenizer:
-    """Learn the tokenizer called `name` from the training documents, or fetch it; a UserError where neither works."""
+    """Learn or fetch the tokenizer `name`; UserError where that fails."""
     if checked_name(name) == "char":
         seen = np.zeros(0x110000, dtype=bool)
         for document in documents:
@@ -131,7 +126,7 @@ def build(name: str, documents: Sequence[str]) -> Tokenizer:
 
 
 def load(name: str, folder: Path) -> Tokenizer:
-    """Read the tokenizer that `save` wrote; a UserError where it is missing or damaged."""
+    """Read a saved tokenizer; UserError where it is missing or damaged."""
     path = folder / (Characters if checked_name(name) == "char" else BytePairs).FILE
     try:
         content = path.read_bytes()
@@ -171,7 +166,7 @@ def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
 
 
 def byte_symbols() -> dict[int, str]:
-    """GPT-2's spelling of bytes as visible characters, which `tokenizers` uses too."""
+    """Byte → GPT-2's visible character for it, as in `tokenizers`."""
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}

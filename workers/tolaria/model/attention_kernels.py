@@ -1,7 +1,6 @@
-"""The implementations of causal attention that a host can use.
+"""Causal attention kernels, called as `attend(q, k, v, *, dropout)`: q, k and v (B, T, H, D) → (B, T, H, D).
 
-Each is called as `attend(q, k, v, *, dropout)`: q, k and v (B, T, H, D) → (B, T, H, D), the softmax of q kᵀ / √D over
-the keys up to and including the query's own, times v. B batch, T time, H heads, D head dimension.
+B batch, T time, H heads, D head dimension.
 """
 
 from collections.abc import Callable
@@ -24,10 +23,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
-    """FlashAttention-2 (Dao 2023, 2307.08691): float16 or bfloat16 on a CUDA GPU, D at most 256.
-
-    As with torch's, its backward pass repeats to the bit only under `torch.use_deterministic_algorithms`.
-    """
+    """FlashAttention-2 (Dao 2023, 2307.08691): float16 or bfloat16 on a CUDA GPU, D at most 256."""
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -38,7 +34,7 @@ KERNELS: dict[str, Attend] = {"sdpa": sdpa, "flash": flash}
 
 
 def kernel(name: str) -> Attend:
-    """The implementation of this name; UserError where there is none, or this machine cannot run it."""
+    """The kernel of this name; UserError where it is unknown or this machine cannot run it."""
     if name not in KERNELS:
         raise unknown("host.attention", name, KERNELS)
     if name == "flash":

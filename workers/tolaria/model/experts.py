@@ -2,14 +2,9 @@
 
     mlp(x) + Σ_e 1[e takes x]·σ(r_e·x)·E_e(x),   E_e(x) = P_e·gelu(F_e·x + f_e) + p_e
 
-Each expert has a gate of its own and takes tokens that no earlier expert has taken: in a softmax shared by all, a new
-expert would take tokens from the old ones and so change the output. A token is taken where r_e·x + b_e > 0; the gate's
-value multiplies the output, so the router learns. b_e is no parameter: it moves by a fixed step towards the state in
-which the expert takes its share of the tokens (balance without an auxiliary loss: 2408.15664). In training an expert
-takes at most `CAPACITY` times its share of a batch's tokens, those with the highest scores; in evaluation there is no
-bound, so that a token's output depends on no later one.
-
-N tokens, C embedding, W neurons of an expert.
+Expert e takes a token that no earlier expert took, where r_e·x + b_e > 0: in a shared softmax a new expert would
+change the output. b_e steps towards the expert's share of tokens (2408.15664). `CAPACITY` bounds training only, so
+that an evaluated token's output depends on no later token. N tokens, C embedding, W neurons.
 """
 
 import math
@@ -37,19 +32,18 @@ class Expert(nn.Module):
         self.router = nn.Parameter(torch.empty(1, n_embd))
         self.c_fc = nn.Linear(n_embd, shape.width)
         self.c_proj = nn.Linear(shape.width, n_embd)
-        # Scores are about standard normal at birth: the bias at which a share of them is above 0.
-        start = NormalDist().inv_cdf(shape.share) if shape.share < 1 else math.inf
+        start = NormalDist().inv_cdf(shape.share) if shape.share < 1 else math.inf  # newborn scores are about normal
         self.register_buffer("balance", torch.tensor(start, dtype=torch.float32))
 
     def forward(self, x: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (N, C); free: bool (N,), tokens not yet taken → (indices int64 (n,) of the taken ones, output (n, C))."""
+        """x: (N, C); free: bool (N,), tokens not yet taken → (taken indices int64 (n,), output (n, C))."""
         scores = F.linear(x, self.router).squeeze(1)  # (N,)
         taken = self._choose(scores.detach().float() + self.balance, free)
         gate = scores[taken].sigmoid().unsqueeze(1)  # (n, 1)
         return taken, gate * self.c_proj(F.gelu(self.c_fc(x[taken]), approximate="tanh"))
 
     def outgoing(self) -> list[Tensor]:
-        """Every tensor through which the expert writes to the stream."""
+        """Tensors through which the expert writes to the stream."""
         return [self.c_proj.weight, self.c_proj.bias]
 
     @torch.no_grad()
@@ -67,10 +61,10 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleDict):
-    """The experts of a layer, by name, in the order in which they choose."""
+    """A layer's experts by name, in the order in which they choose."""
 
     def all(self) -> Iterator["Expert"]:
-        """Them, in that order."""
+        """The experts, in order."""
         for expert in self.values():
             assert isinstance(expert, Expert)
             yield expert

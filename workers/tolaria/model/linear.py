@@ -1,10 +1,7 @@
 """A linear layer that can grow while it trains.
 
-What is grafted onto it is a segment of its own until it is fused: separate parameters, concatenated in `forward`, so
-there is one GEMM whatever was grafted, and each segment can have its own optimizer state and learning rate. Fusing
-stores the concatenation: no bit of the output changes. Without segments it is a plain linear layer.
-
-R output features (rows), K input features (columns).
+A graft is a segment with parameters of its own, concatenated in `forward`: one GEMM, separate optimizer state.
+Fusing stores the concatenation, so no output bit changes. R output features (rows), K input features (columns).
 """
 
 from collections.abc import Sequence
@@ -15,12 +12,11 @@ from torch import Tensor, nn
 
 from esper.platform.contracts import Swap
 
-Pairs = list[tuple[nn.Parameter, nn.Parameter]]
-"""(new parameter, its sibling): the sibling's optimizer settings are the new one's."""
+Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # (new parameter, sibling whose optimizer settings it takes)
 
 
 class Segment(nn.Module):
-    """Rows with their bias, or columns: what one graft added."""
+    """Rows with their bias, or columns, of one graft."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -29,29 +25,23 @@ class Segment(nn.Module):
 
 
 class GrowableLinear(nn.Module):
-    """`y = x Wᵀ + b`, W float (R, K), growing by rows (`axis` 0, the bias with them) or by columns (`axis` 1).
-
-    Attributes:
-        weight: (R, K) without the young segments.
-        bias: (R,) without theirs.
-        young: segments not yet fused, in the order of their grafts; None where there are none.
-    """
+    """`y = x Wᵀ + b`, W float (R, K), growing by rows and bias (`axis` 0) or by columns (`axis` 1)."""
 
     def __init__(self, in_features: int, out_features: int, *, axis: int) -> None:
         super().__init__()
         self.axis = axis
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
-        self.young: nn.ModuleList | None = None
+        self.young: nn.ModuleList | None = None  # segments not yet fused, oldest first
 
     @property
     def in_features(self) -> int:
-        """K, as it is now."""
+        """Current K."""
         return self._size(1)
 
     @property
     def out_features(self) -> int:
-        """R, as it is now."""
+        """Current R."""
         return self._size(0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +51,7 @@ class GrowableLinear(nn.Module):
         return F.linear(x, *self.joined())
 
     def joined(self) -> tuple[Tensor, Tensor]:
-        """The whole W and b, young segments included."""
+        """Whole W and b, young segments included."""
         segments = self._segments()
         weight = torch.cat([self.weight, *(segment.weight for segment in segments)], dim=self.axis)
         if self.axis == 1:
@@ -69,11 +59,9 @@ class GrowableLinear(nn.Module):
         return weight, torch.cat([self.bias, *(segment.bias for segment in segments if segment.bias is not None)])
 
     def tail(self, size: int) -> Tensor:
-        """A view of the last `size` rows or columns of W: those of the newest graft."""
+        """A view of W's last `size` rows or columns: the newest graft."""
         last = self._segments()[-1].weight if self.young is not None else self.weight
         return last.narrow(self.axis, last.shape[self.axis] - size, size)
-
-    # -- Growing -----------------------------------------------------------------------------------------------
 
     def add(self, weight: Tensor, bias: Tensor | None = None) -> Pairs:
         """Append a segment: weight (r, K) and bias (r,), or weight (R, k)."""
@@ -92,7 +80,7 @@ class GrowableLinear(nn.Module):
         return swaps if oldest.bias is None else [*swaps, self._swap("bias", 0, oldest.bias)]
 
     def cut(self, size: int) -> tuple[list[Swap], list[nn.Parameter]]:
-        """Drop the last `size` rows or columns; returns what changed, and the parameters that are gone."""
+        """Drop the last `size` rows or columns: (changed parameters, dropped parameters)."""
         segments = self._segments()
         if segments:
             assert segments[-1].weight.shape[self.axis] == size
@@ -102,7 +90,7 @@ class GrowableLinear(nn.Module):
         return (swaps if self.axis == 1 else [*swaps, self._swap("bias", 0, cut=size)]), []
 
     def split_off(self, sizes: Sequence[int]) -> None:
-        """Make the last rows or columns young segments of these sizes, uninitialised: to load a saved state into."""
+        """Turn the last rows or columns into uninitialised young segments, to load a saved state into."""
         for name, axis in [("weight", 1)] if self.axis == 1 else [("weight", 0), ("bias", 0)]:
             whole = getattr(self, name)
             own = whole.detach().narrow(axis, 0, whole.shape[axis] - sum(sizes)).clone()
@@ -114,8 +102,6 @@ class GrowableLinear(nn.Module):
     def young_sizes(self) -> list[int]:
         """Rows or columns of each young segment."""
         return [segment.weight.shape[self.axis] for segment in self._segments()]
-
-    # -- Helpers -----------------------------------------------------------------------------------------------
 
     def _segments(self) -> list[Segment]:
         return [segment for segment in self.young or () if isinstance(segment, Segment)]

@@ -1,8 +1,6 @@
 """A transformer's shape without its tensors: sites, parameters and FLOPs in closed form.
 
-A host answers through it and a surrogate run uses it alone; tests hold the formulas against the real module.
-
-V vocabulary, T block size, C embedding, H heads, D head dimension, W neurons of an MLP.
+V vocabulary, T block size, C embedding, H heads, D head dimension, W MLP neurons.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,8 +16,7 @@ from esper.workers.kasmina.registry import names_for
 class TransformerShape:
     """A whole transformer's shape.
 
-    Sites: `wte.stream` (after the embeddings), then a layer's `h<uid>.attention`, `h<uid>.ffn`, `h<uid>.stream`. No
-    two layers of a run ever have the same uid.
+    Sites: `wte.stream`, then `h<uid>.attention`, `h<uid>.ffn`, `h<uid>.stream` per layer; uids are never used again.
     """
 
     vocab_size: int
@@ -32,7 +29,7 @@ class TransformerShape:
 
     @classmethod
     def of(cls, host: HostSpec, vocab_size: int) -> Self:
-        """The shape that a host is born with."""
+        """The shape of a newborn host."""
         width = host.mlp_width or 4 * host.n_embd
         layers = host.layers or tuple(LayerSpec(uid=i, heads=host.n_head, width=width) for i in range(host.n_layer))
         return cls(
@@ -45,10 +42,8 @@ class TransformerShape:
             layers=layers,
         )
 
-    # -- HostShape ---------------------------------------------------------------------------------------------
-
     def injection_specs(self) -> tuple[InjectionSpec, ...]:
-        """A site after the embeddings and three a layer, in the order data passes them."""
+        """The site after the embeddings and three per layer, in forward order."""
         attention, mlp, stream = (names_for(kind) for kind in ("pre_attention", "post_ffn", "residual_stream"))
         embeddings = self.parameters_count() - self.parameters_count(non_embedding=True)
         specs = [InjectionSpec("wte.stream", "residual_stream", 0.0, stream, 0, embeddings)]
@@ -64,18 +59,16 @@ class TransformerShape:
         return tuple(specs)
 
     def parameters_count(self, *, non_embedding: bool = False) -> int:
-        """All parameters, a tied head counted once; without wte, wpe and lm_head if `non_embedding`."""
+        """Count of parameters, a tied head once; `non_embedding` leaves out wte, wpe and lm_head."""
         body = sum(sum(self._layer_parts(layer)) for layer in self.layers) + 2 * self.n_embd
         if non_embedding:
             return body
         return body + self.n_embd * ((1 if self.tied else 2) * self.vocab_size + self.block_size)
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token: three times the forward's matrix products.
+        """Training FLOPs per token, three times the forward's matrix products; experts count by their share of tokens.
 
-        2 per weight of every matrix, and 4·T·H·D a layer for the two attention products, over the whole square: what a
-        causal kernel skips is not subtracted (as in PaLM's appendix B, 2204.02311). An expert counts with the share of
-        the tokens that its gate is balanced to.
+        2 per weight, and 4·T·H·D per layer for attention, without a causal discount (PaLM, 2204.02311, appendix B).
         """
         forward = 2.0 * self.n_embd * self.vocab_size
         for layer in self.layers:
@@ -86,22 +79,20 @@ class TransformerShape:
         return round(3 * forward)
 
     def depth(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return len(self.layers)
 
     def experts(self) -> int:
-        """Experts, over all layers."""
+        """Number of experts in all layers."""
         return sum(len(layer.experts) for layer in self.layers)
 
-    # -- Growing -----------------------------------------------------------------------------------------------
-
     def with_units(self, site_id: str, units: int) -> Self:
-        """With so many more heads or neurons (fewer, if negative) at a site."""
+        """A copy with `units` more heads or neurons at a site; fewer, if negative."""
         field = "heads" if site_id.endswith(".attention") else "width"
         return self._changed(site_id, lambda layer: {field: getattr(layer, field) + units})
 
     def with_expert(self, site_id: str, width: int, share: float) -> Self:
-        """With an expert beside the MLP at a site."""
+        """A copy with an expert beside the site's MLP."""
 
         def added(layer: LayerSpec) -> dict[str, Any]:
             uid = 1 + max((expert.uid for expert in layer.experts), default=-1)
@@ -110,13 +101,13 @@ class TransformerShape:
         return self._changed(site_id, added)
 
     def with_layer(self, site_id: str) -> Self:
-        """With a new layer put into the stream at `site_id`."""
+        """A copy with a new layer at a stream site."""
         position, new = self.position(site_id), self.born
         born = new.model_copy(update={"uid": new.uid + 1})
         return replace(self, born=born, layers=(*self.layers[:position], new, *self.layers[position:]))
 
     def without(self, name: str) -> Self:
-        """Without a part, as the host names it: `h<uid>`, a layer, or `h<uid>.e<uid>`, an expert."""
+        """A copy without the layer `h<uid>` or the expert `h<uid>.e<uid>`."""
         layer, _, expert = name.partition(".")
         if expert:
             return self._changed(
@@ -125,7 +116,7 @@ class TransformerShape:
         return replace(self, layers=tuple(kept for kept in self.layers if f"h{kept.uid}" != layer))
 
     def part_after(self, other: "TransformerShape") -> str:
-        """The name of the one part that this shape has and `other` has not."""
+        """The name of the one part that this shape has and `other` lacks."""
         old = {layer.uid: layer for layer in other.layers}
         for layer in self.layers:
             if layer.uid not in old:
@@ -136,17 +127,15 @@ class TransformerShape:
         raise ValueError("the shapes have the same parts.")
 
     def position(self, stream_id: str) -> int:
-        """Index at which a layer put in at this stream site stands; `ValueError` for any other id."""
+        """Index of a layer inserted at this stream site; `ValueError` for any other id."""
         return ["wte.stream", *(f"h{layer.uid}.stream" for layer in self.layers)].index(stream_id)
 
     def deepened(self, n_layer: int) -> Self:
-        """Grown at the end to `n_layer` layers: the shape with the most sites a run may reach."""
+        """A copy with layers appended up to `n_layer`: the shape with the most sites a run may reach."""
         shape = self
         while shape.depth() < n_layer:
             shape = shape.with_layer(f"h{shape.layers[-1].uid}.stream")
         return shape
-
-    # -- As JSON -----------------------------------------------------------------------------------------------
 
     def layers_as_json(self) -> list[dict[str, Any]]:
         """The layers as JSON values."""
@@ -157,10 +146,8 @@ class TransformerShape:
         """The layers that `layers_as_json` wrote."""
         return tuple(LayerSpec.checked(layer, "a layer") for layer in values)
 
-    # -- Helpers -----------------------------------------------------------------------------------------------
-
     def _layer_parts(self, layer: LayerSpec) -> tuple[int, int, int]:
-        """Parameters of a layer's attention, of its MLP and experts, and of its two norms."""
+        """Parameters of attention, of MLP and experts, and of both norms."""
         c, inner = self.n_embd, layer.heads * self.head_dim
         attention = 4 * c * inner + 3 * inner + c
         mlp = 2 * c * layer.width + layer.width + c
@@ -168,7 +155,6 @@ class TransformerShape:
         return attention, mlp + experts, 4 * c
 
     def _changed(self, site_id: str, change: Callable[[LayerSpec], dict[str, Any]]) -> Self:
-        """With a change of the layer that a site belongs to."""
         name = site_id.partition(".")[0]
         return replace(
             self,

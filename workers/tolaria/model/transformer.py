@@ -1,11 +1,7 @@
-"""TransformerHost: a GPT-2 style decoder that can grow while it trains.
+"""TransformerHost: a GPT-2 style decoder (Radford et al. 2019, GPT-2's module names) that can grow while it trains.
 
-Pre-norm blocks, learned positions, GELU (Radford et al. 2019; module names are GPT-2's). Departures: every matrix that
-can grow is a `GrowableLinear`; QKV rows are ordered by head, (H, 3, D, C), so that a new head adds rows at the end and
-splitting or joining segments changes no bit of the result; heads, MLP widths and experts are per layer. `forward` reads
-head counts and widths off the tensors, so a grown host runs the code of a born one.
-
-B batch, T time, C embedding, V vocabulary, H heads, D head dimension, W neurons of the MLP.
+Departures: growing matrices are `GrowableLinear`; QKV rows are ordered (H, 3, D, C), so new heads append rows.
+B batch, T time, C embedding, V vocabulary, H heads, D head dimension, W MLP neurons.
 """
 
 import math
@@ -28,12 +24,12 @@ from esper.workers.tolaria.model.shape import TransformerShape
 
 
 def make_dropout(probability: float) -> nn.Module:
-    """Dropout, or nothing at all: torch's with probability 0 still draws and multiplies."""
+    """Dropout, or the identity at 0, where torch's still draws and multiplies."""
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention; the number of heads is read off `c_attn`."""
+    """Multi-head causal attention; the head count is read off `c_attn`."""
 
     def __init__(self, n_embd: int, heads: int, head_dim: int, dropout: float, attend: Attend) -> None:
         super().__init__()
@@ -65,7 +61,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: attention and MLP (and experts), each reading the normed stream and adding to it."""
+    """A layer: attention, MLP and experts, each reading the normed stream and adding to it."""
 
     def __init__(self, shape: TransformerShape, layer: LayerSpec, dropout: float, attend: Attend) -> None:
         super().__init__()
@@ -89,7 +85,7 @@ class Block(nn.Module):
         return x + self.drop(y)
 
     def add_expert(self, expert: ExpertSpec) -> Expert:
-        """Put an expert beside the MLP, uninitialised but for its bias."""
+        """Put an expert beside the MLP, uninitialised except for its balance."""
         if self.experts is None:
             self.experts = Experts()
         new = Expert(self.ln_2.weight.shape[0], expert).to(self.ln_2.weight)
@@ -107,37 +103,26 @@ class Block(nn.Module):
         return expert
 
     def shape(self) -> LayerSpec:
-        """What the layer is now."""
+        """The layer's current shape."""
         heads, width = self.attn.c_proj.in_features // self.attn.head_dim, self.mlp.c_proj.in_features
         experts = tuple(expert.shape for expert in self.experts.all()) if self.experts is not None else ()
         return LayerSpec(uid=self.uid, heads=heads, width=width, experts=experts)
 
     def outgoing(self) -> list[nn.Parameter]:
-        """Every tensor through which the layer writes to the stream."""
+        """Parameters through which the layer writes to the stream."""
         return [parameter for name, parameter in self.named_parameters() if "c_proj" in name.split(".")]
 
 
 class Layout(Frozen):
-    """What a host's tree of modules and parameters is made from.
-
-    Attributes:
-        young: name of each linear that has young segments → their rows or columns.
-        next_uid: of the next new layer.
-    """
+    """The structure of a host's tree of modules and parameters."""
 
     layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
-    young: dict[str, tuple[Annotated[int, Field(ge=1)], ...]]
-    next_uid: int
+    young: dict[str, tuple[Annotated[int, Field(ge=1)], ...]]  # name of a linear → rows or columns per young segment
+    next_uid: int  # of the next new layer
 
 
 class TransformerHost(nn.Module):
-    """The host. Implements HostProtocol.
-
-    Args:
-        spec: how it is born.
-        vocab_size: V.
-        generator: CPU generator that the weights are drawn from; none means torch's global one.
-    """
+    """The host; implements HostProtocol. Weights are drawn from the CPU `generator`, by default the global one."""
 
     def __init__(self, spec: HostSpec, vocab_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -156,10 +141,7 @@ class TransformerHost(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """GPT-2's table: matrices N(0, 0.02²), residual projections N(0, 0.02²/2L), biases 0, norms 1 and 0.
-
-        A router is N(0, 1/C): its scores of a normed token are then about standard normal.
-        """
+        """GPT-2's: N(0, 0.02²), residual projections N(0, 0.02²/2L); a router N(0, 1/C), for standard normal scores."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -171,17 +153,15 @@ class TransformerHost(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def forward(self, idx: Tensor) -> Tensor:
-        """idx: int64 (B, T), T at most block_size → logits (B, T, V)."""
+        """idx: int64 (B, T), T ≤ block_size → logits (B, T, V)."""
         position = torch.arange(idx.shape[1], device=idx.device)  # (T,)
         x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C)
         for block in self.h:
             x = block(x)
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
-    # -- Growing -----------------------------------------------------------------------------------------------
-
     def split(self) -> bool:
-        """Whether some linear layer holds more than one segment."""
+        """Whether some linear layer has young segments."""
         return any(linear.young is not None for _, linear in self._linears())
 
     def linears(self, site_id: str) -> tuple[GrowableLinear, GrowableLinear]:
@@ -192,7 +172,7 @@ class TransformerHost(nn.Module):
         return block.mlp.c_fc, block.mlp.c_proj
 
     def written_by(self, site_id: str) -> Iterator[Tensor]:
-        """The parameters that a site's telemetry is about; for a stream site, what wrote the stream there."""
+        """The parameters behind a site's telemetry; for a stream site, those that wrote the stream there."""
         if site_id == "wte.stream":
             yield from (self.wte.weight, self.wpe.weight)
             return
@@ -203,11 +183,7 @@ class TransformerHost(nn.Module):
 
     @torch.no_grad()
     def stream_sizes(self) -> dict[str, float]:
-        """Stream site → root mean square of the stream there, over a context of tokens drawn at random.
-
-        Text gives other numbers, but the same order and ratios within a factor of two (tinystories-char, 3,500 steps
-        in: 0.72, 0.75 and 2.5 after embeddings, a grafted layer and the first one, where text gives 0.33, 0.56, 3.1).
-        """
+        """Stream site → RMS of the stream there on random tokens; text keeps the order, ratios within a factor of 2."""
         training = self.training
         self.eval()
         device, generator = self.wte.weight.device, torch.Generator().manual_seed(0)
@@ -220,10 +196,9 @@ class TransformerHost(nn.Module):
         return {site: stream.float().square().mean().sqrt().item() for site, stream in streams.items()}
 
     def insert(self, site_id: str, shape: TransformerShape) -> tuple[str, Pairs]:
-        """Put in the part that `shape` has and the host has not, uninitialised: (its name, parameters and siblings).
+        """Insert the part that only `shape` has, uninitialised: (its name, parameters with siblings).
 
-        A layer's siblings are those of the layer before it, or after the embeddings of the layer behind it; an
-        expert's are the MLP's, the router's is its incoming matrix.
+        Siblings are those of the layer before (else behind) it; an expert's are the MLP's, its router's is `c_fc`.
         """
         name = shape.part_after(self.shape)
         layer = next(layer for layer in shape.layers if f"h{layer.uid}" == name.partition(".")[0])
@@ -249,7 +224,7 @@ class TransformerHost(nn.Module):
         return dict((block.experts or {}).items()).get(expert)
 
     def remove(self, name: str) -> list[nn.Parameter]:
-        """Take a part out; returns every parameter that is gone."""
+        """Remove a part and return its parameters."""
         block, expert = self._at(name)
         if expert:
             return list(block.remove_expert(expert).parameters())
@@ -257,7 +232,7 @@ class TransformerHost(nn.Module):
         return list(block.parameters())
 
     def grown(self) -> None:
-        """Read the shape off the tensors again: to be called after every change of them."""
+        """Read the shape off the tensors again; call it after every change of them."""
         self.shape = replace(self.shape, layers=tuple(block.shape() for block in self._blocks()))
 
     def reserve(self, next_uid: int) -> None:
@@ -265,15 +240,13 @@ class TransformerHost(nn.Module):
         born = self.shape.born
         self.shape = replace(self.shape, born=born.model_copy(update={"uid": max(born.uid, next_uid)}))
 
-    # -- Saving ------------------------------------------------------------------------------------------------
-
     def layout(self) -> Layout:
-        """What `rebuilt` needs beside the tensors."""
+        """The structure that `rebuilt` needs beside the tensors."""
         young = {name: tuple(linear.young_sizes()) for name, linear in self._linears() if linear.young is not None}
         return Layout(layers=self.shape.layers, young=young, next_uid=self.shape.born.uid)
 
     def own_state(self) -> dict[str, Tensor]:
-        """The state dict without a tied head's second name."""
+        """The state dict, without `lm_head.weight` where it is tied."""
         state = self.state_dict()
         if self.spec.tied:
             del state["lm_head.weight"]
@@ -281,11 +254,7 @@ class TransformerHost(nn.Module):
 
     @classmethod
     def rebuilt(cls, spec: HostSpec, vocab_size: int, layout: Layout, state: Mapping[str, Tensor]) -> "TransformerHost":
-        """The host that gave this layout and this `own_state`, whose tensors it takes as they are.
-
-        Raises:
-            UserError: they do not fit together; nothing has been allocated then.
-        """
+        """The host of this layout and `own_state`, not copied; UserError, before allocating, where they do not fit."""
         odd = UserError("the checkpoint's host and its tensors do not fit together: restore an older copy of it.")
         uids, layers = {layer.uid for layer in layout.layers}, layout.layers
         if len(uids) < len(layers) or layout.next_uid <= max(uids):
@@ -307,8 +276,6 @@ class TransformerHost(nn.Module):
         host.reserve(layout.next_uid)
         return host
 
-    # -- Helpers -----------------------------------------------------------------------------------------------
-
     def _layer(self, layer: LayerSpec) -> Block:
         return Block(self.shape, layer, self.spec.dropout, self._attend)
 
@@ -319,6 +286,5 @@ class TransformerHost(nn.Module):
         return ((name, module) for name, module in self.named_modules() if isinstance(module, GrowableLinear))
 
     def _at(self, place: str) -> tuple[Block, str]:
-        """The layer in the name of a site or part, and the rest of that name."""
         name, _, rest = place.partition(".")
         return next(block for block in self._blocks() if name == f"h{block.uid}"), rest
