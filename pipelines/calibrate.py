@@ -1,8 +1,6 @@
-"""Fit the reference clock to this device: seconds of a step as a function of shape, and its error.
+"""Fit the reference clock, seconds of a step as a function of shape: `esper calibrate`, on an idle machine.
 
-    python pipelines/calibrate.py --preset tinystories-char        # on an idle machine
-
-Leaves `clock.json`, the constants for a preset's `clock` section, and `summary.json` with every shape that was timed.
+Leaves `clock.json`, for a preset's `clock` section, and `summary.json` with every shape that was timed.
 """
 
 import json

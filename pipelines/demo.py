@@ -1,8 +1,6 @@
-"""The whole story in minutes on a laptop: prepare text, train a controller, compare arms, write the report.
+"""The whole story in minutes on a laptop (`make demo`): text, a trained controller, arms compared, the report.
 
-    make demo            or            python pipelines/demo.py
-
-A demo this short does not train a good policy: it shows that everything works together.
+It shows that everything works together; a demo this short does not train a good policy.
 """
 
 import sys

@@ -1,9 +1,6 @@
-"""Write a trained GPT as files that others can load.
+"""Write a trained GPT, with its tokenizer, as files that others can load: the newest checkpoint of `esper train`.
 
-    python pipelines/export.py runs/train-tamiyo-20260101-120000 --out gpt              # Esper's own format
-    esper export runs/train-static-20260101-120000 --out gpt2 --format gpt2             # for transformers
-
-Takes the newest checkpoint in the folder of `esper train`, ended or not, and the tokenizer of its text if it is there.
+esper export runs/train-static-20260101-120000 --out gpt2 --format gpt2     # for transformers; default: native
 """
 
 import sys
@@ -20,7 +17,7 @@ from esper.platform.storage import check_unused
 if TYPE_CHECKING:  # it imports torch
     from esper.workers.tolaria.data import Tokenizer
 
-LOADING = {
+LOADING = {  # format → code that loads a host and, in its last line, the tokenizer
     "native": """
     from esper.workers.tolaria.export import load_native, load_native_tokenizer
     host = load_native({0!r})
@@ -30,7 +27,6 @@ LOADING = {
     model = GPT2LMHeadModel.from_pretrained({0!r})
     tokenizer = AutoTokenizer.from_pretrained({0!r})""",
 }
-"""Format → the lines of Python that load a host, and in the last one its tokenizer, from a folder."""
 
 
 class ExportArguments(Arguments):
@@ -65,7 +61,7 @@ def run(arguments: ExportArguments) -> None:
 
 
 def tokenizer_of(run: Path, fingerprint: str) -> "Tokenizer | None":
-    """The tokenizer of the text that a run was trained on; None, with a sentence, where it cannot be had."""
+    """The tokenizer of the run's text; None, and a message, where there is none."""
     from esper.pipelines.common.run_folder import RunFolder
     from esper.pipelines.common.single_run import TrainPlan
     from esper.workers.tolaria.data import TokenData

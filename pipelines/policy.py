@@ -1,13 +1,7 @@
 """Look at a trained controller, hold it against the other arms, or boil it down to a schedule. Without Ray.
 
-    python pipelines/policy.py info runs/ppo-20260101-120000                            # what it is
-    esper policy evaluate runs/ppo-20260101-120000                                      # on loss laws it never saw
-    esper policy evaluate runs/ppo-20260101-120000 --data stories.txt --episodes 4      # a GPT per arm and instance
-    esper policy distill runs/ppo-20260101-120000 --out plan.json                       # its median schedule …
-    esper train schedule --schedule plan.json                                           # … as an arm of its own
-
-A checkpoint is the folder of a `ppo` run (its best policy is taken), one in its `checkpoints/`, or a policy's file.
-`evaluate` leaves `evaluation.json`, with a number per instance and arm, and `spec.json` in its output folder.
+esper policy evaluate runs/ppo-20260101-120000 --data stories.txt      # on text; without --data on loss laws
+esper policy distill runs/ppo-20260101-120000 --out plan.json          # for `esper train schedule --schedule …`
 """
 
 import sys

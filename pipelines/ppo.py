@@ -1,15 +1,8 @@
-"""Train a controller: PPO (Simic) over a fleet of Ray workers, each growing a GPT on text.
+"""Train a controller: PPO (Simic) over a fleet of Ray workers, each growing a GPT on text; leaves `policy.safetensors`.
 
-    python pipelines/ppo.py                                  # preset by device, as many workers as cores; without a
-                                                             # GPU that is `demo`: minutes, and no good policy
-    python pipelines/ppo.py --preset tinystories-char        # a laptop for hours
-    ray job submit -- python pipelines/ppo.py                # on a cluster
-    esper ppo --surrogate                                    # learn on loss laws, in minutes
-    esper ppo --resume runs/ppo-20260101-120000              # go on where it was stopped or killed
-
-Leaves `summary.json`, `policy.safetensors` (the best policy, for `esper train ppo --policy`, which needs no Ray),
-`history.jsonl`, `training.png` and `checkpoints/` in the output folder. `episodes/` and `saves/` hold the episodes
-under way, so that a resumed training goes on with them. Ctrl-C and SIGTERM stop it where it can be resumed.
+esper ppo --surrogate                               # on loss laws, in minutes; on text it takes hours
+ray job submit -- python pipelines/ppo.py           # on a cluster
+esper ppo --resume runs/ppo-20260101-120000         # with the episodes under way, in `episodes/` and `saves/`
 """
 
 import sys
@@ -65,11 +58,7 @@ def run(arguments: PPOArguments) -> None:
 
 
 def resume(arguments: PPOArguments, out: Path) -> None:
-    """Go on with the training in `out`, or give MLflow what it has not had of one that has ended.
-
-    Raises:
-        UserError: there is nothing to go on with, nothing left to do, or what it rests on has changed.
-    """
+    """Go on with the training in `out`, or send MLflow the rest of an ended one."""
     from esper.pipelines.common.run_folder import RunFolder
     from esper.pipelines.controllers.training import Reached, send
     from esper.platform.frozen import Frozen

@@ -1,6 +1,6 @@
 """Turn text into a tokenizer and token shards, for `--data` of the other pipelines.
 
-esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories      # default: the preset's
+esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories
 """
 
 import sys

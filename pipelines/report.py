@@ -1,6 +1,6 @@
-"""Write the report on a sweep: which arm reaches a lower loss at equal cost, and how sure that is. Reads only MLflow.
+"""Write the report on a sweep: which arm reaches a lower loss at equal cost, and how sure that is.
 
-Leaves `report.html`, `report.png` and `report.json` in a folder, and with the sweep's run. In a notebook: `load`.
+Reads only MLflow; leaves `report.html`, `report.png` and `report.json` in a folder and with the sweep's run.
 """
 
 import re
@@ -67,16 +67,10 @@ def write_report(client: "MlflowClient", parent_run_id: str, out: Path) -> None:
 
 
 def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None = None) -> Tables:
-    """What an experiment's sweeps logged, as pandas data frames, for notebooks.
+    """What an experiment's sweeps logged (or one, by run id or name), as pandas data frames, for notebooks.
 
-        tables = load("esper-tinystories")
-        test = tables.finals.query("purpose == 'test' and status == 'FINISHED' and not diverged")
-        test.groupby("label")["val_loss"].agg(["mean", "std", "count"])
-
-    Args:
-        experiment: MLflow's name of it.
-        sweep: run id or name of one sweep; None for all, told apart by `finals["sweep"]`.
-        tracking_uri: None for `MLFLOW_TRACKING_URI`, else `mlflow.db` in the working directory.
+    test = load("esper-tinystories").finals.query("purpose == 'test' and status == 'FINISHED' and not diverged")
+    test.groupby("label")["val_loss"].agg(["mean", "std", "count"])
     """
     client = open_store(tracking_uri)
     runs, _ = read_runs(client, find_sweeps(client, experiment, sweep))
@@ -84,7 +78,6 @@ def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None 
 
 
 def _write(client: "MlflowClient", sweep: Sweep, out: Path) -> Report:
-    """Judge each grid point, write the files, and keep them with the sweep's run."""
     from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
 
     runs, notes = read_runs(client, [sweep])

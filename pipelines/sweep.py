@@ -1,14 +1,7 @@
 """Compare arms at an equal budget: arms × sizes × seeds × a grid, under Ray Tune, with the curves in MLflow.
 
-    python pipelines/sweep.py --arms static,tamiyo --sizes 1,2,3 --seeds 5
-    esper sweep --arms static,onejump,gradual,tamiyo --sizes 1,2,3,4 --seeds 5 --tune-lr
-    esper sweep --arms static,tamiyo,ppo --policy runs/ppo-20260101-120000
-    esper sweep --arms static,ppo                   # no policy given: trains one first, on the same spec; without a
-                                                    # GPU the preset is then `demo`
-    esper sweep --resume runs/sweep-20260101-120000 # go on where it was stopped or killed: what is missing, and no more
-
-Leaves `sweep.json` (plan, what was chosen on tuning seeds, every trial's state), `summary.json` (a list of the test
-runs' summaries), a folder per trial, and the report (`esper report`); in MLflow a parent run with a child per trial.
+esper sweep --arms static,tamiyo,ppo --sizes 1,2,3 --seeds 5 --tune-lr      # trains ppo where no --policy is given
+esper sweep --resume runs/sweep-20260101-120000                             # what is missing, and no more
 """
 
 import sys
@@ -18,7 +11,7 @@ from esper.pipelines.sweeps.plan import SweepArguments
 
 
 def run(arguments: SweepArguments) -> int:
-    """Run the trials, and report; 1 if a trial failed."""
+    """Run the trials, and report; returns 1 if a trial failed."""
     from esper.pipelines.sweeps import comparison
 
     return comparison.begin(arguments) if arguments.resume is None else comparison.resume(arguments.resume)

@@ -1,13 +1,7 @@
 """Train one GPT under one arm.
 
-    python pipelines/train.py tamiyo                                    # preset by device, data from the hub
-    esper train heuristic --task tinystories --data stories.txt
-    esper train schedule --schedule plan.json --set budget.decisions=12
-    esper train ppo --policy runs/ppo-20260101-120000
-    esper train --resume runs/train-tamiyo-20260101-120000      # one that was stopped or killed: to the same numbers
-
-Leaves `summary.json` (final loss, every cost axis, grafts, loss curve), `spec.json` and the newest checkpoint in the
-output folder, and a run in MLflow. Ctrl-C and SIGTERM save first.
+esper train tamiyo --data stories.txt --set budget.decisions=12
+esper train --resume runs/train-tamiyo-20260101-120000      # to the same numbers; Ctrl-C and SIGTERM save first
 """
 
 import sys
@@ -44,7 +38,7 @@ class TrainArguments(ResumableArguments):
 
 
 def run(arguments: TrainArguments) -> int:
-    """Settle, train, report; 1 if the run had to be given up."""
+    """Settle, train, report; returns 1 if the run was given up."""
     from esper.pipelines.common import single_run
 
     if arguments.resume is not None:

@@ -1,9 +1,6 @@
 """Command lines from frozen pydantic models: a field is a flag, its description the help, its rules the checks.
 
-    def main(argv: list[str] | None = None) -> int:
-        return main_guard(run, TrainArguments, "esper train", argv)
-
-Parsing must answer at once: a module that states arguments imports torch, Ray and MLflow inside its `run` only.
+Parsing must be fast: a module that states arguments imports torch, Ray and MLflow inside its `run` only.
 """
 
 import errno
@@ -23,18 +20,16 @@ from esper.platform.errors import UserError, unknown
 
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-"""Errors of a place for files rather than of Esper."""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 POSITIONAL = object()
 
 V = TypeVar("V")
 T = TypeVar("T", bound=BaseModel)
-Positional = Annotated[V, POSITIONAL]
-"""`arm: Positional[str]` is an argument without a flag."""
+Positional = Annotated[V, POSITIONAL]  # `arm: Positional[str]` is an argument without a flag
 
 
 class Arguments(BaseModel):
-    """Base of every command line: read-only, and no argument that the model does not name."""
+    """Base of every command line; refuses unknown arguments."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +56,7 @@ class CommonArguments(Arguments):
 
 
 class ResumableArguments(CommonArguments):
-    """What a command takes whose work can be gone on with: `--resume`, and beside it `beside_resume` only."""
+    """Arguments of a resumable command; beside `--resume` it takes `beside_resume` only."""
 
     beside_resume: ClassVar[tuple[str, ...]] = ()
 
@@ -79,12 +74,7 @@ class ResumableArguments(CommonArguments):
 
 
 def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "esper") -> T:
-    """Read a command line (the process's own for None) into a model, whose docstring is the head of the help.
-
-    Raises:
-        UserError: An argument is unknown, missing or not allowed.
-        SystemExit: With code 0, after `--help` was printed.
-    """
+    """Read a command line (None: the process's own); the model's docstring heads the help. Raises UserError."""
     parser = _Parser(prog=prog, description=model_class.__doc__, allow_abbrev=False)
     for name, field in model_class.model_fields.items():
         parser.add_argument(_shown(name, field), **_keywords(field))
@@ -101,11 +91,10 @@ def parse(model_class: type[T], argv: list[str] | None = None, prog: str = "espe
 
 
 def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, argv: list[str] | None = None) -> int:
-    """Parse the command line, call `run` with it, and turn what went wrong into a sentence and an exit code.
+    """Parse the command line, call `run`, and turn what goes wrong into a sentence and an exit code.
 
-    Returns:
-        What `run` returns (None counts as 0); 2 for a user's error or a full disk; 130 for Ctrl-C, or the
-        KeyboardInterrupt's own `exit_code`. Any other exception is a bug, and keeps its traceback.
+    Codes: `run`'s own (None is 0), 2 for a UserError or a full disk, KeyboardInterrupt's `exit_code` or 130. Any other
+    exception is a bug, and keeps its traceback.
     """
     try:
         return run(parse(model_class, argv, prog)) or 0
@@ -130,14 +119,7 @@ def main_guard(run: Callable[[T], int | None], model_class: type[T], prog: str, 
 def choose(
     prog: str, what: str, commands: Mapping[str, tuple[str, Callable[[list[str]], int]]], argv: list[str] | None
 ) -> int:
-    """Run the one of several commands that the line begins with; without one, print what there is.
-
-    Args:
-        prog: How the user calls them together: `esper`.
-        what: One of them is: `command`.
-        commands: Name → a line on it, and what takes the rest of the line and returns the exit code.
-        argv: The line; None for the process's own.
-    """
+    """Run the command (name → summary, function of the other arguments) that a line names; else list all."""
     line = sys.argv[1:] if argv is None else argv
     name = line[0] if line else "--help"
     if name in ("-h", "--help"):
@@ -153,7 +135,7 @@ def choose(
 
 
 class _Parser(ArgumentParser):
-    """argparse's parser, whose errors are one sentence and an exception instead of a usage text and an exit."""
+    """Raises UserError with one sentence instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         stray = message.removeprefix("unrecognized arguments: ")
@@ -169,23 +151,19 @@ def _advice(prog: str) -> str:
 
 
 def _shown(name: str, field: FieldInfo) -> str:
-    """How the user writes a field: `--tune-lr`, `arm`."""
     return name if POSITIONAL in field.metadata else f"--{name.replace('_', '-')}"
 
 
 def _kind(field: FieldInfo) -> Any:
-    """Its type, without `| None`."""
     parts = get_args(field.annotation)
     return parts[0] if type(None) in parts else field.annotation
 
 
 def _choices(field: FieldInfo) -> list[str]:
-    """The words a field accepts where it is a Literal, else none."""
     return [str(choice) for choice in get_args(_kind(field))] if get_origin(_kind(field)) is Literal else []
 
 
 def _keywords(field: FieldInfo) -> dict[str, Any]:
-    """How argparse reads a field: as text, or several; pydantic does the rest."""
     kind, choices, text = _kind(field), _choices(field), field.description or ""
     if not field.is_required() and str(field.default) not in ("None", "False", "[]"):
         text += f" (default: {field.default})"
@@ -200,7 +178,6 @@ def _keywords(field: FieldInfo) -> dict[str, Any]:
 
 
 def _first_error(error: ErrorDetails, model_class: type[BaseModel], prog: str) -> UserError:
-    """One sentence for pydantic's first complaint."""
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return cause

@@ -14,7 +14,7 @@ OnDecision = Callable[[R, Telemetry, GraftAction, Transition], None]
 def play(
     run: R, policy: GrowthPolicy, *, arm: str, probe: Probe | None = None, on_decision: OnDecision[R] | None = None
 ) -> dict[str, Any]:
-    """Play an episode from where it stands (reset, or restored) to its end, and return its summary."""
+    """Play an episode from where it stands (reset or restored) to its end; returns its summary."""
     while not run.ended:
         telemetry = run.telemetry
         if run.unfinished:  # restored from within a slice, whose action has been taken

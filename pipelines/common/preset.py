@@ -13,24 +13,13 @@ from esper.workers.candidates import telemetry_space
 from esper.workers.tolaria.data.sources import SOURCES
 from esper.workers.tolaria.device import pick_device
 
-TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}
-"""Task → device → preset."""
-LAWS = "tinystories-char"
-"""The preset of what runs on loss laws, where none is named."""
-FLEET_ON_CPU = "demo"
-"""The preset of pipelines that train GPTs by the hundred, where there is no GPU: minutes instead of hours."""
+TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}  # task → device → preset
+LAWS = "tinystories-char"  # on loss laws
+FLEET_ON_CPU = "demo"  # for GPTs by the hundred without a GPU: minutes instead of hours
 
 
 def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "laws"] = "here") -> RunSpec:
-    """The preset (by task and device where none is named) with overrides; blueprints and device are checked too.
-
-    Args:
-        arguments: the command line.
-        on: what GPTs are trained on: this process's device; a fleet's, by the hundred; or loss laws, which need none.
-
-    Raises:
-        UserError: an unknown task, preset, key or blueprint, a value that is not allowed, a GPU that is not there.
-    """
+    """The preset (by task and device where none is named) with overrides, checked; `on` is where GPTs are trained."""
     if arguments.task not in TASKS:
         raise unknown("task", arguments.task, TASKS)
     gpu = torch.cuda.is_available()

@@ -12,11 +12,7 @@ REFRESH_SECONDS = 0.5
 
 
 class RunProgress:
-    """Give `on_step` to a GrowthRun and `on_decision` to `play`.
-
-    Args:
-        done: budget fraction that a resumed run starts at.
-    """
+    """Give `on_step` to a GrowthRun and `on_decision` to `play`; `done` is the budget fraction of a resumed run."""
 
     def __init__(self, done: float = 0.0) -> None:
         self._eta = Eta(done)

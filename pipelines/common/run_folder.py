@@ -1,13 +1,7 @@
 """A command's results in a folder: one process at a time, what they rest on, and what it takes to go on.
 
-    folder = RunFolder.new(arguments, spec, "train-static")      # settled; nothing is written yet
-    with folder.begin("train", plan, {"schedule": path}) as inputs: ...
-
-    with RunFolder.reopen(out, "train", TrainPlan) as (folder, plan):      # `--resume`
-        inputs = folder.check()
-
-Text, spec, code and the `inputs` (copied into the folder) are pinned when work begins and checked when it is gone on
-with. `folder.track` is the run's MLflow tracker, whose journal lies in the folder too.
+Text, spec, code and the `inputs` (copied into the folder) are pinned by `begin` and checked by `check` after
+`reopen`; `track` starts the MLflow tracker, whose journal lies in the folder too.
 """
 
 import os
@@ -47,33 +41,19 @@ class Kept(Frozen):
 
 
 class RunFolder(Frozen):
-    """A folder of results, and what its work is.
-
-    Attributes:
-        out: the folder.
-        spec: resolved; `spec.data.source` is the text that was asked for.
-        data: folder of the prepared shards; None on loss laws.
-        seed: of the run, or the first of several.
-        task: what is learned.
-        key: of its run in MLflow.
-        store: MLflow's, that resumed work goes on with unless it is told of another.
-    """
+    """A folder of results, and what its work is."""
 
     out: Path
-    spec: RunSpec
-    data: Path | None
-    seed: int
+    spec: RunSpec  # `spec.data.source` is the text that was asked for
+    data: Path | None  # the prepared shards; None on loss laws
+    seed: int  # of the run, or the first of several
     task: str
-    key: str
-    store: str
+    key: str  # of its run in MLflow
+    store: str  # MLflow's, that resumed work goes on with unless MLFLOW_TRACKING_URI is set
 
     @classmethod
     def new(cls, arguments: CommonArguments, spec: RunSpec, name: str, *, laws: bool = False) -> Self:
-        """Settle data (none on loss laws) and output folder (by default `name` and the time, in `runs/`), and say so.
-
-        Raises:
-            UserError: either is not good, or the text is too short for the spec's context.
-        """
+        """Settle data (none on laws) and output folder (default: `runs/NAME-TIME`), and say so; writes nothing yet."""
         out, data = output_folder(arguments, name), None if laws else ensure(spec.data)
         common = {"seed": arguments.seed, "task": arguments.task, "key": new_key(), "store": tracking_uri()}
         folder = cls(out=out, spec=spec, data=data, **common)
@@ -87,16 +67,7 @@ class RunFolder(Frozen):
     def begin(
         self, command: str, plan: Frozen, inputs: Mapping[str, Path | None] | None = None
     ) -> Iterator[Mapping[str, Path]]:
-        """Make the folder, and be alone in it while the block lasts.
-
-        Args:
-            command: that can resume the work: `train`.
-            plan: what the command goes on with, beside what a RunFolder has.
-            inputs: files that the results rest on; yielded are their copies in the folder.
-
-        Raises:
-            UserError: the folder cannot be made, or another process works there.
-        """
+        """Make and lock the folder for `esper COMMAND`; yields the copies of `inputs`, which the results rest on."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -115,11 +86,7 @@ class RunFolder(Frozen):
 
     @classmethod
     def read(cls, out: Path, command: str, plan_class: type[P]) -> tuple[Self, P]:
-        """The folder of work that was begun, and its plan.
-
-        Raises:
-            UserError: it is no such folder, or another command's.
-        """
+        """The folder and plan of earlier work. Raises UserError where `out` is not a folder of this command."""
         out, path = out.resolve(), out.resolve() / PLAN
         if not (out / PINS).exists():
             raise UserError(f"{out} holds no work of `esper {command}`: name the output folder of one.")
@@ -132,26 +99,18 @@ class RunFolder(Frozen):
     @classmethod
     @contextmanager
     def reopen(cls, out: Path, command: str, plan_class: type[P]) -> Iterator[tuple[Self, P]]:
-        """Be alone in the folder of work that was begun, to go on with it.
-
-        Raises:
-            UserError: as for `read`, or another process works there.
-        """
+        """Lock the folder of earlier work to go on with it; raises as `read`, or where another process works there."""
         folder, plan = cls.read(out, command, plan_class)
         with alone(folder.out):
             os.environ.setdefault("MLFLOW_TRACKING_URI", folder.store)
             yield folder, plan
 
     def check(self) -> dict[str, Path]:
-        """The inputs' copies, where everything that the work rests on is as it was when it began.
-
-        Raises:
-            UserError: something differs.
-        """
+        """The inputs' copies. Raises UserError where text, spec, code or inputs have changed since the work began."""
         return check_pins(self.out, data=self._fingerprint)
 
     def pin(self, inputs: Mapping[str, Path]) -> dict[str, Path]:
-        """Write `spec.json`, and pin it and all else: when work begins, or goes on under a changed spec."""
+        """Write `spec.json` and the pins: when work begins, or goes on under a changed spec."""
         return pin(self.out, self.spec, data=self._fingerprint, inputs=inputs)
 
     @cached_property
@@ -171,12 +130,12 @@ class RunFolder(Frozen):
 
     @property
     def experiment(self) -> str:
-        """MLflow's, named after the text: `esper-tinystories`."""
+        """MLflow's experiment, named after the text: `esper-tinystories`."""
         text = self.task if self.data is None else Path(self.tokens.manifest.source).stem
         return "esper-" + re.sub(r"[^\w.-]+", "-", text)
 
     def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
-        """The tracker of its MLflow run; `options` are those of `Tracker`."""
+        """The tracker of its MLflow run, with the options of `Tracker`."""
         tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
         named = {"experiment": self.experiment, "run_name": self.out.name, **options}
         params = self.spec.model_dump(mode="json")

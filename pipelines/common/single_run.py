@@ -36,7 +36,7 @@ class TrainPlan(Frozen):
 
 
 def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
-    """Settle, and train from the start; `files` are what the arm needs, by the names of `ArmInputs`."""
+    """Settle, and train from the start; `files` are the arm's inputs by the names of `ArmInputs`."""
     spec, policy = resolve_spec(arguments), files["policy"]
     files = {**files, "policy": policy and policy_file(policy)}
     policy_of(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
@@ -48,11 +48,7 @@ def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]
 
 
 def resume(out: Path) -> int:
-    """Go on with the run in `out` from its checkpoint, or send MLflow the rest of one that has ended.
-
-    Raises:
-        UserError: there is nothing to go on with, or what the run rests on has changed.
-    """
+    """Go on with the run in `out` from its checkpoint, or send MLflow the rest of an ended one."""
     with RunFolder.reopen(out, "train", TrainPlan) as (folder, plan):
         if folder.ended:
             return send(folder, plan.arm)
@@ -72,11 +68,7 @@ def resume(out: Path) -> int:
 
 
 def send(folder: RunFolder, arm: str) -> int:
-    """Give MLflow what it has not had of a run that has ended.
-
-    Raises:
-        UserError: it has had everything, or does not take it.
-    """
+    """Send MLflow the rest of an ended run. Raises UserError where nothing is left or MLflow refuses it."""
     summary = folder.out / "summary.json"
     if synced(folder.out, tracking_uri()):
         raise UserError(f"the run in {folder.out} has ended: its results are in {summary}.")
@@ -89,7 +81,7 @@ def send(folder: RunFolder, arm: str) -> int:
 
 
 def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) -> int:
-    """Play the run from where it stands to its end, saving at every decision, and report."""
+    """Play the run to its end, saving at every decision, and report."""
     out = folder.out
     progress = RunProgress(growth.fraction())
     with (

@@ -5,11 +5,7 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """Someone asked the work to stop.
-
-    Attributes:
-        exit_code: 128 plus the signal's number, as shells report it.
-    """
+    """Someone asked the work to stop; `exit_code` is 128 plus the signal's number, as in shells."""
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)
@@ -18,14 +14,14 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While its `with` block lasts, a first signal is only noted, for `check` to raise; a second one acts at once."""
+    """Within its `with` block a first signal is noted for `check` to raise; a second one acts at once."""
 
     def __init__(self) -> None:
         self._asked: int | None = None
         self._before: dict[int, object] = {}
 
     def check(self) -> None:
-        """To be called where stopping is possible. Raises Stopped: a signal has come."""
+        """Call where stopping is possible; raises Stopped once a signal has come."""
         if self._asked is not None:
             raise Stopped(self._asked)
 

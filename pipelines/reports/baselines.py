@@ -1,6 +1,6 @@
-"""What every grown arm is held against: static of its final size, the best static size, the best fixed schedule.
+"""Baselines of every grown arm: the static run of its final size, the best static size, the best fixed schedule.
 
-A run without a graft is a static one, whatever arm it belongs to: an arm that never grew is told so, and not tested.
+A run without a graft is a static run: an arm that never grew is reported so, and not tested.
 """
 
 import json
@@ -41,7 +41,7 @@ class Trials:
         self.controls = [label for label in grew if self.arms[label] == RANDOM]
         self.idle = {label: self._same_static(label) for label in may_grow if label not in grew}
         self.schedules = self._sound(label for label in may_grow if self.arms[label] in SCHEDULES)
-        # The best at equal budget, chosen on tuning seeds, else on the test seeds.
+        # Chosen on tuning seeds, else on the test seeds.
         of_size = {self.size(label): label for label in self.statics}
         self.best_static = best(self.statics) if point["size"] is None else of_size.get(point["size"])
         self.schedule: str | None = best(self.schedules) if point["schedule"] is None else point["schedule"]
@@ -69,10 +69,7 @@ class Trials:
         return next((static for static in self.statics if ends[label] and ends[label] <= ends[static]), None)
 
     def tests(self, baseline: str, axis: str) -> list[PairedTest]:
-        """All tests against one kind of baseline: the grown arms' and, corrected among themselves, the controls'.
-
-        The best schedule is not tested against itself.
-        """
+        """All tests against one kind of baseline; Holm corrects grown arms and random controls separately."""
         arms = [arm for arm in self.grown if not (baseline == BEST_SCHEDULE and arm == self.schedule)]
         families = [[self._test(arm, baseline, axis) for arm in family] for family in (arms, self.controls)]
         return [test for family in families for test in corrected(family)]
@@ -81,8 +78,7 @@ class Trials:
         mine, doubt, weakest = self.test[arm], "", 0.0
         against = self._final_size(arm) if baseline == FINAL_SIZE else self.schedule
         if baseline == BEST_STATIC:
-            # Whichever size is named, the arm has to get below every one: the choice may be wrong. Means alone would
-            # let an arm that equals the best size win in 8 % of sweeps with four nearly equal sizes.
+            # The arm must beat every size: else an arm equal to the best wins 8 % of sweeps with 4 nearly equal sizes.
             pairs = {label: pair(mine, self.test[label], axis) for label in self.statics}
             equal = {label: test for label, test in pairs.items() if test.interval}
             weakest = max((test.p for test in equal.values()), default=0.0)
@@ -102,9 +98,9 @@ class Trials:
         return replace(found, doubt=doubt, weakest=weakest, arm=arm, baseline=baseline, axis=axis, against=against)
 
     def _final_size(self, arm: str) -> str:
-        """Label of the runs born in the shape an arm ended with; a static size's first, which has a rate of its own."""
+        """Label of the runs born in the arm's final shape: a static size where one fits, for its rate is tuned."""
         ends = {run.final("parameters") for run in self.sound(arm).values()}
-        # Layers that are all alike: no other growth gives the same number of parameters, but by coincidence.
+        # The layers of statics are alike: another shape has as many parameters only by coincidence.
         alike = (
             label for label, runs in self.statics.items() if {r.final("parameters") for r in runs.values()} == ends
         )
@@ -117,7 +113,7 @@ def best(candidates: Mapping[str, Seeds]) -> str | None:
 
 
 def draw_envelope(statics: Iterable[Seeds], axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """Costs (points,) and the lowest mean annealed loss (points,) that any static size reaches by each; never rises."""
+    """Costs (points,) and the lowest mean annealed loss (points,) of any static size by each cost; never rises."""
     sizes = [list(runs.values()) for runs in statics]
     ends = [cost for runs in sizes for run in runs for cost in run.points(axis)[0][[0, -1]]]
     if not ends:

@@ -1,7 +1,6 @@
 """The figures of a report: each as SVG for the page, all of a sweep together as one PNG.
 
-A label has one colour everywhere: static sizes are greys; what follows an arm (`static_final:tamiyo`) has its colour,
-hollow and dotted.
+A label has one colour everywhere: greys for static sizes; followers (`static_final:tamiyo`) are hollow and dotted.
 """
 
 import base64
@@ -64,7 +63,7 @@ def looks(arms: Mapping[str, str]) -> dict[str, Look]:
 
 
 def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) -> None:
-    """Loss against a cost: means in mid-run, grafts, means on cooldown forks, each seed's end, the static envelope."""
+    """Loss against a cost: mid-run means, grafts, means on cooldown forks, each seed's end, the static envelope."""
     tops = []
     for label, look in looks(trials.arms).items():
         runs = list(trials.sound(label).values())
@@ -119,7 +118,7 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
 
 
 def draw_growth(axes: Axes, trials: Trials) -> None:
-    """When each test run changed its network: colour tells the blueprint, shape the event, hollow what was undone."""
+    """When each test run changed its network: colour shows the blueprint, shape the event, hollow an undone one."""
     runs = [run for run in trials.test_runs() if run.events()]
     colors: dict[str | None, str] = {}
     for place, run in enumerate(runs):
@@ -140,12 +139,10 @@ def draw_growth(axes: Axes, trials: Trials) -> None:
 
 
 def _means(curves: Sequence[Any]) -> np.ndarray:
-    """Mean costs and losses (2, points), as far as all runs go."""
     return np.reshape([np.mean(at, axis=0) for at in zip(*curves, strict=False)], (-1, 2)).T
 
 
 def _compared(trials: Trials) -> list[str]:
-    """The labels whose losses make the range."""
     kept = [label for label, arm in trials.arms.items() if arm != "static" or label == trials.best_static]
     return kept if len(kept) > 1 else list(trials.test)
 
@@ -163,7 +160,7 @@ def _label_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def svgs(trials: Trials) -> dict[str, str]:
-    """Each figure's name → an SVG file, in base64: ids in one cannot meet those of another."""
+    """Figure name → SVG in base64, so that ids of two files cannot collide."""
     changed = sum(bool(run.events()) for run in trials.test_runs())
     return {axis: _svg(5.2, 3.5, draw_losses, trials, axis) for axis in AXES} | {
         "training": _svg(9.6, 4.6, partial(draw_losses, legend=True), trials, trials.axis),
@@ -183,7 +180,7 @@ def _svg(width: float, height: float, draw: Callable[..., None], *what: Any) -> 
 
 
 def save_picture(title: str, verdicts: Sequence[Verdict], path: Path) -> None:
-    """Each grid point's training, final losses and growth in one PNG, one point below the other."""
+    """Training, final losses and growth in one PNG, a row per grid point."""
     with plt.rc_context(STYLE):
         size = (17, 5.2 * len(verdicts) + 0.4)
         shape: dict[str, Any] = {"width_ratios": (1.4, 1, 1), "squeeze": False, "layout": "constrained"}

@@ -63,7 +63,7 @@ def html(report: Report) -> str:
 
 
 def arm_table(verdict: Verdict) -> pd.DataFrame:
-    """A row per label: what it reached, against the best static size, its size and its cost; means over sound runs."""
+    """A row per label: loss, difference to the best static size, size and cost; means over sound runs."""
     trials, base, rows = verdict.trials, verdict.trials.sound(verdict.trials.best_static), []
     outcomes = {t.arm: t.outcome[0] for t in verdict.tests if (t.baseline, t.axis) == (BEST_STATIC, trials.axis)}
     for label, seeds in trials.test.items():
@@ -83,7 +83,7 @@ def arm_table(verdict: Verdict) -> pd.DataFrame:
 
 
 def payback(trials: Trials) -> list[str]:
-    """What the controller cost, and after how many uses it has paid; nothing where none was trained."""
+    """The controller's cost, and the number of uses that pay for it; empty where none was trained."""
     labels = [label for label, arm in trials.arms.items() if arm in CONTROLLED and trials.sound(label)]
     if not labels or not trials.point.get("controller"):
         return []
@@ -130,5 +130,4 @@ def told(value: Any) -> str:
 
 
 def _records(frame: pd.DataFrame) -> Any:
-    """Rows as JSON values."""
     return json.loads(json.dumps(frame.astype(object).where(frame.notna(), None).to_dict("records"), default=str))

@@ -1,7 +1,7 @@
 """Paired tests: one arm against one baseline at equal cost; a pair is a seed.
 
-"Better" takes five pairs and a 95 % t interval below 0, after Holm's step-down over the grown arms; than the best
-static size, also against every static size (an intersection-union test: Berger 1982, Technometrics 24).
+"Better" takes five pairs and a 95 % t interval below 0 after Holm's step-down over the grown arms. Against the best
+static size it takes every size (an intersection-union test: Berger 1982, Technometrics 24).
 """
 
 import math

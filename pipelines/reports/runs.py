@@ -82,7 +82,7 @@ class Run:
     def loss_at(self, axis: str, cost: np.ndarray | float) -> np.ndarray:
         """Annealed loss at costs of any shape, linear in log cost between two points; NaN outside them.
 
-        For a loss of a + b·cost^-c that is too high by at most b·cost^-c·(c·h)²/8, h the points' distance in log cost.
+        For a loss a + b·cost^-c it is too high by at most b·cost^-c·(c·h)²/8, h the points' distance in log cost.
         """
         costs, losses = self.points(axis)
         if not len(costs):
@@ -91,7 +91,7 @@ class Run:
         return np.where(outside, np.nan, np.interp(np.log(cost), np.log(costs), losses))
 
     def events(self) -> list[dict[str, Any]]:
-        """Each change of its network; a rollback names what went with it in `removed`, as `BLUEPRINT at SITE`."""
+        """Each change of the network; a rollback's `removed` (`BLUEPRINT at SITE`) gives its blueprint and site."""
         found = []
         for key, event in EVENTS.items():
             for record in self.summary.get(key, ()):
@@ -105,17 +105,11 @@ Seeds = Mapping[int, Run]  # a label's runs by seed
 
 @dataclass(frozen=True)
 class Tables:
-    """Every trial of a sweep, long form; losses in nats per token, costs since the run's first step.
+    """Every trial of a sweep, long form; losses in nats per token, costs since the run's first step."""
 
-    Attributes:
-        finals: a row per trial. `val_loss` is empty where it failed or `diverged`.
-        curves: a row per point. `kind` is "decision" (learning rate not annealed: never compared) or "annealed".
-        timeline: a row per change of a network. `event` is "graft", "prune" or "rollback".
-    """
-
-    finals: pd.DataFrame
-    curves: pd.DataFrame
-    timeline: pd.DataFrame
+    finals: pd.DataFrame  # a row per trial; `val_loss` is empty where it failed or `diverged`
+    curves: pd.DataFrame  # a row per point; `kind` is "decision" (rate not annealed: never compared) or "annealed"
+    timeline: pd.DataFrame  # a row per change of a network; `event` is "graft", "prune" or "rollback"
 
 
 def tables(runs: Iterable[Run]) -> Tables:

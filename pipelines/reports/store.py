@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's parent run; `record` is its `sweep.json`."""
+    """A sweep's parent run."""
 
     store: str
     experiment: str
     run: "MlflowRun"
-    record: dict[str, Any]
+    record: dict[str, Any]  # its `sweep.json`
 
     @property
     def name(self) -> str:
@@ -44,17 +44,17 @@ class Sweep:
 
     @property
     def where(self) -> str:
-        """In words."""
+        """Store, experiment and run id, in words."""
         return f"{self.store}, experiment {self.experiment}, parent run {self.run.info.run_id}"
 
     @property
     def started(self) -> str:
-        """The time of day, in UTC."""
+        """Start time, in UTC."""
         return f"{datetime.fromtimestamp(self.run.info.start_time / 1000, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def open_store(uri: str | None) -> "MlflowClient":
-    """A client of a store that is there; it is refused within seconds, not MLflow's minutes."""
+    """A client of an existing store; refuses another within seconds, not MLflow's minutes."""
     address = uri or tracking_uri()
     file = sqlite_file(address)
     address = address if file is None else f"sqlite:///{file.resolve()}"
@@ -72,7 +72,7 @@ def open_store(uri: str | None) -> "MlflowClient":
 
 
 def asked(store: "MlflowClient | str", call: Callable[[], T], seconds: float = SECONDS) -> T:
-    """What a call to MLflow returns; a UserError where it fails, or takes longer than `seconds`."""
+    """The call's result; raises UserError where it fails or takes longer than `seconds`."""
     try:
         return within(seconds, call)
     except Exception as error:  # whatever the driver of an address raises
@@ -82,7 +82,7 @@ def asked(store: "MlflowClient | str", call: Callable[[], T], seconds: float = S
 
 
 def _is_there(address: str) -> bool:
-    """Whether MLflow would not make a new store."""
+    """Whether the store exists: MLflow would make a new one."""
     file = sqlite_file(address)
     if file is not None:
         try:
@@ -95,7 +95,7 @@ def _is_there(address: str) -> bool:
 
 
 def find_sweeps(client: "MlflowClient", experiment: str | None, wanted: str | None) -> Iterator[Sweep]:
-    """The sweeps of an experiment (or of all) with a run id or name (or any) and a `sweep.json`; the newest first."""
+    """Sweeps with a `sweep.json`, newest first, of an experiment (None: all) and run id or name (None: any)."""
     known = {found.experiment_id: found.name for found in asked(client, client.search_experiments)}
     if experiment is not None and experiment not in known.values():
         raise unknown("experiment", experiment, known.values())
@@ -115,7 +115,7 @@ def find_sweeps(client: "MlflowClient", experiment: str | None, wanted: str | No
 
 
 def read_runs(client: "MlflowClient", sweeps: Iterable[Sweep]) -> tuple[list[Run], list[str]]:
-    """The trials of sweeps, of which one must have finished, and notes on those that were left out."""
+    """The trials of sweeps, of which one must have finished, and notes on those left out."""
     calls = []
     for sweep in sweeps:
         where = f"tags.kind = 'trial' AND tags.`mlflow.parentRunId` = '{sweep.run.info.run_id}'"
@@ -149,7 +149,6 @@ def _read_run(client: "MlflowClient", sweep: str, run: "MlflowRun") -> Run | Non
 
 
 def _search(client: "MlflowClient", experiments: list[str], where: str) -> list["MlflowRun"]:
-    # The newest first.
     order, runs, token = ["attributes.start_time DESC"], [], None
     while token != "":
         search = partial(client.search_runs, experiments, where, max_results=1000, order_by=order, page_token=token)

@@ -49,12 +49,9 @@ class Verdict:
 
 
 def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> Verdict:
-    """Judge one entry of `sweep["points"]`, where `sweep` is what `sweep.json` holds.
-
-    Test runs are compared; tuning runs only choose what they are compared with.
-    """
+    """Judge one entry of `sweep["points"]` of a `sweep.json`: test runs are compared, tuning runs choose baselines."""
     order = {label: i for i, label in enumerate(sweep["arms"])}
-    # Of a trial that was run again, the run that ended comes last, and counts.
+    # Of a trial that was run again, the ended run sorts last, and counts.
     runs = sorted(runs, key=lambda run: (order.get(run.label, len(order)), run.name, run.status == "FINISHED"))
     trials = Trials(runs, point)
     tests = tuple(test for axis in AXES for baseline in BASELINES for test in trials.tests(baseline, axis))
@@ -62,10 +59,7 @@ def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> 
 
 
 def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[str]) -> Criterion:
-    """Whether a grown arm ends lower than all its baselines at equal budget; random controls cannot win.
-
-    An arm's weakest test counts, so nothing is corrected over its baselines; Holm's method corrects over the arms.
-    """
+    """Whether a grown arm beats all its baselines at equal budget: its weakest test counts, Holm corrects over arms."""
     by_arm = {arm: [t for t in tests if (t.arm, t.axis) == (arm, trials.axis)] for arm in trials.grown}
     joint = holm([max(test.p for test in own) for own in by_arm.values()])
     outcomes = {arm: {test.outcome[0] for test in own} for arm, own in by_arm.items()}
@@ -89,11 +83,7 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
 
 
 def mechanics(runs: Sequence[Run]) -> Criterion:
-    """Whether growing did any harm, over all test and tuning runs, whoever chose the grafts.
-
-    Not met where a graft moved the loss or was rolled back, or a run diverged that had grown. A run that diverged
-    without a graft is told of, but says nothing of growing.
-    """
+    """Whether growing did harm: on any test or tuning run a graft moved the loss, a rollback, a grown run diverged."""
     runs = [run for run in runs if run.purpose in ("test", "tuning")]
     grafts = [graft for run in runs for graft in run.summary.get("grafts", ())]
     if not grafts:
@@ -119,7 +109,7 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
 
 
 def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
-    """What this grid point cannot say, a sentence each; any of them withholds the efficiency verdict."""
+    """What this grid point cannot say; any caveat withholds the efficiency verdict."""
     seeds, point, caveats = len(sweep["seeds"]), trials.point, []
     if seeds < PAIRS:
         caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
@@ -160,7 +150,6 @@ def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:
 
 
 def _unequal(trials: Trials) -> str:
-    """Budgets that were not equal: by the ledger's reading, or on a measured clock by the steps that they gave."""
     axis = trials.point["budget"]["axis"]
     runs = [run for run in trials.test_runs() if run.sound]
     if off := [run.name for run in runs if abs(run.final(axis) / trials.amount - 1) > NEAR]:

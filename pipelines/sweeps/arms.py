@@ -1,7 +1,4 @@
-"""The arms of a sweep, rows of its comparison: the kinds that there are, and those that `--arms` names.
-
-The command line, the checks, the stages and the report derive from `KINDS`. Imports no torch.
-"""
+"""The arms of a sweep: the kinds that there are (all else derives from `KINDS`), and those of `--arms`. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +10,7 @@ from esper.platform.spec import RunSpec
 from esper.policies.arms import ALIASES, ARMS
 from esper.policies.named_schedules import NAMED
 
-TrainedOn = Literal["text", "laws"]
-"""What a sweep trains a controller on: GPTs, or loss laws fitted to its own static runs."""
+TrainedOn = Literal["text", "laws"]  # a controller: on GPTs, or on loss laws fitted to the sweep's static runs
 CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it names nobody, if they take part
 
 
@@ -47,11 +43,11 @@ NAMES = (*KINDS, *ALIASES)
 
 
 class Arm(Frozen):
-    """A row of the comparison: its kind's name, the layers of a static one, the label of the arm that it follows."""
+    """A row of the comparison."""
 
-    name: str
-    size: int | None = None
-    of: str | None = None
+    name: str  # of KINDS
+    size: int | None = None  # layers of a static arm
+    of: str | None = None  # label of the arm that it follows
 
     @property
     def kind(self) -> Kind:
@@ -67,11 +63,7 @@ class Arm(Frozen):
 
 
 def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
-    """The arms that `--arms` names, static ones first, followers last.
-
-    Raises:
-        UserError: no arm, an unknown one, or one that follows nobody who takes part.
-    """
+    """The arms that `--arms` names, static ones first, followers last."""
     parts = [part.strip().partition(":") for part in text.split(",") if part.strip()]
     named = [(ALIASES.get(name, name), ALIASES.get(of, of)) for name, _, of in parts]
     if not named:
@@ -98,11 +90,7 @@ def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
 
 
 def parse_sizes(text: str | None, spec: RunSpec) -> list[int]:
-    """The static sizes that `--sizes` names, smallest first; the preset's own for None.
-
-    Raises:
-        UserError: one is no number of layers.
-    """
+    """The static sizes that `--sizes` names, smallest first; the preset's own for None."""
     if text is None:
         return [spec.host.n_layer]
     sizes = [part.strip() for part in text.split(",") if part.strip()]

@@ -1,8 +1,7 @@
 """One link that opens a sweep in MLflow's own UI as a chart: validation loss against cost, a curve per arm.
 
-MLflow keeps a saved view of the runs page as a tag of the experiment, `mlflow.sharedViewState.<id>`: an envelope
-{name, createdAt, updatedAt, state}, where `state` is "deflate;" and the base64 of zlib-packed JSON. None of that is
-documented (read from the page's code), so it is written only for the versions that it was tested with.
+MLflow keeps a saved view as a tag of the experiment: JSON whose `state` is "deflate;" and base64 of zlib-packed JSON.
+The format is undocumented, so views are written only for the versions that were tested.
 """
 
 import base64
@@ -27,15 +26,7 @@ RUNS = 1000
 
 
 def share_view(run: Tracker, axis: str, summaries: Iterable[Mapping[str, Any]]) -> str | None:
-    """Save the chart of a sweep's test trials with its experiment; once more replaces it.
-
-    The page shows `grid/val_loss` over `grid/<axis>` and `annealed/val_loss` over `annealed/<axis>`, the mean and the
-    range over seeds by the tag `curve`, on a scale for what the trials' summaries hold. MLflow's legend has room for
-    two lines, and is scrolled; the table beside the chart names all arms.
-
-    Returns:
-        how to open it; None where the run is not tracked, or the store does not answer.
-    """
+    """Save or replace the chart of a sweep's test trials; returns how to open it, None where MLflow does not answer."""
     if run.run_id is None or run.experiment_id is None:
         return None
     server = is_server(run.uri)
@@ -60,7 +51,7 @@ def share_view(run: Tracker, axis: str, summaries: Iterable[Mapping[str, Any]]) 
 
 
 def curve_names(rows: Iterable[str]) -> dict[str, str]:
-    """Each row with so many spaces behind it that MLflow's pages give it a colour of its own, as long as there are."""
+    """Each row, padded with spaces until MLflow's pages give it a colour of its own, while there are any left."""
     taken: set[int] = set()
     found = {}
     for row in rows:
@@ -71,7 +62,7 @@ def curve_names(rows: Iterable[str]) -> dict[str, str]:
 
 
 def _color(name: str) -> int:
-    """Number in the palette of the group of a tag's value, by the page's hash (Fletcher's checksum)."""
+    """The page's hash of a group's name (Fletcher's checksum), as a number in the palette."""
     low = high = 0
     for character in f"tag.{CURVE}.{name}":
         low = (low + ord(character)) % 255
@@ -80,7 +71,6 @@ def _color(name: str) -> int:
 
 
 def _version(uri: str) -> str:
-    """Of the MLflow whose pages show a store."""
     import mlflow
 
     if not is_server(uri):
@@ -90,7 +80,7 @@ def _version(uri: str) -> str:
 
 
 def _state(parent: str, axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
-    """The runs page: which runs, how grouped, and its charts; what is left out keeps MLflow's own setting."""
+    """The runs page's state; what is left out keeps MLflow's own setting."""
     kinds = ("grid", "annealed")
     section = {"isReordered": True, "deleted": False, "isGenerated": False}
     others = ("Model metrics", *kinds, "System metrics")  # MLflow's own charts, one for each metric, lie there
@@ -113,7 +103,6 @@ def _state(parent: str, axis: str, loss: tuple[float, float] | None) -> dict[str
 
 
 def _chart(kind: str, axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
-    """A line chart whose x axis is a metric logged at the same steps."""
     return {
         "uuid": kind,
         "metricSectionId": "sweep",

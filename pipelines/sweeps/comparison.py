@@ -34,11 +34,7 @@ Inputs = Mapping[str, Path]  # the files that were given
 
 
 def begin(arguments: SweepArguments, name: str = "sweep") -> int:
-    """Settle what is asked for, run it, and report; 1 if a trial failed.
-
-    Raises:
-        UserError: it is not allowed; nothing has been started then.
-    """
+    """Settle what is asked for, run it, and report; returns 1 if a trial failed."""
     trains = arguments.policy is None and Arm(name=PPO) in parse_arms(arguments.arms, ())
     spec = resolve_spec(arguments, on="fleet" if trains and arguments.train_on == "text" else "here")
     plan = SweepPlan.settled(arguments, spec)
@@ -49,7 +45,7 @@ def begin(arguments: SweepArguments, name: str = "sweep") -> int:
 
 
 def resume(out: Path) -> int:
-    """Go on with the sweep in `out`. Raises UserError: there is none, or what it rests on has changed."""
+    """Go on with the sweep in `out`. Raises UserError where there is none or its inputs have changed."""
     with RunFolder.reopen(out, "sweep", SweepPlan) as (folder, plan):
         inputs = folder.check()
         say(f"resume  {folder.out}")
@@ -57,7 +53,7 @@ def resume(out: Path) -> int:
 
 
 def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
-    """Run what is missing and report; 1 if a trial failed."""
+    """Run what is missing and report; returns 1 if a trial failed."""
     manifest = folder.tokens.manifest
     data = f"{manifest.source}, {manifest.tokenizer}, {manifest.splits['train'].tokens:,} training tokens"
     with (
@@ -92,7 +88,7 @@ def report(folder: RunFolder, parent: Tracker, summaries: Sequence[Mapping[str, 
 
 
 class Sweep:
-    """A sweep on the connected cluster; what `check` raises, which is called often, ends it."""
+    """A sweep on the connected cluster; `check` is called often, and ends it by raising."""
 
     def __init__(
         self, folder: RunFolder, plan: SweepPlan, inputs: Inputs, parent: Tracker, check: Callable[[], None]
@@ -116,7 +112,7 @@ class Sweep:
         ]
 
     def run(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """Run everything that is missing; returns the summaries of the test runs, and why a trial has none by name."""
+        """Run everything that is missing; returns the test runs' summaries, and each failed trial's reason by name."""
         out = self._folder.out
         self._parent.artifact(out / "spec.json")
         seconds = CLOSE_SECONDS  # where the sweep is stopped
@@ -141,7 +137,6 @@ class Sweep:
         return summaries, failures
 
     def _walk(self) -> None:
-        """All points' batches, those of one stage together."""
         walks = [stages.batches() for stages in self._points]
         waiting = dict(enumerate(map(next, walks)))
         for stage in STAGES:
@@ -169,7 +164,7 @@ class Sweep:
         return self._folder.out / (f"ppo-{point.index}" if point.several else "ppo")
 
     def _keep(self) -> None:
-        """Write `sweep.json`: what the report reads, and what a resumed sweep takes as settled."""
+        """Write `sweep.json`: the report and a resumed sweep read it."""
         points = [
             {
                 "grid": stages.point.grid,
@@ -202,7 +197,7 @@ class Sweep:
 
 
 def arm_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row per arm: means over its seeds, the loss with its sample standard deviation where there are several."""
+    """A row per arm: means over its seeds, and the loss's sample standard deviation where there are several."""
     runs: Any = pd.DataFrame(summaries).assign(grafts=lambda frame: frame["grafts"].map(len))
     by_arm, whole = runs.groupby("arm", sort=False), "{:,.0f}"
     styles = {"val_loss": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole, "parameter_seconds": whole}

@@ -1,7 +1,6 @@
-"""The controller of a sweep that is given none: trained on what no arm is compared on, and gone on with if interrupted.
+"""The controller of a sweep that is given none, trained on seeds or laws that no arm is compared on.
 
-Either on text, with seeds of its own, or on loss laws fitted to the static runs of the tuning seeds: minutes instead of
-days, and zero-shot on text.
+On text, or in minutes on loss laws fitted to the static tuning runs: zero-shot on text then.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +29,9 @@ def trained(
     parent: Tracker,
     check: Callable[[], None],
 ) -> dict[str, Any]:
-    """Train a controller for `spec` in `out`, or go on with it, or take the one that is there.
+    """Train a controller in `out`, resume it or take the one there; returns `checkpoint`, `trained_on` and `spent`.
 
-    Returns:
-        `checkpoint`, `trained_on`, and what it has `spent` on each ledger axis.
-
-    Raises:
-        UserError: laws cannot be fitted to the static runs, whose summaries `tuning` are.
+    `tuning` are the summaries of static runs; raises UserError where no loss laws can be fitted to them.
     """
     if (out / PLAN).exists():
         with RunFolder.reopen(out, "ppo", Frozen) as (own, _):
@@ -56,7 +51,7 @@ def trained(
 
 
 def _on_laws(spec: RunSpec, plan: SweepPlan, tuning: Sequence[dict[str, Any]]) -> RunSpec:
-    """With loss laws fitted to static runs, and what it takes to learn on them, but for what the user has set."""
+    """With laws fitted to static runs and the settings to learn on them, except what the user has set."""
     spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in plan.own})
     fit = fit_laws(spec, [point for run in tuning for point in points_of(run)])
     law = fit.law

@@ -1,7 +1,4 @@
-"""A sweep's plan: the arms, on which seeds, at which points of a grid, as the command line asks for them.
-
-Imports no torch.
-"""
+"""A sweep's plan: arms, seeds and grid points, as the command line asks for them. Imports no torch."""
 
 import json
 import sys
@@ -67,12 +64,12 @@ class SweepArguments(ResumableArguments):
 
 @dataclass(frozen=True)
 class Point:
-    """A grid point: its number, the values by dotted key that make it, the spec with them; `several`: not the only."""
+    """A grid point."""
 
     index: int
-    values: dict[str, Any]
-    spec: RunSpec
-    several: bool = False
+    values: dict[str, Any]  # by dotted key
+    spec: RunSpec  # with these values
+    several: bool = False  # the grid has other points
 
     @property
     def grid(self) -> str:
@@ -88,7 +85,7 @@ class Point:
 
 
 class SweepPlan(Frozen):
-    """What a sweep is, beside its spec; a resumed one takes it from its folder."""
+    """What a sweep is, beside its spec; a resumed sweep reads it from its folder."""
 
     arms: tuple[Arm, ...]
     sizes: tuple[int, ...]  # static ones, in layers, also where only something else needs to know of them
@@ -103,11 +100,7 @@ class SweepPlan(Frozen):
 
     @classmethod
     def settled(cls, arguments: SweepArguments, spec: RunSpec) -> "SweepPlan":
-        """What the command line asks for.
-
-        Raises:
-            UserError: an arm, size or grid is not allowed, or an arm lacks what it needs.
-        """
+        """Read the command line. Raises UserError where an arm, size or grid is not allowed or lacks what it needs."""
         sizes, seed = parse_sizes(arguments.sizes, spec), arguments.seed
         arms = parse_arms(arguments.arms, sizes)
         plan = cls(
@@ -138,7 +131,6 @@ class SweepPlan(Frozen):
         return [Arm(name=STATIC, size=size) for size in self.sizes]
 
     def _check(self, policy: Path | None, schedule: Path | None, spec: RunSpec) -> None:
-        """Refuse an arm that lacks what it needs, and what no arm uses."""
         for point in self.points(spec):
             inputs = ArmInputs(policy=policy, schedule=schedule, blueprints=tuple(point.spec.growth.blueprints))
             for arm in self.arms:
@@ -175,11 +167,7 @@ class SweepPlan(Frozen):
 
 
 def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:
-    """The points that `--grid key=a,b,c`, given once per key, spans; one without values where none is given.
-
-    Raises:
-        UserError: no `key=values`, a key twice, another text, or what changes no number.
-    """
+    """The points that `--grid key=a,b,c`, given once per key, spans; one without values where none is given."""
     points: list[dict[str, Any]] = [{}]
     for grid in grids:
         key, _, text = grid.partition("=")

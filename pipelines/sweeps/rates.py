@@ -1,8 +1,7 @@
-"""The search for the learning rate of each static size, on tuning seeds.
+"""The search for the learning rate of each static size, on tuning seeds: an untuned baseline flatters its rival.
 
-A baseline whose rate was not tuned flatters whoever beats it, and deeper wants lower. So each size tries rates a factor
-apart around the preset's, and goes on beyond an end that is the best, until the best lies between two others or
-`ROUNDS` have been done.
+Each size tries rates a factor apart around the preset's, and extends an end that is best, until the best lies between
+two others or `ROUNDS` are done.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,7 @@ FACTOR = 1.5
 ROUNDS = 6
 DIGITS = 3  # of a rate: it is the same number wherever it is written
 
-Tried = Mapping[float, Sequence[float]]
-"""Rate → the final loss on each tuning seed, infinite where a run failed."""
+Tried = Mapping[float, Sequence[float]]  # rate → the final loss on each tuning seed, infinite where a run failed
 
 
 def next_rates(start: float, tried: Tried) -> list[float]:

@@ -1,14 +1,12 @@
 """A sweep's stages: what is run after what, and what is settled in between.
 
 1. rates: the learning rate of each static size, on tuning seeds (`--tune-lr`).
-2. tuning: the best static size and the best schedule, on tuning seeds; then the controller is trained where one has to
-   be, and its own runs on tuning seeds give `openloop` its schedule.
+2. tuning: the best static size and schedule, on tuning seeds; then the controller and its schedule for `openloop`.
 3. test: every arm that follows no other, on test seeds.
 4. follow: those that need another arm's run of the same seed.
 
-Every trial's result is in its folder, so a resumed sweep walks the same way and runs what is missing. What has been
-settled stays settled: trials that failed for it are not tried again, for the choice would change under runs that rest
-on it.
+A resumed sweep walks the same way and runs what is missing. What is settled stays settled, also where trials for it
+failed: a new choice would change under runs that rest on it.
 """
 
 import math
@@ -44,10 +42,8 @@ from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import stable_rate
 
 STAGES = ("rates", "tuning", "openloop", "test", "follow")
-Batch = tuple[str, list[Trial], bool]
-"""A stage, trials of it, and whether those that are missing are to be run: not once it is settled what they are for."""
-Train = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], dict[str, Any]]
-"""Trains a controller for a grid point: its spec with the rates found, and the summaries of its static tuning runs."""
+Batch = tuple[str, list[Trial], bool]  # a stage, its trials, and whether to run missing ones: not once it is settled
+Train = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], dict[str, Any]]  # spec with rates, static tuning summaries
 
 
 class Settled(Frozen):
@@ -63,7 +59,7 @@ class Settled(Frozen):
 
 
 class PointStages:
-    """The stages of one grid point, from what has been settled before; the results are in the sweep's log."""
+    """The stages of one grid point, from what has been settled before."""
 
     def __init__(
         self, plan: SweepPlan, point: Point, settled: Settled, inputs: Mapping[str, Path], log: SweepLog, train: Train
@@ -74,7 +70,7 @@ class PointStages:
             self._settle(controller={"checkpoint": str(inputs["policy"]), "trained_on": "given"})
 
     def batches(self) -> Iterator[Batch]:
-        """The trials, batch by batch; each batch has to be done before the next one is asked for."""
+        """The trials, batch by batch; run each batch before asking for the next."""
         if self._plan.tune_lr:
             yield from self._find_rates()
         yield from self._choose()
@@ -87,7 +83,7 @@ class PointStages:
             yield stage, self._trials(arms, "test"), True
 
     def spent(self, trials: Sequence[Trial]) -> dict[str, Any]:
-        """What these and the controller have used on each ledger axis beside what is compared, by what it was for."""
+        """What tuning trials and the controller have used on each ledger axis, by purpose."""
         runs = [(trial, self._log.summary(trial)) for trial in trials]
         costs = [(trial.purpose, cost(trial.spec, summary)) for trial, summary in runs if summary is not None]
         parts: dict[str, Any] = {
@@ -95,8 +91,6 @@ class PointStages:
             for purpose in ("rates", "tuning")
         }
         return parts | ({"controller": self.settled.controller.get("spent")} if self.settled.controller else {})
-
-    # -- Stages ------------------------------------------------------------------------------------------------
 
     def _find_rates(self) -> Iterator[Batch]:
         spec, seeds, still_open = self.point.spec, self._plan.tuning_seeds, self._open("rates")
@@ -119,7 +113,6 @@ class PointStages:
         say(f"rates   {self.point}{', '.join(found)}")
 
     def _choose(self) -> Iterator[Batch]:
-        """The best size and the best schedule, where there are several."""
         sizes, schedules = self._plan.statics(), [arm for arm in self._plan.arms if arm.name in SCHEDULES]
         tuned = [arm for group in (sizes, schedules) if len(group) > 1 for arm in group]
         trials = {arm: self._trials([arm], "tuning") for arm in tuned if self._plan.tuning_seeds}
@@ -143,7 +136,6 @@ class PointStages:
             say(f"ppo     {self.point}no controller: {error}")
 
     def _distill(self) -> Iterator[Batch]:
-        """The policy's median schedule, from its own runs on tuning seeds."""
         trials = self._trials([Arm(name=PPO)], "tuning")
         yield "openloop", trials, self._open("openloop")
         played, spec = self._summaries(trials), self._spec
@@ -155,8 +147,6 @@ class PointStages:
             say(f"openloop {self.point}{told or 'no graft: the policy waits'}")
         if self._open("openloop"):
             self._settle(openloop=bool(played))
-
-    # -- Trials ------------------------------------------------------------------------------------------------
 
     def _trials(self, arms: Sequence[Arm], purpose: Purpose) -> list[Trial]:
         seeds = self._plan.seeds if purpose == "test" else self._plan.tuning_seeds
@@ -178,11 +168,7 @@ class PointStages:
         return Trial(arm, purpose, seed, self.point, spec, inputs, impossible=impossible)
 
     def _needs(self, arm: Arm, purpose: Purpose, seed: int) -> tuple[RunSpec, dict[str, Path]]:
-        """The spec that an arm runs under, and the files that its policy needs.
-
-        Raises:
-            UserError: they are not there.
-        """
+        """The spec and the policy's files of an arm. Raises UserError where they cannot be had."""
         spec, leader = self._spec, {}
         if arm.of is not None:
             followed = self._trial(Arm(name=arm.of), purpose, seed)
@@ -209,11 +195,8 @@ class PointStages:
             return spec, {"policy": Path(self.settled.controller["checkpoint"])}
         return spec, {"schedule": self._inputs["schedule"]} if arm.kind.needs == "schedule" else {}
 
-    # -- Helpers -----------------------------------------------------------------------------------------------
-
     @property
     def _spec(self) -> RunSpec:
-        """The point's, with the rates that were found."""
         return with_rates(self.point.spec, self.settled.rates)
 
     @property
@@ -235,7 +218,7 @@ class PointStages:
 
 
 def _best(arms: Sequence[Arm], losses: Mapping[Arm, float]) -> Arm | None:
-    """The one with the lowest loss; of a single one without a look."""
+    """The arm with the lowest loss; a single arm needs no loss to be chosen."""
     known = {arm: losses[arm] for arm in arms if math.isfinite(losses.get(arm, math.inf))}
     if known:
         return min(known, key=lambda arm: known[arm])

@@ -1,9 +1,7 @@
 """A sweep's trial: one arm on one seed at one grid point, a whole training run; and the specs that arms run under.
 
-purpose   seeds    what for
-rates     tuning   finds the learning rate of each static size
-tuning    tuning   chooses the best static size and the best schedule; gives `openloop` its schedule
-test      test     is compared
+Purposes: "rates" and "tuning" run on tuning seeds, and choose the static sizes' learning rates, then the best size and
+schedule. "test" runs on test seeds, and is compared.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +36,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Its own among the sweep's: a folder's and a run's."""
+        """Unique in the sweep; names its folder and its run."""
         parts = [self.arm.label.replace(":", ".of."), self.note, f"seed{self.seed}"]
         return "-".join(filter(None, [*parts, f"point{self.point.index}" if self.point.several else ""]))
 
@@ -60,7 +58,7 @@ def size_parameters(spec: RunSpec, size: int) -> int:
 
 
 def with_rates(spec: RunSpec, rates: Mapping[int, float] | None) -> RunSpec:
-    """With the stable rates of static sizes (layers → rate), which any run has for as long as it has that size."""
+    """With the stable rates of static sizes (layers → rate), which any run has while it has that size."""
     pairs = sorted((size_parameters(spec, size), rate) for size, rate in (rates or {}).items())
     return spec.overridden({"optimizer.rates": pairs}) if pairs else spec
 
@@ -97,5 +95,4 @@ def cost(spec: RunSpec, summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _born(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
-    """A shape that is started with may be larger than growing may get."""
     return spec.overridden({**values, "growth.max_layers": max(values["host.n_layer"], spec.growth.max_layers)})

@@ -1,9 +1,7 @@
-"""A sweep's trials under Ray Tune: each is a whole episode in a process of its own.
+"""A sweep's trials under Ray Tune, which starts and restarts their processes: each is a whole episode.
 
-Tune starts the processes, and starts one that died again. Its own checkpoints and `Tuner.restore` are not used: a sweep
-is several experiments, one a stage, and Tune notes ended trials only now and then, so that what it restores would train
-some of them twice. What is done lies in the trial's folder (`log.py`) and what is under way in its newest checkpoint,
-which is saved at each decision.
+`Tuner.restore` is not used: Tune notes ended trials only now and then, and would train some twice. Results lie in the
+trial's folder (`log.py`), work under way in its newest checkpoint, saved at each decision.
 """
 
 import logging
@@ -39,10 +37,7 @@ STARTS = 3  # of a trial whose process dies, before it counts as failed
 
 
 def run_trials(stage: str, trials: Sequence[Trial], folder: RunFolder, log: SweepLog, saves: str) -> None:
-    """Run trials of a sweep, whose results go to its `log`; one that fails ends no other.
-
-    Their checkpoints lie in `saves`, a place that every node sees.
-    """
+    """Run trials; results go to `log`, checkpoints to `saves`, which every node sees. A failed trial ends no other."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # `SweepLog` tells of deaths
@@ -74,7 +69,6 @@ def _name(trial: Any) -> str:
 
 
 def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, fingerprint: str, saves: str) -> None:
-    """One episode, reported to Tune decision by decision; the last report carries the summary."""
     try:
         tokens = TokenData.open(data, verify=False)
         if tokens.manifest.fingerprint() != fingerprint:
