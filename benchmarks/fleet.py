@@ -1,7 +1,4 @@
-"""Benchmark of the fleet: decisions through one dispatcher.
-
-Logical workers, many to an async actor, sleep and answer with recorded telemetry: 1,000 real ones do not fit here.
-"""
+"""Benchmark of the dispatcher: logical workers, many to an async actor, sleep and answer with recorded telemetry."""
 
 import asyncio
 import logging
@@ -80,7 +77,6 @@ class LogicalFleet(RayFleet):
 
 
 def _recorded() -> list[Any]:
-    """An episode that grafts now and then; any legal action may be chosen at each answer."""
     run = SurrogateRun(SPEC)
     answers: list[Any] = [run.reset(Instance(), 0)]
     while not run.ended:

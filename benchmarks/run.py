@@ -1,7 +1,4 @@
-"""`make bench` (or `python benchmarks/run.py step growth dispatch sweep`): paired ratios, timed in turn.
-
-A ratio hardly depends on the machine or its load.
-"""
+"""`make bench` (or `python benchmarks/run.py step growth dispatch sweep`): paired ratios, timed in turn."""
 
 import copy
 import platform as host_platform

@@ -23,13 +23,12 @@ def trial_cost(telemetry: Telemetry, rows: list[int], optimizer_steps: int) -> f
 
 
 def decision(telemetry: Telemetry) -> tuple[int, int]:
-    """(Decision clock's number, from 0; decisions in the budget): a cost past a boundary merges decisions."""
+    """Number on the decision clock, from 0 (merged decisions count), and decisions in the budget."""
     decisions = round(_steps_in_budget(telemetry) / float(_steps_per_decision(telemetry)[0]))
     return round((1 - telemetry.get("decisions_left")) * decisions), decisions
 
 
 def _steps_per_decision(telemetry: Telemetry) -> np.ndarray:
-    """float64 (present candidates,)."""
     return 10 ** telemetry.candidate_column("steps_per_decision").astype(np.float64) - 1
 
 

@@ -3,11 +3,10 @@
 1. Wait for a slope, and then for a decision whose number is a multiple of `patience` of all decisions.
 2. Of the legal grafts, keep those that the rest of the budget can train; without any, wait.
 3. Wait if the trial would cost more than `cost` of the budget, or last until the rate decays.
-4. Train copies for `steps` optimizer steps, under WAIT and each graft, on the same batches; charged to the run.
+4. Train copies for equal `steps` under WAIT and each graft, on the same batches, charged to the run.
 5. Take the lowest mean loss over the last `tail` of the steps; of equal ones WAIT.
-
-Equal steps, not equal cost: a graft gains little during its warm-up, so WAIT would always win. A known bias: the host's
-rate falls as a seed warms up, so the largest graft mostly wins (docs/results.md).
+Equal steps, not equal cost: a graft gains little in its warm-up (`growth.probation_steps`), so WAIT would always win.
+A known bias: the host's rate falls as a seed warms up, so the largest graft mostly wins (docs/results.md).
 """
 
 import math

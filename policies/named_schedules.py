@@ -1,7 +1,6 @@
-"""Named schedules: the fixed growth plans that any controller has to beat, in budget fractions.
+"""The fixed growth plans to beat, in budget fractions; chosen on `tinystories-char`, before any sweep's test seeds.
 
-Sources: Du et al. 2024 (2405.15319), 2511.04981; MSG (Yao et al. 2023, 2305.02869). Chosen on `tinystories-char`
-before any sweep's test seeds.
+Depth: Du et al. 2024 (2405.15319), 2511.04981; several kinds in turn: MSG (Yao et al. 2023, 2305.02869).
 """
 
 from esper.policies.schedule import Entry

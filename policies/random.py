@@ -1,7 +1,4 @@
-"""Random grafts: the control that tells a controller's judgement from growth itself.
-
-Either at a `rate`, or the grafts of another run in random order, at random sites and moments before the rate decays.
-"""
+"""Random grafts, at a rate or as many as another run's: tells judgement from growth itself."""
 
 from collections.abc import Sequence
 
@@ -11,11 +8,9 @@ from esper.platform.telemetry import Telemetry
 
 
 class RandomPolicy:
-    """Draws are keyed by (seed, decision).
+    """Grafts by draws keyed by (seed, decision), with probability `rate` at each.
 
-    Args:
-        rate: probability of a graft at a decision; unused with `matched`.
-        matched: blueprints to graft, each once per mention.
+    With `matched` instead those blueprints, once per mention, in random order, at random sites, before the rate decays.
     """
 
     def __init__(self, seed: int = 0, *, rate: float = 0.2, matched: Sequence[str] | None = None) -> None:
@@ -35,7 +30,6 @@ class RandomPolicy:
         else:
             nxt = self._pending[0] if self._pending else None
             wanted = [i for i in grafts if telemetry.actions[i].blueprint == nxt]
-            # Chance pending / decisions left: all get their turn before the rate decays.
             left = round(10 ** telemetry.get("growth_decisions_left") - 1)
             chance = len(self._pending) / max(1, left)
         if not wanted or random.random() >= chance:

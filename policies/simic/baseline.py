@@ -1,10 +1,9 @@
 """Baseline: shapes rewards, r'ₖ = (rₖ + Φ(sₖ₊₁) − Φ(sₖ)) / σ with Φ(a terminal state) = 0.
 
-Φ is a ridge regression of the return on `globals`, plus per instance a running mean of the residual at each decision;
-σ is the running deviation of G − Φ. It is needed because returns span nats and grafts move them by hundredths: without
-it the value's error was 0.05 nats at an explained variance of 0.995, and the policy did not learn. With γ = 1 the
-shaping is potential-based (Ng, Harada & Russell 1999): the best policies stay best. σ stands for PPO's reward scaling
-(Engstrom et al. 2020, 2005.12729), an instance's mean is an input-dependent baseline (Mao et al. 2018, 1807.02264).
+Returns span nats, grafts move them by hundredths: unshaped, the value erred by 0.05 nats and the policy did not learn.
+Φ: a ridge regression of the return on `globals`, plus per instance a running mean of the residual at each decision
+(Mao et al. 2018, 1807.02264); with γ = 1 the best policies stay best (Ng, Harada & Russell 1999). σ, the running
+deviation of G − Φ, stands for PPO's reward scaling (Engstrom et al. 2020, 2005.12729).
 """
 
 from collections.abc import Sequence
@@ -110,8 +109,7 @@ class Baseline:
         if any(rows.shape[1:] != (len(self._gram) + 1,) for rows in self._seen.values()):
             raise ValueError("its baseline's instances are of another shape")
 
-    def _left_of(self, episodes: Sequence[Played]) -> np.ndarray:
-        """G − Φ at every decision."""
+    def _left_of(self, episodes: Sequence[Played]) -> np.ndarray:  # G − Φ at every decision
         return np.concatenate([e.to_come() - self.potential(e.states[:-1], e.instance) for e in episodes])
 
     def _remember(self, instance: str, rows: np.ndarray) -> None:

@@ -9,18 +9,17 @@ Rules, each tested:
 1. All ready replies are answered in one batch; nothing is polled.
 2. Every episode is learned from whole, in the order of beginning: the order of ending would prefer short episodes.
 3. A step keeps the logits and the number of the weights that chose its action: PPO's ratio is right at any lag.
-4. Episode i has the seed `derive(seed, "episode", i)`, its decision k the stream (seed, "policy", i, k), and a row's
-   logits do not depend on its batch: so no action does.
+4. Episode i has the seed `derive(seed, "episode", i)`, its decision k the stream (seed, "policy", i, k); no action
+   depends on its batch.
 5. An episode belongs to no worker: a lost order goes, unchanged, to the next free one (`workers/worker.py`).
-6. A bad reply is refused and counted, and the order sent again; after `TRIES` failed workers or `DEATHS` lost processes
-   the episode is dropped.
+6. A bad reply is refused, and its order sent again; `TRIES` failed workers or `DEATHS` processes drop the episode.
 7. Losses with no good reply between them end the training with the last error; a UserError ends it at once.
-8. A worker begins no episode while `ahead` decisions are ready, or while these and the ended episodes that wait for an
-   earlier one exceed `ahead` by `OVERTAKING` episodes a worker. With W workers, K decisions an episode and batches of
-   B, a decision is learned from within 1 + (ahead + (OVERTAKING + 1)·W·K) / B updates.
+8. A worker begins no episode while `ahead` decisions are ready, or while ready and waiting ones exceed that by
+   `OVERTAKING` episodes a worker. With W workers, K decisions an episode and batches of B, a decision is learned from
+   within 1 + (ahead + (OVERTAKING + 1)·W·K) / B updates.
 9. With a journal, the episodes outlive this process (`journal.py`).
 
-With a lockstep fleet (LocalFleet) there is no thread: `collect()` turns the loop, and equal seeds give equal trainings.
+A lockstep fleet has no thread: `collect()` turns the loop, and equal seeds give equal trainings.
 """
 
 import threading
@@ -71,28 +70,20 @@ class Progress(Frozen):
 
 
 class Dispatcher:
-    """Serves the workers of `fleet`; see the module.
-
-    Args:
-        net: not shared with the learner, which trains in another thread.
-        ahead: ready decisions at which workers rest.
-        start: of a resumed training.
-        instances: episode number → instance.
-        journal: keeps the episodes; those it holds are resumed.
-    """
+    """Serves the workers of `fleet`, by the rules of the module."""
 
     def __init__(
         self,
         fleet: Fleet,
-        net: ControllerNet,
+        net: ControllerNet,  # its own: the learner trains another meanwhile
         space: TelemetrySpace,
         *,
         seed: int,
-        ahead: int,
-        start: Progress | None = None,
-        instances: Callable[[int], Instance | None] | None = None,
+        ahead: int,  # ready decisions at which workers rest
+        start: Progress | None = None,  # of a resumed training
+        instances: Callable[[int], Instance | None] | None = None,  # of an episode's number
         deadlines: Deadlines | None = None,
-        journal: EpisodeJournal | None = None,
+        journal: EpisodeJournal | None = None,  # its episodes are resumed
     ) -> None:
         self._fleet, self._net, self._space = fleet, net.double().eval(), space
         self._seed, self._ahead, self._wanted = seed, ahead, 0
@@ -120,10 +111,9 @@ class Dispatcher:
             self._take_up(journal)
 
     def collect(self, decisions: int, check: Callable[[], None] | None = None) -> list[SingleAgentEpisode]:
-        """Wait for whole episodes of at least so many decisions, and take them in the order of beginning.
+        """Whole episodes of at least so many decisions, in the order of beginning.
 
-        `check` runs at once and a few times a second; its errors, the thread's, and a UserError where workers only fail
-        pass through.
+        `check` runs a few times a second; its errors and the thread's pass through. A UserError where workers only fail.
         """
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
@@ -255,8 +245,7 @@ class Dispatcher:
                 self._send(worker, self._begin(self.begun))
 
     def _resting(self) -> bool:
-        """Rule 8."""
-        most = max(self._ahead, self._wanted)
+        most = max(self._ahead, self._wanted)  # rule 8
         overtaking = OVERTAKING * self._table.most * self._longest
         return self.ready() >= most or self.ready() + self.waiting() >= most + overtaking
 
@@ -370,10 +359,7 @@ class Dispatcher:
 
 
 def infer(net: ControllerNet, observations: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits (B, A), log-probabilities (B, A) and values (B,), float32, of a network in float64.
-
-    In float32, rounding depends on the batch's shape; float64 makes episodes repeatable to the bit at any timing.
-    """
+    """Logits, log-probabilities (B, A), values (B,), float32, of a float64 network: no batch changes the rounding."""
     with torch.no_grad():
         logits, values = net({name: array.double() for name, array in batch(observations).items()})
         outputs = (logits, logits.log_softmax(dim=-1), values)

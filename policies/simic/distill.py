@@ -25,11 +25,9 @@ class Taken:
 
 
 def median_schedule(episodes: Sequence[Sequence[Taken]], decisions: int, sites: Collection[str] = ()) -> list[Entry]:
-    """The schedule of at least one episode's grafts, in order of due fraction.
+    """The schedule of at least one episode's grafts; `sites`: those that every episode starts with.
 
-    Args:
-        decisions: in a budget; fractions go back to the decision's boundary, past which each falls by chance.
-        sites: that every episode starts with.
+    Fractions are floored to the boundaries of `decisions`, those of a budget: a step seldom ends right at one.
     """
     entries = []
     for blueprint in sorted({graft.blueprint for grafts in episodes for graft in grafts}):
@@ -48,5 +46,4 @@ def _boundary(fraction: float, decisions: int) -> float:
 
 
 def _floored(fraction: float) -> float:
-    """An entry rounded up would be due a decision late."""
-    return math.floor(fraction * 10**DIGITS) / 10**DIGITS
+    return math.floor(fraction * 10**DIGITS) / 10**DIGITS  # rounded up, it would be due a decision late

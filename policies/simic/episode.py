@@ -188,5 +188,4 @@ def _unpacked_observation(text: str, space: TelemetrySpace) -> dict[str, np.ndar
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None  # JSON has no NaN

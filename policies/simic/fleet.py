@@ -1,7 +1,4 @@
-"""The fleet: workers that come and go, in Ray actors or in this process; it knows nothing of episodes.
-
-It tells which worker has joined, answered or is gone; a lost order is the dispatcher's to give to another.
-"""
+"""The fleet: workers that come and go, in Ray actors or here; episodes are the dispatcher's business."""
 
 import re
 import time
@@ -28,10 +25,7 @@ Event = Joined | Reply | Exception  # an exception says what became of an order,
 
 
 class Fleet:
-    """Carries out orders; no two workers ever have the same number.
-
-    In lockstep, orders run in the caller's thread: the learner's, between updates.
-    """
+    """Carries out orders, in lockstep in the caller's thread; no two workers ever have the same number."""
 
     lockstep = False
 
@@ -61,10 +55,8 @@ class Fleet:
 class RayFleet(Fleet):
     """Ray actors with `up()`, which returns once the actor is there, and `advance(order) -> Reply`.
 
-    Args:
-        make_worker: starts an actor, with `max_restarts=0`.
-        wanted: how many workers there should be; asked every few seconds.
-        at_once: how many may start at once after the first; more than the cores would wait for each other's imports.
+    `make_worker` starts an actor with `max_restarts=0`; `wanted` is asked every few seconds. `at_once` limits the
+    starts after the first: more than the cores would wait for each other's imports.
     """
 
     def __init__(

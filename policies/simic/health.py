@@ -21,10 +21,7 @@ Metrics = dict[str, float]
 
 
 class Health:
-    """Warns once of each condition, again only after `CALM` looks without it.
-
-    `iterations`, where known, tells early from late.
-    """
+    """Warns once of each condition, again after `CALM` looks without it; `iterations` tells early from late."""
 
     def __init__(self, iterations: int | None = None) -> None:
         self.iterations = iterations

@@ -1,10 +1,6 @@
-"""Simic's learner: RLlib's PPO (Schulman et al. 2017, 1707.06347), its metrics and its checkpoints.
+"""PPO (Schulman et al. 2017, 1707.06347) on RLlib: its settings, metrics and checkpoints.
 
-- γ = 1: returns are sums of loss drops, and grafts pay late.
-- Rewards are shaped and scaled (`baseline.py`): PPO learned next to nothing on the loss laws without.
-- `vf_clip_param` = ∞: RLlib clamps the value's *squared error* there, without a gradient beyond.
-- `grad_clip_by="norm"` clips each tensor: a global clip would let a large value error shrink the policy's step.
-- A checkpoint is a folder of `learner.safetensors` (to go on from) and `policy.safetensors` (needs no Ray).
+A checkpoint is a folder of `learner.safetensors`, to go on from, and `policy.safetensors`, which needs no Ray.
 """
 
 import contextlib
@@ -65,23 +61,13 @@ def build_algorithm(
     space: TelemetrySpace,
     make_fleet: Callable[[], Fleet],
     *,
-    seed: int,
-    instances: Callable[[int], Instance | None] | None = None,
-    journal: Path | None = None,
-    check: Callable[[], None] | None = None,
-    start: Path | None = None,
+    seed: int,  # of the network, episodes, action noise and minibatches
+    instances: Callable[[int], Instance | None] | None = None,  # of an episode's number; None: the spec's own
+    journal: Path | None = None,  # folder of the episodes that no checkpoint has learned from yet
+    check: Callable[[], None] | None = None,  # called a few times a second while waiting; its errors pass through
+    start: Path | None = None,  # checkpoint to resume; a UserError where it is none, or does not fit the spec
 ) -> PPO:
-    """PPO over the fleet, whose workers start meanwhile. Ray must be initialised; end it with `stop()`.
-
-    Sets one torch thread for this process: on busy cores two made an update 8 times slower. It also fixes the rounding.
-
-    Args:
-        seed: of the network, episodes, action noise and minibatches.
-        instances: episode number → instance; None means the spec's own.
-        journal: folder that keeps episodes until a checkpoint has learned from them.
-        check: called a few times a second while the learner waits for episodes; its errors pass through.
-        start: a checkpoint to resume; a UserError where it is none or does not fit the spec.
-    """
+    """PPO over a fleet, whose workers start meanwhile. Ray must be initialised; end it with `stop()`."""
     kept = None if start is None else _read(start, spec.ppo.hidden)
     ppo, learners = spec.ppo, max(1, spec.ppo.learners)
     fleet = make_fleet()
@@ -92,7 +78,7 @@ def build_algorithm(
         .learners(learner_class=SimicLearner, num_learners=ppo.learners, num_gpus_per_learner=ppo.learner_gpus)
         .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
         .training(
-            gamma=1.0,
+            gamma=1.0,  # the return is the sum of loss drops, and grafts pay late
             lambda_=ppo.gae_lambda,
             lr=ppo.learning_rate,
             train_batch_size_per_learner=ppo.decisions // learners,
@@ -100,17 +86,17 @@ def build_algorithm(
             num_epochs=ppo.epochs,
             clip_param=ppo.clip,
             entropy_coeff=ppo.entropy,
-            vf_loss_coeff=0.5,
-            vf_clip_param=float("inf"),
+            vf_loss_coeff=0.5,  # Huang et al. 2022
+            vf_clip_param=float("inf"),  # RLlib clamps the *squared error* there, without a gradient beyond
             grad_clip=0.5,
-            grad_clip_by="norm",
+            grad_clip_by="norm",  # per tensor: a global clip would let a large value error shrink the policy's step
         )
         .callbacks(on_train_result=_add_metrics)
         .debugging(log_level="ERROR", seed=derive(seed, "rllib") % 2**31)
     )
     for noisy in ("ray.rllib", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # on busy cores two made an update 8 times slower; also fixes the rounding
     try:
         algorithm = cast(PPO, config.build_algo())
         _drop_log_folder(algorithm)
@@ -154,10 +140,7 @@ def current_policy(algorithm: PPO) -> SimicPolicy:
 
 
 def save_algorithm(algorithm: PPO, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint, the policy last; `extra` are plain JSON values for its card.
-
-    Raises UserError where `folder` holds a checkpoint already.
-    """
+    """Write a checkpoint; `extra` is JSON for the policy's card. A UserError where `folder` holds one already."""
     if (folder / FILE).exists():
         raise UserError(f"checkpoint {folder} exists already: name a new folder, or delete it first.")
     ours = runner(algorithm)
@@ -238,8 +221,7 @@ def _policy(learner: dict[str, Any]) -> SimicPolicy:
 
 
 def _add_metrics(*, algorithm: Any, result: dict[str, Any], **_: Any) -> None:
-    """RLlib's callback at the end of an iteration, when the runner has the new weights."""
-    result[SIMIC] = runner(algorithm).iteration()
+    result[SIMIC] = runner(algorithm).iteration()  # the runner has the new weights by now
 
 
 def _drop_log_folder(algorithm: PPO) -> None:

@@ -54,8 +54,7 @@ class Sample:
 def sample_metrics(sample: Sample, said: np.ndarray, weights_seq_no: int) -> dict[str, float]:
     """Metrics before the update; `said`: what baseline and value then predicted of `to_come`, nats (N,)."""
     returns = [each[0] for each in sample.split(sample.to_come)]
-    # Not below 0: a resumed training may learn from what was chosen by weights after its checkpoint's.
-    lag = np.maximum(0, weights_seq_no - sample.weights)
+    lag = np.maximum(0, weights_seq_no - sample.weights)  # a resumed training may meet weights after its checkpoint's
     spent = [each.sum() for each in sample.split(np.array([info.get("worked", 0.0) for info in sample.infos]))]
     metrics = {
         "episodes": len(sample.lengths),
@@ -81,8 +80,7 @@ def sample_metrics(sample: Sample, said: np.ndarray, weights_seq_no: int) -> dic
 def explained_variance(sample: Sample, said: np.ndarray) -> float:
     """1 − Var[G − V] / Var[G | k], at least −1: G the rewards to come at decision k, V their prediction.
 
-    Unlike RLlib's, before the update, over all decisions and less each decision's mean: most of Var[G] is the fall of
-    the loss itself.
+    Stricter than RLlib's: before the update, and less each decision's mean, the fall of the loss itself.
     """
     decision = np.concatenate([np.arange(length) for length in sample.lengths])
     means = np.bincount(decision, sample.to_come) / np.bincount(decision)

@@ -18,8 +18,8 @@ from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
 ILLEGAL = -1e9  # a logit; finite, so that entropy and KL stay finite: exp(−1e9) is exactly 0 and 0 · 1e9 is 0
 WAIT_PRIOR = 0.7  # 24 decisions then hold some 7 grafts; most decisions of a good schedule are WAIT
 
-# Columns raised by these factors: beside the larger ones, LayerNorm would leave little of their differences.
-SCALES = {"gradient_norm": 10.0, "update_norm": 10.0, "parameters": 5.0, "seconds": 5.0}
+SCALES = {"gradient_norm": 10.0, "update_norm": 10.0, "parameters": 5.0, "seconds": 5.0}  # else lost in LayerNorm
+
 _SITE_PRESENT = SITE.index("present")
 _IS_WAIT = CANDIDATE.index("is_wait")
 
@@ -27,8 +27,7 @@ _IS_WAIT = CANDIDATE.index("is_wait")
 class ControllerNet(nn.Module):
     """Scores each candidate on its row, the pooled sites and globals; illegal rows get ILLEGAL.
 
-    Inputs (`platform/telemetry.py`): `globals` float32 (B, G), `sites` float32 (B, S, F), `candidates` float32
-    (B, A, Fc), `mask` bool or float32 (B, A). `hidden` is the width H of every layer.
+    Inputs: `globals` (B, G), `sites` (B, S, F), `candidates` (B, A, Fc) float32, `mask` (B, A) bool or float32.
     """
 
     def __init__(self, hidden: int = 64) -> None:
@@ -55,10 +54,9 @@ class ControllerNet(nn.Module):
         return self.logits(inputs), self.value(inputs)
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits float32 (B, A).
+        """Logits float32 (B, A); WAIT's is raised by ln n + ln(p / (1 − p)), n the other legal rows.
 
-        WAIT's logit is raised by ln n + ln(p / (1 − p)), n the other legal rows: at equal scores it has probability
-        p = WAIT_PRIOR for any n. So whether to act is learned apart from which row, and new sites do not shift it.
+        At equal scores WAIT then has probability p = WAIT_PRIOR for any n: new sites do not shift whether to act.
         """
         candidates, legal = inputs["candidates"], inputs["mask"] > 0.5
         context = torch.cat([inputs["globals"], self.policy_sites(inputs["sites"])], dim=-1)  # (B, G + 2H)

@@ -61,10 +61,7 @@ def draw(logits: np.ndarray, mask: np.ndarray, uniform: float) -> int:
 
 
 def likeliest(chances: np.ndarray) -> int:
-    """First whether to act, then the likeliest row (probabilities (A,), WAIT first).
-
-    A plain argmax would let WAIT with 0.4 win over a dozen similar grafts that share 0.6.
-    """
+    """First whether to act, then the likeliest row: else WAIT with 0.4 would beat similar grafts that share 0.6."""
     return 0 if chances[0] >= 0.5 else 1 + int(chances[1:].argmax())
 
 

@@ -1,7 +1,6 @@
-"""SimicEnvRunner: PPO's only, local EnvRunner. `sample()` only takes ended episodes.
+"""SimicEnvRunner: PPO's only, local EnvRunner; `sample()` only takes ended episodes, so updates stall no worker.
 
-PPO samples and updates in turns in one thread; the dispatcher serves workers during updates too. For what a runner
-owes, see RLlib's `env/external/env_runner_server_for_external_inference.py`.
+See RLlib's `env/external/env_runner_server_for_external_inference.py` for what a runner owes.
 """
 
 from collections.abc import Callable
@@ -66,8 +65,7 @@ class SimicEnvRunner(EnvRunner):
         potential = [self.baseline.potential(each.states[:-1], each.instance) for each in played]
         said = np.concatenate(potential) + self.baseline.scale * sample.values
         self._before = sample_metrics(sample, said, self._weights_seq_no) | self._fleet_metrics(sample)
-        # RLlib samples again until it has had this many
-        self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, len(sample.actions), reduce="sum")
+        self.metrics.log_value(NUM_ENV_STEPS_SAMPLED, len(sample.actions), reduce="sum")  # RLlib samples until enough
         self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, len(sample.actions), reduce="lifetime_sum")
         for episode, shaped in zip(episodes, self.baseline.shaped(played), strict=True):
             episode.rewards.data = shaped  # `set_rewards` would check each against a space, with a warning each

@@ -36,8 +36,7 @@ class WorkerView:
 class Deadlines:
     """How long an order may take: (grace + factor · ratio · expected) · 2^(times it was lost with a process already).
 
-    `expected`: seconds by the run's clock, of all the order's decisions where a new worker may redo them.
-    `ratio` ≥ 1: this fleet's median of worked over expected seconds, since clocks are fitted to another machine.
+    `expected`: seconds by the run's clock for the decisions to (re)do; `ratio` ≥ 1: the fleet's median worked/expected.
     """
 
     factor: float = 20.0
