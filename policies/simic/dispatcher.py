@@ -113,7 +113,7 @@ class Dispatcher:
     def collect(self, decisions: int, check: Callable[[], None] | None = None) -> list[SingleAgentEpisode]:
         """Whole episodes of at least so many decisions, in the order of beginning.
 
-        `check` runs a few times a second; its errors and the thread's pass through. A UserError where workers only fail.
+        `check` runs a few times a second. Passes on its errors, the thread's, and a UserError where workers only fail.
         """
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
