@@ -1,7 +1,7 @@
-"""The governor's eyes: is the training still sound? What to do about a fault is the run's (`workers/run.py`).
+"""The governor detects training faults; the run (`workers/run.py`) handles them.
 
-A fault is a loss or a gradient that is not finite, a spike (the median of the latest losses far above that of the ones
-before, by their median absolute deviation, which a few outliers do not move), or a jump back to chance level, ln V.
+A fault is a non-finite loss or gradient, a spike (the median loss far above the window's, in median absolute
+deviations) or a return to chance level, ln V.
 """
 
 import math
@@ -17,25 +17,14 @@ LEARNT = 0.9  # of ln V: below it, the model had learnt something
 
 
 class Governor:
-    """Looks at each step's loss and gradient norms, a few steps at a time.
-
-    Args:
-        vocab_size: V.
-
-    Attributes:
-        window: the latest losses, nats per token: all that it remembers.
-    """
+    """Checks each step's loss and gradient norms, a few steps at a time."""
 
     def __init__(self, vocab_size: int) -> None:
         self._chance = math.log(vocab_size)
-        self.window: list[float] = []
+        self.window: list[float] = []  # latest losses, nats per token: its whole state
 
     def fault(self, rows: Sequence[Sequence[float]]) -> str | None:
-        """What is wrong, in words, or None.
-
-        Args:
-            rows: of each new step, its training loss in nats per token first; every number must be finite.
-        """
+        """The fault in words, or None; `rows`: each new step's loss in nats per token, then its gradient norms."""
         for row in rows:
             if not math.isfinite(row[0]):
                 return "the loss was not finite"

@@ -1,25 +1,8 @@
-"""Kasmina: grafts seeds onto a host in training, together with its optimizer; fuses and prunes them.
+"""Kasmina grafts seeds onto a host in training and its optimizer, fuses them and prunes them.
 
-A graft adds the blueprint's tensors to the host, and to the optimizer with a learning rate that warms up from above
-zero (probation). Nothing that existed is touched: no weight, no moment, no group. Once a seed's warm-up is over and its
-moments are old enough, it is fused: the host is then what it would be had it been born that shape. A site's newest seed
-can be pruned, fused or not.
-
-Two things keep the updates after birth from spiking, both found by comparing with the ungrown twin on the same batches:
-the warm-up is quadratic, for Adam's normalised first steps move a zero matrix by the full rate however small its
-gradient; and a seed on probation is clipped by itself, for its first gradients can be so large that, clipped together,
-the host's own step would shrink to nothing.
-
-    kasmina = Kasmina(host, optimizer)
-    kasmina.graft("h0.ffn", "ffn")
-    for batch in batches:
-        ...                                  # zero_grad, forward, backward
-        for group in kasmina.host_groups:    # or leave the rate as it is
-            group["lr"] = rate
-        kasmina.clip(1.0)                    # instead of clip_grad_norm_
-        kasmina.warm_up()                    # the seeds' rates follow the host's, scaled
-        optimizer.step()
-        kasmina.fuse()                       # those that are due; the output does not change
+Each optimizer step: backward, set the rates of `host_groups`, `clip`, `warm_up`, `optimizer.step`, `fuse`.
+The warm-up is quadratic: Adam's normalised first steps move a zero matrix by the full rate. Seeds on probation are
+clipped apart: clipped together, their large first gradients would shrink the host's step.
 """
 
 import math
@@ -37,11 +20,10 @@ from esper.platform.seeding import torch_stream
 from esper.workers.kasmina import surgery
 from esper.workers.kasmina.registry import Blueprint, Count, Natural, Planted, make_blueprints
 
-NEGLIGIBLE = 1e-6
-"""A seed is fused when β₂ᵗ is at most this: the weight of its first gradients in its second moments."""
+NEGLIGIBLE = 1e-6  # largest β₂ᵗ at fusion: the weight of a seed's first gradients in its second moments
 
 
-@dataclass(eq=False)  # a seed is itself, whatever another one is like
+@dataclass(eq=False)  # compared by identity
 class Seed:
     """One graft."""
 
@@ -51,7 +33,7 @@ class Seed:
     probation: Count  # optimizer steps over which its rate warms up
     fuse_age: Natural  # at which it is fused
     age: Natural = 0  # optimizer steps since birth
-    # Its optimizer groups, each with the group whose rate it follows (in a saved seed their indices); none once fused.
+    # (own optimizer group, the group whose rate it follows), as indices in a saved seed; empty once fused.
     groups: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     @property
@@ -81,21 +63,12 @@ class Seed:
 
 
 class Kasmina:
-    """Grows one host and its optimizer.
+    """Grows one host and its optimizer, which must hold exactly the host's parameters.
 
     Args:
-        host: the model.
-        optimizer: any torch optimizer over exactly the host's parameters.
-        blueprints: name → blueprint; none means every registered one with its default settings.
-        probation_steps: optimizer steps over which a seed's learning rate warms up, quadratically.
+        blueprints: by name; None means every registered one with its default settings.
+        probation_steps: optimizer steps over which a seed's learning rate warms up.
         seed: of the `graft` stream.
-
-    Attributes:
-        seeds: the seeds that are there, in the order of their grafts.
-        grafts: grafts ever made: the number of the next one, and the key of its random numbers.
-
-    Raises:
-        UserError: the optimizer does not hold exactly the host's parameters.
     """
 
     def __init__(
@@ -112,18 +85,12 @@ class Kasmina:
         self.optimizer = optimizer
         self.blueprints = dict(make_blueprints() if blueprints is None else blueprints)
         self.probation_steps = probation_steps
-        self.seeds: list[Seed] = []
-        self.grafts = 0
+        self.seeds: list[Seed] = []  # on the host, oldest graft first
+        self.grafts = 0  # ever made: the next one's number and random key
         self._random = seed
 
-    # -- Growing -----------------------------------------------------------------------------------------------
-
     def graft(self, site_id: str, blueprint_name: str) -> Seed:
-        """Graft a seed; the host's output does not change.
-
-        Raises:
-            UserError: no such site or blueprint, or the site does not take it. Nothing has been changed then.
-        """
+        """Graft a seed; the host's output, its weights and their optimizer state do not change."""
         site = self._sites().get(site_id)
         if site is None:
             raise unknown("site", site_id, self._sites())
@@ -154,13 +121,10 @@ class Kasmina:
         return seed
 
     def fuse(self, seed: Seed | None = None) -> list[Seed]:
-        """Make seeds the host's own: `seed`, or all that are old enough; returns them. Between two optimizer steps.
+        """Make `seed`, or all that are due, the host's own, between two optimizer steps; returns them.
 
-        The output does not change by a bit. Units are joined to the host's tensors, their moments rescaled
-        (`surgery`); a part's tensors move to the groups that they followed.
-
-        Raises:
-            UserError: `seed` is not on the host, or fused already, or an older one at its site is not.
+        The output does not change by a bit. Units join the host's tensors with rescaled moments (`surgery`); a part's
+        tensors move to the groups they followed.
         """
         due = self.due if seed is None else [seed]
         for each in due:
@@ -173,11 +137,7 @@ class Kasmina:
         return [seed for seed in self.seeds if not seed.fused and seed.age >= seed.fuse_age]
 
     def prune(self, site_id: str) -> Seed:
-        """Take the newest seed at a site out of host and optimizer, fused or not, with what was grafted inside it.
-
-        Raises:
-            UserError: no such site, or no seed there. Nothing has been changed then.
-        """
+        """Remove a site's newest seed, fused or not, and what was grafted inside it; UserError without one."""
         seed = self.newest(site_id)
         if seed is None:
             sites = self._sites()
@@ -191,7 +151,7 @@ class Kasmina:
         surgery.drop(self.optimizer, gone)
         self.host.grown()
         sites = self._sites()
-        # Seeds of units that lay in a pruned layer are gone with it; a layer grafted behind it has its own name.
+        # Units grafted inside a pruned layer go with it; a layer grafted behind it stays.
         left = [other for other in self.seeds if other is not seed and (other.site in sites or self._part_lives(other))]
         self._follow_on([other for other in self.seeds if other not in left])
         self.seeds = left
@@ -203,7 +163,7 @@ class Kasmina:
 
     @contextmanager
     def masked(self, site_id: str) -> Iterator[None]:
-        """For the time of a `with` block, the host without the newest seed at a site: its outgoing side is zero."""
+        """Zero the outgoing side of a site's newest seed inside a `with` block."""
         seed = self.newest(site_id)
         assert seed is not None
         views = [view.detach() for view in self.blueprints[seed.blueprint].outgoing(self.host, seed.planted)]
@@ -216,27 +176,20 @@ class Kasmina:
             for view, value in zip(views, values, strict=True):
                 view.copy_(value)
 
-    # -- At every optimizer step -------------------------------------------------------------------------------
-
     @property
     def host_groups(self) -> list[surgery.Group]:
-        """The optimizer groups of everything that is not a seed's own: those whose rate the caller sets."""
+        """The optimizer groups whose rate the caller sets: all but the young seeds' own."""
         apart = {id(group) for seed in self.seeds for group, _ in seed.groups}
         return [group for group in self.optimizer.param_groups if id(group) not in apart]
 
     def warm_up(self) -> None:
-        """Set the rate of every seed's groups from the groups they follow; call right before each optimizer step."""
+        """Set the seeds' rates from the groups they follow; call right before each optimizer step."""
         self._set_rates()
         for seed in self.seeds:
             seed.age += 1
 
     def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Clip the gradient of the host, and of each seed on probation by itself.
-
-        Returns:
-            The host's norm before, and the seeds' added up (None without any): if a gradient is not finite, one of them
-            is not.
-        """
+        """Clip the host's gradient and each seed's on probation apart; returns the host's norm and the seeds' sum."""
         young = [seed.groups for seed in self.seeds if seed.on_probation]
         apart = {id(group) for groups in young for group, _ in groups}
         seeds = [
@@ -246,22 +199,16 @@ class Kasmina:
         return nn.utils.clip_grad_norm_(host, max_norm), torch.stack(seeds).sum() if seeds else None
 
     def parameters_warming_up(self) -> float:
-        """Parameters on probation, each counted by how far its rate still is from the host's: 1 at birth, then to 0."""
+        """Parameters on probation, each weighted by 1 − scale: from about 1 at birth to 0."""
         return sum(seed.parameters * (1 - seed.scale) for seed in self.seeds if seed.on_probation)
 
-    # -- Saving ------------------------------------------------------------------------------------------------
-
     def saved(self) -> list[Seed]:
-        """Copies of the seeds whose groups are indices of the optimizer's."""
+        """Copies of the seeds with their groups as indices into the optimizer's."""
         index = {id(group): i for i, group in enumerate(self.optimizer.param_groups)}
         return [replace(seed, groups=[(index[id(g)], index[id(f)]) for g, f in seed.groups]) for seed in self.seeds]
 
     def load(self, seeds: Sequence[Seed], grafts: int) -> None:
-        """Take over what `saved` gave, once host and optimizer are as they were then.
-
-        Raises:
-            UserError: the seeds are not those of this host.
-        """
+        """Restore what `saved` gave, after host and optimizer; UserError where the seeds are not this host's."""
         groups = self.optimizer.param_groups
         pairs = [pair for seed in seeds for pair in seed.groups]
         parts = [seed.planted.part for seed in seeds if seed.planted.part]
@@ -300,8 +247,6 @@ class Kasmina:
             for linear, features in ((incoming, incoming.out_features), (outgoing, outgoing.in_features))
         )
 
-    # -- Helpers -----------------------------------------------------------------------------------------------
-
     def _sites(self) -> dict[str, Any]:
         return {site.id: site for site in self.host.shape.injection_specs()}
 
@@ -331,7 +276,7 @@ class Kasmina:
         seed.groups = []
 
     def _follow_on(self, leaving: list[Seed]) -> None:
-        """Let what follows the groups of seeds that lose theirs follow what those followed."""
+        """Redirect groups that follow a leaving seed's group to the group it followed."""
         ahead = {id(group): follows for seed in leaving for group, follows in seed.groups}
 
         def still(group: surgery.Group) -> surgery.Group:

@@ -1,7 +1,7 @@
-"""The registry of blueprints: the one list from which candidates, mask, costs and padded sizes are derived.
+"""The registry of blueprints, from which candidates, mask, costs and padded sizes are derived.
 
-A blueprint (the field's growth operator) is a frozen dataclass: its fields are its settings, which
-`RunSpec.growth.blueprints` chooses and sets. To add one: write a file in `blueprints/`, decorate it with `@register`.
+A blueprint (a growth operator) is a frozen dataclass whose fields are its settings in `RunSpec.growth.blueprints`.
+To add one, write a class in `blueprints/` and decorate it with `@register`.
 """
 
 from abc import ABC, abstractmethod
@@ -15,15 +15,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind, Swap
 from esper.platform.errors import UserError, unknown
 
-Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]
-"""The type of a setting that counts something."""
-Natural = Annotated[int, Field(ge=0, le=2**53)]
-"""The type of a count in a saved state."""
+Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # a setting that counts something
+Natural = Annotated[int, Field(ge=0, le=2**53)]  # a count in a saved state
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A seed on a host, as far as its blueprint has to know it."""
+    """A seed on a host, as its blueprint sees it."""
 
     site: str  # where it was grafted
     blueprint: str
@@ -32,7 +30,7 @@ class Planted:
 
 
 class Blueprint(ABC):
-    """What a blueprint must tell and do."""
+    """The interface of every blueprint."""
 
     name: ClassVar[str]  # as actions, specs and records call it
     site_kind: ClassVar[SiteKind]  # at which it grows
@@ -49,7 +47,7 @@ class Blueprint(ABC):
 
     @abstractmethod
     def resized(self, shape: Any, site_id: str) -> HostShape:
-        """The shape after: what it adds in parameters and FLOPs is the difference of the two shapes' closed forms."""
+        """The shape after one more graft; its cost is the difference of the two shapes' closed forms."""
 
     @abstractmethod
     def pruned(self, shape: Any, seed: Planted) -> HostShape:
@@ -57,11 +55,11 @@ class Blueprint(ABC):
 
     @abstractmethod
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple[Any, Any]]]:
-        """Add the seed's tensors to the host: (name of the part, or empty; each new parameter with its sibling)."""
+        """Add the seed to the host: (the part's name or "", pairs of new parameter and sibling)."""
 
     @abstractmethod
     def outgoing(self, host: HostProtocol, seed: Planted) -> list[torch.Tensor]:
-        """Views of the outgoing side of a site's newest seed: zero at birth; zero means that it does nothing."""
+        """Views of the newest seed's outgoing side: zero at birth, and the seed has no effect while zero."""
 
     @abstractmethod
     def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
@@ -69,7 +67,7 @@ class Blueprint(ABC):
 
     @abstractmethod
     def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
-        """Take a site's newest seed out; returns what changed, and the parameters that are gone."""
+        """Remove a site's newest seed; returns the swaps and the removed parameters."""
 
 
 _KINDS: dict[str, type[Blueprint]] = {}
@@ -94,7 +92,7 @@ def names_for(site_kind: SiteKind) -> tuple[str, ...]:
 
 
 def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Blueprint]:
-    """Name → blueprint with its settings (UserError where they are odd); none means every one with its defaults."""
+    """Blueprints by name, with these settings or, for None, all with defaults; UserError for an invalid setting."""
     if settings is None:
         settings = {name: {} for name in _KINDS}
     made: dict[str, Blueprint] = {}
