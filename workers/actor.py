@@ -1,8 +1,8 @@
-"""GrowthWorker: the Ray actor of an EpisodeWorker; Simic's dispatcher sends it orders."""
+"""GrowthWorker: the Ray actor of an EpisodeWorker, driven by Simic's dispatcher."""
 
 import ray
 
 from esper.workers.worker import EpisodeWorker
 
-# The fleet starts another one: a restart by Ray would hold calls until there is room for it.
+# No restarts: Ray would hold calls until it has room; the fleet starts a new actor instead.
 GrowthWorker = ray.remote(max_restarts=0)(EpisodeWorker)

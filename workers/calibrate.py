@@ -1,8 +1,6 @@
-"""Fitting the reference clock: wall seconds of real optimizer steps at several shapes, on an idle device.
+"""Fits the reference clock to wall seconds of optimizer steps at several shapes, on an idle device.
 
-    seconds = base + layer·depth + FLOPs/rate      (non-negative least squares over relative errors)
-
-then the factor while segments are separate, and the seconds of an expert, of a graft and of fusing.
+seconds = base + layer·depth + FLOPs/rate      (non-negative least squares over relative errors)
 """
 
 import time
@@ -24,7 +22,7 @@ from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.device import synchronize
 from esper.workers.tolaria.trainer import Trainer
 
-BURN_IN = 5  # steps not counted: allocator, caches, lazy initialisation
+BURN_IN = 5  # steps left out: allocator, caches, lazy initialisation
 
 
 class Measurement(NamedTuple):
@@ -33,16 +31,13 @@ class Measurement(NamedTuple):
     layers: int
     mlp_width: int
     flops: float  # of an optimizer step
-    wall: float  # its median seconds
-    predicted: float  # those by the fitted formula
+    wall: float  # median seconds
+    predicted: float  # seconds by the fitted formula
     error: float  # (predicted − wall) / wall
 
 
 def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[ClockSpec, list[Measurement]]:
-    """The fitted clock of this device for this spec's batches, and the shapes it was fitted to.
-
-    The passes over the shapes are interleaved: a drift of the machine's speed is no difference of shapes.
-    """
+    """Fit this device's clock for the spec's batches; shapes take turns, so speed drift affects all alike."""
     width, deepest = spec.host.mlp_width or 4 * spec.host.n_embd, spec.growth.max_layers
     shapes = [(n, factor * width) for n in sorted({1, 2, (1 + deepest) // 2, deepest}) for factor in (1, 2)]
     trainers = [_born(spec, data, n_layer=n, mlp_width=width) for n, width in shapes]
@@ -66,7 +61,7 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[Clock
 
 
 def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float]:
-    """A young seed of units at every site that takes one, and an expert a layer, each against a host born without."""
+    """Cost of young units at every site and of an expert per layer, each against a host born without."""
     blueprints = make_blueprints(None)
     grown, plain, gated = (_born(spec, data) for _ in range(3))
     grafts = [
@@ -97,7 +92,7 @@ def _born(spec: RunSpec, data: TokenData, **host: int) -> Trainer:
 
 
 def _rounds(trainers: Sequence[Trainer], steps: int) -> np.ndarray:
-    """Seconds of a step of each in turn, (steps, trainers)."""
+    """Seconds of each trainer's steps, taken in turn, float64 (steps, trainers)."""
     rounds = [[_timed(trainer, partial(trainer.step, 1e-4)) for trainer in trainers] for _ in range(steps + BURN_IN)]
     return np.array(rounds[BURN_IN:])
 

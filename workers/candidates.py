@@ -1,4 +1,4 @@
-"""Candidates: every action possible at a shape, with the shape it leads to, from the blueprint registry alone."""
+"""Candidates: every action at a shape and the shape it leads to, from the blueprint registry."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Option:
 
 
 def options(shape: HostShape, blueprints: Iterable[Blueprint], newest: Iterable[Planted] = ()) -> tuple[Option, ...]:
-    """WAIT, then for each site from input to output each blueprint that it accepts, and its newest seed's end."""
+    """WAIT, then per site from input to output each accepted blueprint and the prune of the newest seed."""
     found = [Option(WAIT, -1, "", shape)]
     seeds = {seed.site: seed for seed in newest}
     by_name = {blueprint.name: blueprint for blueprint in blueprints}
@@ -39,12 +39,12 @@ def options(shape: HostShape, blueprints: Iterable[Blueprint], newest: Iterable[
 
 
 def within_caps(shape: HostShape, max_layers: int, max_parameters: int | None) -> bool:
-    """Whether `GrowthSpec`'s caps let a run have this shape."""
+    """Whether `GrowthSpec`'s caps allow this shape."""
     return shape.depth() <= max_layers and (max_parameters is None or shape.parameters_count() <= max_parameters)
 
 
 def telemetry_space(spec: RunSpec) -> TelemetrySpace:
-    """The fixed sizes of a spec's telemetry: those of its deepest shape, a prune row for each site included."""
+    """A spec's fixed telemetry sizes: those of its deepest shape, with a prune row per site."""
     blueprints = make_blueprints(spec.growth.blueprints).values()
     deepest = start_shape(spec, vocab_size=1).deepened(spec.growth.max_layers)  # the vocabulary changes no count
     sites = len(deepest.injection_specs())

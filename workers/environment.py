@@ -1,18 +1,10 @@
-"""GrowthEnv: an episode as a Gymnasium environment, so that any RL library can train a controller.
-
-    import gymnasium as gym
+"""GrowthEnv: an episode as a Gymnasium environment (spaces in `platform/spaces.py`), for any RL library.
 
     env = gym.make("esper.workers.environment:Esper/GrowthSurrogate-v0", spec="tinystories-char")    # a scaling law
     env = gym.make("esper.workers.environment:Esper/Growth-v0", spec="demo", data="SHARDS")          # GPTs on text
 
-- Observation, action: telemetry's arrays and a row of its candidates (`platform/spaces.py`). Reward: the run's own.
-- The end of the budget is `terminated`; nothing is ever truncated here.
-- Instances are DACBench's (Eimer et al. 2021, 2105.08541): `reset` goes through `instance_set` in the order of its ids,
-  round and round, or takes what `options={"instance_id": …}` names; `info` says which.
-- `reset(seed=s)` starts the round at a place that the seed draws and gives the episode the seed s; later episodes draw
-  theirs. Equal seeds and actions give equal numbers to the bit, on text too, by the reference clock on the CPU.
-- `action_masks()` is what sb3-contrib's maskable algorithms ask for. A row that is not legal is taken as WAIT, with
-  `illegal` in the info: agents that know no masks draw any row, and an episode should not die of it.
+Instances as in DACBench (Eimer et al. 2021, 2105.08541). The end of the budget is `terminated`; nothing is truncated.
+Equal seeds and actions give equal numbers to the bit by the reference clock on the CPU.
 """
 
 from collections.abc import Mapping
@@ -32,26 +24,16 @@ from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 
-Instances = Mapping[int, Instance] | str
-"""Id → instance, or the name of a set that `workers/instances.py` makes."""
+Instances = Mapping[int, Instance] | str  # by id, or the name of a set of `workers/instances.py`
 
 SEEDS = 2**32  # episodes draw their seeds below this
 
 
 class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
-    """An environment over a run.
+    """An environment that owns a run.
 
-    Info: `instance_id` and `val_loss` (nats per token) always; after a step `action` (what was done, as text) and
-    `illegal` (whether it stands for a row that was not legal); after the last one the run's `summary`.
-
-    Args:
-        run: which the environment plays, and nobody else.
-        instances: what its episodes vary in.
-
-    Attributes:
-        run: as given.
-        instance_set: id → instance; may be changed, for the resets to come.
-        inst_id: id of the instance under way; None before the first reset.
+    Info: `instance_id` and `val_loss` (nats per token); after a step also `action` (text) and `illegal` (the row was
+    not legal and was taken as WAIT, for agents without masks); at the end the run's `summary`.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and form)
@@ -61,14 +43,17 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         self.instance_set = dict(named_instances(instances, run.spec) if isinstance(instances, str) else instances)
         if not self.instance_set:
             raise UserError("the instance set is empty: give at least one instance.")
-        self.inst_id: int | None = None
+        self.inst_id: int | None = None  # the current instance's
         self.observation_space = observation_space(run.space)
         self.action_space = action_space(run.space)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start the next episode, or that of the instance which `options` names. Raises UserError: no such instance."""
+        """Start the next instance by id, cyclically, or the one that `options={"instance_id": …}` names.
+
+        A `seed` draws the place in that order and is the episode's own; without it the episode's seed is drawn.
+        """
         super().reset(seed=seed)
         ids = sorted(self.instance_set)
         following = next((i for i in ids if self.inst_id is not None and i > self.inst_id), ids[0])
@@ -83,7 +68,7 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         return observation(self.run.telemetry), self._info()
 
     def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        """Take a row of the candidates, and train to the next decision."""
+        """Take a row of the candidates and train to the next decision."""
         if not self.action_space.contains(action):
             raise UserError(f"action {action!r} is not in {self.action_space}: choose a row of the candidates.")
         before = self.run.telemetry
@@ -97,7 +82,7 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         return seen, float(transition.reward), bool(transition.terminated), bool(transition.truncated), info
 
     def action_masks(self) -> np.ndarray:
-        """Which rows are legal now, bool (A,): sb3-contrib's name for it."""
+        """The legal rows, bool (A,), under sb3-contrib's name."""
         return self.run.telemetry.mask.copy()
 
     def _info(self) -> dict[str, Any]:
@@ -107,19 +92,19 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
 def growth_env(
     spec: RunSpec | str = "demo", data: Path | str | None = None, instances: Instances = "train"
 ) -> GrowthEnv:
-    """`Esper/Growth-v0`: GPTs that train on the prepared shards in `data`; `spec` may be a preset's name or file."""
+    """`Esper/Growth-v0`: GPTs on the prepared shards in `data`; `spec` may be a preset's name or file."""
     if data is None:
         raise UserError("Esper/Growth-v0 trains on text: give data=FOLDER, prepared shards that `esper prepare` left.")
     return GrowthEnv(GrowthRun(_resolved(spec), TokenData.open(Path(data))), instances)
 
 
 def growth_surrogate_env(spec: RunSpec | str = "tinystories-char", instances: Instances = "train") -> GrowthEnv:
-    """`Esper/GrowthSurrogate-v0`: a scaling law in place of training, a fraction of a millisecond a decision."""
+    """`Esper/GrowthSurrogate-v0`: a scaling law instead of training, under a millisecond per decision."""
     return GrowthEnv(SurrogateRun(_resolved(spec)), instances)
 
 
 def named_instances(name: str, spec: RunSpec) -> dict[int, Instance]:
-    """The instance set of that name; UserError where there is none."""
+    """The instance set of that name; UserError for an unknown name."""
     for known in SIZES:
         if name == known:
             return instance_set(known, spec)

@@ -1,8 +1,7 @@
-"""An episode: one host's training run, decision by decision, whatever does the training.
+"""An episode: one host's training run, decision by decision.
 
-`Episode` keeps the ledger, the decision clock, the reward and the records, and leaves to what trains: starting, growing
-and pruning, training to a reading, evaluating and measuring. `GrowthRun` does them with torch on text, `SurrogateRun`
-by a formula.
+`Episode` keeps ledger, decision clock, reward and records. Subclasses start, change, train, evaluate and measure the
+host: `GrowthRun` with torch on text, `SurrogateRun` by a formula.
 """
 
 import math
@@ -27,36 +26,29 @@ AXES = ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_second
 
 
 class Episode(ABC):
-    """The Run contract but for the training itself.
-
-    Attributes:
-        telemetry: the last observation.
-        curve: a point per decision, the first at budget fraction 0 (`summary.json`'s `val_curve`).
-    """
+    """The Run contract without the training."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         self.observer = Observer(spec)
         self.space, self.blueprints = self.observer.space, self.observer.blueprints
-        self.telemetry: Telemetry
+        self.telemetry: Telemetry  # the last observation
         self._clear()
 
     def _clear(self) -> None:
         self.ledger = Ledger()
         self.loss = math.inf  # at the last decision, nats per token
-        self.curve: list[Point] = []
+        self.curve: list[Point] = []  # a point per decision, the first at budget fraction 0
         self.grafts: list[Graft] = []
         self.prunes: list[Change] = []
         self.rollbacks: list[Rollback] = []
-        self.annealed: list[Point] = []  # a point per cooldown: where a run of that budget would have ended
+        self.annealed: list[Point] = []  # a point per cooldown
         self.failure: str | None = None  # why the run was given up
         self.grafted: list[tuple[int, str]] = []  # (boundaries passed, site) of each graft
-        self.lockout: list[tuple[str, str, int]] = []  # (site, blueprint, boundaries passed when it may come again)
-        self.unfinished = False  # whether a slice is under way: then `finish` comes next, not `step`
-        self.paid = 0.0  # parameter-seconds that a reward has charged the rent of
+        self.lockout: list[tuple[str, str, int]] = []  # (site, blueprint, boundary at which it is allowed again)
+        self.unfinished = False  # a slice is under way: call `finish`, not `step`
+        self.paid = 0.0  # parameter-seconds whose rent rewards have charged
         self.sequence = 0  # number of the last observation
-
-    # -- What trains ---------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _start(self) -> None:
@@ -68,19 +60,15 @@ class Episode(ABC):
 
     @abstractmethod
     def _change(self, candidate: Candidate) -> None:
-        """Grow, or take a site's newest seed out, and charge the ledger; WAIT changes nothing."""
+        """Graft, or prune a site's newest seed, and charge the ledger; WAIT changes nothing."""
 
     @abstractmethod
     def _planted(self) -> dict[int, Planted]:
-        """The seeds that are there, by their graft's number, in the order of their grafts."""
+        """Graft number → seed on the host, oldest graft first."""
 
     @abstractmethod
     def _train(self, boundary: float) -> float:
-        """Do at least one optimizer step, and stop at the first whose reading is at or past `boundary`.
-
-        Returns:
-            The validation loss there, nats per token. `failure` is set where the run had to be given up.
-        """
+        """Train one step or more until `boundary`; returns the validation loss in nats, sets `failure` to give up."""
 
     @abstractmethod
     def _evaluate(self) -> float:
@@ -100,22 +88,15 @@ class Episode(ABC):
 
     @abstractmethod
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
-        """What each action leads to from here on the same batches, tried on copies.
-
-        Returns:
-            Training losses, float64 (len(actions), optimizer_steps), and each copy's ledger after.
-        """
-
-    # -- Run -----------------------------------------------------------------------------------------------------
+        """Try each action on a copy, on the same batches: losses, float64 (actions, steps), and the copies' ledgers."""
 
     def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
-        """Start an episode: the first observation, at budget fraction 0."""
+        """Start an episode; returns the first observation, at budget fraction 0."""
         self._begin(instance or Instance(), seed)
         self.loss = self._evaluate()
         return self._observe()
 
     def _begin(self, instance: Instance, seed: int) -> None:
-        """A new host and empty records."""
         self.instance, self.seed = instance, seed
         self.clock = DecisionClock(self.spec.budget.amount * instance.budget, self.spec.budget.decisions)
         self._clear()
@@ -124,11 +105,7 @@ class Episode(ABC):
         self.reference = self._reference()
 
     def step(self, action: GraftAction) -> Transition:
-        """Apply the action, train to the next decision, evaluate.
-
-        Raises:
-            UserError: the action answers an older observation or is not legal; nothing has been changed then.
-        """
+        """Apply the action and `finish`; UserError, and no change, for an illegal or late action."""
         candidate = self._accept(action)
         self.unfinished = True
         if candidate.operation != "wait":
@@ -141,7 +118,7 @@ class Episode(ABC):
         return self.clock.spent or self.failure is not None
 
     def finish(self) -> Transition:
-        """Train to the next decision: the rest of a `step` that was interrupted."""
+        """Train to the next decision: the rest of an interrupted `step`."""
         for change in (*self.grafts[-1:], *self.prunes[-1:]):
             if change.decision == self.sequence and change.val_loss_after is None:
                 change.val_loss_after = _finite(self._evaluate())
@@ -150,7 +127,7 @@ class Episode(ABC):
         self.clock.advance(self.reading())
         self.sequence += 1
         rented, self.paid = self.ledger.parameter_seconds - self.paid, self.ledger.parameter_seconds
-        if self.failure is not None:  # the rent that the run does not pay is charged
+        if self.failure is not None:  # a failed run pays the rest of its rent too
             rented += self._cost_of(max(0.0, self.clock.amount - self.reading()))
         self.unfinished = False
         for graft in self.grafts if self.ended else ():
@@ -163,7 +140,7 @@ class Episode(ABC):
         return Transition(telemetry, reward, self.ended, info=info)
 
     def summary(self) -> dict[str, Any]:
-        """Where the run stands: final loss, sizes, every ledger axis, curve and grafts, as plain JSON values."""
+        """Loss, sizes, ledger axes, curve and changes so far, as JSON values."""
         shape = self._shape()
         return {
             "seed": self.seed,
@@ -192,11 +169,6 @@ class Episode(ABC):
         return EpisodeState(passed=self.clock.passed, **values)
 
     def _load_episode(self, state: EpisodeState) -> None:
-        """Begin the episode that `_episode_state` told of, and take over all but what trains.
-
-        Raises:
-            UserError: it is of another spec.
-        """
         if state.spec != self.spec:
             raise UserError("the checkpoint is of a run of another spec: go on with the spec that it was saved with.")
         self._begin(state.instance, state.seed)
@@ -204,10 +176,8 @@ class Episode(ABC):
             setattr(self, name, getattr(state, name))
         self.clock.passed = state.passed
 
-    # -- Where it stands -----------------------------------------------------------------------------------------
-
     def reading(self) -> float:
-        """What the run has used on its budget's axis."""
+        """The amount used on the budget's axis."""
         return self.ledger.read(self.spec.budget.axis)
 
     def fraction(self) -> float:
@@ -215,12 +185,11 @@ class Episode(ABC):
         return self.clock.fraction(self.reading())
 
     def expected_seconds(self) -> float:
-        """Seconds that the next decision should take at the size now, by the clock's formula; 0 once ended."""
+        """Predicted seconds until the next decision at the current size; 0 once ended."""
         layout, left = self._layout(), max(0.0, self.clock.boundary - self.reading())
         return 0.0 if self.ended else left / float(layout.axis_per_step[0]) * layout.step_seconds
 
     def _layout(self) -> Layout:
-        """The candidates at the shape now, and what they cost."""
         newest = {seed.site: seed for seed in self._planted().values()}
         return self.observer.layout(self._shape(), tuple(newest.values()), self._split(), self._start_shape)
 
@@ -260,13 +229,11 @@ class Episode(ABC):
                 self.grafts[number].outcome = "pruned"
 
     def _observe(self) -> Telemetry:
-        """Note the point reached, and make the observation there."""
         self.curve.append(self._point())
         self.telemetry = self._look()
         return self.telemetry
 
     def _point(self) -> Point:
-        """Budget fraction, ledger axes, size and loss now."""
         axes = {axis: getattr(self.ledger, axis) for axis in AXES}
         parameters = self._layout().parameters
         return {"budget_fraction": self.fraction(), **axes, "parameters": parameters, "val_loss": self.loss}
@@ -290,7 +257,7 @@ class Episode(ABC):
         return self.observer.observe(now, self._layout(), self._measure())
 
     def _seen(self) -> list[tuple[float, float]]:
-        """(Budget fraction, validation loss) at the decisions so far, as a controller sees them."""
+        """(Budget fraction, validation loss) at each decision, as a controller sees them."""
         return [(point["budget_fraction"], point["val_loss"]) for point in self.curve]
 
     def _reference(self) -> float:
@@ -300,13 +267,13 @@ class Episode(ABC):
         return self.clock.amount if self.spec.budget.axis == "parameter_seconds" else self._cost_of(self.clock.amount)
 
     def _cost_of(self, amount: float) -> float:
-        """Predicted parameter-seconds of `amount` on the budget's axis at the size now."""
+        """Predicted parameter-seconds of `amount` on the budget's axis at the current size."""
         layout = self._layout()
         return amount / float(layout.axis_per_step[0]) * layout.step_seconds * layout.parameters
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), for a loss in nats per token; a loss past 50 nats says nothing more."""
+    """exp(loss) for a loss in nats per token, capped at 50 nats."""
     return math.exp(min(loss, 50.0))
 
 

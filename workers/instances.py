@@ -1,8 +1,4 @@
-"""Instance sets: what varies between episodes, drawn once and for all: to learn on, to choose by, and to be tested on.
-
-The conventions are DACBench's (Eimer et al. 2021, 2105.08541): an instance set maps ids to instances, and no instance
-is in two sets.
-"""
+"""Instance sets for training, tuning and testing: fixed, disjoint, as in DACBench (Eimer et al. 2021, 2105.08541)."""
 
 from typing import Literal
 
@@ -12,12 +8,12 @@ from esper.platform.spec import RunSpec
 
 SetName = Literal["train", "test", "tuning"]
 SIZES: dict[SetName, int] = {"train": 128, "test": 64, "tuning": 64}
-BUDGETS = (0.25, 4.0)  # factors on the spec's budget, drawn evenly in the logarithm
+BUDGETS = (0.25, 4.0)  # factors on the spec's budget, log-uniform
 LAWS: dict[SetName, int] = {"train": 0, "test": 1_000_000, "tuning": 2_000_000}  # number of a set's first law
 
 
 def instance_set(name: SetName, spec: RunSpec) -> dict[int, Instance]:
-    """Id → instance. Budget, starting layers and (for a surrogate) the law vary."""
+    """Instances by id; budget, starting layers and (for a surrogate) the law vary."""
     instances = {}
     for i in range(SIZES[name]):
         random = stream(0, f"instances {name}", i)

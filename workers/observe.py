@@ -1,4 +1,4 @@
-"""From a run's records to Telemetry: the one place where its fields are computed."""
+"""Computes every field of Telemetry from a run's records."""
 
 import math
 from collections import Counter
@@ -25,7 +25,7 @@ _FIRST_OF_SITE = len(CANDIDATE) - len(SITE)
 
 @dataclass(frozen=True)
 class Measured:
-    """What training measured in the last slice; None and absent sites mean: not measured."""
+    """What training measured in the last slice; None or an absent site: not measured."""
 
     train_loss: float | None = None  # mean, nats per token
     gradient_noise: float | None = None  # standard deviation of the gradient's norm over its mean
@@ -58,10 +58,7 @@ class Standing:
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: a cheap cache key
 class Layout:
-    """What of the observations only a change of shape changes, which is most of the work.
-
-    S sites and A candidates in the space, A' candidates present.
-    """
+    """The part of observations that only the shape changes: S sites, A candidates in the space, A' present."""
 
     options: tuple[Option, ...]
     actions: tuple[Candidate, ...]
@@ -81,12 +78,7 @@ class Layout:
 
 
 class Observer:
-    """Makes the observations of a spec's runs.
-
-    Attributes:
-        space: whose sizes the tables are padded to.
-        blueprints: in use, by name.
-    """
+    """Makes the observations of a spec's runs, padded to `space`."""
 
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
@@ -95,7 +87,6 @@ class Observer:
         self.layout = lru_cache(maxsize=512)(self._layout)
 
     def _layout(self, shape: HostShape, newest: tuple[Planted, ...], split: bool, start: HostShape) -> Layout:
-        """Of a shape, with the newest seed of each site that has one, and whether segments are separate tensors."""
         growth, clock = self._spec.growth, self._spec.clock
         axis, tokens = self._spec.budget.axis, batch_tokens(self._spec)
         found = options(shape, self.blueprints.values(), newest)

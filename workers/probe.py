@@ -1,4 +1,4 @@
-"""Probe: trying actions on copies of a run, and paying for it."""
+"""Probe: tries actions on copies of a run, at its cost."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from esper.workers.episode import Episode
 
 
 class ChargedProbe:
-    """Implements `Probe` on a run: what its twins use, on every axis, is added to the run's ledger."""
+    """Implements `Probe` on a run; its ledger is charged for the twins on every axis."""
 
     def __init__(self, run: Episode) -> None:
         self._run = run

@@ -1,4 +1,4 @@
-"""What an episode keeps of what happened, and the form in which all of it but what trains is saved."""
+"""An episode's records, and their saved form."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -13,13 +13,12 @@ from esper.platform.spec import RunSpec
 from esper.workers.kasmina.registry import Natural
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Point = dict[str, Any]
-"""Of the loss curve: budget fraction, ledger axes, parameters and validation loss at a decision; JSON values."""
+Point = dict[str, Any]  # of the loss curve, in JSON values: budget fraction, ledger axes, parameters, validation loss
 
 
 @dataclass
 class Change:
-    """A change of the host, as `summary.json` tells of it."""
+    """A change of the host, as in `summary.json`."""
 
     budget_fraction: Finite
     decision: Natural  # number of the observation that it answered
@@ -35,14 +34,14 @@ class Change:
 
 @dataclass
 class Graft(Change):
-    """A graft; every one has an outcome once the run has ended."""
+    """A graft; its outcome is set when the run has ended."""
 
     outcome: Literal["kept", "pruned", "rolled back", "on probation"] | None = None
 
 
 @dataclass
 class Rollback:
-    """A fault that the governor undid, and which graft was removed for it."""
+    """A fault that was undone, and the graft removed for it."""
 
     budget_fraction: Finite
     decision: Natural
@@ -52,7 +51,7 @@ class Rollback:
 
 
 class EpisodeState(Frozen):
-    """An episode but for what trains. Fields without a word are `Episode`'s attributes of the same name."""
+    """An episode without its trainer; fields are `Episode`'s attributes of the same names."""
 
     spec: RunSpec
     instance: Instance

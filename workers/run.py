@@ -1,11 +1,7 @@
-"""GrowthRun: one GPT's whole training run on text, as an episode. Pure Python and torch, no Ray.
+"""GrowthRun: an episode (`workers/episode.py`) that trains a GPT on text, with forks, rollbacks and saving. No Ray.
 
-`reset` and `step` are those of every run (`workers/episode.py`); here is what training adds: forks, the governor's
-rollbacks, and saving.
-
-A slice is trained, evaluated, and measured; then cooldowns are taken. It may be stopped between any two of the small
-pieces of that, and goes on from there to the same numbers: what is done is told by the number of steps since the last
-slice, and `_reached` once only cooldowns are left.
+A slice is trained, evaluated and measured, then cooldowns run. It can stop at any `_pause` and resume to the same
+numbers: progress is the count of unread steps, then `_reached` once only cooldowns are left.
 """
 
 import copy
@@ -42,7 +38,7 @@ STRIKES = 3  # faults in a row, without a sound decision between them, that end 
 
 
 class RunState(Frozen):
-    """A GrowthRun but for its tensors; callers may keep keys of their own beside it."""
+    """A GrowthRun without its tensors; callers may add keys."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -61,17 +57,8 @@ class RunState(Frozen):
 class GrowthRun(Episode):
     """An episode that trains a host.
 
-    Args:
-        spec: what the run is.
-        data: prepared shards.
-        on_step: called with the run after each optimizer step, each part of an evaluation and each step of a copy, for
-            progress; must be quick. What it raises stops the run there: `state` tells of that point, and `finish` goes
-            on from it.
-
-    Attributes:
-        parameters: of the host now.
-        tokens_per_step: tokens of one optimizer step.
-        on_step: as given; may be changed.
+    `on_step` is called with the run after each optimizer step (a copy's too) and each part of an evaluation. An
+    exception from it stops the run there: `state` saves that point, and `finish` resumes from it.
     """
 
     def __init__(self, spec: RunSpec, data: TokenData, on_step: Callable[["GrowthRun"], None] | None = None) -> None:
@@ -81,19 +68,16 @@ class GrowthRun(Episode):
         self.tokens_per_step = batch_tokens(spec)
         self.trainer: Trainer  # made by reset
 
-    # -- Copies ------------------------------------------------------------------------------------------------
-
     def fork(self) -> Self:
-        """An independent copy in memory, at the same point, over the same text."""
+        """An independent copy in memory over the same text."""
         callback, self.on_step = self.on_step, None
-        shared = {id(kept): kept for kept in (self._data, self._good, self.spec, self.observer)}  # nobody changes them
+        shared = {id(kept): kept for kept in (self._data, self._good, self.spec, self.observer)}  # never changed
         try:
             return copy.deepcopy(self, shared)
         finally:
             self.on_step = callback
 
     def _trial(self) -> Self:
-        """A fork that stops where this run is asked to."""
         fork = self.fork()
         fork.on_step = lambda _: self._pause()
         return fork
@@ -113,10 +97,9 @@ class GrowthRun(Episode):
         return np.array(losses), ledgers
 
     def cooldown(self) -> Point:
-        """The loss that a run of a smaller budget would have ended at: a fork's, its rate let down from here on.
+        """Estimates the final loss of a smaller budget: a fork's rate decays from here; this run is not charged.
 
-        The fork decays over as large a part of its budget as the run itself will: from fraction u on to
-        u / `optimizer.decay_from`. Nothing is charged to this run. `val_loss` is None where the governor found a fault.
+        At budget fraction u the fork decays until u / `optimizer.decay_from`. `val_loss` is None after a fault.
         """
         fork = self._trial()
         end = min(1.0, fork.fraction() / self.spec.optimizer.decay_from)
@@ -126,22 +109,20 @@ class GrowthRun(Episode):
         sound = fault is None and math.isfinite(fork.loss)
         return {**fork._point(), "val_loss": fork.loss if sound else None}
 
-    # -- Saving ------------------------------------------------------------------------------------------------
-
     def save(self, path: Path) -> None:
         """Save as a file (`platform/checkpoint.py`)."""
         checkpoint.write(path, *self.state())
 
     @classmethod
     def restore(cls, path: Path, data: TokenData, on_step: Callable[["GrowthRun"], None] | None = None) -> "GrowthRun":
-        """The run that `save` saved; on the CPU, by the reference clock, it goes on to the same numbers to the bit."""
+        """Load a saved run; it continues bit for bit on the CPU by the reference clock."""
         values, tensors = checkpoint.read(path)
         run = cls(RunState.checked(values, f"the checkpoint {path}").episode.spec, data, on_step)
         run.load(values, tensors)
         return run
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All that `load` needs to go on to the same numbers, at any stop: JSON values, and tensors by name."""
+        """All that `load` needs to continue to the same numbers: JSON values, and tensors by name."""
         snapshots = {"now": self.trainer.state(), "good": self._good} if self.unfinished else {"now": self._good}
         values = RunState(
             data=self._data.manifest.fingerprint(),
@@ -159,11 +140,7 @@ class GrowthRun(Episode):
         return values.model_dump(mode="json"), tensors
 
     def load(self, values: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Become the run whose `state` this is. This run must be of the same spec.
-
-        Raises:
-            UserError: the state was saved over other text or another tokenizer, or is none that a run can be in.
-        """
+        """Restore a `state` of the same spec; UserError for other text, another tokenizer or an impossible state."""
         state = RunState.checked(values, "the checkpoint")
         if state.data != self._data.manifest.fingerprint():
             raise UserError(
@@ -182,7 +159,7 @@ class GrowthRun(Episode):
         ):
             raise UserError("the checkpoint's trainer is not that of its episode: restore an older copy of it.")
         if "good" in snapshots:
-            self.trainer.load(*snapshots["good"])  # only to see that a rollback can
+            self.trainer.load(*snapshots["good"])  # to check that a rollback can
         self.trainer.load(*snapshots["now"])
         self._good = snapshots.get("good", snapshots["now"])
         self._measured, self._contributed, self._norms = state.measured, state.contributed, state.norms
@@ -190,8 +167,6 @@ class GrowthRun(Episode):
         self._checked, self._strikes, self._reached = state.checked_steps, state.strikes, state.reached
         self._resized()
         self.telemetry = self._look()
-
-    # -- Episode -----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         self.trainer = Trainer(self.spec, self._data, self.blueprints, self.seed, self.instance)
@@ -264,10 +239,8 @@ class GrowthRun(Episode):
     def _measure(self) -> Measured:
         return self._measured
 
-    # -- Training ----------------------------------------------------------------------------------------------
-
     def _train_soundly(self, boundary: float) -> float:
-        """Train to a reading, and the loss there; what goes wrong on the way is undone, three times at most."""
+        """Train to a reading and return the loss there; faults are rolled back, `STRIKES` in a row end the run."""
         while self._strikes < STRIKES:
             fault, loss = self._train_to(boundary), math.nan
             if fault is None:
@@ -283,7 +256,7 @@ class GrowthRun(Episode):
         return loss
 
     def _train_to(self, boundary: float) -> str | None:
-        """Train to a reading, one step of the slice at least; returns the governor's fault, where it finds one."""
+        """Train to a reading, at least one step; returns the governor's fault, if any."""
         while self.trainer.unread == 0 or self.reading() < boundary:
             self._optimizer_step()
             done = self.reading() >= boundary
@@ -315,12 +288,11 @@ class GrowthRun(Episode):
             self._resized()
 
     def _rate(self) -> float:
-        """The host's rate now; a seed counts towards the size as it warms up, so the rate glides to the new size's."""
+        """The host's rate; a seed counts towards the size as it warms up, so the rate changes smoothly."""
         size = self._parameters_non_embedding - self.trainer.kasmina.parameters_warming_up()
         return rate(self.spec.optimizer, self.fraction(), size, self._decay)
 
     def _resized(self) -> None:
-        """Note what a step costs at the shape now."""
         shape = self._shape()
         self._is_split = self.trainer.host.split()
         self.parameters = shape.parameters_count()
@@ -329,7 +301,6 @@ class GrowthRun(Episode):
         self._step_seconds = self.spec.clock.step_seconds(shape, self.tokens_per_step, split=self._is_split)
 
     def _charge(self, predicted: float, begun: float, steps: int = 0, *, wait: bool = True) -> None:
-        """Charge what was done since `begun`, waiting for the device first."""
         if wait:
             synchronize(self.trainer.device)
         measured = time.perf_counter() - begun
@@ -343,10 +314,7 @@ class GrowthRun(Episode):
             flops=steps * self._flops,
         )
 
-    # -- What a slice ends with --------------------------------------------------------------------------------
-
     def _next_slice(self) -> None:
-        """Nothing has been trained of it yet; note which grafts have left probation."""
         self.trainer.forget()
         self._checked = 0
         for seed in self.trainer.kasmina.seeds:
@@ -369,33 +337,24 @@ class GrowthRun(Episode):
         )
 
     def _contributions(self, steps: int) -> dict[str, float]:
-        """Of each site's newest seed, as last measured; those measured longest ago are measured anew.
-
-        As many as a slice of `steps` optimizer steps can pay for: only a controller reads them, so they are charged.
-        """
+        """Site → its newest seed's last measured value; the stalest are measured again, within `CONTRIBUTION_SHARE`."""
         newest = {seed.site: seed.number for seed in self.trainer.kasmina.seeds}
         known = {site: kept for site, kept in self._contributed.items() if newest.get(site) == kept[1]}
-        # A forward pass is a third of a step's FLOPs; there is one with every seed, and one without each.
+        # A forward pass is a third of a step's FLOPs: one pass with all seeds, one without each.
         cost = self.trainer.sample_tokens / self.tokens_per_step / 3
         paid_for = 0 if self.fraction() >= 1 else int(CONTRIBUTION_SHARE * steps / cost) - 1
         stalest = sorted(newest, key=lambda site: known[site][2] if site in known else -1)[: max(0, paid_for)]
         if stalest:
             begun = time.perf_counter()
             for site, value in self.trainer.contributions(stalest, self._pause).items():
-                if math.isfinite(value):  # without the seed the network may be broken: then nothing was measured
+                if math.isfinite(value):  # the network may diverge without the seed
                     known[site] = value, newest[site], self.sequence
             self._charge((1 + len(stalest)) * cost * self._step_seconds, begun)
         self._contributed = known
         return {site: kept[0] for site, kept in known.items()}
 
-    # -- Rollback ----------------------------------------------------------------------------------------------
-
     def _roll_back(self, fault: str) -> None:
-        """Go back to the start of this slice, without the newest graft if it is still on probation.
-
-        What training has cost stays charged. Batches and dropout come again as they came, for each depends on the
-        step's number alone.
-        """
+        """Return to the slice's start and drop the newest graft if on probation; the cost of training stays charged."""
         begun = time.perf_counter()
         kasmina = self.trainer.kasmina
         suspect = kasmina.seeds[-1] if kasmina.seeds and kasmina.seeds[-1].on_probation else None
@@ -408,7 +367,7 @@ class GrowthRun(Episode):
         removed = None
         if suspect is not None:
             removed = f"{suspect.blueprint} at {suspect.site}"
-            if suspect.number in self._planted():  # it is older than the slice
+            if suspect.number in self._planted():  # older than the slice
                 self.trainer.kasmina.prune(suspect.site)
                 self._good = self.trainer.state()
             self.grafts[suspect.number].outcome = "rolled back"

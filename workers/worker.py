@@ -1,10 +1,8 @@
-"""EpisodeWorker: carries out orders on a run, saves it at each decision, and takes up what another worker left.
+"""EpisodeWorker: carries out orders on a run, saves it at each decision, and continues another worker's episode.
 
-An order names every action of its episode so far (`platform/contracts.py::Order`). A worker whose run stands one
-action short of that takes the step. Any other worker (a new process after a death, or one that was busy elsewhere)
-first gets there: from the newest checkpoint whose actions are the first of the order's, else from the start, and
-through the actions that are left. By the reference clock that gives the same numbers to the bit, so an episode never
-notices who trains it; by the wall clock what is trained again takes other times, and the loss differs by that.
+An order names all actions of its episode (`platform/contracts.py::Order`). A worker one action behind takes the step;
+any other first replays from the checkpoint whose actions begin the order's, or from the start. The reference clock
+makes the replay equal to the bit; with the wall clock, times and losses differ.
 """
 
 import time
@@ -16,47 +14,33 @@ from esper.platform.contracts import GraftAction, Order, Reply, Run, Transition
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
 
-KEY = "order"  # in a checkpoint's state: where in which episode it was made, and the outcome given there
-OUTCOME = ("reward", "terminated", "truncated", "info")  # of a Transition; its telemetry the run makes anew
+KEY = "order"  # in a checkpoint's state: the episode's seed, its actions and the last outcome
+OUTCOME = ("reward", "terminated", "truncated", "info")  # of a Transition; `load` rebuilds its telemetry
 
 
 class EpisodeWorker:
-    """See the module.
-
-    Args:
-        make_run: makes the run, in the worker's process.
-        storage: path or URI of the checkpoints; none saves nothing.
-
-    Attributes:
-        store: of the checkpoints.
-    """
+    """Carries out orders on one run; `storage` is the checkpoints' path or URI, and None saves nothing."""
 
     def __init__(self, make_run: Callable[[], Run], storage: str | None = None) -> None:
         self._run = make_run()
         self.store = None if storage is None else CheckpointStore(storage)
-        self._at: Order | None = None  # the last order carried out; none where the run cannot be gone on with
+        self._at: Order | None = None  # the last order carried out; None if the run is unusable
         self._answered = time.perf_counter()
 
     def up(self) -> None:
-        """Answers once the process is there and its run is made."""
+        """Answer once the worker is constructed."""
 
     def advance(self, order: Order) -> Reply:
-        """Carry out an order.
-
-        Raises:
-            UserError: what a user can mend, in the run's words.
-            RuntimeError: an action is not legal when it is done again: by the wall clock, a run may then stand
-                elsewhere in its budget.
-        """
+        """Carry out an order; RuntimeError where a replayed action is illegal, as the wall clock can make it."""
         begun = time.perf_counter()
         waited = begun - self._answered
-        at, self._at = self._at, None  # whatever raises on the way leaves a run that is not to be gone on with
+        at, self._at = self._at, None  # None if anything below raises: the run is unusable
         redone = 0
         if at is not None and order.actions and at == replace(order, actions=order.actions[:-1], fresh=at.fresh):
             answer = self._step(order.actions[-1])
         else:
             if self.store is not None and at is not None and at.episode != order.episode:
-                self.store.drop(save_name(at.episode))  # its last answer has arrived: else it would be asked for again
+                self.store.drop(save_name(at.episode))  # the next episode's order confirms the last answer
             answer, redone = self._taken_up(order)
         self._at = order
         if self.store is not None:
@@ -76,7 +60,7 @@ class EpisodeWorker:
         return self._run.step(GraftAction(action, self._run.telemetry.sequence))
 
     def _taken_up(self, order: Order) -> tuple[Telemetry | Transition, int]:
-        """The answer of a run that stood elsewhere, and how many decisions were done again for it."""
+        """Restore or replay the order's episode: (answer, decisions redone)."""
         restored = self._restored(self.store, order) if self.store is not None else None
         done, answer = restored or (0, self._run.reset(order.instance, order.seed))
         for action in order.actions[done:]:
@@ -93,13 +77,13 @@ class EpisodeWorker:
         store.save(save_name(order.episode), state, tensors)
 
     def _restored(self, store: CheckpointStore, order: Order) -> tuple[int, Telemetry | Transition] | None:
-        """Load the order's episode from its checkpoint: (actions done there, the answer given there)."""
+        """Load the order's episode from its checkpoint: (actions done, answer there)."""
         name = save_name(order.episode)
         found = store.find(name) if order.actions and not order.fresh else None
         state, tensors = found or ({}, {})
         kept = state.get(KEY)
         if kept is None or kept["seed"] != order.seed or list(order.actions[: len(kept["actions"])]) != kept["actions"]:
-            store.drop(name)  # of another way through this episode, or a spoilt one
+            store.drop(name)  # of other actions, or damaged
             return None
         self._run.load(state, tensors)
         telemetry, outcome = self._run.telemetry, kept["outcome"]
@@ -107,5 +91,5 @@ class EpisodeWorker:
 
 
 def save_name(episode: int) -> str:
-    """The name of an episode's checkpoint."""
+    """An episode's checkpoint name."""
     return f"episode-{episode:09d}"

@@ -63,22 +63,16 @@ class Seed:
 
 
 class Kasmina:
-    """Grows one host and its optimizer, which must hold exactly the host's parameters.
-
-    Args:
-        blueprints: by name; None means every registered one with its default settings.
-        probation_steps: optimizer steps over which a seed's learning rate warms up.
-        seed: of the `graft` stream.
-    """
+    """Grows one host and its optimizer, which must hold exactly the host's parameters."""
 
     def __init__(
         self,
         host: HostProtocol,
         optimizer: torch.optim.Optimizer,
         *,
-        blueprints: Mapping[str, Blueprint] | None = None,
-        probation_steps: int = 200,
-        seed: int = 0,
+        blueprints: Mapping[str, Blueprint] | None = None,  # None: all registered ones with default settings
+        probation_steps: int = 200,  # optimizer steps of a seed's warm-up, times its blueprint's patience
+        seed: int = 0,  # of the `graft` stream
     ) -> None:
         surgery.check_owns(optimizer, host.parameters())
         self.host = host

@@ -1,7 +1,7 @@
-"""The best fixed schedule on a set of surrogate instances: what a controller reaches that decides without looking.
+"""The best fixed schedule on surrogate instances: the baseline of a controller that ignores observations.
 
-A schedule is an int64 array (K,): the blueprint to graft at each of the K decisions at which growing is allowed, or
-NONE; one that is not legal waits, and holds those behind it. M schedules, I instances.
+A schedule is int64 (K,): the blueprint to graft at each of the K growing decisions, or NONE; an illegal graft waits and
+delays those after it. M schedules, I instances.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,15 +15,14 @@ from esper.platform.spec import RunSpec
 from esper.workers.laws.oracle import NONE, Course
 from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw
 
-STARTS = 4  # schedules that the search sets out from: none, and some at random
+STARTS = 4  # starts of the search: the empty schedule and random ones
 MOVES = (1, 2, 4)  # decisions by which a graft is moved
 
-Entry = tuple[float, str]
-"""(Budget fraction from which it is due, blueprint): an entry of a schedule file without a site."""
+Entry = tuple[float, str]  # a schedule file's entry without a site: (budget fraction when due, blueprint)
 
 
 def best_fixed_schedule(spec: RunSpec, instances: Iterable[Instance], *, seed: int = 0) -> list[Entry]:
-    """The schedule with the lowest mean final loss that local search finds; `seed` is also that of unnamed laws."""
+    """The schedule of lowest mean final loss found by local search; `seed` also draws unnamed laws."""
     simulator, random = Simulator(spec, instances, seed), stream(seed, "schedule search")
     found = []
     for start in range(STARTS):
@@ -45,7 +44,7 @@ def _climb(simulator: "Simulator", schedule: np.ndarray) -> tuple[float, np.ndar
 
 
 def _neighbours(schedule: np.ndarray, blueprints: int) -> np.ndarray:
-    """Schedules (M, K): another choice at one decision, or two decisions' choices swapped."""
+    """Schedules (M, K) with one decision changed or two swapped."""
     last = len(schedule)
     changes = [([k], [choice]) for k in range(last) for choice in range(NONE, blueprints)]
     changes += [([k, k + move], schedule[[k + move, k]]) for move in MOVES for k in range(last - move)]
@@ -56,14 +55,14 @@ def _neighbours(schedule: np.ndarray, blueprints: int) -> np.ndarray:
 
 
 class Simulator:
-    """Plays schedules on instances; `blueprints` are what a schedule's numbers stand for, `decisions` is K."""
+    """Plays schedules on instances; a schedule's numbers index `blueprints`, and `decisions` is K."""
 
     def __init__(self, spec: RunSpec, instances: Iterable[Instance], seed: int = 0) -> None:
         self.blueprints = tuple(spec.growth.blueprints)
         self._of = spec.budget.decisions
         self.decisions = sum(k / self._of < spec.optimizer.decay_from for k in range(self._of))
         courses = [Course.of(spec, instance, seed) for instance in instances]
-        alike: dict[tuple[int, int], list[int]] = {}  # instances of the same classes and the same number of decisions
+        alike: dict[tuple[int, int], list[int]] = {}  # instances with the same classes and number of decisions
         for place, course in enumerate(courses):
             alike.setdefault((id(course.classes), len(course.growing)), []).append(place)
         self._groups = [(places, _stacked([courses[place] for place in places])) for places in alike.values()]
@@ -97,16 +96,15 @@ class Simulator:
         return loss
 
     def entries(self, schedule: np.ndarray) -> list[Entry]:
-        """The schedule as the schedule arm plays it."""
+        """The schedule in the form that the schedule arm plays."""
         return [(self._at(k), self.blueprints[graft]) for k, graft in enumerate(schedule) if graft != NONE]
 
     def _at(self, k: int) -> float:
-        """Half a slice before decision k: a policy reads the budget's fraction in single precision."""
+        """Half a slice before decision k, as a policy reads the fraction in single precision."""
         return round(max(0.0, (k - 0.5) / self._of), 6)
 
 
 def _stacked(courses: Sequence[Course]) -> Course:
-    """Courses of the same classes as one, with a first axis for I in every array."""
     law = ScalingLaw(*np.array([astuple(course.law) for course in courses]).T)
     names = ("size_loss", "used", "fractions", "growing", "legal", "spans")
     return Course(courses[0].classes, law, *(np.array([getattr(c, name) for c in courses]) for name in names))

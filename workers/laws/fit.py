@@ -1,8 +1,7 @@
-"""Fitting scaling laws to static runs, so that a controller is trained on laws like those of the text it will meet.
+"""Fits the scaling law (`scaling_law.py`) to annealed losses of static runs, for controllers that meet that text.
 
-E, A, α, B and β of `scaling_law.py` are fitted to the annealed losses that static sizes end at, by the method of
-Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the logarithm of the loss, the best of a grid of starts.
-Static sizes differ in depth only, and tell nothing of `heads`, `width` and `layer`, which keep their wide ranges.
+E, A, α, B and β by Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the log loss, the best of a grid of
+starts. Static sizes differ in depth only, so `heads`, `width` and `layer` keep their ranges.
 """
 
 import math
@@ -18,22 +17,21 @@ from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, Range, RunSpec
 from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, Size, start_of
 
-BOUNDS: dict[str, Range] = {
+BOUNDS: dict[str, Range] = {  # of the fitted constants: growing always helps a little
     "floor": (0.01, 4.0),
     "size": (0.02, 4.0),
     "size_exponent": (0.05, 2.0),
     "data": (1e-4, 4.0),
     "data_exponent": (0.05, 2.0),
 }
-"""What is fitted, and within which bounds: growing always helps a little, and nothing falls off a cliff."""
-STARTS = (0.25, 0.6, 1.3)  # exponents that the fit sets out from, each with each
-TOLERANCE = 0.01  # of a loss's logarithm: about what seeds differ by; what is further off counts linearly
-# Nats above the lowest loss at which a loss counts half: a text's loss first falls faster than any power law. With it 8
-# short runs of `tinystories-char` foretell 9 long ones to 0.026 nats, without to 0.038; seeds differ by 0.015.
+STARTS = (0.25, 0.6, 1.3)  # exponents at which fits start, in all pairs
+TOLERANCE = 0.01  # Huber threshold on the log loss, about the spread of seeds
+# Nats above the lowest loss that halve a loss's weight: early losses fall faster than a power law. 8 short runs of
+# `tinystories-char` predict 9 long ones to 0.026 nats, unweighted to 0.038; seeds differ by 0.015.
 NEAR = 0.2
-SHARE, WIDEST = 0.25, 2.0  # by which each constant's range surrounds it at least, and the factor at most
-SIZES, APART = 3, 1.2  # sizes that it takes, and the factor between a size's token counts
-START = math.log(VOCABULARY)  # nats, where a surrogate starts
+SHARE, WIDEST = 0.25, 2.0  # a constant's range: at least this share and at most this factor to each side
+SIZES, APART = 3, 1.2  # least number of sizes, and least ratio of a size's token counts
+START = math.log(VOCABULARY)  # a surrogate's first loss, nats
 ROOM = 0.95  # of that, for the largest E + A
 
 
@@ -51,13 +49,13 @@ class StaticPoint:
 class LawFit:
     """What was fitted."""
 
-    law: ScalingLaw  # heads, width and layers count as in the middle of their ranges
+    law: ScalingLaw  # heads, width and layer: geometric middles of their ranges
     laws: LawSpec  # ranges around its constants
     residual: float  # nats, root mean square over the points
 
 
 def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
-    """The annealed losses in the summary of a static run: of its cooldowns, and its last. None if it diverged."""
+    """The annealed losses (cooldowns and last) in a static run's summary; empty if it diverged."""
     ends = [] if summary["diverged"] else [*summary["annealed"], summary]
     return [
         StaticPoint(summary["layers"], end["tokens"], end["val_loss"], summary["seed"])
@@ -67,14 +65,10 @@ def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
 
 
 def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
-    """Fit a law to static runs on the spec's host, and the ranges around it that controllers are trained on.
+    """Fit a law to static runs of the spec's host, from any budget, and the ranges to train controllers on.
 
-    A range reaches as far to both sides as the greater of two: twice the constant's standard error over seeds
-    (jackknife: Efron 1982, of refits without one seed), and `SHARE`, for what seeds cannot tell: that the law's form is
-    not quite the text's. `spec.budget` only states what B is measured at: the points may come from other budgets.
-
-    Raises:
-        UserError: sizes or token counts are too few, or a loss is none that a surrogate can have.
+    A range reaches two standard errors over seeds (jackknife: Efron 1982) to each side, and at least `SHARE`, for the
+    misfit of the law's form. UserError for too few sizes or token counts, or losses outside (0, ln V).
     """
     if not _enough(points):
         sizes = ", ".join(map(str, sorted({point.layers for point in points}))) or "none"
@@ -94,14 +88,13 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
         return replace(unfitted, **dict(zip(BOUNDS, map(float, np.exp(logs)), strict=True)))
 
     def start(alpha: float, beta: float) -> np.ndarray:
-        """With these exponents, and the E, A and B that equation 2, linear in them, fits best."""
+        """Log constants at these exponents, with the best E, A and B: equation 2 is linear in them."""
         size_part = replace(unfitted, floor=0.0, size_exponent=alpha).size_loss(size)
         columns = [np.ones(len(points)), size_part, (tokens / unfitted.tokens) ** -beta]
         floor, scale, data = nnls(np.stack(columns, axis=1), losses)[0]
         return np.clip(np.log(np.maximum([floor, scale, alpha, data, beta], 1e-9)), bounds[0] + 1e-3, bounds[1] - 1e-3)
 
     def search(begin: np.ndarray, kept: np.ndarray) -> Any:
-        """The best constants' logarithms for some of the points (bool) that are found from a start."""
 
         def residuals(logs: np.ndarray) -> np.ndarray:
             law = with_constants(logs)
@@ -133,13 +126,13 @@ def _enough(points: Sequence[StaticPoint]) -> bool:
 
 
 def predicted(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> np.ndarray:
-    """The loss that a law gives static runs at the points' layers and tokens, nats, float64 (points,)."""
+    """The law's losses at the points' layers and tokens, nats, float64 (points,)."""
     size, tokens, _ = _arrays(spec, points)
     return law.trained(START, law.size_loss(size), tokens)
 
 
 def law_distance(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> float:
-    """How far off a law is at points: nats, root mean square."""
+    """A law's root mean square error at the points, nats."""
     return float(np.sqrt(np.mean(np.square(predicted(law, spec, points) - [point.loss for point in points]))))
 
 
@@ -150,7 +143,7 @@ def _arrays(spec: RunSpec, points: Sequence[StaticPoint]) -> tuple[Size, np.ndar
 
 
 def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:
-    """Each constant's, within its bounds, and E + A at most `ROOM` of what a surrogate starts at."""
+    """Each constant's range within its bounds, with E + A at most `ROOM` of `START`."""
     ranges = {}
     for (name, (lowest, highest)), error in zip(BOUNDS.items(), errors, strict=True):
         value, factor = getattr(law, name), min(WIDEST, max(1 + SHARE, math.exp(2 * error)))

@@ -1,12 +1,9 @@
 """The oracle's bound: the lowest final loss that a surrogate instance allows, by dynamic programming.
 
-Law and costs know a shape by its totals, its *class* (layers, heads, neurons, experts), and at an equal decision and
-class a lower loss stays lower whatever is done, so that keeping the least loss of each (decision, class) is exact:
-
     L[k + 1, c] = min( trained(L[k, c], a slice),  min over blueprints b: trained(L[k, c − b], a slice less b's cost) )
 
-A graft that costs more than a slice arrives that much later. A class has a legal graft if any of its shapes has: how
-units are spread leaves the sum of what the sites' limits still allow unchanged. Prunes never pay, and are left out.
+Exact: law and costs depend on a shape's *class* (its layers, heads, neurons, experts) only, and a lower loss stays
+lower. The spread of units over sites leaves the limits' sum unchanged, hence also legality. Prunes never pay.
 """
 
 from dataclasses import dataclass
@@ -28,19 +25,19 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Classes:
-    """Every class that grafts lead to from a start, class 0: C of them, B blueprints."""
+    """The C classes that grafts of B blueprints reach from the start, class 0."""
 
     blueprints: tuple[str, ...]
     size: Size  # arrays (C,)
     tokens_per_unit: np.ndarray  # tokens that one unit of the budget's axis buys, float64 (C,)
     graft_cost: np.ndarray  # of a graft that leads here, on the budget's axis, float64 (C,)
-    axis_per_step: np.ndarray  # what legality reckons a step with after such a graft, float64 (B, C)
-    source: np.ndarray  # class that a graft of this blueprint leads here from, or NONE, int64 (B, C)
-    target: np.ndarray  # class that a graft of this blueprint leads to from here, or NONE, int64 (B, C)
+    axis_per_step: np.ndarray  # a step's cost after a graft into a class, for legality, float64 (B, C)
+    source: np.ndarray  # class before a blueprint's graft into this one, or NONE, int64 (B, C)
+    target: np.ndarray  # class after a blueprint's graft in this one, or NONE, int64 (B, C)
 
 
 def classes(spec: RunSpec, n_layer: int) -> Classes:
-    """The classes of a spec's runs that start with so many layers."""
+    """The classes of a spec's runs that start with `n_layer` layers."""
     part = spec.model_dump_json(include={"host", "data", "optimizer", "clock", "budget", "growth"})
     return _classes(part, n_layer)
 
@@ -84,7 +81,6 @@ def _classes(part: str, n_layer: int) -> Classes:
 
 
 def _grown(shape: Any, blueprint: Blueprint) -> Any:
-    """A shape of the class that a graft leads to, or None where no site may take one."""
     sites = (site for site in shape.injection_specs() if blueprint.name in site.blueprints)
     return next((blueprint.resized(shape, site.id) for site in sites if blueprint.allowed(shape, site.id)), None)
 
@@ -95,7 +91,7 @@ def _totals(shape: Any) -> tuple[int, int, int, int]:
 
 
 def _slices(spec: RunSpec, instance: Instance) -> tuple[np.ndarray, np.ndarray]:
-    """What is used at each decision and at the end, float64 (K + 1,); the budget's fraction at each, float64 (K,)."""
+    """Amount used at each decision and the end, float64 (K + 1,), and the budget fraction, float64 (K,)."""
     clock = DecisionClock(spec.budget.amount * instance.budget, spec.budget.decisions)
     if spec.budget.axis in CONTINUOUS:
         passed = np.arange(clock.decisions + 1)
@@ -111,20 +107,20 @@ def _slices(spec: RunSpec, instance: Instance) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Course:
-    """An instance's episodes, as far as no action changes them: K decisions, C classes, B blueprints."""
+    """What actions do not change of an instance's episodes: K decisions, C classes, B blueprints."""
 
     classes: Classes
     law: ScalingLaw
     size_loss: np.ndarray  # nats, float64 (C,)
     used: np.ndarray  # on the budget's axis at each decision and at the end, float64 (K + 1,)
     fractions: np.ndarray  # of the budget at each decision, float64 (K,)
-    growing: np.ndarray  # whether the rate does not decay yet, bool (K,)
-    legal: np.ndarray  # whether a graft of a blueprint that leads to a class is, before the decay, bool (B, C)
-    spans: np.ndarray  # decisions that one with a graft takes, by the class that it leads to, int64 (C,)
+    growing: np.ndarray  # before the rate's decay, bool (K,)
+    legal: np.ndarray  # whether a blueprint's graft into a class is legal before the decay, bool (B, C)
+    spans: np.ndarray  # decisions until a graft into a class is paid, int64 (C,)
 
     @classmethod
     def of(cls, spec: RunSpec, instance: Instance, seed: int = 0) -> Self:
-        """That of an instance; `seed` chooses the law where it names none."""
+        """The course of an instance; `seed` draws the law where it names none."""
         known = classes(spec, instance.n_layer or spec.host.n_layer)
         law = ScalingLaw.drawn(seed if instance.law is None else instance.law, spec)
         used, fractions = _slices(spec, instance)

@@ -1,10 +1,9 @@
-"""The formula by which a surrogate's loss falls, and what of it is drawn.
+"""The scaling law of a surrogate's loss, with constants drawn per episode.
 
     L(N, D) = E + A·(N/N₀)^(−α) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2)
 
-N effective parameters, D effective tokens. N₀ is N at one layer of the born shape, and D₀ the tokens that it would see
-in the spec's whole budget, so that A and B are nats and a law is as hard at every preset. The state is the loss: D is
-the tokens that the size now would have needed for it, so that L is continuous through a graft.
+N effective parameters (N₀: one layer of the born shape), D effective tokens (D₀: its tokens in the spec's budget), so A
+and B are nats. The state is L: D is what the current size would have needed for it, so grafts keep L continuous.
 """
 
 import math
@@ -24,12 +23,11 @@ from esper.workers.tolaria.model.shape import TransformerShape
 VOCABULARY = 96
 CONTINUOUS = ("parameter_seconds", "seconds", "flops")  # axes on which a surrogate trains parts of a step
 
-Array = Any
-"""A float, or a float64 array: the formulas take either."""
+Array = Any  # a float or a float64 array
 
 
 class Size(NamedTuple):
-    """What the law knows of a shape, or of several as arrays: totals, whichever layer holds what."""
+    """A shape's totals over its layers, or several shapes' as arrays."""
 
     attention: Array  # parameters of attention's matrices
     other: Array  # all others, embeddings left out
@@ -37,13 +35,13 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, shape: TransformerShape) -> Self:
-        """That of a shape."""
+        """The size of a shape."""
         attention = sum(4 * shape.n_embd * layer.heads * shape.head_dim for layer in shape.layers)
         return cls(attention, shape.parameters_count(non_embedding=True) - attention, shape.depth())
 
     @classmethod
     def of_all(cls, shapes: Iterable[TransformerShape]) -> Self:
-        """Those of shapes, as arrays."""
+        """The sizes of shapes, as arrays."""
         return cls(*np.array([cls.of(shape) for shape in shapes], float).T)
 
 
@@ -64,7 +62,7 @@ class ScalingLaw:
 
     @classmethod
     def drawn(cls, seed: int, spec: RunSpec) -> Self:
-        """The law of a seed, from `spec.laws`; a UserError where one may not lie below ln V at every size."""
+        """Draw a seed's law from `spec.laws`; UserError where E + A may reach ln V."""
         laws, random, start = spec.laws, stream(seed, "law"), math.log(VOCABULARY)
         if (highest := laws.floor[1] + laws.size[1]) >= start:
             raise UserError(
@@ -72,7 +70,7 @@ class ScalingLaw:
                 f"ln {VOCABULARY} = {start:.2f}: set their upper ends lower."
             )
 
-        drawn = {}  # in this order: the floor last, so that the others are the same whether it varies or not
+        drawn = {}  # the floor is drawn last, so its range does not change the others
         for name in ("heads", "width", "layer", "size", "size_exponent", "data", "data_exponent", "floor"):
             low, high = getattr(laws, name)
             if name in ("heads", "width", "layer", "data"):
@@ -85,12 +83,12 @@ class ScalingLaw:
         return cls(**drawn, reference=reference, tokens=budget_tokens(spec, one))
 
     def size_loss(self, size: Size) -> Array:
-        """E + A·(N/N₀)^(−α), nats: what no amount of tokens removes at this size; every growth lowers it."""
+        """E + A·(N/N₀)^(−α), nats: the loss at infinite tokens; every growth lowers it."""
         effective = self.heads * size.attention + self.width * size.other + self.layer * size.layers
         return self.floor + self.size * (effective / self.reference) ** -self.size_exponent
 
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
-        """The loss after that many more tokens at a size; `loss` is above `size_loss`, and a lower one stays lower."""
+        """The loss after `tokens` more at a size, monotone in `loss`, which must exceed `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
 

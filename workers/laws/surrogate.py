@@ -1,9 +1,7 @@
-"""SurrogateRun: an episode that computes its loss by a law instead of training; a fraction of a millisecond a decision.
+"""SurrogateRun: an episode whose loss follows a scaling law; under a millisecond per decision.
 
-A graft leaves the loss where it is, and from there on it falls as the new size's does; a prune raises it by what the
-size was worth. On continuous axes a slice is trained to its very end, with parts of a step, so that the best that can
-be done is known (`oracle.py`). What a controller sees is noisy, rewards and records are exact: a site's gradient norm
-tells, up to a factor, how many nats a graft there takes off what training cannot remove.
+A graft keeps the loss, a prune adds the rise in size loss. Continuous axes train parts of a step, so `oracle.py` is
+exact. Observations are noisy, rewards and records exact; a site's gradient norm is a noisy gain of a graft there.
 """
 
 import copy
@@ -30,12 +28,12 @@ from esper.workers.records import EpisodeState
 
 LOSS_NOISE = 0.003  # nats, of a validation loss as seen
 NORM_NOISE = 0.2  # of the logarithm of a gradient norm as seen
-BATCH_NOISE, TWIN_NOISE = 0.02, 0.0003  # nats, of a batch's loss: what twins share, and each twin's own
+BATCH_NOISE, TWIN_NOISE = 0.02, 0.0003  # nats, of a batch's loss: shared by twins, and each twin's own
 UPDATE = 0.01  # norm of an update over the gradient's
 
 
 class SurrogateState(Frozen):
-    """A SurrogateRun; callers may keep keys of their own beside it."""
+    """A SurrogateRun's state; callers may add keys."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -48,7 +46,7 @@ class SurrogateState(Frozen):
 
 
 class SurrogateRun(Episode):
-    """The Run contract over a scaling law. Same spec, ledger, candidates, telemetry and reward as GrowthRun."""
+    """The Run contract over a scaling law, with GrowthRun's spec, ledger, candidates, telemetry and reward."""
 
     shape: Any
 
@@ -70,12 +68,12 @@ class SurrogateRun(Episode):
         self._size_loss = self.law.size_loss(Size.of(shape))
         self._per_step = clock.axis_per_step(self.spec.budget.axis, shape, tokens)
         self._step_seconds = clock.step_seconds(shape, tokens)
-        self._uses: dict[str, float] = {}  # site → nats that a graft there takes off what tokens cannot remove
+        self._uses: dict[str, float] = {}  # site → nats by which a graft there lowers the size loss
         for site, size in _grown(self._layout()):
             self._uses[site] = max(self._uses.get(site, 0.0), self._size_loss - self.law.size_loss(size))
 
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
-        """Training losses, float64 (actions, steps), after each action on the same batches, and the copies' ledgers."""
+        """Training losses after each action, float64 (actions, steps), and the copies' ledgers."""
         random = stream(self.seed, "twins", self.ledger.steps)
         shared = BATCH_NOISE * random.standard_normal(optimizer_steps)
         tokens = self._tokens_per_step * np.arange(optimizer_steps)  # a batch's loss is that before its step
@@ -91,7 +89,7 @@ class SurrogateRun(Episode):
         return np.array(losses), ledgers
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All that `load` needs to go on to the same numbers, as GrowthRun's: JSON values, and no tensors."""
+        """All that `load` needs to continue to the same numbers: JSON values, and no tensors."""
         values = SurrogateState(
             episode=self._episode_state(),
             layers=self.shape.layers,
@@ -103,7 +101,7 @@ class SurrogateRun(Episode):
         return values.model_dump(mode="json"), {}
 
     def load(self, values: dict[str, Any], tensors: Mapping[str, Any] | None = None) -> None:
-        """Become the run whose `state` this is. This run must be of the same spec."""
+        """Restore a `state` of the same spec."""
         state = SurrogateState.checked(values, "the checkpoint")
         self._load_episode(state.episode)
         born = self.shape.born.model_copy(update={"uid": state.next_uid})
@@ -113,7 +111,7 @@ class SurrogateRun(Episode):
         self.telemetry = self._look()
 
     def fraction(self) -> float:
-        """Fraction of the budget spent; at a decision exactly its boundary, free of the ledger's rounding."""
+        """Fraction of the budget spent, exact at a decision despite the ledger's rounding."""
         fraction, passed = super().fraction(), self.clock.passed / self.clock.decisions
         return passed if math.isclose(fraction, passed, rel_tol=1e-9) else fraction
 
@@ -147,11 +145,11 @@ class SurrogateRun(Episode):
             return
         self._resized()
         if candidate.operation == "prune":
-            self._loss += self._size_loss - loss  # what tokens have not removed stays
+            self._loss += self._size_loss - loss
         self._charge(self.spec.clock.graft_seconds)
 
     def _train(self, boundary: float) -> float:
-        """To the boundary exactly where the axis is continuous: to the next one if a graft's cost ran past it."""
+        """On continuous axes train exactly to the boundary, or to the next one that a graft's cost has not passed."""
         reading = self.reading()
         if self.spec.budget.axis in CONTINUOUS:
             slice_ = self.clock.slice
@@ -193,7 +191,6 @@ class SurrogateRun(Episode):
 
 @lru_cache(maxsize=512)
 def _grown(layout: Layout) -> tuple[tuple[str, Size], ...]:
-    """Site and the size after each graft there is."""
     options: Any = layout.options
     grafts = (each for each in options if each.candidate.operation == "graft" and each.after is not None)
     return tuple((option.candidate.site, Size.of(option.after)) for option in grafts)

@@ -2,8 +2,8 @@
 
     attn(x) = Σ_h O_h·head_h(x)   →   Σ_h O_h·head_h(x) + 0·head_new(x)
 
-A head is 3·D rows of QKV (one more (3, D) group in the (H, 3, D, C) layout) and D columns of the output projection,
-zero at birth. Parameters per head: 3·D·(C + 1) + C·D. Training FLOPs per token and head: 3·(8·C·D + 4·T·D).
+A head is 3·D rows of QKV (a (3, D) group in the (H, 3, D, C) layout) and D output columns, zero at birth.
+Parameters per head: 3·D·(C + 1) + C·D. Training FLOPs per token and head: 3·(8·C·D + 4·T·D).
 """
 
 from dataclasses import dataclass

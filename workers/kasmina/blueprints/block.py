@@ -2,10 +2,8 @@
 
     x → x + attn(ln(x)) → + mlp(ln(·))   with both output projections zero, weight and bias:   x → x + 0 → + 0 = x
 
-At any depth: after the embeddings or after any layer. The new layer has the shape the host's layers were born with.
-Nothing scales the residual branch: with pre-norm the layer reads a normed stream wherever it stands, and its output
-starts at zero whatever the stream's size there. What does differ is how much its first updates weigh against the
-stream, which is small near the embeddings (`patience`). Parameters: (4·C·H·D + 3·H·D + C) + (2·C·W + W + C) + 4·C.
+It has the shape of the host's first layers and follows the embeddings or any layer. Pre-norm needs no branch scale, but
+first updates weigh more in a small stream (`patience`). Parameters: (4·C·H·D + 3·H·D + C) + (2·C·W + W + C) + 4·C.
 """
 
 import math
@@ -24,31 +22,25 @@ from esper.workers.kasmina.registry import register
 @register
 @dataclass(frozen=True)
 class ResidualSeed(Part):
-    """One layer at a time; the spec's `growth.max_layers` bounds them.
-
-    Attributes:
-        init: `zero` draws the incoming side as wide as the neighbour's is now, with norms of weight 1 and bias 0;
-            `copy` copies the neighbour's (its first heads and neurons, where it has more).
-    """
+    """One layer at a time; the spec's `growth.max_layers` bounds them."""
 
     name: ClassVar[str] = "block"
     site_kind: ClassVar[SiteKind] = "residual_stream"
     adds: ClassVar[str] = "layer"
 
+    # Incoming side: "zero" draws it at the neighbour's scale (norms 1, biases 0), "copy" takes the neighbour's units.
     init: Literal["zero", "copy"] = "zero"
 
     def patience(self, host: HostProtocol, site_id: str) -> int:
-        """As many times the usual warm-up as the stream is smaller here than where it is largest, at most four.
+        """The largest stream size over the one here, at most 4: an update weighs that much more in a small stream.
 
-        The same update weighs that much more in a small stream: right after the embeddings its root mean square is a
-        fortieth of that after the first layer (0.3 against 13, tinystories-char at 600 steps). It is small, too, after
-        a layer that was put in there.
+        Root mean squares: 0.3 after the embeddings, 13 after the first layer (tinystories-char, 600 steps).
         """
         sizes = host.stream_sizes()
         return min(4, math.ceil(max(sizes.values()) / max(sizes[site_id], 1e-12)))
 
     def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Always: the cap on layers is the run's, not the site's."""
+        """Always: the run caps layers."""
         return True
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
@@ -77,6 +69,6 @@ class ResidualSeed(Part):
 
 
 def _fitted(sibling: Tensor, shape: torch.Size) -> Tensor:
-    """The first rows of `sibling`, from the start again where it has too few."""
+    """The first rows of `sibling`, repeated where it has too few."""
     rows = torch.arange(shape[0], device=sibling.device) % sibling.shape[0]
     return sibling.detach()[rows]

@@ -2,10 +2,9 @@
 
     mlp(x) + Σ_e g_e(x)·E_e(x)   →   mlp(x) + Σ_e g_e(x)·E_e(x) + g_new(x)·0
 
-The new expert competes only for tokens that no expert takes yet, so it takes none from another, and its second matrix
-is zero at birth, weight and bias. The router is not: N(0, 1/C), which makes its scores of a normed token about standard
-normal. See `tolaria/model/experts.py` for gates, capacity and balance. Parameters: 2·C·W + W + 2·C. Training FLOPs per
-token: 3·(2·C + share·4·C·W), the share being what the gate is balanced to.
+A new expert takes only tokens that have none; its second matrix and bias are zero at birth. Its router is N(0, 1/C):
+scores of normed tokens are about standard normal. Gates, capacity and balance: `tolaria/model/experts.py`.
+Parameters: 2·C·W + W + 2·C. Training FLOPs per token: 3·(2·C + share·4·C·W) at the balanced share.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,7 @@
 
     mlp(x) = P·gelu(F·x + f) + p   →   [P 0]·gelu([F; F⁺]·x + [f; 0]) + p = mlp(x)
 
-A neuron is a row of `c_fc` and a column of `c_proj`, zero at birth. Parameters per neuron: 2·C + 1. Training FLOPs per
-token and neuron: 3·4·C.
+A neuron is a row of `c_fc` and a column of `c_proj`, zero at birth: 2·C + 1 parameters, 3·4·C training FLOPs per token.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Parts (layers, experts): modules of their own, put in and taken out whole."""
+"""Parts (layers, experts): modules inserted and removed whole."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ class Part(Blueprint):
         return shape.without(seed.part)
 
     def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
-        """Every tensor through which the part writes to the stream."""
+        """The tensors through which the part writes to the stream."""
         return host.part(seed.part).outgoing()
 
     def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
-        """Nothing is joined: its tensors stay what they are, with their own step counts."""
+        """No swaps: its tensors keep their own step counts."""
         return []
 
     def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:

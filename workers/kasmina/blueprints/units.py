@@ -2,9 +2,8 @@
 
     y = V·φ(U·x)   →   y' = [V 0]·φ([U; U⁺]·x) = V·φ(U·x) + 0·φ(U⁺·x) = y
 
-for any φ that acts on each unit alone (GELU on a neuron, attention on a head). The outgoing side is zero and the
-incoming side is not: zero on both would leave both without a gradient (Net2Net 1511.05641; GradMax 2201.05125, which
-also starts from zero on one side).
+for any φ that acts on each unit alone (GELU, attention heads). Only the outgoing side is zero: zero on both would
+leave both without a gradient (Net2Net 1511.05641; GradMax 2201.05125).
 """
 
 from typing import Any
@@ -22,7 +21,7 @@ def drawn_like(sibling: Tensor, size: torch.Size | tuple[int, ...], generator: t
 
 
 class Units(Blueprint):
-    """What every blueprint of units shares; it says how many `units` it adds and how many are the `limit`."""
+    """What every blueprint of units shares."""
 
     limit: int
 
@@ -39,11 +38,7 @@ class Units(Blueprint):
         return shape.with_units(seed.site, -seed.units)
 
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
-        """Add the units to the host's own matrices.
-
-        New rows are drawn as wide as the site's own rows are now, so that the new units' activations are of the host's
-        scale whenever the graft comes.
-        """
+        """Add rows at the scale of the site's own, so that activations match, and zero columns."""
         incoming, outgoing = host.linears(site_id)
         rows, columns = _per_unit(host, site_id)
         weight = drawn_like(incoming.weight[0], (self.units * rows, incoming.in_features), generator)
@@ -74,6 +69,6 @@ def _units_at(shape: HostShape, site_id: str) -> int:
 
 
 def _per_unit(host: HostProtocol, site_id: str) -> tuple[int, int]:
-    """Rows of the incoming and columns of the outgoing matrix that one unit has."""
+    """Rows of the incoming and columns of the outgoing matrix per unit."""
     (incoming, outgoing), units = host.linears(site_id), _units_at(host.shape, site_id)
     return incoming.out_features // units, outgoing.in_features // units
