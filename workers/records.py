@@ -34,7 +34,7 @@ class Change:
 
 @dataclass
 class Graft(Change):
-    """A graft; its outcome is set when the run has ended."""
+    """A graft; it has an outcome once the run has ended."""
 
     outcome: Literal["kept", "pruned", "rolled back", "on probation"] | None = None
 

@@ -172,7 +172,7 @@ class Kasmina:
 
     @property
     def host_groups(self) -> list[surgery.Group]:
-        """The optimizer groups whose rate the caller sets: all but the young seeds' own."""
+        """The optimizer groups whose rate the caller sets: all but the unfused seeds' own."""
         apart = {id(group) for seed in self.seeds for group, _ in seed.groups}
         return [group for group in self.optimizer.param_groups if id(group) not in apart]
 
@@ -183,7 +183,7 @@ class Kasmina:
             seed.age += 1
 
     def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Clip the host's gradient and each seed's on probation apart; returns the host's norm and the seeds' sum."""
+        """Clip the host and each seed on probation apart; returns the host's norm and the seeds' sum (None without)."""
         young = [seed.groups for seed in self.seeds if seed.on_probation]
         apart = {id(group) for groups in young for group, _ in groups}
         seeds = [

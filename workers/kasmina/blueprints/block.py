@@ -2,7 +2,7 @@
 
     x → x + attn(ln(x)) → + mlp(ln(·))   with both output projections zero, weight and bias:   x → x + 0 → + 0 = x
 
-It has the shape of the host's first layers and follows the embeddings or any layer. Pre-norm needs no branch scale, but
+It has the host's born layer shape and follows the embeddings or any layer. Pre-norm needs no branch scale, but
 first updates weigh more in a small stream (`patience`). Parameters: (4·C·H·D + 3·H·D + C) + (2·C·W + W + C) + 4·C.
 """
 
