@@ -52,10 +52,7 @@ class Ledger:
     def less(self, earlier: "Ledger") -> "Ledger":
         """What has been used since `earlier`."""
         before = earlier.as_dict()
-        spent = Ledger()
-        for name, value in self.as_dict().items():
-            setattr(spent, name, value - before[name])
-        return spent
+        return Ledger(**{name: value - before[name] for name, value in self.as_dict().items()})  # pyright: ignore
 
     def read(self, axis: Axis) -> float:
         """The total on one axis, in the axis's own unit."""

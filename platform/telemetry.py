@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import ConfigDict
 
-VERSION = 1
+VERSION = 2
 
 GLOBALS = (
     "budget_used",  # fraction of the budget spent

@@ -18,30 +18,8 @@ from tests.mlflow_servers import MlflowServer, mlflow_server
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "big",
-    "red",
-    "dog",
-    "run",
-    "to",
-    "its",
-    "tree",
-    "while",
-    "birds",
-    "sang",
-    "in",
-    "warm",
-    "sun",
-]
+TEXT = "the cat sat on a mat and saw one big red dog run to its tree while birds sang in warm sun"
+WORDS = TEXT.split()
 
 
 def story(i: int) -> str:

@@ -65,7 +65,7 @@ def test_info_says_what_it_is(trained, capsys):
     )
     file = trained / "checkpoints" / "000002" / FILE
     assert told == {
-        "format": "simic-3, telemetry version 1",
+        "format": "simic-3, telemetry version 2",
         "width": "16",
         "parameters": f"{sum(p.numel() for p in ControllerNet(16).parameters()):,}",
         "on": "loss laws (surrogate)",
