@@ -15,14 +15,12 @@ import numpy as np
 from esper.platform.budget import DecisionClock
 from esper.platform.contracts import GraftAction, HostShape, Instance, Transition
 from esper.platform.errors import UserError
-from esper.platform.ledger import Ledger
+from esper.platform.ledger import AXES, Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
 from esper.workers.kasmina.registry import Planted
 from esper.workers.observe import Layout, Measured, Observer, Standing
 from esper.workers.records import Change, EpisodeState, Graft, Point, Rollback
-
-AXES = ("steps", "tokens", "flops", "seconds", "wall_seconds", "parameter_seconds")  # in a point of the curve
 
 
 class Episode(ABC):
@@ -234,7 +232,7 @@ class Episode(ABC):
         return self.telemetry
 
     def _point(self) -> Point:
-        axes = {axis: getattr(self.ledger, axis) for axis in AXES}
+        axes = {axis: getattr(self.ledger, axis) for axis in (*AXES, "wall_seconds")}
         parameters = self._layout().parameters
         return {"budget_fraction": self.fraction(), **axes, "parameters": parameters, "val_loss": self.loss}
 

@@ -1,5 +1,7 @@
-"""The blueprints, one file each; importing this package registers them."""
+"""The blueprints, one file each; importing this package registers all that lie in it."""
 
-from esper.workers.kasmina.blueprints import attention, block, expert, ffn
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["attention", "block", "expert", "ffn"]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
