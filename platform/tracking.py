@@ -108,7 +108,8 @@ class Tracker:
         if self._open:
             self._record("end", status=status, at=milliseconds() if ended is None else ended)
             self._open = False
-            self._delivery.finish(seconds or (AWAY_SECONDS if self._delivery.failing else CLOSE_SECONDS))
+            longest = AWAY_SECONDS if self._delivery.failing else CLOSE_SECONDS
+            self._delivery.finish(longest if seconds is None else seconds)
             self._journal.close()
         return self._delivery.complete and not self._unwritten
 

@@ -118,7 +118,8 @@ class Delivery:
                     self._give_up(error)
                 elif self.failing and not isinstance(error, NoParentYet):
                     self._outage.failed(began, error)
-                self.tried.set()
+                if not isinstance(error, NoParentYet):
+                    self.tried.set()
                 hurried = self._last.is_set()
                 (self._stop if hurried else self._last).wait(PAUSE_SECONDS if hurried else pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -160,7 +160,7 @@ def test_another_mlflow_gets_no_tag_but_the_clicks(
 
 
 def test_no_server_no_link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     parent = start(tmp_path, "esper-chart")
     assert share_view(parent, "flops", []) is None
     parent.close(seconds=0)
