@@ -171,7 +171,7 @@ def test_ctrl_c_leaves_the_terminal_sane(tmp_path):
     assert terminal.cursor
     lines = terminal.text()
     assert lines[-1] == "KeyboardInterrupt"
-    assert sum(line.startswith("iteration") for line in lines) == 1
+    assert 1 <= sum(line.startswith("iteration") for line in lines) <= 2  # twice where it came amid a redraw
     assert not (tmp_path / "trained").exists()
 
 
