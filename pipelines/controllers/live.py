@@ -105,7 +105,7 @@ class TrainingView:
 
     def _say(self, message: str) -> None:
         assert self._live is not None
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError), self._live.console:  # locked first: `print` takes a copy of rich's hooks
             self._live.console.print(Text(message), soft_wrap=True)  # unbroken: it is copied whole
 
     def _done(self) -> float:

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.live import Live
 
 from esper.pipelines.controllers.live import TrainingView, sparkline
-from esper.platform.console import said_to
+from esper.platform.console import said_to, say
 from esper.policies.simic.worker_table import STATES, WorkerView
 
 SCENE = Path(__file__).parent / "live_scene.py"
@@ -171,8 +172,28 @@ def test_ctrl_c_leaves_the_terminal_sane(tmp_path):
     assert terminal.cursor
     lines = terminal.text()
     assert lines[-1] == "KeyboardInterrupt"
-    assert 1 <= sum(line.startswith("iteration") for line in lines) <= 2  # twice where it came amid a redraw
+    assert sum(line.startswith("iteration") for line in lines) == 1
     assert not (tmp_path / "trained").exists()
+
+
+def test_what_is_said_while_the_view_ends_draws_no_second_one(monkeypatch):
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", written := Tty())
+    monkeypatch.setenv("TERM", "xterm")
+    with TrainingView(4, 0, list) as view:
+        assert view._live is not None
+        with view._live.console:  # as whoever ends the view holds it
+            late = threading.Thread(target=say, args=("late",))
+            late.start()
+            time.sleep(0.2)
+            view._live.stop()
+        late.join()
+    terminal = Terminal(80, 24)
+    terminal.feed(written.getvalue().replace("\n", "\r\n"))
+    assert [line.split()[0] for line in terminal.text()] == ["iteration", "late"]
 
 
 @pytest.mark.parametrize(("mode", "terminal"), [("raises", "there"), ("gone", "closed")])
