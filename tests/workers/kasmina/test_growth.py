@@ -273,7 +273,6 @@ def test_a_host_that_cannot_be(values):
         lambda layout, state: layout | {"next_uid": 1},
         lambda layout, state: layout | {"layers": layout["layers"][:1]},
         lambda layout, state: layout | {"layers": [layout["layers"][0]] * 2},
-        lambda layout, state: layout | {"layers": [{"uid": 0, "heads": 10**9, "width": 10**12}] * 2},
         lambda layout, state: layout | {"young": {"h.7.mlp.c_fc": [4]}},
         lambda layout, state: layout | {"young": {"h.0.mlp.c_fc": [10**12]}},
         lambda layout, state: state.pop("wpe.weight") is None or layout,
@@ -284,11 +283,12 @@ def test_a_layout_of_other_tensors_is_refused(change):
     host, kasmina = small()
     kasmina.graft("h0.ffn", "ffn")
     state = host.own_state()
-    values = change(host.layout().model_dump(mode="json"), state)
-
-    def rebuild() -> None:
-        layout = Layout.checked(values, "the layout")
+    layout = Layout.checked(change(host.layout().model_dump(mode="json"), state), "the layout")
+    with pytest.raises(UserError, match="do not fit together"):
         TransformerHost.rebuilt(host.spec, host.shape.vocab_size, layout, state)
 
-    with pytest.raises(UserError, match=r"do not fit together|should be"):
-        rebuild()
+
+def test_a_layout_beyond_all_bounds_is_refused_before_it_is_built():
+    layers = [{"uid": 0, "heads": 10**9, "width": 10**12}] * 2
+    with pytest.raises(UserError, match=r"layers\.0\.heads is 1000000000: input should be less than or equal to"):
+        Layout.checked(small()[0].layout().model_dump(mode="json") | {"layers": layers}, "the layout")
