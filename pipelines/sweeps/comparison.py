@@ -13,7 +13,7 @@ from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
 from esper.pipelines.sweeps.arms import PPO, Arm, parse_arms
 from esper.pipelines.sweeps.chart_view import curve_names, share_view
-from esper.pipelines.sweeps.log import CLOSE_SECONDS, SYNC_SECONDS, SweepLog
+from esper.pipelines.sweeps.log import TRIAL_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepArguments, SweepPlan
 from esper.pipelines.sweeps.stages import STAGES, PointStages, Settled
 from esper.pipelines.sweeps.trials import Trial
@@ -27,6 +27,7 @@ from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.platform.tracking import Tracker
 from esper.platform.tracking_store import connect
+from esper.platform.tracking_sync import SYNC_SECONDS
 from esper.policies.simic.policy import policy_file
 
 STATE = "sweep.json"
@@ -65,7 +66,7 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
             try:
                 summaries, failures = Sweep(folder, plan, inputs, parent, signals.check).run()
             except Stopped as stopped:
-                parent.close("KILLED", CLOSE_SECONDS)
+                parent.close("KILLED", TRIAL_SECONDS)
                 how = f"stopped, with nothing lost; go on with: esper sweep --resume {folder.out}"
                 raise Stopped(stopped.number, str(stopped) or how) from None
         report(folder, parent, summaries)
@@ -115,7 +116,7 @@ class Sweep:
         """Run everything that is missing; returns the test runs' summaries, and each failed trial's reason by name."""
         out = self._folder.out
         self._parent.artifact(out / "spec.json")
-        seconds = CLOSE_SECONDS  # where the sweep is stopped
+        seconds = TRIAL_SECONDS  # where the sweep is stopped
         try:
             self._walk()
             seconds = SYNC_SECONDS

@@ -27,8 +27,7 @@ from esper.platform.tracking_sync import sync, synced
 
 SUMMARY = "summary.json"
 SHOWN = 0.1  # of the work under way, between two lines of progress
-CLOSE_SECONDS = 2.0  # that MLflow has to take the last of a trial while others run, which wait meanwhile
-SYNC_SECONDS = 60.0  # that it has for it once all have ended
+TRIAL_SECONDS = 2.0  # that MLflow has to take the last of a trial while others run, which wait meanwhile
 
 
 class SweepLog(tune.Callback):
@@ -50,10 +49,11 @@ class SweepLog(tune.Callback):
         self._folder, self._parent, self._store, self._check = folder, parent, store, check
         self._curve_names = curves
         self._trials: dict[str, Trial] = {}
+        self._summaries: dict[str, dict[str, Any]] = {}  # as read: one is never written twice
         self._fractions: dict[str, float] = {}
         self._open: dict[str, Tracker] = {}
         self._curves: dict[str, list[dict[str, float]]] = {}  # of those that are open
-        self._close_seconds = CLOSE_SECONDS
+        self._close_seconds = TRIAL_SECONDS
         self._stage, self._shown, self._eta = "", 0.0, Eta()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,7 +68,9 @@ class SweepLog(tune.Callback):
     def summary(self, trial: Trial) -> dict[str, Any] | None:
         """What a trial ended with; None where it has not."""
         path = self.folder(trial) / SUMMARY
-        return read_json(path, str(path), "the summary of a trial") if path.is_file() else None
+        if trial.name not in self._summaries and path.is_file():
+            self._summaries[trial.name] = read_json(path, str(path), "the summary of a trial")
+        return self._summaries.get(trial.name)
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """Those that are to be run."""
