@@ -3,7 +3,7 @@
 V vocabulary, T block size, C embedding, H heads, D head dimension, W MLP neurons.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -140,11 +140,6 @@ class TransformerShape:
     def layers_as_json(self) -> list[dict[str, Any]]:
         """The layers as JSON values."""
         return [layer.model_dump(mode="json") for layer in self.layers]
-
-    @staticmethod
-    def layers_from_json(values: Iterable[Any]) -> tuple[LayerSpec, ...]:
-        """The layers that `layers_as_json` wrote."""
-        return tuple(LayerSpec.checked(layer, "a layer") for layer in values)
 
     def _layer_parts(self, layer: LayerSpec) -> tuple[int, int, int]:
         """Parameters of attention, of MLP and experts, and of both norms."""
