@@ -86,6 +86,7 @@ def draw_losses(axes: Axes, trials: Trials, axis: str, *, legend: bool = False) 
     low, high = _span([run.loss for label in _compared(trials) for run in trials.sound(label).values()])
     high = max([high, *tops])
     axes.set_ylim(low - 0.07 * (high - low), high + 0.07 * (high - low))
+    axes.locator_params(axis="x", nbins=6)  # more would touch each other
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel(AXIS_NAMES[axis])
     axes.set_ylabel("validation loss (nats per token)")
