@@ -23,6 +23,7 @@ import yaml
 
 from esper.pipelines.common.arguments import parse
 from esper.pipelines.ppo import PPOArguments
+from esper.platform.cluster import LOCAL
 from esper.platform.spec import load_spec
 from tests.mlflow_servers import free_port
 
@@ -220,7 +221,8 @@ def test_ppo_sh_starts_or_goes_on_or_leaves_alone(tmp_path: Path, there: list[st
 def test_two_nodes_with_a_token_run_the_entry_point_of_the_rayjob(tmp_path: Path, text_file: Path):
     """The image's command and a worker's, on ports of their own; PPO on text, a worker a node; given twice."""
     gcs, dashboard = free_port(), free_port()
-    environment = os.environ | {
+    apart = {"RAY_ADDRESS", *LOCAL}  # set by earlier tests of this process
+    environment = {name: value for name, value in os.environ.items() if name not in apart} | {
         "PATH": BIN,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "of-this-test-alone-" + "0" * 45,
@@ -229,7 +231,6 @@ def test_two_nodes_with_a_token_run_the_entry_point_of_the_rayjob(tmp_path: Path
         "ESPER_CACHE": str(tmp_path / "cache"),
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
     }
-    environment.pop("RAY_ADDRESS", None)
     head = [word for word in json.loads(IMAGE["CMD"]) if not word.startswith(("--port", "--dashboard-host"))]
     head += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
     worker = ["ray", "start", f"--address=127.0.0.1:{gcs}", "--block"]
