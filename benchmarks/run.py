@@ -68,7 +68,7 @@ def bench_step() -> None:
             vocabulary = data.manifest.vocab_size
             ours = Trainer(spec, data, make_blueprints(), 0, Instance())
             h = spec.host
-            tokens = data.split("train").windows(np.array([0]), min(data.split("train").tokens, 500_000))[0]
+            tokens = data.windows("train", np.array([0]), min(data.tokens("train"), 500_000))[0]
             model = PlainGPT(vocabulary, h.block_size, h.n_layer, h.n_head, h.n_embd)
             plain = PlainTrainer(model, tokens, spec.data.batch_size)
             ratios = paired(lambda ours=ours: ours.step(1e-4), plain.step, steps)

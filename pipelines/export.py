@@ -44,7 +44,7 @@ def run(arguments: ExportArguments) -> None:
     """Read, rebuild, write, report."""
     from esper.pipelines.common.single_run import CHECKPOINTS, RUN
     from esper.platform import checkpoint
-    from esper.workers.tolaria.export import export_gpt2, export_native, host_of
+    from esper.workers.tolaria.export import export, host_of
 
     check_unused(arguments.out)
     out = arguments.out.resolve()
@@ -53,8 +53,7 @@ def run(arguments: ExportArguments) -> None:
     say(f"run     {arguments.run}, at optimizer step {values['episode']['ledger']['steps']:,}")
     say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")
     tokenizer = tokenizer_of(arguments.run, values["data"])
-    write = {"native": export_native, "gpt2": export_gpt2}[arguments.format]
-    write(host, out, tokenizer)
+    export(host, out, tokenizer, to=arguments.format)
     say(f"wrote   {out}: the host in the {arguments.format} format, {tokenizer.name if tokenizer else 'no'} tokenizer")
     loading = LOADING[arguments.format].format(str(out))
     say(f"load it with:{loading if tokenizer else loading.rpartition(chr(10))[0]}")

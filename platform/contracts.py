@@ -68,7 +68,6 @@ class HostProtocol(Protocol):
     def stream_sizes(self) -> dict[str, float]: ...  # stream site → root mean square there, told without data
     def written_by(self, site_id: str) -> Iterator[Any]: ...  # the parameters that a site's telemetry is about
     def split(self) -> bool: ...  # whether some seed's segments are still separate tensors
-    def grown(self) -> None: ...  # to be called after a change of tensors
 
 
 @dataclass(frozen=True)

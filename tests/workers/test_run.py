@@ -131,7 +131,7 @@ def test_instances(tiny_spec, tokens):
     telemetry = run.reset(Instance(n_layer=2, data=(0.5, 1.0)), seed=0)
     assert run.trainer.host.shape.depth() == 2
     assert telemetry.get("size_vs_start") == 0
-    assert run.trainer.batches.low == int(0.5 * tokens.split("train").tokens)
+    assert run.trainer.batches.low == int(0.5 * tokens.tokens("train"))
 
 
 def test_a_text_shorter_than_the_context_is_refused(tiny_spec, tokens):

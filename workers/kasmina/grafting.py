@@ -100,7 +100,6 @@ class Kasmina:
         probation = self.probation_steps * blueprint.patience(self.host, site_id)
         with torch.no_grad():
             part, pairs = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self.grafts))
-        self.host.grown()
         seed = Seed(
             Planted(site_id, blueprint_name, blueprint.units, part),
             number=self.grafts,
@@ -143,7 +142,6 @@ class Kasmina:
         for change in swaps:
             surgery.swap(self.optimizer, change)
         surgery.drop(self.optimizer, gone)
-        self.host.grown()
         sites = self._sites()
         # Units grafted inside a pruned layer go with it; a layer grafted behind it stays.
         left = [other for other in self.seeds if other is not seed and (other.site in sites or self._part_lives(other))]

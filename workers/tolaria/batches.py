@@ -21,10 +21,9 @@ class Batches:
     def __init__(
         self, spec: RunSpec, data: TokenData, seed: int, part: tuple[float, float], device: torch.device
     ) -> None:
-        self._split = data.split("train")
-        self._seed, self._device = seed, device
+        self._data, self._seed, self._device = data, seed, device
         self._batch_size, self._block_size = spec.data.batch_size, spec.host.block_size
-        self.low, high = (int(fraction * self._split.tokens) for fraction in part)
+        self.low, high = (int(fraction * data.tokens("train")) for fraction in part)
         self._high = high - self._block_size
         self._drawn = (-1, np.empty((0, self._batch_size), dtype=np.int64))  # (block of steps, their positions)
         if self._high <= self.low:
@@ -36,24 +35,24 @@ class Batches:
         if block != self._drawn[0]:
             size = (STEPS_AT_ONCE, self._batch_size)
             self._drawn = block, stream(self._seed, "data", block).integers(self.low, self._high, size)
-        starts = self._drawn[1][row]
-        windows = torch.from_numpy(self._split.windows(starts, self._block_size + 1))  # (B, T + 1)
+        windows = self._data.windows("train", self._drawn[1][row], self._block_size + 1)
+        batch = torch.from_numpy(windows)  # (B, T + 1)
         if self._device.type == "cuda":
-            windows = windows.pin_memory().to(self._device, non_blocking=True)
-        return windows[:, :-1], windows[:, 1:]
+            batch = batch.pin_memory().to(self._device, non_blocking=True)
+        return batch[:, :-1], batch[:, 1:]
 
 
 def held_out(
     data: TokenData, n: int, block_size: int, device: torch.device, *, last: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The first or last `n` whole validation windows, or all there are, at least one: inputs, targets int64 (n, T)."""
-    split = data.split("valid")
-    whole = (split.tokens - 1) // block_size
+    whole = (data.tokens("valid") - 1) // block_size
     first = max(0, whole - n) if last else 0
     n = min(n, whole - first)
     if n < 1:
-        raise _too_short("validation", split.tokens, block_size)
-    windows = torch.from_numpy(split.windows((first + np.arange(n)) * block_size, block_size + 1)).to(device)
+        raise _too_short("validation", data.tokens("valid"), block_size)
+    starts = (first + np.arange(n)) * block_size
+    windows = torch.from_numpy(data.windows("valid", starts, block_size + 1)).to(device)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 

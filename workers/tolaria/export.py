@@ -3,10 +3,10 @@
 C embedding, H heads, D head dimension, W MLP neurons.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch.nn.functional as F
@@ -18,38 +18,31 @@ from esper.platform.spec import HostSpec, RunSpec
 from esper.platform.storage import check_unused, new_folder, write_json
 from esper.workers.tolaria.data import Tokenizer, tokenizer
 from esper.workers.tolaria.export_tokenizer import save_hugging_face
-from esper.workers.tolaria.model.linear import GrowableLinear
 from esper.workers.tolaria.model.shape import TransformerShape
 from esper.workers.tolaria.model.transformer import Layout, TransformerHost
+from esper.workers.tolaria.trainer import within
 
-CONFIG, MODEL = "config.json", "model.safetensors"  # names that transformers expects
+MODEL = "model.safetensors"  # the name that transformers expects
 
 
 def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformerHost:
     """The host in a state of `GrowthRun`, on the CPU in evaluation mode; UserError where there is none."""
-    prefix = "now/host/"
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    def make() -> TransformerHost:
+    state = within("now/host/", tensors)
+    with _said("the checkpoint holds no host that is in training", "name one of `esper train`"):
         spec = RunSpec.checked(values["episode"]["spec"], "the checkpoint").host
         spec = spec.model_copy(update={"attention": "sdpa"})  # flash needs the run's machine
         layout = Layout.checked(values["trainer"]["now"]["layout"], "the checkpoint")
-        return TransformerHost.rebuilt(spec, len(state["wte.weight"]), layout, state)
-
-    return _loaded(make, "the checkpoint holds no host that is in training", "name one of `esper train`")
+        return TransformerHost.rebuilt(spec, len(state["wte.weight"]), layout, state).eval()
 
 
 def load_native(folder: Path) -> TransformerHost:
-    """The host that `export_native` wrote, on the CPU in evaluation mode; UserError where it cannot be read."""
+    """The host that `export` wrote, on the CPU in evaluation mode; UserError where it cannot be read."""
     values, tensors = checkpoint.read(Path(folder) / MODEL)
-
-    def make() -> TransformerHost:
-        vocab_size, config = values["vocab_size"], HostSpec.checked(values["config"], "its config")
-        shape = TransformerShape.of(config, vocab_size)
+    with _said(f"{folder} holds no exported host", "export it again"):
+        spec = HostSpec.checked(values["config"], "its config")
+        shape = TransformerShape.of(spec, values["vocab_size"])
         layout = Layout(layers=shape.layers, young={}, next_uid=shape.born.uid)
-        return TransformerHost.rebuilt(config, vocab_size, layout, tensors)
-
-    return _loaded(make, f"{folder} holds no exported host", "export it again")
+        return TransformerHost.rebuilt(spec, values["vocab_size"], layout, tensors).eval()
 
 
 def load_native_tokenizer(folder: Path) -> Tokenizer:
@@ -60,83 +53,75 @@ def load_native_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer.load(values["tokenizer"], Path(folder))
 
 
-def _loaded(make: Callable[[], TransformerHost], wrong: str, mend: str) -> TransformerHost:
+@contextmanager
+def _said(wrong: str, mend: str) -> Iterator[None]:
+    """Turn whatever an odd state leads to into a sentence."""
     try:
-        return make().eval()
+        yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"{wrong} ({type(error).__name__}: {reason}): {mend}.") from None
 
 
-def export_native(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a host of any shape as a new folder, for `load_native`; the host is not changed.
+def export(
+    host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None, *, to: Literal["native", "gpt2"] = "native"
+) -> None:
+    """Write a host as a new folder, for `load_native` or transformers; the host is not changed.
 
-    UserError where the folder is not empty or writable, or the tokenizer's vocabulary differs.
+    `gpt2` is for `GPT2LMHeadModel.from_pretrained` and `AutoTokenizer`: smaller layers are padded with zeros, which add
+    exactly nothing. UserError where it cannot express a layer, where the folder is not empty or writable, or where the
+    tokenizer's vocabulary is another.
     """
-    born = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
-    config = born.model_dump(mode="json", exclude={"attention"})
-    with _exported(host, folder, tokenizer) as partial:
-        state = {"config": config, "vocab_size": host.shape.vocab_size, "tokenizer": tokenizer and tokenizer.name}
-        checkpoint.write(partial / MODEL, state, fused_state(host))
-        if tokenizer is not None:
-            tokenizer.save(partial)
-
-
-def export_gpt2(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a host as a new folder for `transformers.GPT2LMHeadModel.from_pretrained` and `AutoTokenizer`.
-
-    Smaller layers are padded with zeros, which add exactly nothing. UserError as in `export_native` and `check_gpt2`.
-    """
-    check_gpt2(host.shape)
-    with _exported(host, folder, tokenizer) as partial:
-        data = safetensors.torch.save(gpt2_state(host), metadata={"format": "pt"})  # which transformers asks for
-        (partial / MODEL).write_bytes(data)
-        write_json(partial / CONFIG, _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
-        if tokenizer is not None:
-            save_hugging_face(tokenizer, partial, context=host.spec.block_size)
-
-
-def _exported(host: TransformerHost, folder: Path, tokenizer: Tokenizer | None) -> AbstractContextManager[Path]:
-    check_unused(Path(folder))
+    check_unused(folder)
+    if to == "gpt2":
+        _check_gpt2(host.shape)
     if tokenizer is not None and tokenizer.vocab_size != host.shape.vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.shape.vocab_size}: "
             "give the one that its text was prepared with."
         )
-    return new_folder(Path(folder))
+    with new_folder(folder) as partial:
+        if to == "gpt2":
+            data = safetensors.torch.save(_gpt2_state(host), metadata={"format": "pt"})  # which transformers asks for
+            (partial / MODEL).write_bytes(data)
+            write_json(partial / "config.json", _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
+            if tokenizer is not None:
+                save_hugging_face(tokenizer, partial, context=host.spec.block_size)
+            return
+        born = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
+        config, name = born.model_dump(mode="json", exclude={"attention"}), None
+        if tokenizer is not None:
+            tokenizer.save(partial)
+            name = tokenizer.name
+        state = {"config": config, "vocab_size": host.shape.vocab_size, "tokenizer": name}
+        checkpoint.write(partial / MODEL, state, _fused_state(host))
 
 
-def fused_state(host: TransformerHost) -> dict[str, Tensor]:
+def _fused_state(host: TransformerHost) -> dict[str, Tensor]:
     """The state dict on the CPU, every young segment fused, a tied head left out."""
     state = {name: tensor for name, tensor in host.own_state().items() if ".young." not in name}
-    for name, module in host.named_modules():
-        if isinstance(module, GrowableLinear):
-            state[f"{name}.weight"], state[f"{name}.bias"] = module.joined()
+    for name, linear in host.growable():
+        state[f"{name}.weight"], state[f"{name}.bias"] = linear.joined()
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def check_gpt2(shape: TransformerShape) -> None:
-    """UserError, naming the layer, where GPT-2's layout cannot express the shape."""
+def _check_gpt2(shape: TransformerShape) -> None:
     C, D = shape.n_embd, shape.head_dim
-    for number, layer in enumerate(shape.layers, start=1):
-        if layer.experts:
-            reason = f"has {len(layer.experts)} expert(s), and GPT-2 knows none"
-        elif C % D or layer.heads * D > C:
-            reason = f"has {layer.heads} head(s) of {D} dimensions, and GPT-2's have as many as the embedding, {C}"
-        else:
-            continue
-        raise UserError(
-            f"layer {number} of {shape.depth()} (h{layer.uid}) {reason}: export in the native format, which takes any "
-            """shape, or train with --set 'growth.blueprints={"ffn": {}, "block": {}}'."""
-        )
+    for layer in shape.layers:
+        if layer.experts or C % D or layer.heads * D > C:
+            raise UserError(
+                f"layer h{layer.uid} has {layer.heads} head(s) of {D} dimensions and {len(layer.experts)} expert(s), "
+                f"and GPT-2 no experts and heads that fill the embedding, {C}: export in the native format, which "
+                """takes any shape, or train with --set 'growth.blueprints={"ffn": {}, "block": {}}'."""
+            )
 
 
-def gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
+def _gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
     """The host's tensors as transformers has them: linears are `Conv1D` (in, out), QKV is all Q, all K, all V."""
     D, W = host.shape.head_dim, max(layer.width for layer in host.shape.layers)
     H = host.shape.n_embd // D
     state = {}
-    for name, tensor in fused_state(host).items():
+    for name, tensor in _fused_state(host).items():
         if ".attn.c_attn." in name:  # (H·3·D, …) → (3·H·D, …)
             tensor = _padded(tensor.unflatten(0, (-1, 3, D)), 0, H).transpose(0, 1).flatten(0, 2)
         elif ".mlp.c_fc." in name:
@@ -154,23 +139,22 @@ def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
-    config, shape = host.spec, host.shape
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), host.spec.dropout)
+    # As in GPT-2, a document's end stands before the next one's start.
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), end_id)
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": shape.vocab_size,
-        "n_positions": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": shape.depth(),
-        "n_head": config.n_embd // shape.head_dim,
+        "vocab_size": host.shape.vocab_size,
+        "n_positions": host.spec.block_size,
+        "n_embd": host.spec.n_embd,
+        "n_layer": host.shape.depth(),
+        "n_head": host.spec.n_embd // host.shape.head_dim,
         "n_inner": max(layer.width for layer in host.shape.layers),
         "activation_function": "gelu_new",  # GELU by its tanh formula
         "layer_norm_epsilon": host.ln_f.eps,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": end_id,  # as in GPT-2, a document's end stands before the next one's start
-        "eos_token_id": end_id,
+        "tie_word_embeddings": host.spec.tied,
         "dtype": str(host.wte.weight.dtype).removeprefix("torch."),
+        **dropout,
+        **ends,
     }

@@ -16,9 +16,6 @@ UNSEEN = "<|unseen|>"  # several characters, so none of the text's
 
 def save_hugging_face(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
     """Write a tokenizer into `folder`, for a model that reads at most `context` tokens."""
-    converted = _byte_pairs(tokenizer) if isinstance(tokenizer, BytePairs) else _characters(tokenizer)
-    converted.add_special_tokens([END] if tokenizer.unseen_id is None else [UNSEEN, END])
-    write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END,
@@ -26,13 +23,20 @@ def save_hugging_face(tokenizer: Tokenizer, folder: Path, *, context: int) -> No
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    unseen = {} if tokenizer.unseen_id is None else {"unk_token": UNSEEN}
-    write_json(folder / "tokenizer_config.json", config | unseen)
+    if isinstance(tokenizer, BytePairs):
+        converted = _byte_pairs(tokenizer)
+        converted.add_special_tokens([END])
+    else:
+        converted = _characters(tokenizer)
+        converted.add_special_tokens([UNSEEN, END])
+        config["unk_token"] = UNSEEN
+    write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _characters(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    ids = range(tokenizer.vocab_size)
-    vocabulary = {UNSEEN if id == tokenizer.unseen_id else tokenizer.decode([id]): id for id in ids}
+    texts = [UNSEEN, *(tokenizer.decode([id]) for id in range(1, tokenizer.vocab_size))]
+    vocabulary = {text: id for id, text in enumerate(texts)}
     converted = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNSEEN))
     converted.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     converted.decoder = decoders.Fuse()
@@ -41,12 +45,12 @@ def _characters(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 def _byte_pairs(tokenizer: BytePairs) -> tokenizers.Tokenizer:
     """Lists every pair whose join is a token, by the join's rank: tiktoken joins by that rank alone."""
-    ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
-    symbols = byte_symbols()
+    ranks, symbols = tokenizer.ranks, byte_symbols()
     spelled = {token: "".join(symbols[byte] for byte in token) for token in ranks}
     merges = []
     for token in ranks:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(left, right) for left, right in halves if left in ranks and right in ranks]
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(spelled[left], spelled[right]) for left, right in pairs]
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}

@@ -1,19 +1,19 @@
 """The training engine: one host, its optimizer and its text. The caller gives the learning rate of each step."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.seeding import derive, torch_stream
-from esper.platform.spec import OptimizerSpec, RunSpec
+from esper.platform.spec import RunSpec
 from esper.workers.kasmina import Kasmina, Seed
 from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.tolaria.batches import Batches, held_out
@@ -23,7 +23,6 @@ from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
 EVAL_TOKENS_AT_ONCE = 16384
 CONTRIBUTION_BATCHES = 2  # training batches' worth of held-out text that contributions are measured on
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's state of a parameter
 
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -31,7 +30,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 class GroupState(Frozen):
     """An optimizer group: its parameters by name, and the settings that differ between groups."""
 
-    params: tuple[str, ...]
+    params: Annotated[tuple[str, ...], Field(min_length=1)]
     lr: NotNegative
     weight_decay: NotNegative
 
@@ -71,10 +70,21 @@ class Trainer:
         self.steps = 0  # optimizer steps done: the data's cursor
         self._measured: list[Tensor] = []
 
-    def take(self, host: TransformerHost) -> None:
-        """Train this host from now on, with a new optimizer."""
+    def take(self, host: TransformerHost, groups: Sequence[GroupState] = ()) -> None:
+        """Train this host from now on, with a new optimizer: AdamW, weight decay on matrices (1711.05101)."""
         self.host = host.to(self.device)
-        self.optimizer = make_optimizer(self._spec.optimizer, self.host)
+        named, spec = dict(host.named_parameters()), self._spec.optimizer
+        if not groups:
+            matrices = tuple(name for name, parameter in named.items() if parameter.dim() >= 2)
+            others = tuple(name for name in named if name not in matrices)
+            kinds = ((matrices, spec.weight_decay), (others, 0.0))
+            groups = [GroupState(params=names, lr=spec.learning_rate, weight_decay=decay) for names, decay in kinds]
+        self.optimizer = torch.optim.AdamW(
+            [{**group.model_dump(), "params": [named[name] for name in group.params]} for group in groups],
+            betas=spec.betas,
+            eps=spec.eps,
+            fused=True,
+        )
         self.kasmina = Kasmina(
             self.host,
             self.optimizer,
@@ -135,8 +145,7 @@ class Trainer:
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         rows = {}
         for site in self.host.shape.injection_specs():
-            parameters = [p for p in self.host.written_by(site.id) if p.grad is not None]
-            if parameters:
+            if parameters := [p for p in self.host.written_by(site.id) if p.grad is not None]:
                 weights = _norm(p.detach() for p in parameters)
                 gradients = _norm(p.grad for p in parameters if p.grad is not None)
                 updates = _norm(_update(self.optimizer.state[p], p, groups[id(p)]) for p in parameters)
@@ -159,41 +168,27 @@ class Trainer:
             GroupState(params=tuple(names[id(p)] for p in g["params"]), lr=g["lr"], weight_decay=g["weight_decay"])
             for g in self.optimizer.param_groups
         )
-        values = TrainerState(
-            layout=self.host.layout(),
-            groups=groups,
-            seeds=tuple(self.kasmina.saved()),
-            grafts=self.kasmina.grafts,
-            steps=self.steps,
-        )
+        layout, seeds = self.host.layout(), tuple(self.kasmina.saved())
+        values = TrainerState(layout=layout, groups=groups, seeds=seeds, grafts=self.kasmina.grafts, steps=self.steps)
         return values, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def load(self, state: TrainerState, tensors: Mapping[str, Tensor]) -> None:
         """Restore a state, copying its tensors. Raises UserError where state and tensors do not fit together."""
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in within("host/", tensors).items()}
-        self.take(TransformerHost.rebuilt(self._born, self._vocab_size, state.layout, own))
-        parameters, moments = dict(self.host.named_parameters()), {}
-        for name, tensor in within("optimizer/", tensors).items():
-            owner, _, key = name.rpartition("/")
-            moments.setdefault(owner, {})[key] = tensor
-        rows = tensors.get("measured")
-        if not (
-            sorted(name for group in state.groups for name in group.params) == sorted(parameters)
-            and all(group.params for group in state.groups)
-            and all(name in parameters and _fit(parameters[name], kept) for name, kept in moments.items())
-            and rows is not None
-            and rows.dim() == 2
-            and rows.shape[1] == 3
-        ):
-            raise UserError("the checkpoint's optimizer and its host do not fit together: restore an older copy of it.")
-        alike = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
-        self.optimizer.param_groups[:] = [
-            {**alike, **group.model_dump(), "params": [parameters[name] for name in group.params]}
-            for group in state.groups
-        ]
-        for name, kept in moments.items():
-            copies = {key: tensor.to(self.device, copy=True) for key, tensor in kept.items()}
-            self.optimizer.state[parameters[name]] = copies
+        host = TransformerHost.rebuilt(self._born, self._vocab_size, state.layout, own)
+        try:
+            self.take(host, state.groups)
+            named, moments = dict(self.host.named_parameters()), self.optimizer.state
+            for name, tensor in within("optimizer/", tensors).items():
+                owner, _, key = name.rpartition("/")
+                moments[named[owner]][key] = tensor.to(self.device, copy=True)
+            rows = tensors["measured"]
+            if rows.shape[1:] != (3,) or not all(_fit(parameter, kept) for parameter, kept in moments.items()):
+                raise ValueError("tensors of other shapes")
+        except (LookupError, ValueError):
+            raise UserError(
+                "the checkpoint's optimizer and its host do not fit together: restore an older copy of it."
+            ) from None
         self.kasmina.load(state.seeds, state.grafts)
         self.steps = state.steps
         self._measured = list(rows.to(self.device, copy=True).unbind())
@@ -209,8 +204,7 @@ class Trainer:
     def _mean_loss(self, inputs: Tensor, targets: Tensor, between: Callable[[], None]) -> float:
         at_once = max(1, EVAL_TOKENS_AT_ONCE // inputs.shape[1])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i in range(0, len(inputs), at_once):
-            part = inputs[i : i + at_once], targets[i : i + at_once]
+        for part in zip(inputs.split(at_once), targets.split(at_once), strict=True):
             self.host.eval()
             total += self._loss(*part).double() * part[0].numel()
             self.host.train()
@@ -218,11 +212,8 @@ class Trainer:
         return total.item() / inputs.numel()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        if self._spec.dtype == "bfloat16":
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                logits = self.host(inputs).float()  # (B, T, V)
-        else:
-            logits = self.host(inputs)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._spec.dtype == "bfloat16"):
+            logits = self.host(inputs).float()  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -231,18 +222,11 @@ def within(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(folder): tensor for name, tensor in tensors.items() if name.startswith(folder)}
 
 
-def make_optimizer(spec: OptimizerSpec, host: nn.Module) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone (Loshchilov & Hutter 2019, 1711.05101)."""
-    matrices = [p for p in host.parameters() if p.dim() >= 2]
-    others = [p for p in host.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, eps=spec.eps, fused=True)
-
-
 def _fit(parameter: Tensor, moments: Mapping[str, Tensor]) -> bool:
-    step = moments.get("step", torch.zeros(1))
-    like = all(moments[key].shape == parameter.shape for key in moments if key != "step")
-    return moments.keys() == MOMENTS and like and step.dim() == 0 and bool(step >= 1)
+    """Whether these may be AdamW's state of a parameter."""
+    shapes = {key: tensor.shape for key, tensor in moments.items()}
+    fitting = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return shapes == fitting and bool(moments["step"] >= 1)
 
 
 def _update(state: dict, parameter: Tensor, group: dict) -> Tensor:

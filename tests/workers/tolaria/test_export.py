@@ -15,27 +15,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from esper.platform import checkpoint
-from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.platform.spec import HostSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import tokenizer
-from esper.workers.tolaria.export import export_gpt2, export_native, host_of, load_native, load_native_tokenizer
+from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
 from esper.workers.tolaria.model.transformer import TransformerHost
+from tests.workers.growing_run import act
 
 DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
 LETTERS = sorted({*"".join(DOCUMENTS), *"'sl  \n\r\u00a0\u2028xé\u0301🦄"})
-
-
-def text():
-    """Some batch, int64 (4, 16)."""
-    return torch.randint(0, 37, (4, 16), generator=torch.Generator().manual_seed(1))
+TEXT = torch.randint(0, 37, (4, 16), generator=torch.Generator().manual_seed(1))
 
 
 def logits(host):
     with torch.no_grad():
-        return host.eval()(text())
+        return host.eval()(TEXT)
 
 
 def grown(grafts, fused=0, vocab_size=37, **changes):
@@ -47,7 +43,7 @@ def grown(grafts, fused=0, vocab_size=37, **changes):
         kasmina.graft(site, blueprint)
         for _ in range(3):
             kasmina.optimizer.zero_grad()
-            F.cross_entropy(host(text()).flatten(0, 1), text().roll(-1, 1).flatten()).backward()
+            F.cross_entropy(host(TEXT).flatten(0, 1), TEXT.roll(-1, 1).flatten()).backward()
             kasmina.warm_up()
             kasmina.optimizer.step()
     for seed in list(kasmina.seeds)[:fused]:
@@ -68,13 +64,12 @@ FOR_GPT2 = (("h1.stream", "block"), ("h0.attention", "attention"), ("h1.ffn", "f
 def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fused, tied):
     host, _ = grown(EVERY_KIND, fused, tied=tied)
     assert host.split() == (fused < len(EVERY_KIND))
-    export_native(host, tmp_path / "host")
+    export(host, tmp_path / "host")
     loaded = load_native(tmp_path / "host")
     assert not loaded.training
     assert not loaded.split()
     assert loaded.shape == host.shape
     assert (loaded.lm_head.weight is loaded.wte.weight) == tied
-    assert sum(p.numel() for p in loaded.parameters()) == host.shape.parameters_count()
     assert torch.equal(logits(loaded), logits(host))
     Kasmina(loaded, torch.optim.AdamW(loaded.parameters())).graft("h2.stream", "block")
     assert torch.equal(logits(loaded), logits(host))
@@ -87,15 +82,11 @@ def test_native_keeps_the_dtype(tmp_path, dtype):
     balance = host.part("h1.e0").balance
     host.to(dtype)
     host.part("h1.e0").balance = balance  # which stays float32 in a host of any dtype
-    export_native(host, tmp_path / "host")
+    export(host, tmp_path / "host")
     loaded = load_native(tmp_path / "host")
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert torch.equal(loaded.part("h1.e0").balance, balance)
     assert torch.equal(logits(loaded), logits(host))
-
-
-def config_with(**changes):
-    return lambda state: {**state, "config": {**state["config"], **changes}}
 
 
 @pytest.mark.parametrize(
@@ -104,24 +95,16 @@ def config_with(**changes):
         lambda state: {},
         lambda state: [],
         lambda state: {**state, "vocab_size": 10**12},
-        *(config_with(layers=[]), config_with(block_size=17), config_with(n_embd=10**30)),
+        lambda state: {**state, "config": {**state["config"], "layers": []}},
+        lambda state: {**state, "config": {**state["config"], "block_size": 17}},
+        lambda state: {**state, "config": {**state["config"], "n_embd": 10**30}},
     ],
 )
 def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change):
-    export_native(grown(())[0], tmp_path / "host")
+    export(grown(())[0], tmp_path / "host")
     state, tensors = checkpoint.read(tmp_path / "host" / "model.safetensors")
     checkpoint.write(tmp_path / "host" / "model.safetensors", change(state), tensors)
     with pytest.raises(UserError, match=r"^[^\n]*holds no exported host[^\n]*$"):
-        load_native(tmp_path / "host")
-
-
-def test_a_damaged_or_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not there"):
-        load_native(tmp_path)
-    export_native(grown(())[0], tmp_path / "host")
-    path = tmp_path / "host" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-3] + b"abc")
-    with pytest.raises(UserError, match="is damaged"):
         load_native(tmp_path / "host")
 
 
@@ -136,7 +119,7 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
     with torch.no_grad():  # biases and norms are near their birth values: logits must depend on every one
         for parameter in host.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    export_gpt2(host, tmp_path / "host")
+    export(host, tmp_path / "host", to="gpt2")
     model, loading = GPT2LMHeadModel.from_pretrained(tmp_path / "host", output_loading_info=True)
     assert not any(loading.values()), loading
     added = sum(p.numel() for p in model.parameters()) - host.shape.parameters_count()
@@ -144,17 +127,17 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
     assert sum(int((p == 0).sum()) for p in model.parameters()) == added  # all of it zeros
     expected = logits(host)
     with torch.no_grad():
-        difference = (model(text()).logits - expected).abs().max()
+        difference = (model(TEXT).logits - expected).abs().max()
     assert difference <= 1e-5 * max(1, expected.abs().max())
 
 
-@pytest.mark.parametrize(("export", "grafts"), [(export_native, EVERY_KIND), (export_gpt2, FOR_GPT2)])
-def test_fusing_changes_no_bit(tmp_path, export, grafts):
+@pytest.mark.parametrize(("to", "grafts"), [("native", EVERY_KIND), ("gpt2", FOR_GPT2)])
+def test_fusing_changes_no_bit(tmp_path, to, grafts):
     host, kasmina = grown(grafts)
-    export(host, tmp_path / "split")
+    export(host, tmp_path / "split", to=to)
     for seed in list(kasmina.seeds):
         kasmina.fuse(seed)
-    export(host, tmp_path / "fused")
+    export(host, tmp_path / "fused", to=to)
     split, fused = (load_file(tmp_path / name / "model.safetensors") for name in ("split", "fused"))
     assert split.keys() == fused.keys()
     assert all(torch.equal(tensor, fused[name]) for name, tensor in split.items())
@@ -163,14 +146,14 @@ def test_fusing_changes_no_bit(tmp_path, export, grafts):
 @pytest.mark.parametrize(
     ("grafts", "changes", "sentence"),
     [
-        (2 * (("h1.attention", "attention"),), {}, r"layer 2 of 2 \(h1\) has 5 head\(s\) of 4 dimensions"),
-        ((), {"head_dim": 5}, r"layer 1 of 2 \(h0\) has 3 head\(s\) of 5 dimensions"),
-        ((("h1.ffn", "expert"),), {}, r"layer 2 of 2 \(h1\) has 1 expert"),
+        (2 * (("h1.attention", "attention"),), {}, r"layer h1 has 5 head\(s\) of 4 dimensions"),
+        ((), {"head_dim": 5}, r"layer h0 has 3 head\(s\) of 5 dimensions"),
+        ((("h1.ffn", "expert"),), {}, r"layer h1 has .* and 1 expert\(s\)"),
     ],
 )
 def test_a_shape_that_gpt2_has_not_is_refused_by_its_layer(tmp_path, grafts, changes, sentence):
     with pytest.raises(UserError, match=f"{sentence}.*native format.*train with --set 'growth.blueprints="):
-        export_gpt2(grown(grafts, **changes)[0], tmp_path / "host")
+        export(grown(grafts, **changes)[0], tmp_path / "host", to="gpt2")
     assert not list(tmp_path.iterdir())
 
 
@@ -178,16 +161,16 @@ def test_a_shape_that_gpt2_has_not_is_refused_by_its_layer(tmp_path, grafts, cha
 def test_the_tokenizer_goes_along(tmp_path, name):
     ours = tokenizer.build(name, DOCUMENTS)
     with pytest.raises(UserError, match="give the one that its text was prepared with"):
-        export_native(grown(())[0], tmp_path / "host", ours)
+        export(grown(())[0], tmp_path / "host", ours)
     host, _ = grown((), vocab_size=ours.vocab_size)
-    export_native(host, tmp_path / "host", ours)
+    export(host, tmp_path / "host", ours)
     loaded = load_native_tokenizer(tmp_path / "host")
     assert loaded.decode(loaded.encode("the cat")) == "the cat"
     assert loaded.fingerprint == ours.fingerprint
     (tmp_path / "host" / ours.FILE).unlink()
     with pytest.raises(UserError, match="the tokenizer, cannot be read"):
         load_native_tokenizer(tmp_path / "host")
-    export_native(host, tmp_path / "without")
+    export(host, tmp_path / "without")
     with pytest.raises(UserError, match="exported without a tokenizer"):
         load_native_tokenizer(tmp_path / "without")
 
@@ -200,13 +183,13 @@ def both(request, tmp_path_factory):
     ours = tokenizer.build(request.param, DOCUMENTS)
     host, _ = grown((), n_head=4, vocab_size=ours.vocab_size)
     folder = tmp_path_factory.mktemp("exported") / "host"
-    export_gpt2(host, folder, ours)
+    export(host, folder, ours, to="gpt2")
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == ours.end_id
     # The texts are not for the model: without this, transformers warns of one that is longer than its context.
     return ours, AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     document=st.text(st.sampled_from(LETTERS) | st.characters(codec="utf-8")).filter(lambda text: "<|" not in text)
 )  # transformers reads a special token's name in a text as that token, ours does not
@@ -227,18 +210,15 @@ def test_transformers_reads_a_text_as_the_same_ids(both, document):
 def run(tiny_spec, tokens):
     """A run that has grown a little."""
     run = GrowthRun(tiny_spec, tokens)
-    telemetry = run.reset(seed=5)
-    for _ in range(3):
-        graft = max(i for i in telemetry.legal() if telemetry.actions[i].operation != "prune")
-        telemetry = run.step(GraftAction(int(graft), telemetry.sequence)).telemetry
-    assert run.grafts
+    run.reset(seed=5)
+    for blueprint in ("ffn", "block", "attention"):
+        act(run, blueprint)
     return run
 
 
 def test_the_host_of_a_saved_run_is_the_runs(run):
     values, tensors = run.state()
-    host = host_of({**values, "train": {}}, tensors)
-    idx = torch.arange(16)[None]
+    host, idx = host_of({**values, "train": {}}, tensors), torch.arange(16)[None]
     with torch.no_grad():
         assert torch.equal(host(idx), run.trainer.host.eval()(idx))
     assert host.shape == run.trainer.host.shape
@@ -251,10 +231,10 @@ def mutated(value, chance):
         key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
         copy[key] = mutated(value[key], chance)
         return copy
-    return chance.choice([None, -1, 10**12, 0.5, "x", [], {}, True, [[]], {"a": 1}])
+    return chance.choice([None, -1, 10**12, 10**30, 0.5, "x", [], {}, True, [[]], {"a": 1}])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_an_odd_state_is_a_host_or_a_sentence(run, seed):
     chance, (values, tensors) = random.Random(seed), run.state()

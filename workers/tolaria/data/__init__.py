@@ -1,7 +1,7 @@
-"""Text in, Arrow shards of token ids out, mapped into memory by every worker."""
+"""Text in, Arrow files of token ids out, mapped into memory by every worker."""
 
 from esper.workers.tolaria.data.build import ensure, prepare
-from esper.workers.tolaria.data.shards import Manifest, TokenData, TokenSplit
+from esper.workers.tolaria.data.shards import Manifest, TokenData
 from esper.workers.tolaria.data.tokenizer import Tokenizer
 
-__all__ = ["Manifest", "TokenData", "TokenSplit", "Tokenizer", "ensure", "prepare"]
+__all__ = ["Manifest", "TokenData", "Tokenizer", "ensure", "prepare"]

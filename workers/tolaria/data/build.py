@@ -1,4 +1,4 @@
-"""Writes a text as a folder of shards: `prepare` at a given path, `ensure` in the cache."""
+"""Writes a text as a folder of token ids: `prepare` at a given path, `ensure` in the cache."""
 
 import hashlib
 import os
@@ -12,8 +12,8 @@ from esper.platform.console import duration, say
 from esper.platform.errors import UserError
 from esper.platform.spec import DataSpec
 from esper.platform.storage import check_unused, new_folder, write_json
-from esper.workers.tolaria.data import shards, sources, tokenizer
-from esper.workers.tolaria.data.shards import Manifest, SplitManifest
+from esper.workers.tolaria.data import sources, tokenizer
+from esper.workers.tolaria.data.shards import FILE, VERSION, Manifest, SplitManifest, write_split
 
 CHUNK_DOCUMENTS = 10_000  # encoded at a time, so that only so much is held as ids of 8 bytes
 MIN_TOKENS = {"train": 1000, "valid": 100}
@@ -21,18 +21,17 @@ SPLITTING = 2  # version of the split into documents and held-out text, for the 
 
 
 def prepare(data: DataSpec, out: Path) -> Manifest:
-    """Write the new folder `out`: shards, tokenizer and `manifest.json`, whole or not at all."""
+    """Write the new folder `out`: ids, tokenizer and `manifest.json`, whole or not at all."""
     check_unused(out)
     tokenizer.checked_name(data.tokenizer)
-    if (Path(data.source).expanduser() / shards.FILE).exists():
-        raise UserError(f"{data.source} holds prepared shards: use it as it is, or give the text it came from.")
     return _write(sources.available(sources.find(data.source)), data, out)
 
 
 def ensure(data: DataSpec) -> Path:
     """The source's folder of shards, else one in the cache, made if needed; safe to call from several processes."""
+    tokenizer.checked_name(data.tokenizer)
     folder = Path(data.source).expanduser()
-    if (folder / shards.FILE).exists():
+    if (folder / FILE).exists():
         made_with = Manifest.read(folder).tokenizer
         if made_with != data.tokenizer:
             raise UserError(
@@ -40,7 +39,6 @@ def ensure(data: DataSpec) -> Path:
                 f"ask for {made_with!r}, or make others with `esper prepare`."
             )
         return folder
-    tokenizer.checked_name(data.tokenizer)
     source = sources.find(data.source)
     if not _cached(source, data).exists():
         source = sources.available(source)  # perhaps the stand-in, which is cached under its own name
@@ -54,7 +52,7 @@ def _cached(source: sources.Source, data: DataSpec) -> Path:
     """The cache folder, whose name has a hash of all that decides its content."""
     cache = os.environ.get("ESPER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "esper"
     options = data.tokenizer, data.valid_fraction, data.max_bytes
-    key = (shards.VERSION, SPLITTING, source.name, source.fingerprint, *options)
+    key = (VERSION, SPLITTING, source.name, source.fingerprint, *options)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     stem = re.sub(r"[^\w.-]+", "-", f"{Path(source.name).stem}-{data.tokenizer}")
     return Path(cache).expanduser() / "data" / f"{stem}-{digest}"
@@ -62,25 +60,22 @@ def _cached(source: sources.Source, data: DataSpec) -> Path:
 
 def _write(source: sources.Source, data: DataSpec, out: Path) -> Manifest:
     started = time.perf_counter()
-    train, valid = sources.split(source, data.valid_fraction, data.max_bytes)
-    say(f"{source.name}: {len(train):,} training and {len(valid):,} validation documents")
-    encoder = tokenizer.build(data.tokenizer, train)
+    splits = dict(zip(("train", "valid"), sources.split(source, data.valid_fraction, data.max_bytes), strict=True))
+    say(f"{source.name}: {len(splits['train']):,} training and {len(splits['valid']):,} validation documents")
+    encoder = tokenizer.build(data.tokenizer, splits["train"])
     with new_folder(out) as folder:
         made = Manifest(
-            version=shards.VERSION,
+            version=VERSION,
             source=source.name,
             tokenizer=encoder.name,
             tokenizer_fingerprint=encoder.fingerprint,
             vocab_size=encoder.vocab_size,
             valid_fraction=data.valid_fraction,
             max_bytes=data.max_bytes or source.max_bytes,
-            splits={
-                "train": _write_split(source, folder, "train", train, encoder),
-                "valid": _write_split(source, folder, "valid", valid, encoder),
-            },
+            splits={name: _write_split(folder, name, texts, encoder) for name, texts in splits.items()},
         )
         encoder.save(folder)
-        write_json(folder / shards.FILE, made.model_dump(mode="json"))
+        write_json(folder / FILE, made.model_dump(mode="json"))
     counts = ", ".join(f"{split.tokens:,} {name} tokens" for name, split in made.splits.items())
     say(f"{encoder.name}: {encoder.vocab_size:,} ids; {counts}, in {duration(time.perf_counter() - started)}")
     if unseen := made.splits["valid"].unseen:
@@ -88,14 +83,12 @@ def _write(source: sources.Source, data: DataSpec, out: Path) -> Manifest:
     return made
 
 
-def _write_split(
-    source: sources.Source, folder: Path, name: str, documents: list[str], encoder: tokenizer.Tokenizer
-) -> SplitManifest:
+def _write_split(folder: Path, name: str, documents: list[str], encoder: tokenizer.Tokenizer) -> SplitManifest:
     chunks = (documents[start : start + CHUNK_DOCUMENTS] for start in range(0, len(documents), CHUNK_DOCUMENTS))
     dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
     ids = np.concatenate([np.empty(0, dtype), *(encoder.encode_documents(chunk).astype(dtype) for chunk in chunks)])
     if len(ids) < MIN_TOKENS[name]:
-        what = f"the {name} text of {source.name} has {len(ids)} tokens, and at least {MIN_TOKENS[name]:,} are needed"
+        what = f"the {name} text has {len(ids)} tokens, and at least {MIN_TOKENS[name]:,} are needed"
         raise UserError(f"{what}: give more text, or change valid_fraction or max_bytes.")
     return SplitManifest(
         documents=len(documents),
@@ -103,5 +96,5 @@ def _write_split(
         characters=sum(map(len, documents)),
         bytes=sum(len(document.encode()) for document in documents),
         unseen=0 if encoder.unseen_id is None else int((ids == encoder.unseen_id).sum()),
-        shards=shards.write_split(folder, name, ids),
+        sha256=write_split(folder, name, ids),
     )

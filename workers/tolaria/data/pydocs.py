@@ -25,27 +25,23 @@ def read() -> Iterator[str]:
 
 
 def _documents(path: Path, module: str) -> Iterator[str]:
+    """The module's docstring, and a document per class or function in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # a template, or source of another Python
             return
-    if doc := ast.get_docstring(tree):
-        yield _text(module, doc)
-    for node in tree.body:
-        if document := "\n\n".join(_docstrings(node, module)):
-            yield document
+    doc = ast.get_docstring(tree)
+    documents = [f"{module}\n{doc}" if doc else "", *("\n\n".join(_docstrings(node, module)) for node in tree.body)]
+    for document in filter(None, documents):
+        yield document.encode("utf-8", "replace").decode()  # escapes may be lone surrogates
 
 
 def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
     if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         name = f"{prefix}.{node.name}"
         if doc := ast.get_docstring(node):
-            yield _text(name, doc)
+            yield f"{name}\n{doc}"
         for child in node.body:
             yield from _docstrings(child, name)
-
-
-def _text(name: str, doc: str) -> str:
-    return f"{name}\n{doc}".encode("utf-8", "replace").decode()  # escapes may be lone surrogates

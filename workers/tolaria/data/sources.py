@@ -1,22 +1,36 @@
-"""Sources of text, and the split into training and validation documents."""
+"""Sources of text: files and folders, TinyStories on the hub, the installed Python; and what of them is held out."""
 
 import hashlib
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.json as pj
+import pyarrow.parquet as pq
 
 from esper.platform.console import say
 from esper.platform.deadline import within
 from esper.platform.errors import UserError, unknown
-from esper.workers.tolaria.data import files, pydocs
+from esper.workers.tolaria.data import pydocs
 
 TINYSTORIES = "roneneldan/TinyStories"
 HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can read, and a minute or two to fetch
 HUB_VALID_BYTES = 2_000_000
 PROBE_SECONDS = 4.0  # the hub's own client retries for minutes when nothing answers
+SEPARATOR = "<|endoftext|>"
+PIECE_CHARACTERS = 2000
+
+TABLES = {  # how a table is read whole
+    ".parquet": partial(pq.read_table, partitioning=None),
+    ".jsonl": partial(pj.read_json, read_options=pj.ReadOptions(block_size=64 * 2**20)),  # bytes: a line's most
+}
+KINDS = (".txt", *TABLES)
 
 Documents = tuple[Iterable[str], Iterable[str] | None]  # training, validation if the source has it
 
@@ -29,7 +43,6 @@ class Source:
     load: Callable[[], Documents]
     fingerprint: str = ""  # changes when the text does
     max_bytes: int | None = None  # of training text, where the caller sets none
-    on_hub: bool = False
 
 
 def _tinystories() -> Documents:
@@ -37,7 +50,7 @@ def _tinystories() -> Documents:
 
 
 SOURCES = (
-    Source("tinystories", _tinystories, max_bytes=HUB_TRAIN_BYTES, on_hub=True),
+    Source("tinystories", _tinystories, max_bytes=HUB_TRAIN_BYTES),
     Source("python-docs", lambda: (pydocs.read(), None), fingerprint=sys.version),
 )
 
@@ -49,15 +62,15 @@ def find(source: str) -> Source:
         return named[source]
     path = Path(source).expanduser()
     if path.exists():
-        return Source(str(path.resolve()), partial(files.read, path), files.fingerprint(path))
-    if path.suffix in files.READERS or len(path.parts) != 1:
+        return Source(str(path.resolve()), partial(_read, path), _fingerprint(path))
+    if path.suffix in KINDS or len(path.parts) != 1:
         raise UserError(f"there is no file or folder {source}: check the path, or name one of {', '.join(named)}.")
     raise unknown("source", source, [*named, "a path"])
 
 
 def available(source: Source) -> Source:
     """`source`, or python-docs, with a message, when its text cannot be had now."""
-    if not source.on_hub or hub_answers(TINYSTORIES):
+    if source.name != "tinystories" or hub_answers(TINYSTORIES):
         return source
     say(f"{source.name} needs the Hugging Face hub, which does not answer: using python-docs instead.")
     return find("python-docs")
@@ -93,6 +106,67 @@ def hub_texts(repo: str, split: str) -> Iterator[str]:
         ) from None
 
 
+def _read(path: Path) -> Documents:
+    """`train*` and `valid*` of a folder with both, else (all files, None)."""
+    found = _text_files(path)
+    train, valid = ([file for file in found if file.name.startswith(name)] for name in ("train", "valid"))
+    if train and valid:
+        return chain.from_iterable(map(read_file, train)), chain.from_iterable(map(read_file, valid))
+    return chain.from_iterable(map(read_file, found)), None
+
+
+def _text_files(path: Path) -> list[Path]:
+    """The file at `path`, or those directly in the folder, by name."""
+    found = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".")
+    if texts := [file for file in found if file.suffix in KINDS]:
+        return texts
+    raise UserError(f"{path} holds no text: give a .txt, .parquet or .jsonl file, or a folder with such files in it.")
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of the paths, sizes and modification times of the files."""
+    stats = [(file.resolve(), file.stat()) for file in _text_files(path)]
+    lines = "".join(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for file, stat in stats)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_file(path: Path) -> Iterator[str]:
+    """A file's documents without nulls; UserError where it is damaged or has no one column of texts."""
+    try:
+        if path.suffix == ".txt":
+            text = path.read_text(encoding="utf-8-sig")
+            yield from map(str.strip, text.split(SEPARATOR)) if SEPARATOR in text else pieces(text)
+            return
+        table = TABLES[path.suffix](path)
+        strings = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+        if "text" not in strings and len(strings) != 1:
+            names = ", ".join(table.column_names)
+            raise ValueError(f"of {names} none is called 'text', and {len(strings)} hold strings")
+        for chunk in table["text" if "text" in strings else strings[0]].chunks:
+            yield from chunk.drop_null().to_pylist()
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        rule = "write it anew, in UTF-8 and with each text under 'text'"
+        raise UserError(f"{path} is no whole {path.suffix} file ({reason}): {rule}.") from None
+
+
+class Piece(str):
+    """A part of a running text without document marks."""
+
+    __slots__ = ()
+
+
+def pieces(text: str) -> Iterator[Piece]:
+    """Pieces of 2,000 to 4,000 characters, cut at a blank line, else a line's end, else a space."""
+    start = 0
+    while start < len(text):
+        least, most = start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS
+        cuts = (text.find(boundary, least, most) for boundary in ("\n\n", "\n", " "))
+        end = next((cut for cut in cuts if cut >= 0), most)
+        yield Piece(text[start:end].strip())
+        start = end
+
+
 def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:
     """Training (`max_bytes` of UTF-8 at most) and validation documents, disjoint unless the source splits itself."""
     limit = max_bytes or source.max_bytes
@@ -107,10 +181,9 @@ def cap(documents: Iterable[str], max_bytes: int | None) -> Iterator[str]:
     """The leading documents with at most `max_bytes` bytes of UTF-8 together, blank ones left out."""
     total = 0
     for document in filter(str.strip, documents):
-        if max_bytes is not None:
-            total += len(document.encode())
-            if total > max_bytes:
-                return
+        total += len(document.encode())
+        if max_bytes is not None and total > max_bytes:
+            return
         yield document
 
 
@@ -119,17 +192,14 @@ def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str
 
     Equal documents stay together; held-out ones are in hash order. A single document is cut as a running text is.
     """
-    running = [document for document in documents if isinstance(document, files.Piece)]
-    hashed = [(hashlib.sha256(d.encode()).digest(), d) for d in documents if not isinstance(d, files.Piece)]
-    wanted, total, last = fraction * sum(len(document) for _, document in hashed), 0, b""
-    for digest, document in sorted(hashed):
-        if total >= wanted:
-            break
-        total, last = total + len(document), digest
-    kept = [document for digest, document in hashed if digest > last]
-    held = [document for digest, document in sorted(hashed) if digest <= last]
+    running = [document for document in documents if isinstance(document, Piece)]
+    whole = [document for document in documents if not isinstance(document, Piece)]
+    hashed = sorted(whole, key=lambda document: hashlib.sha256(document.encode()).digest())
+    ends = list(accumulate(map(len, hashed)))
+    chosen = set(hashed[: bisect_left(ends, fraction * sum(map(len, whole))) + 1])
+    kept, held = [text for text in whole if text not in chosen], [text for text in hashed if text in chosen]
     if held and not kept:
-        running, held = [piece for document in documents for piece in files.pieces(document)], []
+        running, held = [piece for document in documents for piece in pieces(document)], []
     left = round((1 - fraction) * sum(map(len, running)))  # characters until the block begins, within a piece
     for piece in running:
         kept.append(piece[: max(0, left)])

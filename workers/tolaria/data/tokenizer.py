@@ -14,7 +14,7 @@ import tiktoken
 from pydantic_core import from_json
 
 from esper.platform.deadline import within
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError, clipped
 from esper.platform.storage import write_text
 
 END = "<|endoftext|>"
@@ -26,13 +26,15 @@ MIN_BPE = 257  # every byte, and the end of a document
 class Tokenizer:
     """Text to ids in [0, vocab_size) and back."""
 
-    name: str  # `char`, `bpe:1024`, `gpt2`
-    vocab_size: int  # count of ids, reserved ones included
-    end_id: int  # stands after every document, and reads `<|endoftext|>`
-    unseen_id: int | None = None  # stands for what cannot be encoded; None where everything can
-    fingerprint: str  # of the encoding, 16 hex digits
-    content: str  # of its file, all that `load` needs, GPT-2's tokens too: shards are read offline
     FILE: ClassVar[str]
+    unseen_id: int | None = None  # stands for what cannot be encoded; None where everything can
+
+    def __init__(self, name: str, vocab_size: int, end_id: int, content: str, encoded: str) -> None:
+        self.name = name  # `char`, `bpe:1024`, `gpt2`
+        self.vocab_size = vocab_size  # count of ids, reserved ones included
+        self.end_id = end_id  # stands after every document, and reads `<|endoftext|>`
+        self.content = content  # of `FILE`, all that `load` needs, GPT-2's tokens too: ids are read offline
+        self.fingerprint = hashlib.sha256(f"{name}\0{encoded}".encode()).hexdigest()[:16]
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """Ids of the documents in turn, each followed by `end_id`; int64 (tokens,)."""
@@ -54,14 +56,12 @@ class Tokenizer:
 class Characters(Tokenizer):
     """One id per character, in code-point order, after two reserved ids: unseen 0, end 1."""
 
-    name, unseen_id, end_id, FILE = "char", 0, 1, "characters.json"
+    FILE, unseen_id = "characters.json", 0
 
     def __init__(self, characters: str) -> None:
         if not isinstance(characters, str) or sorted(set(characters)) != list(characters):
             raise ValueError("it is no string of characters in order")
-        self.vocab_size = len(characters) + 2
-        self.content = json.dumps(characters) + "\n"
-        self.fingerprint = _fingerprint(self.name, characters)
+        super().__init__("char", len(characters) + 2, 1, json.dumps(characters) + "\n", characters)
         self._texts = np.array(["\ufffd", END, *characters], dtype=object)
         self._ids = np.zeros(0x110000, dtype=np.int32)  # by code point
         self._ids[_code_points(characters)] = np.arange(2, self.vocab_size)
@@ -82,22 +82,19 @@ class BytePairs(Tokenizer):
     FILE = "ranks.tiktoken"  # in tiktoken's own format
 
     def __init__(self, name: str, tokens: Sequence[bytes]) -> None:
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
+        self.ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(self.ranks) < len(tokens) or not all(bytes([byte]) in self.ranks for byte in range(256)):
             raise ValueError("it lacks a byte, or has a token twice")
-        self.name, self.tokens = name, tuple(tokens)
-        self.end_id, self.vocab_size = len(tokens), len(tokens) + 1
-        self.content = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        self.fingerprint = _fingerprint(name, self.content)
+        content = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
+        super().__init__(name, len(tokens) + 1, len(tokens), content, content)
         self._encoding = tiktoken.Encoding(
-            name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END: self.end_id}
+            name, pat_str=GPT2_PATTERN, mergeable_ranks=self.ranks, special_tokens={END: self.end_id}
         )
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """See `Tokenizer`; uses tiktoken's threads on all cores."""
         encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=os.cpu_count() or 1)
-        parts = (np.asarray([*ids, self.end_id], dtype=np.int64) for ids in encoded)
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+        return np.concatenate([np.asarray([*ids, self.end_id], dtype=np.int64) for ids in encoded])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer`."""
@@ -106,12 +103,10 @@ class BytePairs(Tokenizer):
 
 def checked_name(name: str) -> str:
     """`name`, if it is `char`, `gpt2` or `bpe:N` with N ≥ 257; UserError otherwise."""
-    if name in ("char", "gpt2"):
-        return name
-    if not re.fullmatch("bpe:(?!N$).*", name):
-        raise unknown("tokenizer", name, ["char", "bpe:N", "gpt2"])
-    if not re.fullmatch("bpe:[1-9][0-9]{2,8}", name) or int(name[4:]) < MIN_BPE:
-        raise UserError(f"tokenizer {name!r}: N must be a whole number of at least {MIN_BPE}, for example bpe:1024.")
+    found = re.fullmatch("char|gpt2|bpe:([1-9][0-9]{2,8})", name)
+    if found is None or int(found[1] or MIN_BPE) < MIN_BPE:
+        rule = f"it must be char, gpt2 or bpe:N, for example bpe:1024, with N at least {MIN_BPE}"
+        raise UserError(f"unknown tokenizer {clipped(name)}: {rule}.")
     return name
 
 
@@ -140,36 +135,30 @@ def load(name: str, folder: Path) -> Tokenizer:
         raise UserError(f"{path}, the tokenizer, cannot be read ({error}): make the folder anew.") from None
 
 
-def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
-    import tokenizers  # needed for learning alone
-
-    size = int(name.removeprefix("bpe:")) - 1
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    model.train_from_iterator(documents, trainer)
-    learned = model.get_vocab()
-    if len(learned) < size:
-        raise UserError(
-            f"the training text is too small to learn {name}: it gives {len(learned) + 1} tokens, so ask for "
-            f"bpe:{len(learned) + 1} at most, or give more text."
-        )
-    byte = {symbol: byte for byte, symbol in byte_symbols().items()}
-    merged = [token for token in sorted(learned, key=learned.__getitem__) if len(token) > 1]
-    return [bytes([b]) for b in range(256)] + [bytes(byte[symbol] for symbol in token) for token in merged]
-
-
 def byte_symbols() -> dict[int, str]:
     """Byte → GPT-2's visible character for it, as in `tokenizers`."""
     visible = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # needed for learning alone
+
+    size = int(name.removeprefix("bpe:")) - 1
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        documents, trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False, initial_alphabet=alphabet)
+    )
+    learned = model.get_vocab()
+    if len(learned) < size:
+        most = f"bpe:{len(learned) + 1}"
+        raise UserError(f"the training text is too small to learn {name}: ask for {most} at most, or give more text.")
+    byte = {symbol: byte for byte, symbol in byte_symbols().items()}
+    merged = [token for token in sorted(learned, key=learned.__getitem__) if len(token) > 1]
+    return [bytes([b]) for b in range(256)] + [bytes(byte[symbol] for symbol in token) for token in merged]
 
 
 def _gpt2_tokens() -> list[bytes]:
@@ -185,7 +174,3 @@ def _gpt2_tokens() -> list[bytes]:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-
-
-def _fingerprint(name: str, content: str) -> str:
-    return hashlib.sha256(f"{name}\0{content}".encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError
 
 Attend = Callable[..., Tensor]
 
@@ -34,25 +34,15 @@ KERNELS: dict[str, Attend] = {"sdpa": sdpa, "flash": flash}
 
 
 def kernel(name: str) -> Attend:
-    """The kernel of this name; UserError where it is unknown or this machine cannot run it."""
-    if name not in KERNELS:
-        raise unknown("host.attention", name, KERNELS)
+    """The kernel of this name; UserError where this machine cannot run it."""
     if name == "flash":
-        _check_flash()
+        what, otherwise = "host.attention is 'flash', but", "or use --set host.attention=sdpa."
+        try:
+            import flash_attn  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError(
+                f"{what} flash-attn cannot be imported ({error}): install it with {INSTALL}, {otherwise}"
+            ) from None
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+            raise UserError(f"{what} this machine shows no CUDA GPU of Ampere or newer: run on one, {otherwise}")
     return KERNELS[name]
-
-
-def _check_flash() -> None:
-    otherwise = "or use --set host.attention=sdpa."
-    try:
-        from flash_attn import flash_attn_func  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(
-            f"host.attention is 'flash', but flash-attn cannot be imported ({error}): install it with {INSTALL}, "
-            + otherwise
-        ) from None
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        raise UserError(
-            "host.attention is 'flash', but this machine shows no CUDA GPU of the Ampere generation or newer: "
-            f"run on one, {otherwise}"
-        )

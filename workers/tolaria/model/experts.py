@@ -63,14 +63,14 @@ class Expert(nn.Module):
 class Experts(nn.ModuleDict):
     """A layer's experts by name, in the order in which they choose."""
 
-    def all(self) -> Iterator["Expert"]:
+    def all(self) -> Iterator[Expert]:
         """The experts, in order."""
-        for expert in self.values():
-            assert isinstance(expert, Expert)
-            yield expert
+        return (expert for expert in self.values() if isinstance(expert, Expert))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: (B, T, C), the MLP's input and output → y with the experts' outputs added."""
+        if not len(self):
+            return y
         flat, out = x.flatten(0, -2), y.flatten(0, -2)  # (N, C)
         free = torch.ones(len(flat), dtype=torch.bool, device=x.device)
         for expert in self.all():

@@ -4,7 +4,7 @@ A graft is a segment with parameters of its own, concatenated in `forward`: one 
 Fusing stores the concatenation, so no output bit changes. R output features (rows), K input features (columns).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -32,42 +32,42 @@ class GrowableLinear(nn.Module):
         self.axis = axis
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
-        self.young: nn.ModuleList | None = None  # segments not yet fused, oldest first
+        self.young = nn.ModuleList()  # segments not yet fused, oldest first
 
     @property
     def in_features(self) -> int:
         """Current K."""
-        return self._size(1)
+        return self.weight.shape[1] + self.axis * sum(self.young_sizes())
 
     @property
     def out_features(self) -> int:
         """Current R."""
-        return self._size(0)
+        return self.weight.shape[0] + (1 - self.axis) * sum(self.young_sizes())
+
+    def young_sizes(self) -> list[int]:
+        """Rows or columns of each young segment."""
+        return [segment.weight.shape[self.axis] for segment in self._segments()]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K) → (..., R)."""
-        if self.young is None:
-            return F.linear(x, self.weight, self.bias)
         return F.linear(x, *self.joined())
 
     def joined(self) -> tuple[Tensor, Tensor]:
         """Whole W and b, young segments included."""
-        segments = self._segments()
+        if not (segments := self._segments()):
+            return self.weight, self.bias
         weight = torch.cat([self.weight, *(segment.weight for segment in segments)], dim=self.axis)
-        if self.axis == 1:
-            return weight, self.bias
-        return weight, torch.cat([self.bias, *(segment.bias for segment in segments if segment.bias is not None)])
+        biases = [segment.bias for segment in segments if segment.bias is not None]
+        return weight, torch.cat([self.bias, *biases]) if biases else self.bias
 
     def tail(self, size: int) -> Tensor:
         """A view of W's last `size` rows or columns: the newest graft."""
-        last = self._segments()[-1].weight if self.young is not None else self.weight
+        last = [self.weight, *(segment.weight for segment in self._segments())][-1]
         return last.narrow(self.axis, last.shape[self.axis] - size, size)
 
     def add(self, weight: Tensor, bias: Tensor | None = None) -> Pairs:
         """Append a segment: weight (r, K) and bias (r,), or weight (R, k)."""
         segment = Segment(weight.to(self.weight), None if bias is None else bias.to(self.weight))
-        if self.young is None:
-            self.young = nn.ModuleList()
         self.young.append(segment)
         pairs = [(segment.weight, self.weight)]
         return pairs if segment.bias is None else [*pairs, (segment.bias, self.bias)]
@@ -75,44 +75,29 @@ class GrowableLinear(nn.Module):
     def fuse(self) -> list[Swap]:
         """Join the oldest young segment to the layer's own tensors."""
         oldest, *others = self._segments()
-        self._keep(others)
+        self.young = nn.ModuleList(others)
         swaps = [self._swap("weight", self.axis, oldest.weight)]
         return swaps if oldest.bias is None else [*swaps, self._swap("bias", 0, oldest.bias)]
 
     def cut(self, size: int) -> tuple[list[Swap], list[nn.Parameter]]:
         """Drop the last `size` rows or columns: (changed parameters, dropped parameters)."""
-        segments = self._segments()
-        if segments:
+        if segments := self._segments():
             assert segments[-1].weight.shape[self.axis] == size
-            self._keep(segments[:-1])
+            self.young = nn.ModuleList(segments[:-1])
             return [], list(segments[-1].parameters())
         swaps = [self._swap("weight", self.axis, cut=size)]
         return (swaps if self.axis == 1 else [*swaps, self._swap("bias", 0, cut=size)]), []
 
-    def split_off(self, sizes: Sequence[int]) -> None:
+    def split_off(self, sizes: Iterable[int]) -> None:
         """Turn the last rows or columns into uninitialised young segments, to load a saved state into."""
-        for name, axis in [("weight", 1)] if self.axis == 1 else [("weight", 0), ("bias", 0)]:
-            whole = getattr(self, name)
-            own = whole.detach().narrow(axis, 0, whole.shape[axis] - sum(sizes)).clone()
-            setattr(self, name, nn.Parameter(own))
+        self.cut(sum(sizes))
         for size in sizes:
-            rows = (size, self.in_features) if self.axis == 0 else (self.out_features, size)
-            self.add(torch.empty(rows), torch.empty(size) if self.axis == 0 else None)
-
-    def young_sizes(self) -> list[int]:
-        """Rows or columns of each young segment."""
-        return [segment.weight.shape[self.axis] for segment in self._segments()]
+            rows = self.axis == 0
+            weight = torch.empty((size, self.in_features) if rows else (self.out_features, size))
+            self.add(weight, torch.empty(size) if rows else None)
 
     def _segments(self) -> list[Segment]:
-        return [segment for segment in self.young or () if isinstance(segment, Segment)]
-
-    def _size(self, axis: int) -> int:
-        own = self.weight.shape[axis]
-        return own + sum(self.young_sizes()) if axis == self.axis else own
-
-    def _keep(self, segments: list[Segment]) -> None:
-        del self.young  # a registered module, or None: either way gone before it is set again
-        self.young = nn.ModuleList(segments) if segments else None
+        return [segment for segment in self.young if isinstance(segment, Segment)]
 
     @torch.no_grad()
     def _swap(self, name: str, axis: int, young: nn.Parameter | None = None, cut: int = 0) -> Swap:

@@ -3,7 +3,6 @@
 V vocabulary, T block size, C embedding, H heads, D head dimension, W MLP neurons.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -32,15 +31,9 @@ class TransformerShape:
         """The shape of a newborn host."""
         width = host.mlp_width or 4 * host.n_embd
         layers = host.layers or tuple(LayerSpec(uid=i, heads=host.n_head, width=width) for i in range(host.n_layer))
-        return cls(
-            vocab_size=vocab_size,
-            block_size=host.block_size,
-            n_embd=host.n_embd,
-            head_dim=host.head_dim or host.n_embd // host.n_head,
-            tied=host.tied,
-            born=LayerSpec(uid=1 + max(layer.uid for layer in layers), heads=host.n_head, width=width),
-            layers=layers,
-        )
+        head_dim = host.head_dim or host.n_embd // host.n_head
+        born = LayerSpec(uid=1 + max(layer.uid for layer in layers), heads=host.n_head, width=width)
+        return cls(vocab_size, host.block_size, host.n_embd, head_dim, host.tied, born, layers)
 
     def injection_specs(self) -> tuple[InjectionSpec, ...]:
         """The site after the embeddings and three per layer, in forward order."""
@@ -48,9 +41,8 @@ class TransformerShape:
         embeddings = self.parameters_count() - self.parameters_count(non_embedding=True)
         specs = [InjectionSpec("wte.stream", "residual_stream", 0.0, stream, 0, embeddings)]
         for i, layer in enumerate(self.layers):
-            before, at, after = (i / len(self.layers), (i + 0.5) / len(self.layers), (i + 1) / len(self.layers))
-            parts = self._layer_parts(layer)
-            name = f"h{layer.uid}"
+            before, at, after = (place / len(self.layers) for place in (i, i + 0.5, i + 1))
+            parts, name = self._layer_parts(layer), f"h{layer.uid}"
             specs += [
                 InjectionSpec(f"{name}.attention", "pre_attention", before, attention, layer.heads, parts[0]),
                 InjectionSpec(f"{name}.ffn", "post_ffn", at, mlp, layer.width, parts[1]),
@@ -61,9 +53,8 @@ class TransformerShape:
     def parameters_count(self, *, non_embedding: bool = False) -> int:
         """Count of parameters, a tied head once; `non_embedding` leaves out wte, wpe and lm_head."""
         body = sum(sum(self._layer_parts(layer)) for layer in self.layers) + 2 * self.n_embd
-        if non_embedding:
-            return body
-        return body + self.n_embd * ((1 if self.tied else 2) * self.vocab_size + self.block_size)
+        outside = self.n_embd * ((1 if self.tied else 2) * self.vocab_size + self.block_size)
+        return body if non_embedding else body + outside
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token, three times the forward's matrix products; experts count by their share of tokens.
@@ -89,16 +80,13 @@ class TransformerShape:
     def with_units(self, site_id: str, units: int) -> Self:
         """A copy with `units` more heads or neurons at a site; fewer, if negative."""
         field = "heads" if site_id.endswith(".attention") else "width"
-        return self._changed(site_id, lambda layer: {field: getattr(layer, field) + units})
+        return self._with(site_id, **{field: getattr(self._layer(site_id), field) + units})
 
     def with_expert(self, site_id: str, width: int, share: float) -> Self:
         """A copy with an expert beside the site's MLP."""
-
-        def added(layer: LayerSpec) -> dict[str, Any]:
-            uid = 1 + max((expert.uid for expert in layer.experts), default=-1)
-            return {"experts": (*layer.experts, ExpertSpec(uid=uid, width=width, share=share))}
-
-        return self._changed(site_id, added)
+        experts = self._layer(site_id).experts
+        uid = 1 + max((expert.uid for expert in experts), default=-1)
+        return self._with(site_id, experts=(*experts, ExpertSpec(uid=uid, width=width, share=share)))
 
     def with_layer(self, site_id: str) -> Self:
         """A copy with a new layer at a stream site."""
@@ -108,23 +96,14 @@ class TransformerShape:
 
     def without(self, name: str) -> Self:
         """A copy without the layer `h<uid>` or the expert `h<uid>.e<uid>`."""
-        layer, _, expert = name.partition(".")
-        if expert:
-            return self._changed(
-                name, lambda layer: {"experts": tuple(e for e in layer.experts if f"e{e.uid}" != expert)}
-            )
+        layer, _, gone = name.partition(".")
+        if gone:
+            return self._with(name, experts=tuple(e for e in self._layer(name).experts if f"e{e.uid}" != gone))
         return replace(self, layers=tuple(kept for kept in self.layers if f"h{kept.uid}" != layer))
 
     def part_after(self, other: "TransformerShape") -> str:
         """The name of the one part that this shape has and `other` lacks."""
-        old = {layer.uid: layer for layer in other.layers}
-        for layer in self.layers:
-            if layer.uid not in old:
-                return f"h{layer.uid}"
-            for expert in layer.experts:
-                if expert not in old[layer.uid].experts:
-                    return f"h{layer.uid}.e{expert.uid}"
-        raise ValueError("the shapes have the same parts.")
+        return next(part for part in self._parts() if part not in other._parts())
 
     def position(self, stream_id: str) -> int:
         """Index of a layer inserted at this stream site; `ValueError` for any other id."""
@@ -141,6 +120,11 @@ class TransformerShape:
         """The layers as JSON values."""
         return [layer.model_dump(mode="json") for layer in self.layers]
 
+    def _parts(self) -> list[str]:
+        """Layers and experts, by name."""
+        layers = [f"h{layer.uid}" for layer in self.layers]
+        return layers + [f"h{layer.uid}.e{expert.uid}" for layer in self.layers for expert in layer.experts]
+
     def _layer_parts(self, layer: LayerSpec) -> tuple[int, int, int]:
         """Parameters of attention, of MLP and experts, and of both norms."""
         c, inner = self.n_embd, layer.heads * self.head_dim
@@ -149,11 +133,10 @@ class TransformerShape:
         experts = sum(c + 2 * c * expert.width + expert.width + c for expert in layer.experts)
         return attention, mlp + experts, 4 * c
 
-    def _changed(self, site_id: str, change: Callable[[LayerSpec], dict[str, Any]]) -> Self:
-        name = site_id.partition(".")[0]
-        return replace(
-            self,
-            layers=tuple(
-                layer.model_copy(update=change(layer)) if name == f"h{layer.uid}" else layer for layer in self.layers
-            ),
-        )
+    def _layer(self, site_id: str) -> LayerSpec:
+        return next(layer for layer in self.layers if f"h{layer.uid}" == site_id.partition(".")[0])
+
+    def _with(self, site_id: str, **changes: Any) -> Self:
+        changed = self._layer(site_id)
+        new = changed.model_copy(update=changes)
+        return replace(self, layers=tuple(new if layer is changed else layer for layer in self.layers))

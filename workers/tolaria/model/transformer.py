@@ -70,8 +70,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(shape.n_embd, layer.heads, shape.head_dim, dropout, attend)
         self.ln_2 = nn.LayerNorm(shape.n_embd)
         self.mlp = MLP(shape.n_embd, layer.width)
-        self.experts: Experts | None = None
         self.drop = make_dropout(dropout)
+        self.experts = Experts()
         for expert in layer.experts:
             self.add_expert(expert)
 
@@ -79,33 +79,19 @@ class Block(nn.Module):
         """x: (B, T, C) → (B, T, C)."""
         x = x + self.drop(self.attn(self.ln_1(x)))
         normed = self.ln_2(x)
-        y = self.mlp(normed)
-        if self.experts is not None:
-            y = self.experts(normed, y)
-        return x + self.drop(y)
+        return x + self.drop(self.experts(normed, self.mlp(normed)))
 
     def add_expert(self, expert: ExpertSpec) -> Expert:
         """Put an expert beside the MLP, uninitialised except for its balance."""
-        if self.experts is None:
-            self.experts = Experts()
         new = Expert(self.ln_2.weight.shape[0], expert).to(self.ln_2.weight)
-        self.experts[f"e{expert.uid}"] = new
         new.balance = new.balance.float()
-        return new.train(self.training)
-
-    def remove_expert(self, name: str) -> nn.Module:
-        """Take an expert out."""
-        assert self.experts is not None
-        expert = self.experts.pop(name)
-        if not self.experts:
-            del self.experts
-            self.experts = None
-        return expert
+        self.experts[f"e{expert.uid}"] = new.train(self.training)
+        return new
 
     def shape(self) -> LayerSpec:
         """The layer's current shape."""
         heads, width = self.attn.c_proj.in_features // self.attn.head_dim, self.mlp.c_proj.in_features
-        experts = tuple(expert.shape for expert in self.experts.all()) if self.experts is not None else ()
+        experts = tuple(expert.shape for expert in self.experts.all())
         return LayerSpec(uid=self.uid, heads=heads, width=width, experts=experts)
 
     def outgoing(self) -> list[nn.Parameter]:
@@ -117,7 +103,7 @@ class Layout(Frozen):
     """The structure of a host's tree of modules and parameters."""
 
     layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
-    young: dict[str, tuple[Annotated[int, Field(ge=1)], ...]]  # name of a linear → rows or columns per young segment
+    young: dict[str, tuple[Annotated[int, Field(ge=1, le=2**53)], ...]]  # name of a linear → size of each young segment
     next_uid: int  # of the next new layer
 
 
@@ -127,12 +113,12 @@ class TransformerHost(nn.Module):
     def __init__(self, spec: HostSpec, vocab_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.shape = TransformerShape.of(spec, vocab_size)  # what the host is now
+        self._shape = TransformerShape.of(spec, vocab_size)  # its layers are those at birth
         self.wte = nn.Embedding(vocab_size, spec.n_embd)
         self.wpe = nn.Embedding(spec.block_size, spec.n_embd)
         self.drop = make_dropout(spec.dropout)
         self._attend = kernel(spec.attention)
-        self.h = nn.ModuleList(self._layer(layer) for layer in self.shape.layers)
+        self.h = nn.ModuleList(self._layer(layer) for layer in self._shape.layers)
         self.ln_f = nn.LayerNorm(spec.n_embd)
         self.lm_head = nn.Linear(spec.n_embd, vocab_size, bias=False)
         if spec.tied:
@@ -160,26 +146,31 @@ class TransformerHost(nn.Module):
             x = block(x)
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
+    @property
+    def shape(self) -> TransformerShape:
+        """What the host is now, read off its tensors."""
+        return replace(self._shape, layers=tuple(block.shape() for block in self._blocks()))
+
     def split(self) -> bool:
         """Whether some linear layer has young segments."""
-        return any(linear.young is not None for _, linear in self._linears())
+        return any(len(linear.young) for _, linear in self.growable())
+
+    def growable(self) -> Iterator[tuple[str, GrowableLinear]]:
+        """The linears that can grow, by name."""
+        return ((name, module) for name, module in self.named_modules() if isinstance(module, GrowableLinear))
 
     def linears(self, site_id: str) -> tuple[GrowableLinear, GrowableLinear]:
         """The pair that units are added to at an attention or MLP site: (incoming rows, outgoing columns)."""
         block, part = self._at(site_id)
-        if part == "attention":
-            return block.attn.c_attn, block.attn.c_proj
-        return block.mlp.c_fc, block.mlp.c_proj
+        return (block.attn.c_attn, block.attn.c_proj) if part == "attention" else (block.mlp.c_fc, block.mlp.c_proj)
 
     def written_by(self, site_id: str) -> Iterator[Tensor]:
         """The parameters behind a site's telemetry; for a stream site, those that wrote the stream there."""
         if site_id == "wte.stream":
-            yield from (self.wte.weight, self.wpe.weight)
-            return
+            return iter((self.wte.weight, self.wpe.weight))
         block, part = self._at(site_id)
-        yield from {"attention": block.attn, "ffn": block.mlp, "stream": block}[part].parameters()
-        if part == "ffn" and block.experts is not None:
-            yield from block.experts.parameters()
+        modules = {"attention": [block.attn], "ffn": [block.mlp, block.experts], "stream": [block]}[part]
+        return (parameter for module in modules for parameter in module.parameters())
 
     @torch.no_grad()
     def stream_sizes(self) -> dict[str, float]:
@@ -208,10 +199,9 @@ class TransformerHost(nn.Module):
             siblings = {**dict(block.mlp.named_parameters()), "router": block.mlp.c_fc.weight}
         else:
             position = self.shape.position(site_id)
-            sibling = self.h[max(0, position - 1)]
+            siblings = dict(self.h[max(0, position - 1)].named_parameters())
             new = self._layer(layer).to(self.wte.weight).train(self.training)
             self.h.insert(position, new)
-            siblings = dict(sibling.named_parameters())
             self.reserve(shape.born.uid)
         return name, [(parameter, siblings[key]) for key, parameter in new.named_parameters()]
 
@@ -219,30 +209,24 @@ class TransformerHost(nn.Module):
         """The module of an inserted part; None when it is gone."""
         layer, _, expert = name.partition(".")
         block = next((block for block in self._blocks() if layer == f"h{block.uid}"), None)
-        if block is None or not expert:
-            return block
-        return dict((block.experts or {}).items()).get(expert)
+        return dict(block.experts.items()).get(expert) if block is not None and expert else block
 
     def remove(self, name: str) -> list[nn.Parameter]:
         """Remove a part and return its parameters."""
         block, expert = self._at(name)
         if expert:
-            return list(block.remove_expert(expert).parameters())
+            return list(block.experts.pop(expert).parameters())
         del self.h[list(self.h).index(block)]
         return list(block.parameters())
 
-    def grown(self) -> None:
-        """Read the shape off the tensors again; call it after every change of them."""
-        self.shape = replace(self.shape, layers=tuple(block.shape() for block in self._blocks()))
-
     def reserve(self, next_uid: int) -> None:
         """Give no new layer a uid below this."""
-        born = self.shape.born
-        self.shape = replace(self.shape, born=born.model_copy(update={"uid": max(born.uid, next_uid)}))
+        born = self._shape.born
+        self._shape = replace(self._shape, born=born.model_copy(update={"uid": max(born.uid, next_uid)}))
 
     def layout(self) -> Layout:
         """The structure that `rebuilt` needs beside the tensors."""
-        young = {name: tuple(linear.young_sizes()) for name, linear in self._linears() if linear.young is not None}
+        young = {name: tuple(linear.young_sizes()) for name, linear in self.growable() if len(linear.young)}
         return Layout(layers=self.shape.layers, young=young, next_uid=self.shape.born.uid)
 
     def own_state(self) -> dict[str, Tensor]:
@@ -255,35 +239,32 @@ class TransformerHost(nn.Module):
     @classmethod
     def rebuilt(cls, spec: HostSpec, vocab_size: int, layout: Layout, state: Mapping[str, Tensor]) -> "TransformerHost":
         """The host of this layout and `own_state`, not copied; UserError, before allocating, where they do not fit."""
-        odd = UserError("the checkpoint's host and its tensors do not fit together: restore an older copy of it.")
-        uids, layers = {layer.uid for layer in layout.layers}, layout.layers
-        if len(uids) < len(layers) or layout.next_uid <= max(uids):
-            raise odd
-        with torch.device("meta"):
-            host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), vocab_size)
-            linears = dict(host._linears())
-            for name, sizes in layout.young.items():
-                if name not in linears or not 0 < sum(sizes) < linears[name].weight.shape[linears[name].axis]:
-                    raise odd
-                linears[name].split_off(sizes)
-        if {name: tensor.shape for name, tensor in host.own_state().items()} != {n: t.shape for n, t in state.items()}:
-            raise odd
-        tied = {"lm_head.weight": state["wte.weight"]} if spec.tied else {}
-        host.load_state_dict({**state, **tied}, assign=True)
+        layers, uids = layout.layers, {layer.uid for layer in layout.layers}
+        try:
+            if len(uids) < len(layers) or layout.next_uid <= max(uids):
+                raise ValueError("a layer's uid is not its own")
+            with torch.device("meta"):
+                host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), vocab_size)
+                linears = dict(host.growable())
+                for name, sizes in layout.young.items():
+                    linears[name].split_off(sizes)
+            tied = {"lm_head.weight": state["wte.weight"]} if spec.tied else {}
+            host.load_state_dict({**state, **tied}, assign=True)
+        except (LookupError, ValueError, RuntimeError):
+            raise UserError(
+                "the checkpoint's host and its tensors do not fit together: restore an older copy of it."
+            ) from None
         if spec.tied:
             host.lm_head.weight = host.wte.weight
-        host.spec, host.shape = spec, replace(TransformerShape.of(spec, vocab_size), layers=layers)
+        host.spec, host._shape = spec, TransformerShape.of(spec, vocab_size)
         host.reserve(layout.next_uid)
         return host
 
     def _layer(self, layer: LayerSpec) -> Block:
-        return Block(self.shape, layer, self.spec.dropout, self._attend)
+        return Block(self._shape, layer, self.spec.dropout, self._attend)
 
     def _blocks(self) -> Iterator[Block]:
         return (block for block in self.h if isinstance(block, Block))
-
-    def _linears(self) -> Iterator[tuple[str, GrowableLinear]]:
-        return ((name, module) for name, module in self.named_modules() if isinstance(module, GrowableLinear))
 
     def _at(self, place: str) -> tuple[Block, str]:
         name, _, rest = place.partition(".")

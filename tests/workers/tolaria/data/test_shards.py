@@ -1,4 +1,4 @@
-"""Shards: windows over boundaries, zero-copy maps, and damage that is refused, always in a sentence."""
+"""Prepared text: windows, a map that is no copy, and damage that is refused, always in a sentence."""
 
 import contextlib
 import hashlib
@@ -10,78 +10,37 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.platform.errors import UserError
-from esper.platform.spec import DataSpec
-from esper.workers.tolaria.data import Manifest, TokenData, TokenSplit, prepare, shards
+from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.data.shards import FILE
-
-TEXT = "\n<|endoftext|>\n".join(f"Story {i}: " + f"the cat saw {i} dogs. " * 10 for i in range(60))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "stories.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(text):
-    prepare(DataSpec(source=str(text)), text.parent / "whole")
-    return text.parent / "whole"
-
-
-@pytest.fixture(scope="module")
-def many(text):
-    """The same text in shards of 1,000 bytes."""
-    size, shards.SHARD_BYTES = shards.SHARD_BYTES, 1000
-    prepare(DataSpec(source=str(text)), text.parent / "many")
-    shards.SHARD_BYTES = size
-    return text.parent / "many"
+from tests.workers.tolaria.data.mutations import mutated
 
 
 @pytest.fixture
-def prepared(many, tmp_path):
+def prepared(shards, tmp_path):
     """A copy for a test to damage."""
-    return shutil.copytree(many, tmp_path / "out")
+    return shutil.copytree(shards, tmp_path / "out")
 
 
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.data())
-def test_windows_equal_slices_of_the_whole(lengths, data):
-    whole = np.arange(sum(lengths), dtype=np.uint16)
-    split = TokenSplit(np.split(whole, np.cumsum(lengths)[:-1]))
-    assert split.tokens == len(whole)
-    length = data.draw(st.integers(1, len(whole)))
-    starts = data.draw(st.lists(st.integers(0, len(whole) - length), max_size=5))
-    windows = split.windows(np.array(starts, dtype=np.int64), length)
+@given(st.data())
+def test_windows_are_slices(tokens, data):
+    count = tokens.tokens("train")
+    length = data.draw(st.integers(1, 900))
+    starts = np.array(data.draw(st.lists(st.integers(0, count - length), min_size=1, max_size=5)))
+    windows = tokens.windows("train", starts, length)
     assert windows.dtype == np.int64
-    assert windows.tolist() == [whole[start : start + length].tolist() for start in starts]
-
-
-@pytest.mark.parametrize("starts", [[-1], [0, 6]])
-@pytest.mark.parametrize("arrays", [[np.arange(10)], [np.arange(4), np.arange(6)]])
-def test_windows_outside_are_refused(starts, arrays):
+    assert windows.tolist() == [tokens.ids["train"][start : start + length].tolist() for start in starts]
     with pytest.raises(IndexError):
-        TokenSplit(arrays).windows(np.array(starts), 5)
+        tokens.windows("train", np.array([count - length + 1]), length)
 
 
-def test_one_shard_and_many_hold_the_same_tokens(whole, many):
-    one, other = TokenData.open(whole), TokenData.open(many)
-    assert len(one.manifest.splits["train"].shards) == 1
-    assert max(shard.tokens for shard in other.manifest.splits["train"].shards) == 500
-    starts = np.arange(0, one.split("train").tokens - 700, 97)
-    expected = one.split("train").windows(starts, 700)
-    np.testing.assert_array_equal(other.split("train").windows(starts, 700), expected)
-    assert one.tokenizer.decode(one.split("valid").windows(np.array([0]), 6)[0]) == "Story "
-
-
-def test_the_map_is_not_a_copy_and_pickles_as_its_path(whole):
+def test_the_map_is_not_a_copy_and_pickles_as_its_path(shards):
     before = pa.total_allocated_bytes()
-    data = TokenData.open(whole)
-    (array,) = data.split("train").arrays
+    data = TokenData.open(shards)
+    array = data.ids["train"]
     assert pa.total_allocated_bytes() - before < array.nbytes
     assert array.dtype == np.uint16
     assert not array.flags.writeable
@@ -91,19 +50,13 @@ def test_the_map_is_not_a_copy_and_pickles_as_its_path(whole):
     assert pickle.loads(pickled).manifest == data.manifest
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def sign(path, *columns):
-    """Replace a shard's content, and give the manifest its checksum."""
+    """Replace a split's content, and give the manifest its checksum."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("tokens", columns[0].type)])) as writer:
         for column in columns:
             writer.write_batch(pa.record_batch([column], names=["tokens"]))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    rewrite(path.parent, lambda m: m["splits"]["train"]["shards"][3].update(sha256=digest))
+    split = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "tokens": 500}
+    rewrite(path.parent, lambda m: m["splits"]["train"].update(split))
 
 
 def rewrite(folder, change):
@@ -113,13 +66,12 @@ def rewrite(folder, change):
 
 
 @pytest.mark.parametrize(
-    ("damage", "seen"),
+    ("damage", "verified"),
     [
         (lambda path: path.unlink(), False),
-        (flip, True),  # which only the checksum sees
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), False),
-        (lambda path: path.write_bytes(b""), False),
-        (lambda path: shutil.copy(path.with_name("train-00001.arrow"), path), True),
+        (lambda path: shutil.copy(path.with_name("valid.arrow"), path), False),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"\5", b"\6")), True),  # seen by the checksum alone
         (lambda path: sign(path, pa.array(np.zeros(500))), False),
         (lambda path: sign(path, pa.array(["a"] * 500)), False),
         (lambda path: sign(path, pa.array([None] * 500, pa.uint16())), False),
@@ -127,9 +79,9 @@ def rewrite(folder, change):
         (lambda path: sign(path, *(pa.array(np.zeros(n, np.uint16)) for n in (100, 400))), False),
     ],
 )
-def test_damaged_shards_are_refused(prepared, damage, seen):
-    damage(prepared / "train-00003.arrow")
-    for verify in (True,) if seen else (True, False):
+def test_damaged_ids_are_refused(prepared, damage, verified):
+    damage(prepared / "train.arrow")
+    for verify in {True, verified}:
         with pytest.raises(UserError, match=f"{prepared}.* cannot be used .*esper prepare"):
             TokenData.open(prepared, verify=verify)
 
@@ -143,9 +95,8 @@ def test_damaged_shards_are_refused(prepared, damage, seen):
         (lambda m: m.update(tokenizer="words"), "unknown tokenizer"),
         (lambda m: m.update(tokenizer="bpe:300"), "ranks.tiktoken"),
         (lambda m: m["splits"].pop("valid"), "splits"),
-        (lambda m: m["splits"]["train"].update(shards=[]), "shards"),
-        (lambda m: m["splits"]["train"]["shards"][0].update(file="../a.arrow"), "file"),
-        (lambda m: m["splits"]["train"]["shards"][0].update(sha256="0"), "sha256"),
+        (lambda m: m["splits"].update({"../a": m["splits"]["train"]}), "splits"),
+        (lambda m: m["splits"]["train"].update(sha256="0"), "sha256"),
     ],
 )
 def test_other_manifests_are_refused(prepared, change, words):
@@ -154,40 +105,21 @@ def test_other_manifests_are_refused(prepared, change, words):
         TokenData.open(prepared)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"version": 1', b"\xff", b"[" * 100_000, b"9" * 9999])
-def test_damaged_manifests_are_refused(prepared, content):
-    (prepared / FILE).write_bytes(content)
-    with pytest.raises(UserError, match=f"{FILE}.*esper prepare"):
-        Manifest.read(prepared)
-
-
-@pytest.mark.parametrize("content", ['"ba"', "7", "", None, "[" * 100_000])
-def test_a_wrong_tokenizer_file_is_refused(prepared, content):
-    path = prepared / "characters.json"
-    path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(UserError, match=r"characters.json"):
+@pytest.mark.parametrize("name", [FILE, "characters.json"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'"ba"', b'{"version": 1', b"\xff", b"[" * 100_000, b"9" * 9999])
+def test_a_damaged_manifest_or_tokenizer_is_refused(prepared, name, content):
+    (prepared / name).unlink() if content is None else (prepared / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.* cannot be (used|read) .*: make (its|the) folder anew"):
         TokenData.open(prepared)
 
 
-@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**32), verify=st.booleans())
-def test_any_mutated_file_is_whole_or_refused_in_a_sentence(many, tmp_path_factory, seed, verify):
+def test_any_mutated_file_is_whole_or_refused_in_a_sentence(shards, tmp_path_factory, seed, verify):
     chance, folder = random.Random(seed), tmp_path_factory.mktemp("mutated") / "out"
-    shutil.copytree(many, folder)
-    file = folder / chance.choice([FILE, "characters.json", "train-00003.arrow"])
-    content = bytearray(file.read_bytes())
-    for _ in range(chance.randint(1, 4)):
-        at = chance.randrange(len(content))
-        content[at : at + chance.choice([0, 1, 1, 9])] = chance.randbytes(chance.choice([0, 1, 1, 5]))
-    file.write_bytes(content)
+    shutil.copytree(shards, folder)
+    file = folder / chance.choice([FILE, "characters.json", "train.arrow"])
+    file.write_bytes(mutated(file.read_bytes(), chance))
     with contextlib.suppress(UserError):
         data = TokenData.open(folder, verify=verify)
-        assert data.split("train").tokens > 1000
+        assert data.tokens("train") > 1000
         assert data.tokenizer.encode("cat")
-
-
-def test_no_shards_at_all(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(UserError, match="no folder of prepared shards"):
-            TokenData.open(path)
