@@ -27,7 +27,7 @@ SEPARATOR = "<|endoftext|>"
 PIECE_CHARACTERS = 2000
 
 TABLES = {  # how a table is read whole
-    ".parquet": partial(pq.read_table, partitioning=None),
+    ".parquet": lambda path: pq.ParquetFile(path).read(),
     ".jsonl": partial(pj.read_json, read_options=pj.ReadOptions(block_size=64 * 2**20)),  # bytes: a line's most
 }
 KINDS = (".txt", *TABLES)
