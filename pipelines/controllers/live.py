@@ -1,16 +1,19 @@
 """Progress of a controller's training: a live view in a terminal, else a line per iteration.
 
-Errors while drawing are shown in the view's place and never end the training. The cursor stays visible.
+Only the view's thread writes to the terminal: what others say meanwhile is queued. Errors while drawing are shown in
+the view's place and never end the training. The cursor stays visible.
 """
 
+import io
 import os
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -23,8 +26,7 @@ if TYPE_CHECKING:  # it imports Ray
     from esper.policies.simic.worker_table import WorkerView
 
 REFRESH_SECONDS = 0.25
-COURSE = 16  # iterations that a sparkline shows
-BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=*#"
+COURSE, BLOCKS = 16, "▁▂▃▄▅▆▇█"  # iterations that a sparkline shows, and with what
 SHOWN = {  # metric → format
     "return_mean": "+.3f",
     "explained_variance": "+.2f",
@@ -37,7 +39,8 @@ SHOWN = {  # metric → format
     "lag_mean": ".1f",
 }
 LOST = ("failures", "refused", "dropped")  # counts that are shown where they are not 0
-STYLES = {"starting": "yellow", "resting": "dim"}
+COLUMNS = {"worker": "d", "state": "", "episode": "d", "decision": "d", "budget_used": ".0%", "loss": ".4f"}
+COLUMNS |= {"parameters": ",d", "seconds": ".3g", "action": ""}  # a worker's field → format
 
 
 class TrainingView:
@@ -48,28 +51,29 @@ class TrainingView:
         self._eta, self._started, self._left = Eta(), time.monotonic(), "?"
         self._history: list[dict[str, float]] = []
         self._live: Live | None = None
-        self._stop = threading.Event()
+        self._said: SimpleQueue[str] = SimpleQueue()
+        self._stop, self._exit = threading.Event(), ExitStack()
         self._thread = threading.Thread(target=self._refresh, name="training-view", daemon=True)
-        self._exit = ExitStack()
 
     def iteration(self, number: int, metrics: dict[str, float]) -> None:
         """Record an iteration: its number, from 1, and `iteration_metrics`."""
         self._number, self._history = number, [*self._history, metrics]
         self._left = self._eta.left(self._done())
         if self._live is None:
-            say(f"  {plain_line(number, self._iterations, metrics)}, {self._left} left")
+            told = ", ".join(f"{name} {value}" for name, value in _told(metrics).items())
+            say(f"  iteration {number}/{self._iterations}: {told}, {self._left} left")
 
     def __enter__(self) -> Self:
         if is_live():
-            results_too = sys.stdout.isatty()  # results that go elsewhere go there untouched
-            console = _Console()
-            self._live = Live(
-                console=console, auto_refresh=False, redirect_stdout=results_too, vertical_overflow="crop"
-            )
-            with suppress(OSError, ValueError), console:
+            console = Console(file=sys.stderr, highlight=False)
+            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            with suppress(OSError, ValueError):
                 self._live.start()
                 console.show_cursor(True)
-            self._exit.enter_context(said_to(self._say))
+            self._exit.enter_context(said_to(self._said.put))
+            self._exit.enter_context(redirect_stderr(_Lines(self._said.put)))
+            if sys.stdout.isatty():  # results that go elsewhere go there untouched
+                self._exit.enter_context(redirect_stdout(_Lines(self._said.put)))
             self._thread.start()
         return self
 
@@ -79,34 +83,39 @@ class TrainingView:
         self._stop.set()
         try:
             self._thread.join(timeout=2)  # it may wait for the workers' lock: then it is left to itself
-            with suppress(OSError, ValueError), self._live.console:
-                self._live.update(self.drawing([]))
+            with suppress(OSError, ValueError):
+                self._show(self.drawing(self._live.console, []))
                 self._live.stop()
         finally:
             self._exit.close()
+            with suppress(OSError, ValueError):
+                while not self._said.empty():  # said meanwhile
+                    say(self._said.get())
 
-    def drawing(self, workers: "list[WorkerView]") -> RenderableType:
+    def drawing(self, console: Console, workers: "list[WorkerView]") -> RenderableType:
         """The current view, at least a line shorter than the terminal."""
-        assert self._live is not None
-        console = self._live.console
-        head = Group(self._head(), *_metrics(self._history, console.options.ascii_only))
+        head = Group(self._head(), *([_metrics(self._history)] if self._history else []))
         return Group(head, *_workers(workers, console.height - 1 - len(console.render_lines(head))))
 
     def _refresh(self) -> None:
         assert self._live is not None
         while not self._stop.is_set():
-            try:  # the workers' lock before the terminal's: who holds theirs may be about to say something
-                drawing = self.drawing(self._workers())
+            try:
+                drawing = self.drawing(self._live.console, self._workers())
             except Exception as error:
                 drawing = Text(" ".join(f"live view: {type(error).__name__}: {error}".split()))
-            with suppress(OSError, ValueError), self._live.console:
-                self._live.update(drawing, refresh=True)
+            with suppress(OSError, ValueError):
+                if not self._stop.is_set():
+                    self._show(drawing)
             self._stop.wait(REFRESH_SECONDS)
 
-    def _say(self, message: str) -> None:
+    def _show(self, drawing: RenderableType) -> None:
+        """Print what was said above the view, and draw that."""
         assert self._live is not None
-        with suppress(OSError, ValueError), self._live.console:  # locked first: `print` takes a copy of rich's hooks
-            self._live.console.print(Text(message), soft_wrap=True)  # unbroken: it is copied whole
+        with suppress(Empty):
+            while True:
+                self._live.console.print(Text(self._said.get_nowait()), soft_wrap=True)  # unbroken: it is copied whole
+        self._live.update(drawing, refresh=True)
 
     def _done(self) -> float:
         return (self._number - self._begin) / max(1, self._iterations - self._begin)
@@ -119,15 +128,31 @@ class TrainingView:
         return Text(f"iteration {self._number}/{self._iterations}", "bold", no_wrap=True).append(told, "not bold")
 
 
-def _metrics(history: list[dict[str, float]], ascii_only: bool) -> list[Table]:
-    if not history:
-        return []
-    grid, now = Table.grid(padding=(0, 2)), history[-1]
-    told = {key: form for key, form in SHOWN.items() if key in now} | {key: ".0f" for key in LOST if now.get(key)}
-    for key, form in told.items():
-        course = sparkline([metrics[key] for metrics in history if key in metrics], ascii_only)
-        grid.add_row(Text(key.replace("_", " "), "dim"), f"{now[key]:{form}}", Text(course, "cyan"))
-    return [grid]
+class _Lines(io.TextIOBase):
+    """A file whose lines are handed on."""
+
+    def __init__(self, hand_on: Callable[[str], None]) -> None:
+        self._hand_on, self._part = hand_on, ""
+
+    def write(self, text: str) -> int:
+        *whole, self._part = (self._part + text).split("\n")
+        for line in whole:
+            self._hand_on(line)
+        return len(text)
+
+
+def _told(metrics: dict[str, float]) -> dict[str, str]:
+    forms = SHOWN | {key: ".0f" for key in LOST if metrics.get(key)}
+    return {key.replace("_", " "): f"{metrics[key]:{form}}" for key, form in forms.items() if key in metrics}
+
+
+def _metrics(history: list[dict[str, float]]) -> Table:
+    """The latest iteration's, each with its course."""
+    grid = Table.grid(padding=(0, 2))
+    for name, value in _told(history[-1]).items():
+        course = sparkline([metrics.get(name.replace(" ", "_"), float("nan")) for metrics in history])
+        grid.add_row(Text(name, "dim"), value, Text(course, "cyan"))
+    return grid
 
 
 def _workers(workers: "list[WorkerView]", room: int) -> list[RenderableType]:
@@ -135,29 +160,26 @@ def _workers(workers: "list[WorkerView]", room: int) -> list[RenderableType]:
     if not workers or room < 3:
         return []
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("worker", "state", "episode", "decision", "budget", "loss", "params", "s/decision"):
-        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    table.add_column(Text("last action", no_wrap=True), overflow="crop")  # gives way first
+    for name, form in COLUMNS.items():
+        justify = "right" if form else "left"
+        table.add_column(name.replace("_", " "), justify=justify, no_wrap=True, overflow="crop")
     shown = workers if len(workers) < room else workers[: room - 2]
     for one in shown:
-        number = one.worker if one.worker >= 0 else None
-        values = (number, one.state, one.episode, one.decision, one.budget_used, one.loss, one.parameters, one.seconds)
-        forms = ("d", "", "d", "d", ".0%", ".4f", ",d", ".3g")
-        cells = ["" if value is None else f"{value:{form}}" for value, form in zip(values, forms, strict=True)]
-        action = Text((one.action or "").replace("\n", " "), no_wrap=True)
-        table.add_row(*cells, action, style=STYLES.get(one.state))
+        values = {name: getattr(one, name) for name in COLUMNS}
+        cells = [Text("" if value in (None, -1) else f"{value:{COLUMNS[name]}}") for name, value in values.items()]
+        table.add_row(*cells, style="dim" if one.state == "resting" else None)
     states = ", ".join(f"{count:,} {state}" for state, count in Counter(one.state for one in workers).items())
     rest = Text(f"and {len(workers) - len(shown):,} more; of all {len(workers):,}: {states}", "dim", no_wrap=True)
     return [table] if len(shown) == len(workers) else [table, rest]
 
 
-def sparkline(values: list[float], ascii_only: bool = False) -> str:
+def sparkline(values: list[float]) -> str:
     """A character per latest value, scaled from the least to the greatest; `!` where one is not finite."""
-    values, blocks = values[-COURSE:], ASCII_BLOCKS if ascii_only else BLOCKS
+    values = values[-COURSE:]
     finite = [value for value in values if abs(value) < float("inf")]  # leaves out NaN too
     low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
-    scaled = [(value - low) / spread * len(blocks) if spread else 0.0 for value in values]
-    return "".join(blocks[min(len(blocks) - 1, int(x))] if abs(x) < float("inf") else "!" for x in scaled)
+    scaled = [(value - low) / spread * len(BLOCKS) if spread else 0.0 for value in values]
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, int(x))] if abs(x) < float("inf") else "!" for x in scaled)
 
 
 def is_live() -> bool:
@@ -166,32 +188,3 @@ def is_live() -> bool:
         return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
     except (AttributeError, ValueError):  # none at all, or closed
         return False
-
-
-def plain_line(number: int, iterations: int, metrics: dict[str, float]) -> str:
-    """An iteration in one line."""
-    busy = f", workers busy {metrics['busy']:.0%}" if "busy" in metrics else ""  # surrogates have no clock of their own
-    return (
-        f"iteration {number}/{iterations}: return {metrics['return_mean']:+.3f}, "
-        f"{metrics['episodes']:.0f} episodes, wait {metrics['wait']:.0%}, entropy {metrics['entropy']:.2f}, "
-        f"explained variance {metrics['explained_variance']:+.2f}{busy}"
-    )
-
-
-class _Console(Console):
-    """Locked: rich erases the last drawing by its height, which another thread must not change meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__(stderr=True, highlight=False)
-        self._writing = threading.RLock()  # always taken before rich's own
-
-    def __enter__(self) -> Self:
-        self._writing.acquire()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        try:
-            super().__exit__(*error)  # writes what is buffered
-        finally:
-            self._writing.release()

@@ -1,24 +1,26 @@
 """The actions of `esper policy`: info, evaluate, distill."""
 
 import hashlib
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.pipelines.common.preset import describe, resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.statistics import Interval
-from esper.pipelines.controllers.evaluation import TRAINED, Evaluation, compare
+from esper.pipelines.controllers.evaluation import Evaluation, Summaries, as_json
 from esper.pipelines.policy import ARMS
-from esper.platform.console import say
-from esper.platform.contracts import Instance
+from esper.platform.console import duration, say
+from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec
 from esper.platform.storage import check_new_file, write_json
@@ -32,8 +34,10 @@ from esper.workers.run import GrowthRun
 if TYPE_CHECKING:
     from esper.pipelines.policy import DistillArguments, EvaluateArguments, InfoArguments
 
+TRAINED, BOUND = "ppo", "bound"  # the rows of the policy itself and of the oracle's bound
 ON_TEXT = 4  # instances that are played where the user does not say how many
-ON_LAWS_ONLY = ("schedule", "openloop", "bound")  # a schedule may also be given
+ON_LAWS_ONLY = ("schedule", "openloop", BOUND)  # a schedule may also be given
+REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens")
 
 
 def info(arguments: "InfoArguments") -> None:
@@ -60,41 +64,116 @@ def info(arguments: "InfoArguments") -> None:
 def evaluate(arguments: "EvaluateArguments") -> None:
     """Compare a policy with other arms, and write and print the result."""
     file = policy_file(arguments.checkpoint)
-    policy = SimicPolicy.load(file)
-    on_text = arguments.data is not None
+    policy, on_text, schedules = SimicPolicy.load(file), arguments.data is not None, {}
     spec = spec_for(arguments, file, on_text=on_text)
-    given = {}
     if arguments.schedule is not None:
-        named = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
-        given["schedule"] = cast(SchedulePolicy, make_policy("schedule", named)).entries
-    arms = parse_arms(arguments.arms, on_text=on_text, given=given)
+        inputs = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
+        make_policy("schedule", inputs)  # refuses what cannot be played
+        schedules["schedule"] = SchedulePolicy.load(arguments.schedule).entries
+    arms = parse_arms(arguments.arms, on_text=on_text, given=schedules)
     chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None))
     place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
     make_run = partial(GrowthRun, spec, place.tokens) if on_text else partial(SurrogateRun, spec)
-    here = Evaluation(spec, chosen, make_run, arguments.seed)
-    training = None if on_text else replace(here, instances=instance_set("train", spec))
+    here, where = Evaluation(spec, chosen, make_run, arguments.seed), "text" if on_text else "loss laws"
     write_json(place.out / "spec.json", spec.model_dump(mode="json"))
-    where = "text" if on_text else "loss laws"
     say(f"policy  {file}, on {len(chosen)} {arguments.instances} instances, {where}")
-    found = compare(arms, policy, here, training, given)
+    played, bounds = _play(arms, policy, here, schedules)
+    reference = next((arm for arm in ("schedule", "static") if arm in played), None)
+    found = rows(played, bounds, reference)
     record = {
         "policy": {"file": str(file.absolute()), **policy.card},
         "on": where,
         "preset": spec.preset,
         "set": arguments.instances,
         "seed": arguments.seed,
-        "reference": found.reference,
-        "rows": [row | {"difference": row["difference"] and row["difference"].as_dict()} for row in found.rows()],
-        "schedules": {arm: as_json(entries) for arm, entries in found.schedules.items()},
+        "reference": reference,
+        "rows": [row | {"difference": row["difference"] and row["difference"].as_dict()} for row in found],
+        "schedules": {arm: as_json(entries) for arm, entries in schedules.items()},
         "instances": {
-            id: {"instance": instance.model_dump(mode="json"), "seed": here.seed_of(id), **found.reached(i)}
+            id: {
+                "instance": instance.model_dump(mode="json"),
+                "seed": here.seed_of(id),
+                "bound": None if bounds is None else float(bounds[i]),
+                "arms": {arm: _reached(runs[i]) for arm, runs in played.items()},
+            }
             for i, (id, instance) in enumerate(chosen.items())
         },
     }
     write_json(place.out / "evaluation.json", record)
-    print(found.table())
+    print(_table(found, reference))
     say("means over the instances, in nats per token; ± is half of a 95 % interval (paired t)")
     say(f"results: {place.out / 'evaluation.json'}")
+
+
+def _play(
+    arms: list[str], policy: SimicPolicy, here: Evaluation, schedules: dict[str, list[Entry]]
+) -> tuple[dict[str, Summaries], np.ndarray | None]:
+    """Each arm's summaries, and the bounds if asked for; `schedules` that lack are chosen on training instances."""
+    played, bounds = {}, None
+    training = replace(here, instances=instance_set("train", here.spec))
+    for arm in (*arms, TRAINED):
+        begun = time.perf_counter()
+        if arm in ("schedule", "openloop") and arm not in schedules:
+            say(f"  {arm}: choosing on {len(training.instances)} training instances")
+            chosen = training.best_schedule() if arm == "schedule" else training.median_schedule(policy)[0]
+            schedules[arm] = chosen
+        if arm == BOUND:
+            bounds = here.bounds()
+        else:
+            played[arm] = here.play(arm, partial(_player, arm, policy, schedules))
+        say(f"  {arm}: {duration(time.perf_counter() - begun)}")
+    return played, bounds
+
+
+def _player(arm: str, policy: SimicPolicy, schedules: Mapping[str, list[Entry]], seed: int) -> GrowthPolicy:
+    if arm == TRAINED:
+        return policy
+    return SchedulePolicy(schedules[arm]) if arm in schedules else make_policy(arm, ArmInputs(seed))
+
+
+def rows(
+    played: Mapping[str, Summaries], bounds: np.ndarray | None, reference: str | None = None
+) -> list[dict[str, Any]]:
+    """A row per arm, then the bound: mean `loss`, `to_bound` and paired `difference` to the reference, in nats.
+
+    `closed` is the share of the gap between reference and bound, `grafts` a mean per episode, `diverged` a count.
+    """
+    losses = {arm: np.array([run["val_loss"] for run in runs]) for arm, runs in played.items()}
+    base = losses.get(reference or "")
+    gap = 0.0 if bounds is None or base is None else float((base - bounds).mean())
+    found = []
+    for arm, reached in (losses if bounds is None else losses | {BOUND: bounds}).items():
+        runs = played.get(arm, [])
+        row = {
+            "arm": arm,
+            "loss": float(reached.mean()),
+            "to_bound": None if bounds is None or arm == BOUND else float((reached - bounds).mean()),
+            "difference": None if base is None or arm == reference else Interval.of(reached - base),
+            "closed": float((base - reached).mean()) / gap if base is not None and gap > 0 else None,
+            "grafts": float(np.mean([len(run["grafts"]) for run in runs])) if runs else None,
+            "diverged": sum(run["diverged"] for run in runs),
+        }
+        found.append(row)
+    return found
+
+
+def _table(rows: list[dict[str, Any]], reference: str | None) -> str:
+    """The rows as text, without empty columns."""
+    names = {"loss": "mean final loss", "to_bound": "to the bound", "closed": "gap closed"}
+    forms = {"loss": "{:.4f}", "to_bound": "{:.4f}", "closed": "{:.0%}", "grafts": "{:.1f}"}
+    frame = pd.DataFrame(rows).replace({"diverged": {0: None}}).dropna(axis="columns", how="all")
+    for column in frame:
+        form = forms.get(str(column), "{}")
+        frame[column] = ["" if pd.isna(value) else form.format(value) for value in frame[column]]
+    return frame.rename(columns=names | {"difference": f"against {reference}"}).to_string(index=False)
+
+
+def _reached(summary: dict[str, Any]) -> dict[str, Any]:
+    grafts = [
+        {"at": graft["budget_fraction"], "blueprint": graft["blueprint"], "site": graft["site"]}
+        for graft in summary["grafts"]
+    ]
+    return {**{key: summary[key] for key in REACHED}, "grafts": grafts, "prunes": len(summary["prunes"])}
 
 
 def distill(arguments: "DistillArguments") -> None:
@@ -142,11 +221,9 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
 
 def spec_for(arguments: CommonArguments, file: Path, *, on_text: bool) -> RunSpec:
     """The named preset, else that of the training in whose folder the policy is."""
-    own = next(
-        (path for path in (folder / "spec.json" for folder in file.absolute().parents[:3]) if path.is_file()), None
-    )
-    if arguments.preset is None and own is not None:
-        arguments = arguments.model_copy(update={"preset": str(own)})
+    own = [path for folder in file.absolute().parents[:3] if (path := folder / "spec.json").is_file()]
+    if arguments.preset is None and own:
+        arguments = arguments.model_copy(update={"preset": str(own[0])})
     spec = resolve_spec(arguments, on="here" if on_text else "laws")
     torch.set_num_threads(spec.threads)
     return spec
@@ -158,8 +235,3 @@ def instances(spec: RunSpec, name: SetName, first: int | None) -> dict[int, Inst
     if first is not None and first > len(whole):
         raise UserError(f"--episodes is {first}, but the {name} set has {len(whole)} instances: ask for fewer.")
     return dict(islice(whole.items(), first))
-
-
-def as_json(entries: list[Entry]) -> list[dict[str, Any]]:
-    """A schedule as `policies/schedule.py` reads it."""
-    return [entry.model_dump(mode="json", exclude_none=True) for entry in entries]

@@ -5,7 +5,6 @@ On text their seeds are used nowhere else; on loss laws they are the tuning set'
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -19,38 +18,37 @@ from esper.platform.journal import Journal
 from esper.platform.ledger import AXES
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
-from esper.policies.simic.policy import SimicPolicy
+from esper.policies.simic.policy import SimicPolicy, checkpoints
 from esper.workers.instances import instance_set
 
 FILE = "heldout.jsonl"  # in the output folder, an episode a line: choosing can be gone on with
 WAIT = 0.25  # seconds between two calls of `check`
 
 Key = tuple[int, int]  # iteration, episode
+Task = tuple[RunSpec, Path | None, SimicPolicy, Instance, int]  # of `_episode`
 
 
-def held_out(
-    candidates: Mapping[int, Path], spec: RunSpec, data: Path | None, out: Path, seed: int, check: Callable[[], None]
-) -> list[dict[str, Any]]:
-    """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and candidate.
+def held_out(spec: RunSpec, data: Path | None, out: Path, seed: int, check: Callable[[], None]) -> list[dict[str, Any]]:
+    """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and checkpoint in `out`.
 
-    `candidates`: iteration → checkpoint. `data`: None on loss laws. `check` may raise; a later call continues.
+    `data`: None on loss laws. `check` may raise; a later call continues.
     """
     number = spec.ppo.held_out
     instances = [Instance()] * number if data else list(islice(instance_set("tuning", spec).values(), number))
-    policies = {iteration: SimicPolicy.load(path) for iteration, path in candidates.items()}
-    tasks = {
-        (iteration, i): partial(_episode, spec, data, policy, instance, derive(seed, "held out", i))
+    policies = {int(path.name): SimicPolicy.load(path) for path in checkpoints(out)}
+    tasks: dict[Key, Task] = {
+        (iteration, i): (spec, data, policy, instance, derive(seed, "held out", i))
         for iteration, policy in policies.items()
         for i, instance in enumerate(instances)
     }
-    journal = Journal(out / FILE, _key)
-    played = {_key(entry): entry for entry in journal.entries}
+    journal = Journal(out / FILE)
+    played = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
     missing = {key: task for key, task in tasks.items() if key not in played}
     if missing:
         say(f"choose  {len(policies)} policies play {len(instances)} held-out episodes each")
-    for key, reached in _here(missing, check) if data is None else _on_cluster(missing, spec, check):
-        played[key] = dict(zip(("iteration", "episode"), key, strict=True)) | reached
-        journal.add(played[key])
+    for (iteration, episode), reached in _played(missing, check):
+        entry = played[iteration, episode] = {"iteration": iteration, "episode": episode, **reached}
+        journal.add(entry)
     journal.close()
     return [played[key] for key in tasks]
 
@@ -70,21 +68,19 @@ def _episode(spec: RunSpec, data: Path | None, policy: SimicPolicy, instance: In
     return {name: summary[name] for name in ("val_loss", "diverged", *AXES)}
 
 
-def _here(
-    tasks: Mapping[Key, Callable[[], dict[str, Any]]], check: Callable[[], None]
-) -> Iterator[tuple[Key, dict[str, Any]]]:
-    for key, task in tasks.items():
-        check()
-        yield key, task()
-
-
-def _on_cluster(
-    tasks: Mapping[Key, Callable[[], dict[str, Any]]], spec: RunSpec, check: Callable[[], None]
-) -> Iterator[tuple[Key, dict[str, Any]]]:
+def _played(tasks: Mapping[Key, Task], check: Callable[[], None]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """On text each on the cluster, as they end; on loss laws here, one after another."""
     import ray
 
-    remote = ray.remote(_call).options(num_cpus=spec.fleet.cpus, num_gpus=spec.fleet.gpus)
-    under_way = {remote.remote(task): key for key, task in tasks.items()}
+    under_way = {}
+    for key, task in tasks.items():
+        spec, data, *_ = task
+        if data is None:
+            check()
+            yield key, _episode(*task)
+        else:
+            remote = ray.remote(_episode).options(num_cpus=spec.fleet.cpus, num_gpus=spec.fleet.gpus)
+            under_way[remote.remote(*task)] = key
     try:
         while under_way:
             check()
@@ -93,11 +89,3 @@ def _on_cluster(
     finally:
         for reference in under_way:
             ray.cancel(reference, force=True)
-
-
-def _call(task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return task()
-
-
-def _key(entry: Mapping[str, Any]) -> Key:
-    return entry["iteration"], entry["episode"]

@@ -68,22 +68,16 @@ def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
     named = [(ALIASES.get(name, name), ALIASES.get(of, of)) for name, _, of in parts]
     if not named:
         raise UserError(f"--arms names no arm: give one or more of {', '.join(NAMES)}.")
-    for name, of in named:
-        if name not in KINDS:
-            raise unknown("arm", name, NAMES)
-        if of and name not in FOLLOWERS:
-            raise UserError(f"arm '{name}:{of}': {name} follows no other arm; {', '.join(FOLLOWERS)} do.")
     leaders = [name for name, _ in named if name not in (STATIC, *FOLLOWERS)]
     first = next((name for name in (*CHOSEN_FIRST, *leaders) if name in leaders), None)
     for name, of in named:
-        if of and of not in leaders:
-            known = ", ".join(leaders) or "there is none"
+        if name not in KINDS:
+            raise unknown("arm", name, NAMES)
+        if (of and (name not in FOLLOWERS or of not in leaders)) or (KINDS[name].follows == "must" and not first):
             raise UserError(
-                f"arm '{name}:{of}' follows {of}, which does not take part or does not grow: add it to --arms, or name "
-                f"one that does ({known})."
+                f"arm '{name}{of and ':' + of}' cannot be: {', '.join(FOLLOWERS)} follow an arm that grows and takes "
+                f"part, and the others none; --arms names {', '.join(leaders) or 'none such'}: add one, such as tamiyo."
             )
-        if KINDS[name].follows == "must" and first is None:
-            raise UserError(f"arm {name!r} follows an arm that grows, and --arms names none: add one, such as tamiyo.")
     static = [Arm(name=STATIC, size=size) for size in sizes if (STATIC, "") in named]
     followers = [Arm(name=name, of=of or first) for name, of in named if name in FOLLOWERS]
     return list(dict.fromkeys([*static, *(Arm(name=name) for name in leaders), *followers]))

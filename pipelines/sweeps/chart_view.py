@@ -1,19 +1,17 @@
 """One link that opens a sweep in MLflow's own UI as a chart: validation loss against cost, a curve per arm.
 
 MLflow keeps a saved view as a tag of the experiment: JSON whose `state` is "deflate;" and base64 of zlib-packed JSON.
-The format is undocumented, so views are written only for the versions that were tested.
+The format is undocumented, so views are written only where the installed version is one that was tested.
 """
 
 import base64
 import json
-import math
-import urllib.request
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from esper.platform.tracking import Tracker, milliseconds
-from esper.platform.tracking_store import PROBE_SECONDS, connect, is_server, shown, ui_command
+from esper.platform.tracking_store import connect, is_server, shown, ui_command
 
 TESTED = "3.17."  # MLflow's versions
 TAG = "mlflow.sharedViewState."
@@ -22,29 +20,24 @@ COLORS = 29  # in MLflow's palette, from which a hash of a group's name picks
 LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` opens
 HEIGHT = 420  # of a chart, pixels
 SETTLED = 0.1  # the share of the budget whose steep start does not set the scale
-RUNS = 1000
 
 
 def share_view(run: Tracker, axis: str, summaries: Iterable[Mapping[str, Any]]) -> str | None:
     """Save or replace the chart of a sweep's test trials; returns how to open it, None where MLflow does not answer."""
+    import mlflow  # only now: where it is imported first, the environment has been set for it
+
     if run.run_id is None or run.experiment_id is None:
         return None
     server = is_server(run.uri)
     page = f"{shown(run.uri).rstrip('/') if server else LOCAL}/#/experiments/{run.experiment_id}/runs"
     first = "" if server else f"start `{ui_command(run.uri)}`, then open "
+    if not mlflow.__version__.startswith(TESTED):
+        return f"{first}{page} (choose the chart view, then in its gear X-axis, Metric, {axis})"
+    state = zlib.compress(json.dumps(_state(run.run_id, axis, summaries)).encode())
+    view = {"name": f"Sweep {run.run_id[:8]}: loss against {axis}", "createdAt": milliseconds()}
+    view["state"] = "deflate;" + base64.b64encode(state).decode()
     try:
-        if not _version(run.uri).startswith(TESTED):
-            return f"{first}{page} (choose the chart view, then in its gear X-axis, Metric, {axis})"
-        client, tag = connect(run.uri), TAG + run.run_id
-        before, now = client.get_experiment(run.experiment_id).tags.get(tag), milliseconds()
-        state = zlib.compress(json.dumps(_state(run.run_id, axis, _loss_range(summaries))).encode())
-        envelope = {
-            "name": f"Sweep {run.run_id[:8]}: loss against {axis}",
-            "createdAt": json.loads(before)["createdAt"] if before else now,
-            "updatedAt": now,
-            "state": "deflate;" + base64.b64encode(state).decode(),
-        }
-        client.set_experiment_tag(run.experiment_id, tag, json.dumps(envelope))
+        connect(run.uri).set_experiment_tag(run.experiment_id, TAG + run.run_id, json.dumps(view))
     except Exception:  # the store's; the link is a convenience
         return None
     return f"{first}{page}?viewStateShareKey={run.run_id}&compareRunsMode=CHART"
@@ -70,62 +63,38 @@ def _color(name: str) -> int:
     return (low | high << 8) % COLORS
 
 
-def _version(uri: str) -> str:
-    import mlflow
-
-    if not is_server(uri):
-        return mlflow.__version__
-    with urllib.request.urlopen(shown(uri).rstrip("/") + "/version", timeout=PROBE_SECONDS) as answer:
-        return answer.read().decode().strip()
-
-
-def _state(parent: str, axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
+def _state(parent: str, axis: str, summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The runs page's state; what is left out keeps MLflow's own setting."""
-    kinds = ("grid", "annealed")
-    section = {"isReordered": True, "deleted": False, "isGenerated": False}
-    others = ("Model metrics", *kinds, "System metrics")  # MLflow's own charts, one for each metric, lie there
+    curves = [summary["val_curve"] for summary in summaries]
+    losses = [point["val_loss"] for curve in curves for point in curve if point["budget_fraction"] >= SETTLED]
+    scale = {"yMin": 0.98 * min(losses), "yMax": 1.02 * max(losses)} if losses else {}  # MLflow's own starts at 0
+    charts = [
+        {
+            "uuid": kind,
+            "metricSectionId": "sweep",
+            "type": "LINE",
+            "metricKey": f"{kind}/val_loss",
+            "xAxisKey": "metric",
+            "selectedXAxisMetricKey": f"{kind}/{axis}",
+            "range": scale,
+            "useGlobalLineSmoothing": False,
+            "lineSmoothness": 0,
+            "runsCountToCompare": 1000,
+        }
+        for kind in ("grid", "annealed")
+    ]
+    hidden = ("Model metrics", "grid", "annealed", "System metrics")  # where MLflow's own charts lie, one a metric
     return {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}' AND tags.purpose = 'test'",
-        # Not by date: MLflow then adds the parents, as a group of their own.
-        "orderByKey": "tags.`mlflow.runName`",
+        "orderByKey": "tags.`mlflow.runName`",  # not by date: MLflow then adds the parents, as a group of their own
         "orderByAsc": True,
         "runsHiddenMode": "SHOW_ALL",
         "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": CURVE}]},
         "useGroupedValuesInCharts": True,
-        "isAccordionReordered": True,
+        "isAccordionReordered": True,  # the sections stand as listed
         "compareRunSections": [
-            {"uuid": "sweep", "name": "Sweep", "display": True, "columns": 1, "cardHeight": HEIGHT, **section},
-            *({"uuid": name, "name": name, "display": False, **section} for name in others),
+            {"uuid": "sweep", "name": "Sweep", "display": True, "columns": 1, "cardHeight": HEIGHT},
+            *({"uuid": name, "name": name, "display": False} for name in hidden),
         ],
-        "compareRunCharts": [_chart(kind, axis, loss) for kind in kinds],
-        "globalLineChartConfig": {"xAxisKey": "metric", "selectedXAxisMetricKey": axis, "lineSmoothness": 0},
+        "compareRunCharts": charts,
     }
-
-
-def _chart(kind: str, axis: str, loss: tuple[float, float] | None) -> dict[str, Any]:
-    return {
-        "uuid": kind,
-        "metricSectionId": "sweep",
-        "type": "LINE",
-        "metricKey": f"{kind}/val_loss",
-        "useGlobalXaxisKey": False,
-        "xAxisKey": "metric",
-        "selectedXAxisMetricKey": f"{kind}/{axis}",
-        "xAxisScaleType": "linear",
-        "yAxisKey": "metric",
-        "scaleType": "linear",
-        "range": {"yMin": loss[0], "yMax": loss[1]} if loss else {},
-        "useGlobalLineSmoothing": False,
-        "lineSmoothness": 0,
-        "runsCountToCompare": RUNS,
-        "deleted": False,
-        "isGenerated": False,
-    }
-
-
-def _loss_range(summaries: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """From below the best loss to above the worst after the steep start; MLflow's own scale starts at 0."""
-    points = [point for summary in summaries for point in summary["val_curve"] if point["budget_fraction"] >= SETTLED]
-    losses = [point["val_loss"] for point in points if math.isfinite(point["val_loss"])]
-    margin = 0.05 * (max(losses) - min(losses)) if losses else 0
-    return (round(min(losses) - margin, 4), round(max(losses) + margin, 4)) if margin > 0 else None

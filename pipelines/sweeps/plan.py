@@ -34,14 +34,12 @@ LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
 class SweepArguments(ResumableArguments):
     """Compare arms at an equal budget."""
 
-    arms: Annotated[
-        str,
-        Field(
-            title="A,B,C",
-            description=f"Arms, separated by commas, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: "
-            "static_final:tamiyo.",
-        ),
-    ] = "static,tamiyo"
+    arms: str = Field(
+        default="static,tamiyo",
+        title="A,B,C",
+        description=f"Arms, separated by commas, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: "
+        "static_final:tamiyo.",
+    )
     sizes: Annotated[
         str | None, Field(title="1,2,4", description="Layers of the static sizes; none: the preset's own only.")
     ] = None
@@ -53,9 +51,7 @@ class SweepArguments(ResumableArguments):
         default=[], title="KEY=A,B", description="Compare at each of these values; may be given for several keys."
     )
     tune_lr: Annotated[bool, Field(description="Find the learning rate of each static size, on tuning seeds.")] = False
-    policy: Annotated[Path | None, Field(description="For ppo: a trained policy; without one it is trained first.")] = (
-        None
-    )
+    policy: Path | None = Field(default=None, description="For ppo: a trained policy; without one it is trained first.")
     train_on: Annotated[
         TrainedOn, Field(description="Where no --policy is given: on text, or on loss laws fitted to static runs.")
     ] = "text"
@@ -110,7 +106,7 @@ class SweepPlan(Frozen):
             tuning_seeds=tuple(range(TUNING_SEEDS + seed, TUNING_SEEDS + seed + arguments.tuning_seeds)),
             grid=tuple(parse_grid(arguments.grid)),
             tune_lr=arguments.tune_lr,
-            trains=arguments.policy is None and any(arm.name == PPO for arm in arms),
+            trains=arguments.policy is None and Arm(name=PPO) in arms,
             train_on=arguments.train_on,
             own=tuple(override.partition("=")[0] for override in arguments.set),
             command=tuple(sys.argv),
@@ -122,15 +118,29 @@ class SweepPlan(Frozen):
         """The grid's."""
         return [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
 
-    def has(self, name: str) -> bool:
-        """Whether an arm of a kind takes part."""
-        return any(arm.name == name for arm in self.arms)
-
     def statics(self) -> list[Arm]:
         """The static sizes."""
         return [Arm(name=STATIC, size=size) for size in self.sizes]
 
     def _check(self, policy: Path | None, schedule: Path | None, spec: RunSpec) -> None:
+        names, needs = {arm.name for arm in self.arms}, {arm.kind.needs for arm in self.arms}
+        laws, tunes = self.train_on == "laws", bool(self.tuning_seeds)
+        few = "needs tuning seeds, and --tuning-seeds is 0: give at least 1"
+        for sentence, wrong in {
+            "no arm of --arms uses --policy: leave it out, or add ppo": policy and "policy" not in needs,
+            "no arm of --arms uses --schedule: leave it out, or add schedule": schedule and "schedule" not in needs,
+            "no arm of --arms uses --train-on laws: leave it out, or add ppo": laws and not self.trains,
+            f"arm {OPENLOOP!r} replays what a trained policy did: give --policy CHECKPOINT, or add ppo to --arms, "
+            "which trains one first": "policy" in needs and not policy and not self.trains,
+            f"--tune-lr {few}": self.tune_lr and not tunes,
+            f"arm {OPENLOOP!r} {few}": OPENLOOP in names and not tunes,
+            f"--train-on laws {few}": laws and not tunes,
+            f"arm {LRPATH!r} with several sizes {few}": LRPATH in names and len(self.sizes) > 1 and not tunes,
+            f"--train-on laws fits them to {LAW_SIZES} static sizes or more, and --sizes names {len(self.sizes)}: give "
+            "more, such as --sizes 1,2,4": laws and len(self.sizes) < LAW_SIZES,
+        }.items():
+            if wrong:
+                raise UserError(f"{sentence}.")
         for point in self.points(spec):
             inputs = ArmInputs(policy=policy, schedule=schedule, blueprints=tuple(point.spec.growth.blueprints))
             for arm in self.arms:
@@ -138,32 +148,6 @@ class SweepPlan(Frozen):
                     make_policy(arm.kind.plays, inputs)
                 elif policy is not None:
                     make_policy(PPO, inputs)
-                elif not self.trains:
-                    raise UserError(
-                        f"arm {arm.label!r} replays what a trained policy did: give --policy CHECKPOINT, or add ppo to "
-                        "--arms, which trains one first."
-                    )
-        needed, laws = {arm.kind.needs for arm in self.arms}, self.train_on == "laws"
-        for flag, unused in {
-            "--policy": policy is not None and "policy" not in needed,
-            "--schedule": schedule is not None and "schedule" not in needed,
-            "--train-on laws": laws and not self.trains,
-        }.items():
-            if unused:
-                raise UserError(f"no arm of --arms uses {flag}: leave it out, or name one that does.")
-        for what, wanted in {
-            "--tune-lr": self.tune_lr,
-            "arm 'openloop'": self.has(OPENLOOP),
-            "--train-on laws": laws,
-            f"arm '{LRPATH}' with several sizes": self.has(LRPATH) and len(self.sizes) > 1,
-        }.items():
-            if wanted and not self.tuning_seeds:
-                raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
-        if laws and len(self.sizes) < LAW_SIZES:
-            raise UserError(
-                f"--train-on laws fits them to static sizes, at least {LAW_SIZES}, and --sizes names "
-                f"{len(self.sizes)}: give more, such as --sizes 1,2,4."
-            )
 
 
 def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:

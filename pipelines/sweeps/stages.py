@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from esper.pipelines.controllers.evaluation import median_grafts
+from esper.pipelines.controllers.evaluation import as_json, median_grafts
 from esper.pipelines.sweeps.arms import FINAL, LRPATH, OPENLOOP, PPO, SCHEDULES, STATIC, Arm
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepPlan
@@ -41,9 +41,9 @@ from esper.policies.arms import ArmInputs
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import stable_rate
 
-STAGES = ("rates", "tuning", "openloop", "test", "follow")
 Batch = tuple[str, list[Trial], bool]  # a stage, its trials, and whether to run missing ones: not once it is settled
-Train = Callable[[Point, RunSpec, Sequence[dict[str, Any]]], dict[str, Any]]  # spec with rates, static tuning summaries
+Summaries = list[dict[str, Any]]
+Train = Callable[[Point, RunSpec, Summaries], dict[str, Any]]  # from the spec with rates and static tuning runs
 
 
 class Settled(Frozen):
@@ -59,102 +59,103 @@ class Settled(Frozen):
 
 
 class PointStages:
-    """The stages of one grid point, from what has been settled before."""
+    """The stages of one grid point; `settled` holds the fields of `Settled` that are not open."""
 
     def __init__(
         self, plan: SweepPlan, point: Point, settled: Settled, inputs: Mapping[str, Path], log: SweepLog, train: Train
     ) -> None:
-        self.point, self.settled = point, settled
+        self.point, self.settled = point, settled.model_dump(exclude_unset=True)
         self._plan, self._inputs, self._log, self._train = plan, inputs, log, train
+        self._openloop = log.out / f"openloop-{point.index}.json"
         if "policy" in inputs:
-            self._settle(controller={"checkpoint": str(inputs["policy"]), "trained_on": "given"})
+            self.settled["controller"] = {"checkpoint": str(inputs["policy"]), "trained_on": "given"}
 
     def batches(self) -> Iterator[Batch]:
         """The trials, batch by batch; run each batch before asking for the next."""
+        arms = self._plan.arms
         if self._plan.tune_lr:
             yield from self._find_rates()
         yield from self._choose()
-        if self._plan.trains and self._open("controller"):
+        if self._plan.trains and "controller" not in self.settled:
             self._train_controller()
-        if self._plan.has(OPENLOOP):
+        if Arm(name=OPENLOOP) in arms:
             yield from self._distill()
-        for stage, follow in (("test", False), ("follow", True)):
-            arms = [arm for arm in self._plan.arms if (arm.of is not None) == follow]
-            yield stage, self._trials(arms, "test"), True
+        yield "test", self._trials([arm for arm in arms if arm.of is None], "test"), True
+        yield "follow", self._trials([arm for arm in arms if arm.of is not None], "test"), True
 
-    def spent(self, trials: Sequence[Trial]) -> dict[str, Any]:
+    def spent(self) -> dict[str, Any]:
         """What tuning trials and the controller have used on each ledger axis, by purpose."""
-        runs = [(trial, self._log.summary(trial)) for trial in trials]
-        costs = [(trial.purpose, cost(trial.spec, summary)) for trial, summary in runs if summary is not None]
-        parts: dict[str, Any] = {
-            purpose: {axis: sum(used[axis] for of, used in costs if of == purpose) for axis in AXES}
-            for purpose in ("rates", "tuning")
-        }
-        return parts | ({"controller": self.settled.controller.get("spent")} if self.settled.controller else {})
+        parts: dict[str, dict[str, float]] = {name: dict.fromkeys(map(str, AXES), 0.0) for name in ("rates", "tuning")}
+        for trial in self._log.trials.values():
+            summary = self._log.summary(trial)
+            if trial.point is self.point and trial.purpose in parts and summary is not None:
+                for axis, used in cost(trial.spec, summary).items():
+                    parts[trial.purpose][axis] += used
+        controller = self.settled.get("controller")
+        return parts | ({"controller": controller.get("spent")} if controller else {})
 
     def _find_rates(self) -> Iterator[Batch]:
-        spec, seeds, still_open = self.point.spec, self._plan.tuning_seeds, self._open("rates")
+        spec, still_open = self.point.spec, "rates" not in self.settled
         tried: dict[int, dict[float, list[float]]] = {size: {} for size in self._plan.sizes}
+        starts = {size: stable_rate(spec.optimizer, size_parameters(spec, size)) for size in tried}
         for _ in range(ROUNDS):
-            trials = {
-                (size, rate): [self._rate_trial(size, rate, seed) for seed in seeds]
-                for size, losses in tried.items()
-                for rate in next_rates(stable_rate(spec.optimizer, size_parameters(spec, size)), losses)
-            }
-            if not trials:
+            new = [(size, rate) for size, losses in tried.items() for rate in next_rates(starts[size], losses)]
+            if not new:
                 break
-            yield "rates", [trial for group in trials.values() for trial in group], still_open
-            for (size, rate), group in trials.items():
+            groups = [self._rate_trials(size, rate) for size, rate in new]
+            yield "rates", [trial for group in groups for trial in group], still_open
+            for (size, rate), group in zip(new, groups, strict=True):
                 tried[size][rate] = self._losses(group)
         if still_open:
-            rates = {size: best_rate(losses) for size, losses in tried.items()}
-            self._settle(rates=rates, bracketed=all(map(bracketed, tried.values())))
-        found = [f"{rate:g} at {counted(size, 'layer')}" for size, rate in (self.settled.rates or {}).items()]
+            self.settled["rates"] = {size: best_rate(losses) for size, losses in tried.items()}
+            self.settled["bracketed"] = all(map(bracketed, tried.values()))
+        found = [f"{rate:g} at {counted(size, 'layer')}" for size, rate in self.settled["rates"].items()]
         say(f"rates   {self.point}{', '.join(found)}")
 
     def _choose(self) -> Iterator[Batch]:
         sizes, schedules = self._plan.statics(), [arm for arm in self._plan.arms if arm.name in SCHEDULES]
         tuned = [arm for group in (sizes, schedules) if len(group) > 1 for arm in group]
-        trials = {arm: self._trials([arm], "tuning") for arm in tuned if self._plan.tuning_seeds}
+        trials = self._trials(tuned, "tuning")
         if trials:
-            yield "tuning", [trial for group in trials.values() for trial in group], self._open("size")
-        if self._open("size"):
-            losses = {arm: fmean(self._losses(group)) for arm, group in trials.items()}
+            yield "tuning", trials, "size" not in self.settled
+        if "size" not in self.settled:
+            losses = {arm: fmean(self._losses([t for t in trials if t.arm == arm])) for arm in tuned if trials}
             size, schedule = _best(sizes, losses), _best(schedules, losses)
-            self._settle(size=size and size.size, schedule=schedule and schedule.label)
+            self.settled |= {"size": size and size.size, "schedule": schedule and schedule.label}
         if trials:
-            size, schedule = self.settled.size, self.settled.schedule
+            size, schedule = self.settled["size"], self.settled["schedule"]
             found = "every size failed" if size is None else counted(size, "layer")
             say(f"tuning  {self.point}best: {found}" + (f", schedule {schedule}" if schedule else ""))
 
     def _train_controller(self) -> None:
-        tuning = self._summaries(self._trials(self._plan.statics(), "tuning"))
+        tuning = [run for run in self._summaries(self._trials(self._plan.statics(), "tuning")) if not run["diverged"]]
         try:
-            self._settle(controller=self._train(self.point, self._spec, [s for s in tuning if not s["diverged"]]))
+            self.settled["controller"] = self._train(self.point, self._spec, tuning)
         except UserError as error:  # the other arms need none
-            self._settle(controller=None, no_controller=str(error))
+            self.settled |= {"controller": None, "no_controller": str(error)}
             say(f"ppo     {self.point}no controller: {error}")
 
     def _distill(self) -> Iterator[Batch]:
-        trials = self._trials([Arm(name=PPO)], "tuning")
-        yield "openloop", trials, self._open("openloop")
-        played, spec = self._summaries(trials), self._spec
-        if self._open("openloop") and played:
-            sites = [site.id for site in start_shape(spec, vocab_size=1).injection_specs()]
-            entries = median_grafts(played, spec.budget.decisions, sites)
-            write_json(self._openloop, [entry.model_dump(mode="json", exclude_none=True) for entry in entries])
+        trials, still_open = self._trials([Arm(name=PPO)], "tuning"), "openloop" not in self.settled
+        yield "openloop", trials, still_open
+        if not still_open:
+            return
+        if played := self._summaries(trials):
+            sites = [site.id for site in start_shape(self._spec, vocab_size=1).injection_specs()]
+            entries = median_grafts(played, self._spec.budget.decisions, sites)
+            write_json(self._openloop, as_json(entries))
             told = ", ".join(f"{entry.blueprint} at {entry.at:.0%}" for entry in entries)
             say(f"openloop {self.point}{told or 'no graft: the policy waits'}")
-        if self._open("openloop"):
-            self._settle(openloop=bool(played))
+        self.settled["openloop"] = bool(played)
+
+    def _rate_trials(self, size: int, rate: float) -> list[Trial]:
+        spec = with_rates(static_spec(self.point.spec, size), {size: rate})
+        arm, note = Arm(name=STATIC, size=size), f"rate{rate:g}"
+        return [Trial(arm, "rates", seed, self.point, spec, note=note) for seed in self._plan.tuning_seeds]
 
     def _trials(self, arms: Sequence[Arm], purpose: Purpose) -> list[Trial]:
         seeds = self._plan.seeds if purpose == "test" else self._plan.tuning_seeds
         return [self._trial(arm, purpose, seed) for arm in arms for seed in seeds]
-
-    def _rate_trial(self, size: int, rate: float, seed: int) -> Trial:
-        spec = with_rates(static_spec(self.point.spec, size), {size: rate})
-        return Trial(Arm(name=STATIC, size=size), "rates", seed, self.point, spec, note=f"rate{rate:g}")
 
     def _trial(self, arm: Arm, purpose: Purpose, seed: int) -> Trial:
         spec, files, impossible = self._spec, {}, None
@@ -182,34 +183,24 @@ class PointStages:
         if arm.name == FINAL:
             return final_spec(spec, leader["shape"]), {}
         if arm.name == LRPATH:
-            if self.settled.size is None:
+            if self.settled["size"] is None:
                 raise UserError("which static size is best is not known: it takes tuning seeds")
-            return lrpath_spec(spec, self.settled.size, leader["val_curve"]), {}
+            return lrpath_spec(spec, self.settled["size"], leader["val_curve"]), {}
         if arm.name == OPENLOOP:
-            if not self.settled.openloop:
+            if not self.settled["openloop"]:
                 raise UserError("the policy has no run on tuning seeds to take a schedule from")
             return spec, {"schedule": self._openloop}
         if arm.name == PPO:
-            if self.settled.controller is None:
-                raise UserError(f"there is no controller: {self.settled.no_controller}")
-            return spec, {"policy": Path(self.settled.controller["checkpoint"])}
+            if self.settled["controller"] is None:
+                raise UserError(f"there is no controller: {self.settled['no_controller']}")
+            return spec, {"policy": Path(self.settled["controller"]["checkpoint"])}
         return spec, {"schedule": self._inputs["schedule"]} if arm.kind.needs == "schedule" else {}
 
     @property
     def _spec(self) -> RunSpec:
-        return with_rates(self.point.spec, self.settled.rates)
+        return with_rates(self.point.spec, self.settled.get("rates"))
 
-    @property
-    def _openloop(self) -> Path:
-        return self._log.out / f"openloop-{self.point.index}.json"
-
-    def _open(self, field: str) -> bool:
-        return field not in self.settled.model_fields_set
-
-    def _settle(self, **values: Any) -> None:
-        self.settled = self.settled.model_copy(update=values)
-
-    def _summaries(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    def _summaries(self, trials: Sequence[Trial]) -> Summaries:
         return [summary for trial in trials if (summary := self._log.summary(trial)) is not None]
 
     def _losses(self, trials: Sequence[Trial]) -> list[float]:
@@ -219,7 +210,5 @@ class PointStages:
 
 def _best(arms: Sequence[Arm], losses: Mapping[Arm, float]) -> Arm | None:
     """The arm with the lowest loss; a single arm needs no loss to be chosen."""
-    known = {arm: losses[arm] for arm in arms if math.isfinite(losses.get(arm, math.inf))}
-    if known:
-        return min(known, key=lambda arm: known[arm])
-    return arms[0] if len(arms) == 1 else None
+    sound = [arm for arm in arms if math.isfinite(losses.get(arm, math.inf))]
+    return min(sound, key=lambda arm: losses[arm], default=arms[0] if len(arms) == 1 else None)

@@ -36,15 +36,15 @@ QUIET = {
 STARTS = 3  # of a trial whose process dies, before it counts as failed
 
 
-def run_trials(stage: str, trials: Sequence[Trial], folder: RunFolder, log: SweepLog, saves: str) -> None:
-    """Run trials; results go to `log`, checkpoints to `saves`, which every node sees. A failed trial ends no other."""
+def run_trials(stage: str, trials: Sequence[Trial], folder: RunFolder, log: SweepLog) -> None:
+    """Run trials, whose results go to `log`. A failed trial ends no other."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)  # `SweepLog` tells of deaths
     fleet, by_name = folder.spec.fleet, {trial.name: trial for trial in trials}
     cluster.fit(fleet.cpus, fleet.gpus)
     text = {"data": folder.data, "fingerprint": folder.tokens.manifest.fingerprint()}
-    trainable = tune.with_parameters(_trial, trials=by_name, saves=saves, **text)
+    trainable = tune.with_parameters(_trial, trials=by_name, saves=log.saves, **text)
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": fleet.cpus, "gpu": fleet.gpus}),
         param_space={"trial": tune.grid_search(list(by_name))},
@@ -88,7 +88,7 @@ def _play(trial: Trial, tokens: TokenData, store: CheckpointStore) -> None:
         run.load(*found)
         if isinstance(policy, Stateful):
             policy.resume(found[0]["policy"])
-    tune.report({"points": run.curve})  # the driver knows those it has had before its own death
+    tune.report({"curve": list(run.curve)})
 
     def on_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
         state, tensors = run.state()
@@ -97,8 +97,8 @@ def _play(trial: Trial, tokens: TokenData, store: CheckpointStore) -> None:
         if trial.spec.clock.kind == "wall":
             store.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
         decided = {"action": str(telemetry.actions[action.index]), "at": float(telemetry.get("budget_used"))}
-        tune.report({"points": run.curve[-1:], **decided, "unsaved": store.failed})
+        tune.report({"curve": list(run.curve), **decided, "unsaved": store.failed})
 
     summary = play(run, policy, arm=trial.arm.label, probe=ChargedProbe(run), on_decision=on_decision)
     store.flush()
-    tune.report({"points": [], "summary": summary})
+    tune.report({"curve": list(run.curve), "summary": summary})

@@ -16,8 +16,7 @@ from scipy import stats
 
 from esper.pipelines import policy as pipeline
 from esper.pipelines.common.play import play
-from esper.pipelines.common.statistics import Interval
-from esper.pipelines.controllers.evaluation import Comparison
+from esper.pipelines.controllers.policy_actions import rows
 from esper.platform import checkpoint
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
@@ -159,19 +158,16 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
     assert "is there already" in capfd.readouterr().err
 
 
-def played(*losses):
-    return [{"val_loss": loss, "grafts": [], "diverged": False} for loss in losses]
-
-
 def test_the_gap_closed_is_between_the_reference_and_the_bound():
-    bounds = np.array([1.0, 2.0])
-    arms = {"schedule": played(2.0, 4.0), "ppo": played(1.5, 3.25)}
-    rows = Comparison(arms, {}, bounds).rows()
-    assert [row["closed"] for row in rows] == pytest.approx([0, 1.25 / 3, 1])
-    assert [row["to_bound"] for row in rows] == pytest.approx([1.5, 0.875, None])
-    assert [row["closed"] for row in Comparison(arms, {}, np.array([2.0, 4.0])).rows()] == [None] * 3  # no gap
-    assert "against" not in Comparison({"ppo": arms["ppo"]}, {}).table()
-    assert str(Interval.of(np.array([0.5]))) == "+0.5000"
+    def played(*losses):
+        return [{"val_loss": loss, "grafts": [], "diverged": False} for loss in losses]
+
+    arms, bounds = {"schedule": played(2.0, 4.0), "ppo": played(1.5, 3.25)}, np.array([1.0, 2.0])
+    found = rows(arms, bounds, "schedule")
+    assert [row["closed"] for row in found] == pytest.approx([0, 1.25 / 3, 1])
+    assert [row["to_bound"] for row in found] == pytest.approx([1.5, 0.875, None])
+    assert [row["closed"] for row in rows(arms, np.array([2.0, 4.0]), "schedule")] == [None] * 3  # no gap
+    assert [row["difference"] for row in rows(arms, None, None)] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -245,15 +244,13 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, sh
 
 def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp_path, monkeypatch):
     spec = load_spec("tinystories-char", ["budget.decisions=6", "ppo.held_out=3"])
-    candidates = {}
     for iteration, scale in ((1, 0.0), (3, 3.0)):  # one only waits
         torch.manual_seed(iteration)
         net = ControllerNet(16)
         with torch.no_grad():
             net.score[-1].weight.normal_(0, scale)  # pyright: ignore[reportCallIssue]
-        candidates[iteration] = tmp_path / f"{iteration:06d}"
-        SimicPolicy(net).save(candidates[iteration])
-    played = selection.held_out(candidates, spec, None, tmp_path, 0, lambda: None)
+        SimicPolicy(net).save(tmp_path / "checkpoints" / f"{iteration:06d}" / "policy.safetensors")
+    played = selection.held_out(spec, None, tmp_path, 0, lambda: None)
     assert len(played) == 6
     losses = selection.mean_losses(played)
     assert losses[3] < losses[1] - 0.1
@@ -261,7 +258,7 @@ def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp
     assert selection.mean_losses(diverged) == {1: float("inf"), 3: float("inf")}
 
     monkeypatch.setattr(selection, "_episode", lambda *_: pytest.fail("played again"))
-    assert selection.held_out(candidates, spec, None, tmp_path, 0, lambda: None) == played
+    assert selection.held_out(spec, None, tmp_path, 0, lambda: None) == played
 
 
 def start(arguments, tmp_path):
@@ -280,21 +277,14 @@ def wait_for(condition, process, seconds: float = 240.0) -> None:
 
 
 def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, tmp_path):
-    """SIGKILL, then Ray's own death, then SIGTERM: after each `--resume`, each iteration once, here and in MLflow."""
+    """SIGKILL, then SIGTERM: after each `--resume`, each iteration once, here and in MLflow."""
     out = tmp_path / "out"
     checkpoints = lambda: sorted(int(path.name) for path in (out / "checkpoints").glob("0*"))  # noqa: E731
-    settings = ["--set", "ppo.decisions=64", "--set", "ppo.held_out=1", *more(12)]
+    settings = ["--set", "ppo.decisions=64", "--set", "ppo.held_out=1", *more(8)]
     process = start(["--surrogate", *tiny[:2], *settings, "--out", str(out)], tmp_path)
     wait_for(lambda: checkpoints()[-1:] >= [2], process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-
-    reached = checkpoints()[-1]
-    process = start(["--resume", str(out)], tmp_path)
-    wait_for(lambda: checkpoints()[-1] > reached, process)
-    next(child for child in psutil.Process(process.pid).children() if child.name() == "gcs_server").kill()
-    assert process.wait(60) != 0
-    assert "error: Ray's gcs_server" in (tmp_path / "log").read_text()
 
     reached = checkpoints()[-1]
     process = start(["--resume", str(out)], tmp_path)
@@ -308,11 +298,11 @@ def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, 
 
     assert ppo.main(["--resume", str(out)]) == 0
     summary = summary_of(out)
-    assert [metrics["iteration"] for metrics in summary["history"]] == list(range(1, 13))
+    assert [metrics["iteration"] for metrics in summary["history"]] == list(range(1, 9))
     assert summary["decisions"] == sum(metrics["decisions"] for metrics in summary["history"])
     expected = [(metrics["iteration"], metrics["return_mean"]) for metrics in summary["history"]]
     assert points(client(), summary["mlflow"], "return_mean") == expected
-    assert checkpoints() == [3, 6, 9, 12]
+    assert checkpoints() == [2, 4, 6, 8]
 
 
 def test_killed_before_its_first_checkpoint_it_begins_anew(tiny, tmp_path, monkeypatch):

@@ -11,39 +11,26 @@ import pytest
 
 from esper.pipelines import sweep
 from tests.mlflow_servers import mlflow_server
-from tests.pipelines.sweeps.test_chart_view import CHROMIUM, READ
-
-ARMS = "static,onejump,tamiyo,random,lag"
+from tests.pipelines.sweeps.test_chart_view import CHROMIUM, browser
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium)")
 def test_five_arms_on_two_seeds(tmp_path: Path, store: str, tinystories: Path, capfd: pytest.CaptureFixture):
-    from playwright.sync_api import sync_playwright
-
     out = tmp_path / "sweep"
-    flags = ["--preset", "demo", "--data", str(tinystories), "--set", "budget.amount=6000"]
-    assert sweep.main([*flags, "--arms", ARMS, "--seeds", "2", "--out", str(out)]) == 0
+    flags = ["--preset", "demo", "--data", str(tinystories), "--set", "budget.amount=6000", "--seeds", "2"]
+    assert sweep.main([*flags, "--arms", "static,onejump,tamiyo,random,lag", "--out", str(out)]) == 0
     link = re.search(r"compare: start `(.*)`, then open (http://127.0.0.1:5000\S+)", capfd.readouterr().err)
     assert link
     assert link[1] == f"mlflow ui --backend-store-uri {store} --host 127.0.0.1"
     labels = json.loads((out / "sweep.json").read_text())["arms"]
     assert len(labels) == 5
-    with mlflow_server(tmp_path, store) as server, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1600, "height": 1500})
-        page.goto(link[2].replace("http://127.0.0.1:5000", server.uri))
-        page.wait_for_function(
-            "() => document.querySelectorAll('.js-plotly-plot').length >= 2 && "
-            "[...document.querySelectorAll('.js-plotly-plot')].every(plot => plot.data?.length >= 3)",
-            timeout=120_000,
-        )
-        page.screenshot(path=tmp_path / "chart.png")
-        curve, annealed = page.evaluate(READ)
+    with mlflow_server(tmp_path, store) as server, browser(tmp_path / "chart.png") as look:
+        (curve, annealed), page = look(link[2].replace("http://127.0.0.1:5000", server.uri))
         page.goto((out / "report" / "report.html").as_uri())
         page.screenshot(path=tmp_path / "report.png", full_page=True)
         report = page.inner_text("body")
-        browser.close()
     assert (curve["axis"], annealed["axis"]) == ("grid/parameter_seconds", "annealed/parameter_seconds")
     assert len(set(curve["bands"])) == 5
     assert annealed["lines"]  # the baselines' cooldown points

@@ -32,10 +32,10 @@ def test_whom_a_follower_follows():
     [
         (" , ", "names no arm"),
         ("static,tamio", "Did you mean 'tamiyo'"),
-        ("static,static_final", "names none: add one, such as tamiyo"),
-        ("static,tamiyo,static_final:ppo", "does not take part or does not grow"),
-        ("tamiyo,static_final:random", "does not take part or does not grow"),
-        ("tamiyo,lag:tamiyo", "follows no other arm"),
+        ("static,static_final", "--arms names none such: add one, such as tamiyo"),
+        ("static,tamiyo,static_final:ppo", "'static_final:ppo' cannot be"),
+        ("tamiyo,static_final:random", "--arms names tamiyo"),
+        ("tamiyo,lag:tamiyo", "'lag:tamiyo' cannot be"),
     ],
 )
 def test_arms_that_cannot_be(arms, sentence):
