@@ -5,7 +5,6 @@ the view's place and never end the training. The cursor stays visible.
 """
 
 import io
-import os
 import sys
 import threading
 import time
@@ -64,8 +63,8 @@ class TrainingView:
             say(f"  iteration {number}/{self._iterations}: {told}, {self._left} left")
 
     def __enter__(self) -> Self:
-        if is_live():
-            console = Console(file=sys.stderr, highlight=False)
+        console = Console(file=sys.stderr, highlight=False)
+        if console.is_interactive:  # a terminal that can be drawn on
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             with suppress(OSError, ValueError):
                 self._live.start()
@@ -180,11 +179,3 @@ def sparkline(values: list[float]) -> str:
     low, spread = min(finite, default=0.0), max(finite, default=0.0) - min(finite, default=0.0)
     scaled = [(value - low) / spread * len(BLOCKS) if spread else 0.0 for value in values]
     return "".join(BLOCKS[min(len(BLOCKS) - 1, int(x))] if abs(x) < float("inf") else "!" for x in scaled)
-
-
-def is_live() -> bool:
-    """Whether standard error is a terminal that can be drawn on."""
-    try:
-        return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
-    except (AttributeError, ValueError):  # none at all, or closed
-        return False

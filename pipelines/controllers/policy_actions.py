@@ -44,21 +44,13 @@ def info(arguments: "InfoArguments") -> None:
     """Print a checkpoint's card."""
     file = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(file)
-    card, extra = policy.card, policy.card["extra"]
-    known = {
-        "format": f"{card['format']}, telemetry version {card['telemetry_version']}",
-        "hidden width": card["hidden"],
-        "parameters": f"{sum(p.numel() for p in policy.net.parameters()):,}",
-        "trained on": {True: "loss laws (surrogate)", False: "text"}.get(extra.get("surrogate", "")),
-        "preset": extra.get("preset"),
-        **{name: f"{extra[name]:,.0f}" for name in ("iterations", "episodes", "decisions") if name in extra},
-        "seed": extra.get("seed"),
-        "weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
-        "file": file.absolute(),
-    }
-    for name, value in known.items():
-        if value is not None:
-            print(f"{name:<12} {value}")
+    extra = policy.card["extra"]
+    known = {name: policy.card[name] for name in ("format", "telemetry_version", "hidden")}
+    known["parameters"] = sum(p.numel() for p in policy.net.parameters())
+    known |= {name: value for name, value in extra.items() if isinstance(value, int | float | str)}
+    known["weights"] = f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
+    for name, value in (known | {"file": file.absolute()}).items():
+        print(f"{name.replace('_', ' '):<18} {value}")
 
 
 def evaluate(arguments: "EvaluateArguments") -> None:
@@ -191,11 +183,8 @@ def distill(arguments: "DistillArguments") -> None:
     by_schedule = here.play("openloop", lambda seed: SchedulePolicy(entries))
     for entry in entries:
         print(f"{entry.at:6.1%}  {entry.blueprint}" + (f" at {entry.site}" if entry.site else ""))
-    grafts, prunes = [len(run["grafts"]) for run in by_policy], sum(len(run["prunes"]) for run in by_policy)
-    many = f"{min(grafts)} to {max(grafts)}, {np.mean(grafts):.1f} on average"
-    say(f"grafts  {len(entries)} in the schedule; the policy's episodes have {many}")
-    if prunes:
-        say(f"        and {prunes} prunes in all, which a schedule cannot hold")
+    grafts, prunes = (np.mean([len(run[key]) for run in by_policy]) for key in ("grafts", "prunes"))
+    say(f"grafts  {len(entries)} in the schedule; the policy's episodes have {grafts:.1f}, and {prunes:.1f} prunes")
     looking, blind = (np.array([run["val_loss"] for run in runs]) for runs in (by_policy, by_schedule))
     say(f"loss    {looking.mean():.4f} by the policy, {blind.mean():.4f} by the schedule: not looking at the run costs")
     say(f"        {Interval.of(blind - looking)} nats (95 % interval, paired t)")
@@ -211,11 +200,8 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
     if not arms:
         raise UserError(f"--arms names no arm: give one or more of {', '.join(ARMS)}.")
     for arm in arms:
-        if arm not in (*ARMS, TRAINED):
-            raise unknown("arm", arm, [*ARMS, TRAINED, *ALIASES])
         if arm not in (*here, TRAINED):
-            mend = "give --schedule FILE, or leave it out" if arm == "schedule" else "leave it out"
-            raise UserError(f"arm {arm!r} is worked out on loss laws only, not on text: {mend}.")
+            raise unknown("arm on text (schedule: with --schedule FILE)" if on_text else "arm", arm, [*here, TRAINED])
     return [arm for arm in arms if arm != TRAINED]
 
 

@@ -6,6 +6,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,10 +22,10 @@ from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.journal import read_entries
+from esper.platform.journal import Journal, read_entries
 from esper.platform.ledger import AXES
 from esper.platform.storage import write_json
-from esper.platform.tracking import JOURNAL, Tracker, milliseconds, synced
+from esper.platform.tracking import Tracker, milliseconds, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.policies.simic.health import Health
 from esper.policies.simic.learner import build_algorithm, iteration_metrics, runner, save_algorithm
@@ -34,7 +35,7 @@ from esper.workers.instances import instance_set
 from esper.workers.worker import save_name
 
 CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest
-EPISODES, SAVES, SUMMARY, PICTURE = "episodes", "saves", "summary.json", "training.png"  # in the output folder
+SUMMARY, PICTURE, HISTORY, EPISODES, SAVES = "summary.json", "training.png", "history.jsonl", "episodes", "saves"
 ON_LAWS = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256, "ppo.held_out": 16}  # enough there
 COUNTED = (
     "everything that GPTs were trained for: episodes learned from, in flight and dropped, and held-out ones; not what "
@@ -89,8 +90,8 @@ def train_controller(
         (out / name).unlink(missing_ok=True)
     with track(folder, parent) as tracker:
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
-        if reached.last:  # the process may have died before it was tracked
-            tracker.log(reached.last, reached.iterations, at=reached.at)
+        history = Journal(out / HISTORY, lambda entry: entry["iteration"])
+        _note(history, tracker, reached)  # the process may have died before it did
         instances = list(instance_set("train", spec).values())
         algorithm = build_algorithm(
             spec,
@@ -104,7 +105,7 @@ def train_controller(
         )
         dispatcher = runner(algorithm).dispatcher
         try:
-            reached = _iterate(algorithm, spec.ppo.iterations, out, reached, tracker)
+            reached = _iterate(algorithm, spec.ppo.iterations, out, reached, partial(_note, history, tracker))
         finally:
             algorithm.stop()
         played = held_out(spec, folder.data, out, folder.seed, check)
@@ -145,20 +146,17 @@ def send(folder: RunFolder) -> bool:
     return True
 
 
-def history(out: Path) -> list[dict[str, float]]:
-    """The finite metrics of each iteration, with its number and time (milliseconds): as its tracker has them."""
-    points = [entry for entry in read_entries(out / JOURNAL) if entry["kind"] == "point"]
-    return [
-        {"iteration": entry["step"], "time": entry["at"], **entry["metrics"]}
-        for entry in points
-        if "held_out_loss" not in entry["metrics"]
-    ]
+def _note(history: Journal, tracker: Tracker, reached: Reached) -> None:
+    """Keep the last iteration's metrics in `history.jsonl` and in MLflow, once."""
+    if reached.iterations:
+        history.add({"iteration": reached.iterations, "time": reached.at, **reached.last})
+        tracker.log(reached.last, reached.iterations, at=reached.at)
 
 
-def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, tracker: Tracker) -> Reached:
+def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, note: Callable[[Reached], None]) -> Reached:
     """Train to the last iteration, a checkpoint after each, of which the newest stays, and `CANDIDATES`."""
     health, every = Health(iterations), math.ceil(iterations / CANDIDATES)
-    for metrics in history(out):
+    for metrics in read_entries(out / HISTORY):
         health.look(metrics)  # said already
     with TrainingView(iterations, reached.iterations, runner(algorithm).dispatcher.workers) as view:
         while reached.iterations < iterations:
@@ -175,7 +173,7 @@ def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, track
             for path in checkpoints(out)[:-1]:
                 if int(path.name) % every:
                     shutil.rmtree(path, ignore_errors=True)
-            tracker.log(reached.last, reached.iterations, at=reached.at)
+            note(reached)
             view.iteration(reached.iterations, metrics)
             for warning in health.look(metrics):
                 say(f"warning: {warning}")
@@ -184,7 +182,7 @@ def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, track
 
 def _conclude(out: Path, reached: Reached, losses: dict[int, float], others: dict[str, Any]) -> dict[str, Any]:
     """Write the best policy, the picture and the summary, which ends the training; and say so."""
-    iterations, last = history(out), reached.iterations
+    iterations, last = read_entries(out / HISTORY), reached.iterations
     best = min(losses, key=lambda iteration: (losses[iteration], -iteration), default=last)
     summary = {
         **reached.model_dump(mode="json", exclude={"at", "last"}),

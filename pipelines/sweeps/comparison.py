@@ -1,7 +1,6 @@
 """Running a sweep in its folder: what is missing, and no more; then the report."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
 from esper.pipelines.sweeps.arms import PPO, Arm, parse_arms
 from esper.pipelines.sweeps.chart_view import curve_names, share_view
-from esper.pipelines.sweeps.controller import folder_of, trained
 from esper.pipelines.sweeps.log import SUMMARY, TRIAL_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import SweepArguments, SweepPlan
-from esper.pipelines.sweeps.stages import PointStages, Settled
+from esper.pipelines.sweeps.stages import Inputs, PointStages, Settled
 from esper.pipelines.sweeps.tune import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
@@ -31,7 +29,6 @@ from esper.platform.tracking_sync import SYNC_SECONDS
 from esper.policies.simic.policy import policy_file
 
 STATE = "sweep.json"
-Inputs = Mapping[str, Path]  # the files that were given
 
 
 def begin(arguments: SweepArguments, name: str = "sweep") -> int:
@@ -99,9 +96,8 @@ class Sweep:
             settled = state.get("settled") if isinstance(state, dict) else None
         if not isinstance(settled, list) or len(settled) != len(points):
             raise UserError(f"{path} is not what this sweep wrote: restore it, or start the sweep anew.")
-        train = partial(trained, folder, plan, parent, check)
         self._points = [
-            PointStages(plan, point, Settled.checked(before, str(path)), inputs, self._log, train)
+            PointStages(folder, plan, point, Settled.checked(before, str(path)), inputs, self._log)
             for point, before in zip(points, settled, strict=True)
         ]
 
@@ -120,7 +116,7 @@ class Sweep:
                 self._keep()
             seconds = SYNC_SECONDS
         finally:
-            sent = self._log.close([folder_of(self._folder, stages.point) for stages in self._points], seconds)
+            sent = self._log.close([stages.controller for stages in self._points], seconds)
             self._keep()
         if not sent:
             say(f"MLflow has not had everything: send the rest with: esper sweep --resume {out}")

@@ -43,7 +43,8 @@ class SweepLog(tune.Callback):
         self.saves = str(folder.out / "saves") if place is None else below(place, folder.key)  # of trials under way
         self.trials: dict[str, Trial] = {}  # all that were planned, by name
         self.failures: dict[str, str] = {}
-        self._folder, self._parent, self._curves, self._check = folder, parent, curves, check
+        self.parent, self.check = parent, check
+        self._folder, self._curves = folder, curves
         self._store = CheckpointStore(self.saves)
         self._summaries: dict[str, dict[str, Any]] = {}  # as read: one is never written twice
         self._fractions: dict[str, float] = {}
@@ -86,7 +87,7 @@ class SweepLog(tune.Callback):
         Returns:
             whether MLflow has had everything.
         """
-        uri, deadline = self._parent.uri, time.monotonic() + seconds
+        uri, deadline = self.parent.uri, time.monotonic() + seconds
 
         def left() -> float:
             return max(0.0, deadline - time.monotonic())
@@ -103,7 +104,7 @@ class SweepLog(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Stop here where that was asked for."""
-        self._check()
+        self.check()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the trial's folder and its run; another start after its process died goes on with the same."""
@@ -146,7 +147,7 @@ class SweepLog(tune.Callback):
             trial.name,
             tags=trial.tags() | {CURVE: self._curves.get(trial.point.row(trial.arm), "")},
             params=trial.spec.model_dump(mode="json"),
-            parent=self._parent,
+            parent=self.parent,
             key=f"{self._folder.key}/{trial.name}",
         )
         manifest = self._folder.tokens.manifest

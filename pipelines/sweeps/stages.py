@@ -10,11 +10,12 @@ failed: a new choice would change under runs that rest on it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from esper.pipelines.common.run_folder import PLAN, RunFolder
 from esper.pipelines.controllers.evaluation import as_json, median_grafts
 from esper.pipelines.sweeps.arms import FINAL, LRPATH, OPENLOOP, PPO, SCHEDULES, STATIC, Arm
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
@@ -36,14 +37,17 @@ from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
-from esper.platform.storage import write_json
+from esper.platform.storage import read_json, write_json
+from esper.platform.tracking import new_key
 from esper.policies.arms import ArmInputs
+from esper.workers.laws.fit import fit_laws, points_of
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import stable_rate
 
+Inputs = Mapping[str, Path]  # the files that were given
 Batch = tuple[str, list[Trial], bool]  # a stage, its trials, and whether to run missing ones: not once it is settled
 Summaries = list[dict[str, Any]]
-Train = Callable[[Point, RunSpec, Summaries], dict[str, Any]]  # from the spec with rates and static tuning runs
+TRAINING_SEED = 1_000_000  # controllers are trained on seeds that no arm is compared on
 
 
 class Settled(Frozen):
@@ -62,11 +66,12 @@ class PointStages:
     """The stages of one grid point; `settled` holds the fields of `Settled` that are not open."""
 
     def __init__(
-        self, plan: SweepPlan, point: Point, settled: Settled, inputs: Mapping[str, Path], log: SweepLog, train: Train
+        self, folder: RunFolder, plan: SweepPlan, point: Point, settled: Settled, inputs: Inputs, log: SweepLog
     ) -> None:
         self.point, self.settled = point, settled.model_dump(exclude_unset=True)
-        self._plan, self._inputs, self._log, self._train = plan, inputs, log, train
-        self._openloop = log.out / f"openloop-{point.index}.json"
+        self.controller = folder.out / (f"ppo-{point.index}" if point.several else "ppo")  # where it is trained
+        self._folder, self._plan, self._inputs, self._log = folder, plan, inputs, log
+        self._openloop = folder.out / f"openloop-{point.index}.json"
         if "policy" in inputs:
             self.settled["controller"] = {"checkpoint": str(inputs["policy"]), "trained_on": "given"}
 
@@ -128,12 +133,40 @@ class PointStages:
             say(f"tuning  {self.point}best: {found}" + (f", schedule {schedule}" if schedule else ""))
 
     def _train_controller(self) -> None:
-        tuning = [run for run in self._summaries(self._trials(self._plan.statics(), "tuning")) if not run["diverged"]]
+        """Train it, resume it or take the one there: on text, or in minutes on loss laws (zero-shot on text then)."""
+        from esper.pipelines.controllers.training import ON_LAWS, train_controller  # RLlib takes seconds to import
+
+        out, plan, spec, laws = self.controller, self._plan, self._spec, self._plan.train_on == "laws"
+        how = {"parent": self._log.parent, "check": self._log.check}
         try:
-            self.settled["controller"] = self._train(self.point, self._spec, tuning)
+            if (out / PLAN).exists():
+                with RunFolder.reopen(out, "ppo", Frozen) as (own, _):
+                    own.check()
+                    if not own.ended:
+                        train_controller(own, **how)
+            else:
+                if laws:
+                    spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in plan.own})
+                    spec = self._with_laws(spec)
+                values = {"out": out, "spec": spec, "data": None if laws else self._folder.data, "key": new_key()}
+                own = self._folder.model_copy(update={**values, "seed": TRAINING_SEED + self._folder.seed})
+                with own.begin("ppo", Frozen()):
+                    train_controller(own, **how)
+            summary = read_json(out / SUMMARY, str(out / SUMMARY), "the summary of a controller's training")
+            known = {"checkpoint": summary["checkpoint"], "trained_on": plan.train_on, "spent": summary["spent"]}
+            self.settled["controller"] = known
         except UserError as error:  # the other arms need none
             self.settled |= {"controller": None, "no_controller": str(error)}
             say(f"ppo     {self.point}no controller: {error}")
+
+    def _with_laws(self, spec: RunSpec) -> RunSpec:
+        runs = self._summaries(self._trials(self._plan.statics(), "tuning"))
+        fit = fit_laws(spec, [point for run in runs for point in points_of(run)])
+        law = fit.law
+        size, data = f"{law.size:.3f}·n^-{law.size_exponent:.2f}", f"{law.data:.3f}·d^-{law.data_exponent:.2f}"
+        say(f"laws    {law.floor:.3f} + {size} + {data} nats at n layers, d of what one layer sees in the budget")
+        say(f"        off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
+        return spec.model_copy(update={"laws": fit.laws})
 
     def _distill(self) -> Iterator[Batch]:
         trials, still_open = self._trials([Arm(name=PPO)], "tuning"), "openloop" not in self.settled
