@@ -50,7 +50,7 @@ def run(arguments: ExportArguments) -> None:
     out = arguments.out.resolve()
     values, tensors = checkpoint.read(arguments.run / CHECKPOINTS / f"{RUN}.safetensors")
     host = host_of(values, tensors)
-    say(f"run     {arguments.run}, at optimizer step {values['episode']['ledger']['steps']:,}")
+    say(f"run     {arguments.run}, at optimizer step {values['ledger']['steps']:,}")
     say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")
     tokenizer = tokenizer_of(arguments.run, values["data"])
     export(host, out, tokenizer, to=arguments.format)

@@ -5,9 +5,8 @@ seconds = base + layer·depth + FLOPs/rate      (non-negative least squares over
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import nnls
@@ -36,7 +35,7 @@ class Measurement(NamedTuple):
     error: float  # (predicted − wall) / wall
 
 
-def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[ClockSpec, list[Measurement]]:
+def calibrate(spec: RunSpec, data: TokenData, *, steps: int) -> tuple[ClockSpec, list[Measurement]]:
     """Fit this device's clock for the spec's batches; shapes take turns, so speed drift affects all alike."""
     width, deepest = spec.host.mlp_width or 4 * spec.host.n_embd, spec.growth.max_layers
     shapes = [(n, factor * width) for n in sorted({1, 2, (1 + deepest) // 2, deepest}) for factor in (1, 2)]
@@ -62,21 +61,17 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int = 40) -> tuple[Clock
 
 def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float]:
     """Cost of young units at every site and of an expert per layer, each against a host born without."""
-    blueprints = make_blueprints(None)
     grown, plain, gated = (_born(spec, data) for _ in range(3))
-    grafts = [
-        _timed(grown, lambda site=site, name=name: grown.kasmina.graft(site.id, name))
-        for site in grown.host.shape.injection_specs()
-        for name in site.blueprints
-        if blueprints[name].units
-    ]
+    grafts = []
+    for site in grown.host.shape.injection_specs():
+        units = [name for name in site.blueprints if grown.kasmina.blueprints[name].units]
+        grafts += [_timed(grown, grown.kasmina.graft, site.id, name) for name in units]
+        if site.kind == "post_ffn":
+            gated.kasmina.graft(site.id, "expert")
     layer, head_dim = grown.host.shape.layers[0], spec.host.head_dim or spec.host.n_embd // spec.host.n_head
     born = _born(spec, data, n_head=layer.heads, head_dim=head_dim, mlp_width=layer.width)
     split = _rounds([grown, born], steps)
-    fuses = [_timed(grown, lambda seed=seed: grown.kasmina.fuse(seed)) for seed in grown.kasmina.seeds]
-    for site in gated.host.shape.injection_specs():
-        if site.kind == "post_ffn":
-            gated.kasmina.graft(site.id, "expert")
+    fuses = [_timed(grown, grown.kasmina.fuse, seed) for seed in grown.kasmina.seeds]
     extra = float(np.median(np.subtract(*_rounds([gated, plain], steps).T)))
     return {
         "split_factor": max(1.0, float(np.median(np.divide(*split.T)))),
@@ -93,12 +88,12 @@ def _born(spec: RunSpec, data: TokenData, **host: int) -> Trainer:
 
 def _rounds(trainers: Sequence[Trainer], steps: int) -> np.ndarray:
     """Seconds of each trainer's steps, taken in turn, float64 (steps, trainers)."""
-    rounds = [[_timed(trainer, partial(trainer.step, 1e-4)) for trainer in trainers] for _ in range(steps + BURN_IN)]
+    rounds = [[_timed(trainer, trainer.step, 1e-4) for trainer in trainers] for _ in range(steps + BURN_IN)]
     return np.array(rounds[BURN_IN:])
 
 
-def _timed(trainer: Trainer, work: Callable[[], object]) -> float:
+def _timed(trainer: Trainer, work: Callable[..., object], *arguments: Any) -> float:
     begun = time.perf_counter()
-    work()
+    work(*arguments)
     synchronize(trainer.device)
     return time.perf_counter() - begun

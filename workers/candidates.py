@@ -1,7 +1,7 @@
 """Candidates: every action at a shape and the shape it leads to, from the blueprint registry."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from esper.platform.contracts import HostShape
 from esper.platform.spec import RunSpec
@@ -10,8 +10,7 @@ from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
 from esper.workers.tolaria.hosts import start_shape
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """A candidate and what it leads to."""
 
     candidate: Candidate
@@ -26,15 +25,14 @@ def options(shape: HostShape, blueprints: Iterable[Blueprint], newest: Iterable[
     seeds = {seed.site: seed for seed in newest}
     by_name = {blueprint.name: blueprint for blueprint in blueprints}
     for i, site in enumerate(shape.injection_specs()):
-        for name, blueprint in by_name.items():
-            if name in site.blueprints:
+        for blueprint in by_name.values():
+            if blueprint.name in site.blueprints:
                 after = blueprint.resized(shape, site.id) if blueprint.allowed(shape, site.id) else None
-                found.append(Option(Candidate("graft", site.id, name), i, blueprint.adds, after))
-        seed = seeds.get(site.id)
-        if seed is not None:
+                found.append(Option(Candidate("graft", site.id, blueprint.name), i, blueprint.adds, after))
+        if seed := seeds.get(site.id):
             blueprint = by_name[seed.blueprint]
-            candidate = Candidate("prune", site.id, seed.blueprint)
-            found.append(Option(candidate, i, blueprint.adds, blueprint.pruned(shape, seed)))
+            after = blueprint.pruned(shape, seed)
+            found.append(Option(Candidate("prune", site.id, seed.blueprint), i, blueprint.adds, after))
     return tuple(found)
 
 

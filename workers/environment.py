@@ -15,11 +15,11 @@ import gymnasium as gym
 import numpy as np
 
 from esper.platform.contracts import GraftAction, Instance
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError
 from esper.platform.spaces import action_space, observation, observation_space
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.episode import Episode
-from esper.workers.instances import SIZES, instance_set
+from esper.workers.instances import instance_set
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
@@ -38,9 +38,9 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and form)
 
-    def __init__(self, run: Episode, instances: Instances = "train") -> None:
+    def __init__(self, run: Episode, instances: Instances) -> None:
         self.run = run
-        self.instance_set = dict(named_instances(instances, run.spec) if isinstance(instances, str) else instances)
+        self.instance_set = dict(instance_set(instances, run.spec) if isinstance(instances, str) else instances)
         if not self.instance_set:
             raise UserError("the instance set is empty: give at least one instance.")
         self.inst_id: int | None = None  # the current instance's
@@ -78,8 +78,7 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         info = self._info() | {"action": str(before.actions[row]), "illegal": not legal}
         if transition.terminated:
             info["summary"] = transition.info["summary"]
-        seen = observation(transition.telemetry)
-        return seen, float(transition.reward), bool(transition.terminated), bool(transition.truncated), info
+        return observation(transition.telemetry), float(transition.reward), bool(transition.terminated), False, info
 
     def action_masks(self) -> np.ndarray:
         """The legal rows, bool (A,), under sb3-contrib's name."""
@@ -95,24 +94,13 @@ def growth_env(
     """`Esper/Growth-v0`: GPTs on the prepared shards in `data`; `spec` may be a preset's name or file."""
     if data is None:
         raise UserError("Esper/Growth-v0 trains on text: give data=FOLDER, prepared shards that `esper prepare` left.")
-    return GrowthEnv(GrowthRun(_resolved(spec), TokenData.open(Path(data))), instances)
+    spec = load_spec(spec) if isinstance(spec, str) else spec
+    return GrowthEnv(GrowthRun(spec, TokenData.open(Path(data))), instances)
 
 
 def growth_surrogate_env(spec: RunSpec | str = "tinystories-char", instances: Instances = "train") -> GrowthEnv:
     """`Esper/GrowthSurrogate-v0`: a scaling law instead of training, under a millisecond per decision."""
-    return GrowthEnv(SurrogateRun(_resolved(spec)), instances)
-
-
-def named_instances(name: str, spec: RunSpec) -> dict[int, Instance]:
-    """The instance set of that name; UserError for an unknown name."""
-    for known in SIZES:
-        if name == known:
-            return instance_set(known, spec)
-    raise unknown("instance set", name, SIZES)
-
-
-def _resolved(spec: RunSpec | str) -> RunSpec:
-    return load_spec(spec) if isinstance(spec, str) else spec
+    return GrowthEnv(SurrogateRun(load_spec(spec) if isinstance(spec, str) else spec), instances)
 
 
 for _id, _maker in {"Esper/Growth-v0": growth_env, "Esper/GrowthSurrogate-v0": growth_surrogate_env}.items():

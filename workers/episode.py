@@ -1,14 +1,14 @@
 """An episode: one host's training run, decision by decision.
 
-`Episode` keeps ledger, decision clock, reward and records. Subclasses start, change, train, evaluate and measure the
-host: `GrowthRun` with torch on text, `SurrogateRun` by a formula.
+`Episode` keeps ledger, decision clock, reward and records. Subclasses start, change, train and measure the host:
+`GrowthRun` with torch on text, `SurrogateRun` by a formula.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -19,21 +19,63 @@ from esper.platform.ledger import AXES, Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
 from esper.workers.kasmina.registry import Planted
-from esper.workers.observe import Layout, Measured, Observer, Standing
+from esper.workers.observe import Measured, Observer, batch_tokens
 from esper.workers.records import Change, EpisodeState, Graft, Point, Rollback
+from esper.workers.tolaria.hosts import start_shape
 
 
 class Episode(ABC):
-    """The Run contract without the training."""
+    """The Run and Probe contracts without the training."""
 
-    def __init__(self, spec: RunSpec) -> None:
-        self.spec = spec
+    State: ClassVar[type[EpisodeState]]
+    # The host, as the subclass made it: set before `_resized`.
+    shape: Any
+    split = False  # whether some seed's segments are separate tensors
+    planted: dict[int, Planted]  # graft number → seed, oldest graft first
+
+    def __init__(self, spec: RunSpec, vocab_size: int) -> None:
+        self.spec, self.vocab_size = spec, vocab_size
         self.observer = Observer(spec)
         self.space, self.blueprints = self.observer.space, self.observer.blueprints
+        self.tokens_per_step = batch_tokens(spec)
         self.telemetry: Telemetry  # the last observation
-        self._clear()
 
-    def _clear(self) -> None:
+    @abstractmethod
+    def _start(self) -> None:
+        """Make the host of `self.instance` from `self.seed`."""
+
+    @abstractmethod
+    def _change(self, candidate: Candidate) -> None:
+        """Graft, or prune a site's newest seed, and charge the ledger; WAIT changes nothing."""
+
+    @abstractmethod
+    def _train(self, boundary: float) -> float:
+        """Train one step or more until `boundary`; returns the validation loss in nats, sets `failure` to give up."""
+
+    @abstractmethod
+    def _evaluate(self) -> float:
+        """Validation loss on the fixed held-out set, nats per token."""
+
+    @abstractmethod
+    def _measured(self) -> Measured:
+        """What the last slice measured."""
+
+    @abstractmethod
+    def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[Any, Ledger]]:
+        """The losses of each action's copy, (steps,), and its ledger."""
+
+    def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:  # noqa: B027  (may be empty)
+        """Restore what `State` does not hold."""
+
+    def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
+        """Start an episode; returns the first observation, at budget fraction 0."""
+        self._begin(instance or Instance(), seed)
+        self.loss = self._evaluate()
+        return self._observe()
+
+    def _begin(self, instance: Instance, seed: int) -> None:
+        self.instance, self.seed = instance, seed
+        self.clock = DecisionClock(self.spec.budget.amount * instance.budget, self.spec.budget.decisions)
         self.ledger = Ledger()
         self.loss = math.inf  # at the last decision, nats per token
         self.curve: list[Point] = []  # a point per decision, the first at budget fraction 0
@@ -47,60 +89,12 @@ class Episode(ABC):
         self.unfinished = False  # a slice is under way: call `finish`, not `step`
         self.paid = 0.0  # parameter-seconds whose rent rewards have charged
         self.sequence = 0  # number of the last observation
-
-    @abstractmethod
-    def _start(self) -> None:
-        """Make the host of `self.instance` from `self.seed`."""
-
-    @abstractmethod
-    def _shape(self) -> HostShape:
-        """The host's shape now."""
-
-    @abstractmethod
-    def _change(self, candidate: Candidate) -> None:
-        """Graft, or prune a site's newest seed, and charge the ledger; WAIT changes nothing."""
-
-    @abstractmethod
-    def _planted(self) -> dict[int, Planted]:
-        """Graft number → seed on the host, oldest graft first."""
-
-    @abstractmethod
-    def _train(self, boundary: float) -> float:
-        """Train one step or more until `boundary`; returns the validation loss in nats, sets `failure` to give up."""
-
-    @abstractmethod
-    def _evaluate(self) -> float:
-        """Validation loss on the fixed held-out set, nats per token."""
-
-    @abstractmethod
-    def _measure(self) -> Measured:
-        """What the last slice measured."""
-
-    @abstractmethod
-    def _split(self) -> bool:
-        """Whether some seed's segments are separate tensors."""
-
-    @abstractmethod
-    def _vocab_size(self) -> int:
-        """Tokens in the vocabulary."""
-
-    @abstractmethod
-    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> tuple[np.ndarray, list[Ledger]]:
-        """Try each action on a copy, on the same batches: losses, float64 (actions, steps), and the copies' ledgers."""
-
-    def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
-        """Start an episode; returns the first observation, at budget fraction 0."""
-        self._begin(instance or Instance(), seed)
-        self.loss = self._evaluate()
-        return self._observe()
-
-    def _begin(self, instance: Instance, seed: int) -> None:
-        self.instance, self.seed = instance, seed
-        self.clock = DecisionClock(self.spec.budget.amount * instance.budget, self.spec.budget.decisions)
-        self._clear()
+        self._born: HostShape = start_shape(self.spec, self.vocab_size, instance.n_layer)
         self._start()
-        self._start_shape = self._shape()
-        self.reference = self._reference()
+        self._resized()
+        self.reference = self.spec.reward.reference or (  # parameter-seconds that cost `reward.rent` nats
+            self.clock.amount if self.spec.budget.axis == "parameter_seconds" else self._cost_of(self.clock.amount)
+        )
 
     def step(self, action: GraftAction) -> Transition:
         """Apply the action and `finish`; UserError, and no change, for an illegal or late action."""
@@ -119,7 +113,8 @@ class Episode(ABC):
         """Train to the next decision: the rest of an interrupted `step`."""
         for change in (*self.grafts[-1:], *self.prunes[-1:]):
             if change.decision == self.sequence and change.val_loss_after is None:
-                change.val_loss_after = _finite(self._evaluate())
+                loss = self._evaluate()
+                change.val_loss_after = loss if math.isfinite(loss) else None
         loss_before = self.loss
         self.loss = self._train(self.clock.boundary)
         self.clock.advance(self.reading())
@@ -130,16 +125,22 @@ class Episode(ABC):
         self.unfinished = False
         for graft in self.grafts if self.ended else ():
             graft.outcome = graft.outcome or "on probation"
-        telemetry = self._observe()
         reward = (loss_before - self.loss) - self.spec.reward.rent * rented / self.reference
-        info: dict[str, Any] = {"point": self.curve[-1]}
+        telemetry, info = self._observe(), {"point": self.curve[-1]}
         if self.ended:
             info["summary"] = self.summary()
         return Transition(telemetry, reward, self.ended, info=info)
 
+    def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray:
+        """Losses after each action on a copy, on the same batches, float64 (actions, steps); charged on every axis."""
+        before = replace(self.ledger)
+        losses, ledgers = zip(*self._tries(actions, optimizer_steps), strict=True)
+        for ledger in ledgers:
+            self.ledger.add(ledger.less(before))
+        return np.array(losses)
+
     def summary(self) -> dict[str, Any]:
         """Loss, sizes, ledger axes, curve and changes so far, as JSON values."""
-        shape = self._shape()
         return {
             "seed": self.seed,
             "preset": self.spec.preset,
@@ -147,10 +148,10 @@ class Episode(ABC):
             "perplexity": perplexity(self.loss),
             "diverged": self.failure is not None,
             "failure": self.failure,
-            "parameters": shape.parameters_count(),
-            "parameters_non_embedding": shape.parameters_count(non_embedding=True),
-            "layers": shape.depth(),
-            "shape": shape.layers_as_json(),
+            "parameters": self.layout.parameters,
+            "parameters_non_embedding": self.layout.non_embedding,
+            "layers": self.shape.depth(),
+            "shape": self.shape.layers_as_json(),
             **self.ledger.as_dict(),
             "clock": self.spec.clock.kind,
             "budget": {"axis": self.spec.budget.axis, "amount": self.clock.amount},
@@ -162,17 +163,23 @@ class Episode(ABC):
             "val_curve": list(self.curve),
         }
 
-    def _episode_state(self) -> EpisodeState:
-        values = {name: getattr(self, name) for name in EpisodeState.model_fields if name != "passed"}
-        return EpisodeState(passed=self.clock.passed, **values)
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that `load` needs to continue to the same numbers: JSON values, and tensors by name."""
+        own = {name: getattr(self, name) for name in self.State.model_fields if name != "passed"}
+        return self.State(passed=self.clock.passed, **own).model_dump(mode="json"), {}
 
-    def _load_episode(self, state: EpisodeState) -> None:
+    def load(self, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        """Restore a `state` of the same spec; UserError for an impossible one."""
+        state = self.State.checked(values, "the checkpoint")
         if state.spec != self.spec:
             raise UserError("the checkpoint is of a run of another spec: go on with the spec that it was saved with.")
         self._begin(state.instance, state.seed)
-        for name in set(EpisodeState.model_fields) - {"spec", "passed"}:
+        for name in self.State.model_fields.keys() - {"spec", "passed"}:
             setattr(self, name, getattr(state, name))
         self.clock.passed = state.passed
+        self._restore(values, tensors)
+        self._resized()
+        self.telemetry = self._look()
 
     def reading(self) -> float:
         """The amount used on the budget's axis."""
@@ -184,12 +191,16 @@ class Episode(ABC):
 
     def expected_seconds(self) -> float:
         """Predicted seconds until the next decision at the current size; 0 once ended."""
-        layout, left = self._layout(), max(0.0, self.clock.boundary - self.reading())
-        return 0.0 if self.ended else left / float(layout.axis_per_step[0]) * layout.step_seconds
+        left = max(0.0, self.clock.boundary - self.reading())
+        return 0.0 if self.ended else self._seconds_of(left)
 
-    def _layout(self) -> Layout:
-        newest = {seed.site: seed for seed in self._planted().values()}
-        return self.observer.layout(self._shape(), tuple(newest.values()), self._split(), self._start_shape)
+    def seen(self) -> list[tuple[float, float]]:
+        """(Budget fraction, validation loss) at each decision, as a controller sees them."""
+        return [(point["budget_fraction"], point["val_loss"]) for point in self.curve]
+
+    def _resized(self) -> None:
+        newest = {seed.site: seed for seed in self.planted.values()}
+        self.layout = self.observer.layout(self.shape, tuple(newest.values()), self.split, self._born)
 
     def _accept(self, action: GraftAction) -> Candidate:
         if self.ended:
@@ -205,25 +216,25 @@ class Episode(ABC):
         return self.telemetry.actions[action.index]
 
     def _apply(self, candidate: Candidate, reason: str) -> None:
-        before, there = self._shape().parameters_count(), self._planted()
+        there = self.planted
         values: dict[str, Any] = {
             "budget_fraction": self.fraction(),
             "decision": self.sequence,
             "optimizer_step": self.ledger.steps,
             "site": candidate.site,
             "blueprint": candidate.blueprint,
-            "parameters_before": before,
+            "parameters_before": self.layout.parameters,
             "val_loss_before": self.loss,
             "reason": reason,
         }
         self._change(candidate)
-        values["parameters_after"] = self._shape().parameters_count()
+        values["parameters_after"] = self.layout.parameters
         if candidate.operation == "graft":
             self.grafted.append((self.clock.passed, candidate.site or ""))
             self.grafts.append(Graft(**values))
         else:
             self.prunes.append(Change(**values))
-            for number in there.keys() - self._planted().keys():  # the seed, and those inside it
+            for number in there.keys() - self.planted.keys():  # the seed, and those inside it
                 self.grafts[number].outcome = "pruned"
 
     def _observe(self) -> Telemetry:
@@ -231,49 +242,22 @@ class Episode(ABC):
         self.telemetry = self._look()
         return self.telemetry
 
+    def _look(self) -> Telemetry:
+        return self.observer.observe(self, self._measured())
+
     def _point(self) -> Point:
         axes = {axis: getattr(self.ledger, axis) for axis in (*AXES, "wall_seconds")}
-        parameters = self._layout().parameters
-        return {"budget_fraction": self.fraction(), **axes, "parameters": parameters, "val_loss": self.loss}
+        return {"budget_fraction": self.fraction(), **axes, "parameters": self.layout.parameters, "val_loss": self.loss}
 
-    def _look(self) -> Telemetry:
-        outcomes = {"kept": 1.0, "rolled back": -1.0}
-        now = Standing(
-            sequence=self.sequence,
-            decision=self.clock.passed,
-            decisions=self.clock.decisions,
-            budget=self.clock.amount,
-            budget_used=self.fraction(),
-            tokens=self.ledger.tokens,
-            vocab_size=self._vocab_size(),
-            losses=self._seen(),
-            grafts=self.grafted,
-            outcome=outcomes.get(self.grafts[-1].outcome or "") if self.grafts else None,
-            lockout={(site, blueprint) for site, blueprint, until in self.lockout if self.clock.passed < until},
-            reference=self.reference,
-        )
-        return self.observer.observe(now, self._layout(), self._measure())
-
-    def _seen(self) -> list[tuple[float, float]]:
-        """(Budget fraction, validation loss) at each decision, as a controller sees them."""
-        return [(point["budget_fraction"], point["val_loss"]) for point in self.curve]
-
-    def _reference(self) -> float:
-        """Parameter-seconds that cost `reward.rent` nats."""
-        if self.spec.reward.reference is not None:
-            return self.spec.reward.reference
-        return self.clock.amount if self.spec.budget.axis == "parameter_seconds" else self._cost_of(self.clock.amount)
+    def _seconds_of(self, amount: float) -> float:
+        """Predicted seconds of `amount` on the budget's axis at the current size."""
+        return amount / float(self.layout.axis_per_step[0]) * self.layout.step_seconds
 
     def _cost_of(self, amount: float) -> float:
-        """Predicted parameter-seconds of `amount` on the budget's axis at the current size."""
-        layout = self._layout()
-        return amount / float(layout.axis_per_step[0]) * layout.step_seconds * layout.parameters
+        """The same in parameter-seconds."""
+        return self._seconds_of(amount) * self.layout.parameters
 
 
 def perplexity(loss: float) -> float:
     """exp(loss) for a loss in nats per token, capped at 50 nats."""
     return math.exp(min(loss, 50.0))
-
-
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from esper.platform.contracts import Instance
 from esper.platform.frozen import Frozen
@@ -14,6 +14,7 @@ from esper.workers.kasmina.registry import Natural
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Point = dict[str, Any]  # of the loss curve, in JSON values: budget fraction, ledger axes, parameters, validation loss
+SavedPoints = list[dict[str, int | Finite | None]]
 
 
 @dataclass
@@ -51,7 +52,9 @@ class Rollback:
 
 
 class EpisodeState(Frozen):
-    """An episode without its trainer; fields are `Episode`'s attributes of the same names."""
+    """An episode without its host: fields are `Episode`'s attributes of the same names; callers may add keys."""
+
+    model_config = ConfigDict(extra="ignore")
 
     spec: RunSpec
     instance: Instance
@@ -59,11 +62,11 @@ class EpisodeState(Frozen):
     ledger: Ledger
     passed: Natural  # boundaries
     loss: Annotated[float, Field(gt=0)]
-    curve: list[dict[str, int | Finite | None]]
+    curve: SavedPoints
     grafts: list[Graft]
     prunes: list[Change]
     rollbacks: list[Rollback]
-    annealed: list[dict[str, int | Finite | None]]
+    annealed: SavedPoints
     failure: str | None
     grafted: list[tuple[Natural, str]]
     lockout: list[tuple[str, str, int]]
@@ -73,15 +76,15 @@ class EpisodeState(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not all(0 <= value < math.inf for value in asdict(self.ledger).values()):
-            raise ValueError("the ledger holds what no run can use.")
-        if len(self.curve) != self.sequence + 1 or len(self.grafted) != len(self.grafts):
-            raise ValueError("its records are not as many as its decisions and grafts.")
-        if (self.instance.n_layer or 1) > self.spec.growth.max_layers:
-            raise ValueError(f"it starts with {self.instance.n_layer} layers, more than growth.max_layers.")
-        if self.passed > self.spec.budget.decisions:
-            raise ValueError(f"it has passed {self.passed} of {self.spec.budget.decisions} decisions.")
-        for point in self.curve:
-            if not (point.get("val_loss") or 0) > 0 or not (point.get("budget_fraction") or 0) >= 0:
-                raise ValueError("a point of its curve has no loss, or no place in the budget.")
+        sound = (
+            all(0 <= value < math.inf for value in asdict(self.ledger).values())
+            and len(self.curve) == self.sequence + 1
+            and len(self.grafted) == len(self.grafts)
+            and (self.instance.n_layer or 1) <= self.spec.growth.max_layers
+            and self.passed <= self.spec.budget.decisions
+            and all((point.get("val_loss") or 0) > 0 for point in self.curve)
+            and all((point.get("budget_fraction") or 0) >= 0 for point in self.curve)
+        )
+        if not sound:
+            raise ValueError("its records are of no run that could be: restore an older copy of it.")
         return self

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import ray
+
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction, Order, Reply, Run, Transition
 from esper.platform.errors import UserError
@@ -44,7 +46,10 @@ class EpisodeWorker:
             answer, redone = self._taken_up(order)
         self._at = order
         if self.store is not None:
-            self._save(self.store, order, answer)
+            state, tensors = self._run.state()
+            outcome = {key: getattr(answer, key) for key in OUTCOME} if isinstance(answer, Transition) else None
+            state[KEY] = {"seed": order.seed, "actions": list(order.actions), "outcome": outcome}
+            self.store.save(save_name(order.episode), state, tensors)
         self._answered = time.perf_counter()
         return Reply(
             order.episode,
@@ -61,8 +66,7 @@ class EpisodeWorker:
 
     def _taken_up(self, order: Order) -> tuple[Telemetry | Transition, int]:
         """Restore or replay the order's episode: (answer, decisions redone)."""
-        restored = self._restored(self.store, order) if self.store is not None else None
-        done, answer = restored or (0, self._run.reset(order.instance, order.seed))
+        done, answer = self._restored(order) or (0, self._run.reset(order.instance, order.seed))
         for action in order.actions[done:]:
             try:
                 answer = self._step(action)
@@ -70,24 +74,27 @@ class EpisodeWorker:
                 raise RuntimeError(f"the episode could not be done again: {error}") from error
         return answer, max(0, len(order.actions) - 1 - done)
 
-    def _save(self, store: CheckpointStore, order: Order, answer: Telemetry | Transition) -> None:
-        state, tensors = self._run.state()
-        outcome = {key: getattr(answer, key) for key in OUTCOME} if isinstance(answer, Transition) else None
-        state[KEY] = {"seed": order.seed, "actions": list(order.actions), "outcome": outcome}
-        store.save(save_name(order.episode), state, tensors)
-
-    def _restored(self, store: CheckpointStore, order: Order) -> tuple[int, Telemetry | Transition] | None:
+    def _restored(self, order: Order) -> tuple[int, Telemetry | Transition] | None:
         """Load the order's episode from its checkpoint: (actions done, answer there)."""
-        name = save_name(order.episode)
-        found = store.find(name) if order.actions and not order.fresh else None
-        state, tensors = found or ({}, {})
-        kept = state.get(KEY)
-        if kept is None or kept["seed"] != order.seed or list(order.actions[: len(kept["actions"])]) != kept["actions"]:
-            store.drop(name)  # of other actions, or damaged
+        if self.store is None:
             return None
-        self._run.load(state, tensors)
+        name = save_name(order.episode)
+        found = self.store.find(name) if order.actions and not order.fresh else None
+        kept = found[0].get(KEY) if found else None
+        if not (found and kept and kept["seed"] == order.seed and _begins(kept["actions"], order.actions)):
+            self.store.drop(name)  # of other actions, or damaged
+            return None
+        self._run.load(*found)
         telemetry, outcome = self._run.telemetry, kept["outcome"]
         return len(kept["actions"]), telemetry if outcome is None else Transition(telemetry, **outcome)
+
+
+# The Ray actor. No restarts: Ray would hold calls until it has room; the fleet starts a new actor instead.
+GrowthWorker = ray.remote(max_restarts=0)(EpisodeWorker)
+
+
+def _begins(done: list[int], actions: tuple[int, ...]) -> bool:
+    return list(actions[: len(done)]) == done
 
 
 def save_name(episode: int) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Probe, Transition
+from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Transition
 from esper.platform.telemetry import Telemetry
 from esper.workers.episode import Episode, perplexity
 
@@ -11,9 +11,7 @@ R = TypeVar("R", bound=Episode)
 OnDecision = Callable[[R, Telemetry, GraftAction, Transition], None]
 
 
-def play(
-    run: R, policy: GrowthPolicy, *, arm: str, probe: Probe | None = None, on_decision: OnDecision[R] | None = None
-) -> dict[str, Any]:
+def play(run: R, policy: GrowthPolicy, *, arm: str, on_decision: OnDecision[R] | None = None) -> dict[str, Any]:
     """Play an episode from where it stands (reset or restored) to its end; returns its summary."""
     while not run.ended:
         telemetry = run.telemetry
@@ -21,7 +19,7 @@ def play(
             action = GraftAction(0, telemetry.sequence)
             transition = run.finish()
         else:
-            action = policy.act(telemetry, probe)
+            action = policy.act(telemetry, run)
             transition = run.step(action)
         if on_decision is not None:
             on_decision(run, telemetry, action, transition)

@@ -49,6 +49,6 @@ class RunProgress:
     def _line(self, run: GrowthRun, tokens_per_second: float) -> str:
         fraction = run.fraction()
         return (
-            f"{fraction:4.0%} of budget, step {run.ledger.steps:,}, {run.parameters:,} parameters, "
+            f"{fraction:4.0%} of budget, step {run.ledger.steps:,}, {run.layout.parameters:,} parameters, "
             f"{tokens_per_second:,.0f} tokens/s, {self._eta.left(fraction)} left"
         )

@@ -23,7 +23,6 @@ from esper.platform.tracking import Tracker, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.simic.policy import policy_file
-from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
@@ -108,7 +107,7 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         for point in growth.curve[1:]:  # a full disk may have kept one from the journal
             tracker.log(metrics(point), int(point["steps"]))
         try:
-            summary = play(growth, policy, arm=arm, probe=ChargedProbe(growth), on_decision=on_decision)
+            summary = play(growth, policy, arm=arm, on_decision=on_decision)
         except Stopped as stopped:
             save()
             checkpoints.close()

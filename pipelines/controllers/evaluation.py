@@ -18,7 +18,6 @@ from esper.policies.simic.distill import Taken, median_schedule
 from esper.workers.laws.best_schedule import best_fixed_schedule
 from esper.workers.laws.oracle import bound
 from esper.workers.laws.surrogate import SurrogateRun
-from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 
 Summaries = list[dict[str, Any]]
@@ -42,7 +41,7 @@ class Evaluation:
         run, found, console = self.make_run(), [], Console(stderr=True)
         for id in track(self.instances, arm, console=console, transient=True, disable=not sys.stderr.isatty()):
             run.reset(self.instances[id], self.seed_of(id))
-            found.append(play(run, make_policy(self.seed_of(id)), arm=arm, probe=ChargedProbe(run)))
+            found.append(play(run, make_policy(self.seed_of(id)), arm=arm))
         return found
 
     def bounds(self) -> np.ndarray:

@@ -11,11 +11,10 @@ from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
-from esper.workers.actor import GrowthWorker
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
-from esper.workers.worker import EpisodeWorker
+from esper.workers.worker import EpisodeWorker, GrowthWorker
 
 SURROGATES = 16  # surrogate runs side by side in the driver
 

@@ -23,7 +23,6 @@ from esper.platform.contracts import GraftAction, Stateful, Transition
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
-from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 
@@ -99,6 +98,6 @@ def _play(trial: Trial, tokens: TokenData, store: CheckpointStore) -> None:
         decided = {"action": str(telemetry.actions[action.index]), "at": float(telemetry.get("budget_used"))}
         tune.report({"curve": list(run.curve), **decided, "unsaved": store.failed})
 
-    summary = play(run, policy, arm=trial.arm.label, probe=ChargedProbe(run), on_decision=on_decision)
+    summary = play(run, policy, arm=trial.arm.label, on_decision=on_decision)
     store.flush()
     tune.report({"curve": list(run.curve), "summary": summary})

@@ -19,8 +19,8 @@ from esper.policies.simic.fleet import Fleet, RayFleet
 from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.worker_table import Deadlines
-from esper.workers.actor import GrowthWorker
 from esper.workers.candidates import telemetry_space
+from esper.workers.worker import GrowthWorker
 
 SEED = 11
 WORKERS = 3

@@ -11,6 +11,8 @@ import torch
 
 from esper.pipelines import prepare, train
 from esper.pipelines.export import main
+from esper.platform import checkpoint
+from esper.platform.spec import saved_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.export import load_native, load_native_tokenizer
@@ -45,7 +47,8 @@ def test_a_grown_run_in_both_formats_and_without_its_text(trained, tmp_path, cap
     assert f"host = load_native('{tmp_path / 'native'}')" in printed
     assert f"AutoTokenizer.from_pretrained('{tmp_path / 'gpt2'}')" in printed
 
-    idx, run = torch.arange(16)[None], GrowthRun.restore(trained / "checkpoints" / "run.safetensors", data)
+    idx, run = torch.arange(16)[None], GrowthRun(saved_spec(trained / "spec.json"), data)
+    run.load(*checkpoint.read(trained / "checkpoints" / "run.safetensors"))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     with torch.no_grad():
         expected = run.trainer.host.eval()(idx)
@@ -75,7 +78,7 @@ def folders(tiny_spec, tokens, tmp_path, monkeypatch):
     growth = GrowthRun(tiny_spec.model_copy(update={"host": host}), tokens)
     growth.reset()
     for name in ("run", "damaged"):
-        growth.save(tmp_path / name / "checkpoints" / "run.safetensors")
+        checkpoint.write(tmp_path / name / "checkpoints" / "run.safetensors", *growth.state())
     (tmp_path / "damaged" / "checkpoints" / "run.safetensors").write_bytes(b"")
 
 

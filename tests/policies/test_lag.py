@@ -13,7 +13,6 @@ from esper.platform.spec import load_spec
 from esper.policies.budget_rules import decision, trial_cost
 from esper.policies.lag import LagPolicy, Limits
 from esper.workers.laws.surrogate import SurrogateRun
-from esper.workers.probe import ChargedProbe
 from esper.workers.run import GrowthRun
 
 LIMITS = Limits(steps=6, patience=0.1, cost=0.05, tokens_per_parameter=0.0)
@@ -62,10 +61,10 @@ def tried(run):
 
 def test_it_takes_the_lowest_loss_of_its_twins(run):
     actions = tried(run)
-    losses, _ = run.twins(actions, 6)
+    losses = run.fork().twins(actions, 6)
     means = losses[:, -3:].mean(axis=1)
     assert len(set(means.tolist())) == len(means)
-    chosen = LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run))
+    chosen = LagPolicy(LIMITS).act(run.telemetry, run)
     assert chosen.index == actions[int(means.argmin())].index > 0
     assert chosen.sequence == run.telemetry.sequence
     assert "of 4 tried" in chosen.reason
@@ -73,11 +72,12 @@ def test_it_takes_the_lowest_loss_of_its_twins(run):
 
 def test_the_run_is_charged_what_the_twins_used_on_every_axis(run):
     expected, before = replace(run.ledger), replace(run.ledger)
-    _, ledgers = run.twins(tried(run), 6)
-    for ledger in ledgers:
-        expected.add(ledger.less(before))
-    LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run))
-    assert {axis: run.ledger.read(axis) for axis in AXES} == {axis: expected.read(axis) for axis in AXES}
+    for action in tried(run):
+        alone = run.fork()
+        alone.twins([action], 6)
+        expected.add(alone.ledger.less(before))
+    LagPolicy(LIMITS).act(run.telemetry, run)
+    assert {axis: run.ledger.read(axis) for axis in AXES} == pytest.approx({axis: expected.read(axis) for axis in AXES})
     assert run.ledger.steps == before.steps + 5 * 6
 
 
@@ -91,7 +91,7 @@ def test_what_a_trial_costs_is_known_beforehand(tiny_spec, tokens, axis):
     run.reset(seed=0)
     telemetry = run.step(GraftAction(0, 0)).telemetry
     actions, before = tried(run), run.reading()
-    ChargedProbe(run).twins(actions, 6)
+    run.twins(actions, 6)
     predicted = trial_cost(telemetry, [action.index for action in actions], 6)
     assert predicted == pytest.approx((run.reading() - before) / amount, rel=1e-3)
 
@@ -100,7 +100,7 @@ def test_the_run_itself_is_left_as_it_was(run):
     weights = {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
     moments = [{k: v.clone() for k, v in state.items()} for state in run.trainer.optimizer.state.values()]
     cursor = run.trainer.steps
-    LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run))
+    LagPolicy(LIMITS).act(run.telemetry, run)
     assert run.trainer.steps == cursor
     now = run.trainer.host.state_dict()
     assert now.keys() == weights.keys()
@@ -113,7 +113,7 @@ def test_same_run_same_choice(tiny_spec, tokens):
     chosen = []
     for _ in range(2):
         run = begin(tiny_spec, tokens, probation_steps=2)
-        chosen.append(LagPolicy(LIMITS).act(run.telemetry, ChargedProbe(run)))
+        chosen.append(LagPolicy(LIMITS).act(run.telemetry, run))
     assert chosen[0] == chosen[1]
 
 

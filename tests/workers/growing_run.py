@@ -8,11 +8,16 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction
 from esper.platform.spec import saved_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
+
+CLOCKS = ("wall_seconds", "validation_seconds")  # measured, and so never equal
 
 
 def changed(spec, **parts):
@@ -20,14 +25,25 @@ def changed(spec, **parts):
     return spec.model_copy(update={name: getattr(spec, name).model_copy(update=v) for name, v in parts.items()})
 
 
-def act(run, blueprint=None, site=None, operation="graft"):
-    """Graft (or prune) a blueprint, at a site or at the first that allows it; without one, wait."""
-    rows = [
-        i
-        for i, action in enumerate(run.telemetry.actions)
-        if (action.operation, action.blueprint) == (operation, blueprint) and site in (None, action.site)
-    ]
-    return run.step(GraftAction(rows[0] if blueprint else 0, run.telemetry.sequence))
+def begun(spec, tokens, *blueprints, seed=0, instance=None):
+    """A run after a decision for each blueprint, None for a wait."""
+    run = GrowthRun(spec, tokens)
+    run.reset(instance, seed=seed)
+    for blueprint in blueprints:
+        act(run, blueprint)
+    return run
+
+
+def row(run, blueprint=None, site=None, operation="graft"):
+    """The row that grafts (or prunes) a blueprint, at a site or at the first that has it; without one, that waits."""
+    wanted = (operation, blueprint) if blueprint else ("wait", None)
+    actions = enumerate(run.telemetry.actions)
+    return next(i for i, a in actions if (a.operation, a.blueprint) == wanted and site in (None, a.site))
+
+
+def act(run, *which):
+    """Take that row."""
+    return run.step(GraftAction(row(run, *which), run.telemetry.sequence))
 
 
 def play(run, plan=()):
@@ -55,13 +71,31 @@ def finish(run):
 
 def outcome(run):
     """The summary without wall times."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items() if k not in ("wall_seconds", "validation_seconds")}
-        return [plain(v) for v in value] if isinstance(value, list) else value
-
     return plain(run.summary())
+
+
+def plain(value):
+    """A value without the wall times in it."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if key not in CLOCKS}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def weights(run):
+    """Copies of the host's tensors by name."""
+    return {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
+
+
+def same_weights(run, before):
+    """Whether the host's tensors are these, to the bit."""
+    now = run.trainer.host.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(before[name], tensor) for name, tensor in now.items())
+
+
+def same_telemetry(one, other):
+    """Whether two observations are equal to the bit."""
+    pairs = zip(one.arrays().values(), other.arrays().values(), strict=True)
+    return one.actions == other.actions and all(np.array_equal(a, b) for a, b in pairs)
 
 
 def main(spec: Path, shards: Path, folder: Path) -> None:

@@ -6,11 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from growing_run import act, changed, outcome, play
 
 from esper.platform.contracts import GraftAction
-from esper.workers.probe import ChargedProbe
-from esper.workers.run import CONTRIBUTION_SHARE, GrowthRun
+from esper.workers.run import CONTRIBUTION_SHARE
+from tests.workers.growing_run import act, begun, changed, outcome, play, row, same_weights, weights
 
 
 @pytest.fixture
@@ -18,34 +17,16 @@ def spec(tiny_spec):
     return changed(tiny_spec, budget={"amount": 400})
 
 
-def begun(spec, tokens, *blueprints):
-    """A run after a decision for each blueprint, None for a wait."""
-    run = GrowthRun(spec, tokens)
-    run.reset(seed=0)
-    for blueprint in blueprints:
-        act(run, blueprint)
-    return run
-
-
-def weights(run):
-    return {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
-
-
-def same(run, before):
-    return all(torch.equal(before[name], tensor) for name, tensor in run.trainer.host.state_dict().items())
-
-
 def rows(run, *blueprints):
     """An action for WAIT, and one for each blueprint's first graft."""
-    found = [next(i for i, a in enumerate(run.telemetry.actions) if a.blueprint == name) for name in blueprints]
-    return [GraftAction(i, run.sequence) for i in (0, *found)]
+    return [GraftAction(row(run, name), run.sequence) for name in (None, *blueprints)]
 
 
 def test_a_fork_is_independent_and_exact(spec, tokens):
     run = begun(spec, tokens, "ffn")
     fork, before = run.fork(), weights(run)
     on_fork = act(fork, "block")
-    assert same(run, before)
+    assert same_weights(run, before)
     assert act(run, "block").reward == on_fork.reward
     assert fork.loss == run.loss
 
@@ -53,8 +34,7 @@ def test_a_fork_is_independent_and_exact(spec, tokens):
 def test_twins_see_the_same_batches_and_a_graft_does_not_spike(tiny_spec, tokens):
     run = begun(tiny_spec, tokens, None, None, None)
     grafts = [GraftAction(int(i), 3) for i in run.telemetry.legal() if i]
-    losses, ledgers = run.twins([*rows(run), *rows(run), *grafts], 10)
-    assert {ledger.steps for ledger in ledgers} == {25}
+    losses = run.twins([*rows(run), *rows(run), *grafts], 10)
     assert np.array_equal(losses[0], losses[1])
     assert losses[2:, 0] == pytest.approx(losses[0, 0], abs=1e-5)
     assert not np.array_equal(losses[2], losses[0])
@@ -105,7 +85,7 @@ def test_a_run_hears_of_a_stop_within_its_copies_and_evaluations(spec, tokens, m
         assert {id(heard_of) for heard_of in heard} == {id(run)}
         return len(heard)
 
-    assert calls(lambda: run.twins(rows(run, "block"), 20)) == 40
+    assert calls(lambda: run.fork().twins(rows(run, "block"), 20)) == 40
     assert calls(run.cooldown) == 25 + 1  # steps from 100 to 125, and the evaluation
     monkeypatch.setattr("esper.workers.tolaria.trainer.EVAL_TOKENS_AT_ONCE", 64)
     assert calls(run._evaluate) == 512 / 64
@@ -115,10 +95,10 @@ def test_a_run_hears_of_a_stop_within_its_copies_and_evaluations(spec, tokens, m
 def test_a_probe_is_charged_on_every_axis_and_leaves_the_run_alone(spec, tokens):
     run = begun(spec, tokens, None)
     ledger, steps, before = dataclasses.replace(run.ledger), run.trainer.steps, weights(run)
-    losses = ChargedProbe(run).twins(rows(run, "block"), 20)
+    losses = run.twins(rows(run, "block"), 20)
     assert losses.shape == (2, 20)
     assert run.trainer.steps == steps
-    assert same(run, before)
+    assert same_weights(run, before)
     used = run.ledger.less(ledger)
     assert used.steps == 40
     assert used.tokens == 40 * run.tokens_per_step
@@ -138,7 +118,7 @@ def test_the_rent_covers_what_probes_used(spec, tokens):
     first, rewards = run.loss, []
     while not run.ended:
         if run.sequence == 2:
-            ChargedProbe(run).twins(rows(run, "block"), 20)
+            run.twins(rows(run, "block"), 20)
         rewards.append(act(run).reward)
     rent = run.spec.reward.rent * run.ledger.parameter_seconds / run.reference
     assert sum(rewards) == pytest.approx(first - run.loss - rent, abs=1e-9)
@@ -157,7 +137,7 @@ def test_contributions_are_measured_charged_and_true(spec, tokens):
     assert told[layer] != 0
     # Charged in seconds, not in optimizer steps: a run without seeds uses less.
     expected = sum(
-        (point["steps"] - before["steps"]) * spec.clock.step_seconds(run._shape(), run.tokens_per_step)
+        (point["steps"] - before["steps"]) * spec.clock.step_seconds(run.shape, run.tokens_per_step)
         for before, point in zip(run.curve[:-1], run.curve[1:], strict=True)
     )
     assert run.ledger.seconds < expected * (1 + CONTRIBUTION_SHARE)  # at the final, largest size

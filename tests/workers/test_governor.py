@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from growing_run import act, changed
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.platform.telemetry import SITE
-from esper.workers.kasmina.governor import CHECK_EVERY, WINDOW, Governor
+from esper.workers.kasmina.governor import CHECK_EVERY, WINDOW, fault
 from esper.workers.run import GrowthRun
+from tests.workers.growing_run import act, begun, changed, row, same_weights, weights
 
 
 def rows(losses):
@@ -23,36 +23,25 @@ def rows(losses):
 
 @given(st.integers(0, 10**6), st.floats(0.01, 0.3), st.floats(0, 2))
 def test_noise_and_progress_are_no_fault(seed, noise, progress):
-    random = np.random.default_rng(seed)
+    random, window = np.random.default_rng(seed), []
     losses = 1.5 + progress * np.exp(-np.arange(600) / 200) + noise * random.standard_normal(600)
     losses[random.integers(0, 600, 12)] += 6 * noise  # single bad batches
-    governor = Governor(vocab_size=100)
-    assert all(governor.fault(rows(losses[i : i + CHECK_EVERY])) is None for i in range(0, 600, CHECK_EVERY))
+    assert all(fault(rows(losses[i : i + CHECK_EVERY]), window, 100) is None for i in range(0, 600, CHECK_EVERY))
 
 
 @pytest.mark.parametrize(
-    ("after", "sentence"),
+    ("before", "spread", "after", "sentence"),
     [
-        ([1.5, math.nan], "the loss was not finite"),
-        ([1.5, math.inf], "the loss was not finite"),
-        ([3.0] * CHECK_EVERY, "the loss rose from 1.50 to 3.00"),
+        (1.5, 0.003, [[1.5, 1.0, 1.0], [math.nan, 1.0, 1.0]], "the loss was not finite"),
+        (1.5, 0.003, [[1.5, 2.0, 2.0], [1.5, 2.0, math.inf]], "a gradient was not finite"),
+        (1.5, 0.003, [[3.0, 1.0, 1.0]] * CHECK_EVERY, "the loss rose from 1.50 to 3.00"),
+        (2.4, 0.3, [[math.log(20), 1.0, 1.0]] * CHECK_EVERY, "chance level"),  # however noisy it was
     ],
 )
-def test_faults(after, sentence):
-    governor = Governor(vocab_size=100)
-    random = np.random.default_rng(0)
-    governor.fault(rows(1.5 + 0.003 * random.standard_normal(WINDOW)))
-    assert sentence in governor.fault(rows(after))
-
-
-def test_a_gradient_that_is_not_finite_is_a_fault():
-    assert Governor(100).fault([[1.5, 2.0, 2.0], [1.5, 2.0, math.inf]]) == "a gradient was not finite"
-
-
-def test_back_at_chance_level_is_a_fault_however_noisy_it_was():
-    governor = Governor(vocab_size=20)
-    governor.fault(rows(2.4 + 0.3 * np.random.default_rng(0).standard_normal(WINDOW)))
-    assert "chance level" in governor.fault(rows([math.log(20)] * CHECK_EVERY))
+def test_faults(before, spread, after, sentence):
+    window = []
+    fault(rows(before + spread * np.random.default_rng(0).standard_normal(WINDOW)), window, 20)
+    assert sentence in fault(after, window, 20)
 
 
 # -- In a run ----------------------------------------------------------------------------------------------------
@@ -64,16 +53,10 @@ def spec(tiny_spec):
     return changed(tiny_spec, budget={"amount": 240}, growth={"probation_steps": 50, "lockout_decisions": 2})
 
 
-def graft(run, blueprint):
-    return next(i for i, a in enumerate(run.telemetry.actions) if (a.operation, a.blueprint) == ("graft", blueprint))
-
-
 def started(spec, tokens, inject=None):
-    """A run that has waited for two decisions; `inject(run)` is called after every step."""
-    run = GrowthRun(spec, tokens, on_step=inject)
-    run.reset(seed=0)
-    for _ in range(2):
-        act(run)
+    """A run that has waited for two decisions; `inject(run)` is called after every step from now on."""
+    run = begun(spec, tokens, None, None)
+    run.on_step = inject
     return run
 
 
@@ -95,14 +78,14 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, fault):
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, kind):
     at = []
 
     def inject(run):
         if run.trainer.kasmina.seeds and not at and run.trainer.kasmina.seeds[-1].age == 10:
             at.append(run.ledger.steps)
-            FAULTS[fault](run)
+            FAULTS[kind](run)
 
     run = started(spec, tokens, inject)
     shape, steps = run.trainer.host.shape, run.trainer.steps
@@ -124,7 +107,7 @@ def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, fault):
     site = telemetry.site_ids.index("h0.ffn")
     masks = []
     for _ in range(4):
-        masks.append((run.telemetry.sites[site, SITE.index("lockout")], run.telemetry.mask[graft(run, "ffn")]))
+        masks.append((run.telemetry.sites[site, SITE.index("lockout")], run.telemetry.mask[row(run, "ffn")]))
         act(run)
     assert masks == [(1, False), (1, False), (0, True), (0, True)]
     while not run.ended:
@@ -143,8 +126,7 @@ def test_after_a_rollback_the_run_is_the_one_that_never_grafted(spec, tokens):
     for step in range(30 - rollback):
         never.ledger.steps = 60 + rollback + step  # the rate follows the budget, which the lost steps have used
         never.trainer.step(never._rate())
-    weights = never.trainer.host.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in run.trainer.host.state_dict().items())
+    assert same_weights(run, never.trainer.host.state_dict())
 
 
 def test_a_graft_of_an_earlier_decision_is_removed_while_it_is_on_probation(spec, tokens):
@@ -183,15 +165,15 @@ def test_a_prune_in_the_slice_of_a_fault_is_undone(spec, tokens):
             fired.append(poison(run.trainer.host.ln_f.weight))
 
     run.on_step = inject
-    act(run, "ffn", operation="prune")
+    act(run, "ffn", None, "prune")
     assert len(run.trainer.kasmina.seeds) == 1
     assert run.prunes == []
     assert run.grafts[-1].outcome == "kept"
 
 
-def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(spec, tokens, tmp_path):
+def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(spec, tokens):
     run = started(spec, tokens)
-    before, sound = run.loss, {n: t.clone() for n, t in run.trainer.host.state_dict().items()}
+    before, sound = run.loss, weights(run)
     run.on_step = lambda run: poison(run.trainer.host.ln_f.weight)
     transition = act(run)
     assert transition.terminated
@@ -201,10 +183,10 @@ def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(sp
     assert transition.telemetry.problems(run.space) is None
     rent = spec.reward.rent * (1 - 60 / 240)  # what it used and what it did not, at a constant size on a step budget
     assert transition.reward == pytest.approx(-rent, rel=0.01)
-    run.save(tmp_path / "checkpoint")
-    restored = GrowthRun.restore(tmp_path / "checkpoint", tokens)
+    restored = GrowthRun(spec, tokens)
+    restored.load(*run.state())
     assert restored.ended
-    assert all(torch.equal(sound[name], value) for name, value in restored.trainer.host.state_dict().items())
+    assert same_weights(restored, sound)
     assert restored.trainer.evaluate() == before
 
 

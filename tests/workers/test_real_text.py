@@ -27,7 +27,7 @@ MOST = 0.01  # nats of excess over the ungrown twin that a graft may cause on an
 def excess(run, telemetry, grafts):
     """Worst excess of each graft over the WAIT twin in the 100 updates after it, on the same batches, nats."""
     actions = [GraftAction(int(i), telemetry.sequence) for i in (0, *grafts)]
-    losses, _ = run.twins(actions, 100)
+    losses = run.fork().twins(actions, 100)
     assert np.isfinite(losses).all()
     assert losses[1:, 0] == pytest.approx(losses[0, 0], abs=1e-5)
     return {str(telemetry.actions[i]): float(row.max()) for i, row in zip(grafts, losses[1:] - losses[0], strict=True)}

@@ -11,20 +11,19 @@ import subprocess
 import sys
 import time
 
-import growing_run
-import numpy as np
 import pytest
 import torch
-from growing_run import act, changed, choose, finish, outcome
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from esper.platform.checkpoint import read
+from esper.platform.checkpoint import pack, unpack
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import DataSpec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
+from tests.workers import growing_run
+from tests.workers.growing_run import act, begun, changed, choose, finish, outcome, same_telemetry, same_weights
 
 INSTANCE = Instance(data=(0.1, 0.9))
 
@@ -51,17 +50,17 @@ def undisturbed(spec, tokens, monkeypatch):
     """A run that has ended, and how often it could have been stopped."""
     monkeypatch.setattr("esper.workers.run.CONTRIBUTION_SHARE", 0.5)  # of slices so short, enough to measure some
     calls = []
-    run = GrowthRun(spec, tokens, on_step=calls.append)
-    run.reset(INSTANCE, seed=1)
+    run = begun(spec, tokens, seed=1, instance=INSTANCE)
+    run.on_step = calls.append
     finish(run)
     assert run.annealed
-    assert run._contributed
+    assert run.contributed
     return run, len(calls)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(part=st.floats(0, 1))
-def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, tokens, tmp_path_factory, part):
+def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, tokens, part):
     """Between two steps, within an evaluation, a measurement of contributions or a cooldown."""
     expected, calls = undisturbed
     left = 1 + int(part * (calls - 2))
@@ -72,55 +71,42 @@ def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, token
         if left == 0:
             raise Stop
 
-    run = GrowthRun(spec, tokens)
-    run.reset(INSTANCE, seed=1)
+    run = begun(spec, tokens, seed=1, instance=INSTANCE)
     run.on_step = stopper
     with contextlib.suppress(Stop):
-        while not run.ended:
-            run.step(choose(run.telemetry))
-    path = tmp_path_factory.mktemp("saved") / "run.safetensors"
-    run.save(path)
-    restored = GrowthRun.restore(path, tokens)
+        finish(run)
+    restored = GrowthRun(spec, tokens)
+    restored.load(*unpack(pack(*run.state()), "saved"))
     assert restored.ledger.steps == run.ledger.steps
     assert finish(restored) == outcome(expected)
-    arrays = expected.telemetry.arrays()
-    assert all(np.array_equal(values, arrays[name]) for name, values in restored.telemetry.arrays().items())
-    weights = expected.trainer.host.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in restored.trainer.host.state_dict().items())
+    assert same_telemetry(restored.telemetry, expected.telemetry)
+    assert same_weights(restored, expected.trainer.host.state_dict())
 
 
-def test_saving_changes_nothing(spec, tokens, tmp_path):
-    run, other = GrowthRun(spec, tokens), GrowthRun(spec, tokens)
-    run.reset(seed=0)
-    other.reset(seed=0)
+def test_saving_changes_nothing(spec, tokens):
+    run, other = begun(spec, tokens), begun(spec, tokens)
     while not run.ended:
-        run.save(tmp_path / "run.safetensors")
+        _, tensors = run.state()
+        assert {name.split("/")[0] for name in tensors} == {"now"}  # between decisions one snapshot, not two
         run.step(choose(run.telemetry))
     assert outcome(run) == finish(other)
-    _, tensors = read(tmp_path / "run.safetensors")
-    assert {name.split("/")[0] for name in tensors} == {"now"}  # between decisions there is one snapshot, not two
 
 
 def test_other_text_and_another_spec_are_refused(spec, tokens, tmp_path):
-    run = GrowthRun(spec, tokens)
-    run.reset(seed=0)
-    run.save(tmp_path / "run")
+    state = begun(spec, tokens).state()
     with pytest.raises(UserError, match="another spec"):
-        GrowthRun(changed(spec, budget={"amount": 97}), tokens).load(*run.state())
+        GrowthRun(changed(spec, budget={"amount": 97}), tokens).load(*state)
     (tmp_path / "other.txt").write_text("\n<|endoftext|>\n".join(f"{i} and another text {i}" * 9 for i in range(90)))
     prepare(DataSpec(source=str(tmp_path / "other.txt")), tmp_path / "other")
     with pytest.raises(UserError, match="other text or another tokenizer"):
-        GrowthRun.restore(tmp_path / "run", TokenData.open(tmp_path / "other"))
+        GrowthRun(spec, TokenData.open(tmp_path / "other")).load(*state)
 
 
 @pytest.fixture
 def stopped(spec, tokens):
-    """The state of a run within a slice, with a fused seed, young ones of every kind, and a prune behind it."""
-    run = GrowthRun(changed(spec, budget={"cooldowns": ()}), tokens)
-    run.reset(seed=0)
-    for blueprint in ("ffn", "block", "expert", "attention"):
-        act(run, blueprint)
-    act(run, "expert", operation="prune")
+    """A run within a slice, with a fused seed, young ones of every kind, and a prune behind it."""
+    run = begun(changed(spec, budget={"cooldowns": ()}), tokens, "ffn", "block", "expert", "attention")
+    act(run, "expert", None, "prune")
 
     def stop(run):
         raise Stop
@@ -157,12 +143,9 @@ def odd_tensors(tensors, chance):
 @given(seed=st.integers(0, 2**32))
 def test_an_odd_state_is_a_run_that_goes_on_or_a_sentence(stopped, tokens, seed):
     chance, (values, tensors) = random.Random(seed), stopped.state()
-    run = GrowthRun(stopped.spec, tokens)
+    run, of_values = GrowthRun(stopped.spec, tokens), chance.random() < 0.8
     try:
-        if chance.random() < 0.8:
-            run.load(odd(values, chance), tensors)
-        else:
-            run.load(values, odd_tensors(tensors, chance))
+        run.load(odd(values, chance), tensors) if of_values else run.load(values, odd_tensors(tensors, chance))
     except UserError:
         return
     if run.unfinished:
@@ -188,6 +171,5 @@ def test_killed_at_random_moments_it_ends_the_same(spec, shards, tmp_path, kills
         process.kill()
         assert process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True)
-    undisturbed = GrowthRun(spec, TokenData.open(shards))
-    undisturbed.reset(seed=5)
+    undisturbed = begun(spec, TokenData.open(shards), seed=5)
     assert json.loads((tmp_path / "outcome.json").read_text()) == finish(undisturbed)

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from growing_run import act, changed, outcome, play
 
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.workers.run import GrowthRun
+from tests.workers.growing_run import act, changed, outcome, play
 
 PLAN = {1: "ffn", 3: "block", 4: "attention"}
 

@@ -16,27 +16,21 @@ CHANCE = 0.98  # of ln V: at chance level
 LEARNT = 0.9  # of ln V: below it, the model had learnt something
 
 
-class Governor:
-    """Checks each step's loss and gradient norms, a few steps at a time."""
+def fault(rows: Sequence[Sequence[float]], window: list[float], vocab_size: int) -> str | None:
+    """The fault in words, or None; sound losses, nats per token, join the `window` of the latest ones.
 
-    def __init__(self, vocab_size: int) -> None:
-        self._chance = math.log(vocab_size)
-        self.window: list[float] = []  # latest losses, nats per token: its whole state
-
-    def fault(self, rows: Sequence[Sequence[float]]) -> str | None:
-        """The fault in words, or None; `rows`: each new step's loss in nats per token, then its gradient norms."""
-        for row in rows:
-            if not math.isfinite(row[0]):
-                return "the loss was not finite"
-            if not all(map(math.isfinite, row)):
-                return "a gradient was not finite"
-        losses = [row[0] for row in rows]
-        if len(self.window) >= WINDOW // 2 and losses:
-            before, now = statistics.median(self.window), statistics.median(losses)
-            spread = 1.4826 * statistics.median(abs(loss - before) for loss in self.window)
-            if now > before + max(LEAST_SPIKE, SPREADS * spread):
-                return f"the loss rose from {before:.2f} to {now:.2f}"
-            if before < LEARNT * self._chance and now > CHANCE * self._chance:
-                return f"the loss rose from {before:.2f} to chance level, {now:.2f}"
-        self.window = [*self.window, *losses][-WINDOW:]
-        return None
+    `rows`: each new step's loss, then its gradient norms.
+    """
+    losses, chance = [row[0] for row in rows], math.log(vocab_size)
+    for row in rows:
+        if not all(map(math.isfinite, row)):
+            return "a gradient was not finite" if math.isfinite(row[0]) else "the loss was not finite"
+    if len(window) >= WINDOW // 2 and losses:
+        before, now = statistics.median(window), statistics.median(losses)
+        spread = 1.4826 * statistics.median(abs(loss - before) for loss in window)
+        if now > before + max(LEAST_SPIKE, SPREADS * spread):
+            return f"the loss rose from {before:.2f} to {now:.2f}"
+        if before < LEARNT * chance and now > CHANCE * chance:
+            return f"the loss rose from {before:.2f} to chance level, {now:.2f}"
+    window[:] = [*window, *losses][-WINDOW:]
+    return None

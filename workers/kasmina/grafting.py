@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from esper.platform.contracts import HostProtocol
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError
 from esper.platform.seeding import torch_stream
 from esper.workers.kasmina import surgery
 from esper.workers.kasmina.registry import Blueprint, Count, Natural, Planted, make_blueprints
@@ -74,7 +74,6 @@ class Kasmina:
         probation_steps: int = 200,  # optimizer steps of a seed's warm-up, times its blueprint's patience
         seed: int = 0,  # of the `graft` stream
     ) -> None:
-        surgery.check_owns(optimizer, host.parameters())
         self.host = host
         self.optimizer = optimizer
         self.blueprints = dict(make_blueprints() if blueprints is None else blueprints)
@@ -85,18 +84,12 @@ class Kasmina:
 
     def graft(self, site_id: str, blueprint_name: str) -> Seed:
         """Graft a seed; the host's output, its weights and their optimizer state do not change."""
-        site = self._sites().get(site_id)
-        if site is None:
-            raise unknown("site", site_id, self._sites())
-        if blueprint_name not in self.blueprints:
-            raise unknown("blueprint", blueprint_name, self.blueprints)
-        if blueprint_name not in site.blueprints:
-            allowed = ", ".join(site.blueprints)
-            raise UserError(f"blueprint {blueprint_name!r} does not fit site {site_id!r}: it takes {allowed}.")
-        blueprint = self.blueprints[blueprint_name]
+        site, blueprint = self._sites().get(site_id), self.blueprints.get(blueprint_name)
+        if site is None or blueprint is None or blueprint_name not in site.blueprints:
+            sites = "; ".join(f"{other.id} takes {', '.join(other.blueprints)}" for other in self._sites().values())
+            raise UserError(f"{blueprint_name!r} cannot be grafted at {site_id!r}: {sites}.")
         if not blueprint.allowed(self.host.shape, site_id):
             raise UserError(f"site {site_id!r} is at the limit that blueprint {blueprint_name!r} sets: {blueprint}.")
-
         probation = self.probation_steps * blueprint.patience(self.host, site_id)
         with torch.no_grad():
             part, pairs = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self.grafts))
@@ -121,7 +114,17 @@ class Kasmina:
         """
         due = self.due if seed is None else [seed]
         for each in due:
-            self._fuse(each)
+            here = [other for other in self.seeds if other.site == each.site and other.planted.units]
+            young = [other for other in here if not other.fused]
+            if each.fused or each not in self.seeds or (each.planted.units and young[0] is not each):
+                raise UserError(f"the seed at {each.site!r} is gone, fused, or younger than another: fuse the oldest.")
+            for change in self.blueprints[each.blueprint].fuse(self.host, each.planted):
+                surgery.swap(self.optimizer, change)
+            for group, follows in each.groups:
+                if group["params"]:
+                    surgery.move(self.optimizer, group, follows)
+            self._follow_on([each])
+            each.groups = []
         return due
 
     @property
@@ -133,18 +136,15 @@ class Kasmina:
         """Remove a site's newest seed, fused or not, and what was grafted inside it; UserError without one."""
         seed = self.newest(site_id)
         if seed is None:
-            sites = self._sites()
-            if site_id not in sites:
-                raise unknown("site", site_id, sites)
-            seeded = ", ".join(sorted({other.site for other in self.seeds} & sites.keys()))
-            raise UserError(f"there is no seed at site {site_id!r} to prune: seeds are at {seeded or 'none'}.")
+            seeded = ", ".join(sorted({other.site for other in self.seeds})) or "none"
+            raise UserError(f"there is no seed at site {site_id!r} to prune: seeds are at {seeded}.")
         swaps, gone = self.blueprints[seed.blueprint].prune(self.host, seed.planted)
         for change in swaps:
             surgery.swap(self.optimizer, change)
         surgery.drop(self.optimizer, gone)
         sites = self._sites()
         # Units grafted inside a pruned layer go with it; a layer grafted behind it stays.
-        left = [other for other in self.seeds if other is not seed and (other.site in sites or self._part_lives(other))]
+        left = [other for other in self.seeds if other is not seed and (other.site in sites or self._part_of(other))]
         self._follow_on([other for other in self.seeds if other not in left])
         self.seeds = left
         return seed
@@ -222,11 +222,8 @@ class Kasmina:
         blueprint, site = self.blueprints.get(planted.blueprint), self._sites().get(planted.site)
         if blueprint is None or blueprint.units != planted.units or bool(planted.units) == bool(planted.part):
             return False
-        if site is None and not planted.part:  # the site of a part may be gone
-            return False
-        return (site is None or blueprint.name in site.blueprints) and (
-            not planted.part or self.host.part(planted.part) is not None
-        )
+        there = self.host.part(planted.part) is not None if planted.part else site is not None
+        return there and (site is None or blueprint.name in site.blueprints)  # the site of a part may be gone
 
     def _segments_are_those_of(self, seeds: Sequence[Seed], site_id: str, units: int) -> bool:
         here = [seed for seed in seeds if seed.site == site_id and seed.planted.units]
@@ -253,31 +250,14 @@ class Kasmina:
         slowest = max(betas, default=0.0)
         return math.ceil(math.log(NEGLIGIBLE) / math.log(slowest)) if slowest > 0 else 0
 
-    def _fuse(self, seed: Seed) -> None:
-        if seed not in self.seeds:
-            raise UserError(f"the seed at {seed.site!r} is not on this host: fuse one of kasmina.seeds.")
-        young = [each for each in self.seeds if each.site == seed.site and each.planted.units and not each.fused]
-        if seed.fused or (seed.planted.units and young[0] is not seed):
-            raise UserError(f"the seed at {seed.site!r} is fused already, or an older one there comes first.")
-        for change in self.blueprints[seed.blueprint].fuse(self.host, seed.planted):
-            surgery.swap(self.optimizer, change)
-        for group, follows in seed.groups:
-            if group["params"]:
-                surgery.move(self.optimizer, group, follows)
-        self._follow_on([seed])
-        seed.groups = []
-
     def _follow_on(self, leaving: list[Seed]) -> None:
         """Redirect groups that follow a leaving seed's group to the group it followed."""
         ahead = {id(group): follows for seed in leaving for group, follows in seed.groups}
-
-        def still(group: surgery.Group) -> surgery.Group:
-            while id(group) in ahead:
-                group = ahead[id(group)]
-            return group
-
         for seed in self.seeds:
-            seed.groups = [(group, still(follows)) for group, follows in seed.groups]
+            for i, (group, follows) in enumerate(seed.groups):
+                while id(follows) in ahead:
+                    follows = ahead[id(follows)]
+                seed.groups[i] = group, follows
 
-    def _part_lives(self, seed: Seed) -> bool:
-        return bool(seed.planted.part) and self.host.part(seed.planted.part) is not None
+    def _part_of(self, seed: Seed) -> Any:
+        return seed.planted.part and self.host.part(seed.planted.part)

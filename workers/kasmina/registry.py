@@ -75,15 +75,8 @@ _KINDS: dict[str, type[Blueprint]] = {}
 
 def register(blueprint: type[Blueprint]) -> type[Blueprint]:
     """Class decorator: make a blueprint known under its name."""
-    if blueprint.name in _KINDS:
-        raise ValueError(f"two blueprints are named {blueprint.name!r}: give one another name.")
     _KINDS[blueprint.name] = blueprint
     return blueprint
-
-
-def names() -> tuple[str, ...]:
-    """Every registered name, in order of registration."""
-    return tuple(_KINDS)
 
 
 def names_for(site_kind: SiteKind) -> tuple[str, ...]:

@@ -13,18 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.platform.contracts import Swap
-from esper.platform.errors import UserError
 
 Group = dict[str, Any]
 
 CORRECTED = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}  # Adam's corrected means → index of their β
-
-
-def check_owns(optimizer: Optimizer, parameters: Iterable[Any]) -> None:
-    """Raise UserError unless the optimizer holds exactly these parameters, once each."""
-    owned = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    if len(owned) != len(set(owned)) or set(owned) != {id(parameter) for parameter in parameters}:
-        raise UserError("the optimizer does not hold exactly the host's parameters: make it from host.parameters().")
 
 
 def add(optimizer: Optimizer, pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Group, Group]]:

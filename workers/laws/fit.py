@@ -6,16 +6,17 @@ starts. Static sizes differ in depth only, so `heads`, `width` and `layer` keep 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, Range, RunSpec
-from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, Size, start_of
+from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, size_of
+from esper.workers.tolaria.hosts import start_shape
 
 BOUNDS: dict[str, Range] = {  # of the fitted constants: growing always helps a little
     "floor": (0.01, 4.0),
@@ -35,8 +36,7 @@ START = math.log(VOCABULARY)  # a surrogate's first loss, nats
 ROOM = 0.95  # of that, for the largest E + A
 
 
-@dataclass(frozen=True)
-class StaticPoint:
+class StaticPoint(NamedTuple):
     """An annealed loss of a static run: its last, or a cooldown fork's."""
 
     layers: int
@@ -45,8 +45,7 @@ class StaticPoint:
     seed: int
 
 
-@dataclass(frozen=True)
-class LawFit:
+class LawFit(NamedTuple):
     """What was fitted."""
 
     law: ScalingLaw  # heads, width and layer: geometric middles of their ranges
@@ -80,12 +79,13 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
     middles = {name: math.sqrt(math.prod(getattr(spec.laws, name))) for name in ("heads", "width", "layer")}
     fixed = {name: (value, value) for name, value in (dict.fromkeys(BOUNDS, 1.0) | middles).items()}
     unfitted = ScalingLaw.drawn(0, spec.model_copy(update={"laws": LawSpec.model_validate(fixed)}))
-    size, tokens, losses = _arrays(spec, points)
+    size, tokens = _places(spec, points)
+    losses, seeds = (np.array([getattr(point, name) for point in points]) for name in ("loss", "seed"))
     weights = 1 / (1 + (losses - losses.min()) / NEAR)
     bounds = np.log(np.array(list(BOUNDS.values())).T)
 
     def with_constants(logs: np.ndarray) -> ScalingLaw:
-        return replace(unfitted, **dict(zip(BOUNDS, map(float, np.exp(logs)), strict=True)))
+        return replace(unfitted, **dict(zip(BOUNDS, np.exp(logs).tolist(), strict=True)))
 
     def start(alpha: float, beta: float) -> np.ndarray:
         """Log constants at these exponents, with the best E, A and B: equation 2 is linear in them."""
@@ -94,27 +94,26 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
         floor, scale, data = nnls(np.stack(columns, axis=1), losses)[0]
         return np.clip(np.log(np.maximum([floor, scale, alpha, data, beta], 1e-9)), bounds[0] + 1e-3, bounds[1] - 1e-3)
 
+    def residuals(logs: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        law = with_constants(logs)
+        if law.floor + law.size >= ROOM * START:
+            return np.full(kept.sum() + 2, 10.0)
+        ends = law.trained(START, law.size_loss(size), tokens)
+        pull = TOLERANCE * np.log([2 * law.size_exponent, 2 * law.data_exponent])  # weak, to exponents of 1/2
+        return np.append((weights * np.log(ends / losses))[kept], pull)
+
     def search(begin: np.ndarray, kept: np.ndarray) -> Any:
+        robust = {"loss": "huber", "f_scale": TOLERANCE, "max_nfev": 500}
+        return least_squares(residuals, begin, bounds=tuple(bounds), args=(kept,), **robust)
 
-        def residuals(logs: np.ndarray) -> np.ndarray:
-            law = with_constants(logs)
-            if law.floor + law.size >= ROOM * START:
-                return np.full(kept.sum() + 2, 10.0)
-            ends = law.trained(START, law.size_loss(size), tokens)
-            pull = TOLERANCE * np.log([2 * law.size_exponent, 2 * law.data_exponent])  # weak, to exponents of 1/2
-            return np.append((weights * np.log(ends / losses))[kept], pull)
-
-        return least_squares(residuals, begin, bounds=tuple(bounds), loss="huber", f_scale=TOLERANCE, max_nfev=500)
-
-    everything = np.ones(len(points), bool)
-    found = [search(start(alpha, beta), everything) for alpha, beta in product(STARTS, STARTS)]
+    found = [search(start(alpha, beta), seeds == seeds) for alpha, beta in product(STARTS, STARTS)]
     best = min(found, key=lambda result: result.cost).x
-    without = [[point.seed != seed for point in points] for seed in sorted({point.seed for point in points})]
-    enough = [kept for kept in without if _enough([point for point, keep in zip(points, kept, strict=True) if keep])]
-    refits = [search(best, np.array(kept)).x for kept in enough]
+    others = [seed for seed in sorted(set(seeds)) if _enough([point for point in points if point.seed != seed])]
+    refits = [search(best, seeds != seed).x for seed in others]
     errors = np.sqrt((len(refits) - 1) * np.var(refits, axis=0)) if len(refits) > 1 else np.zeros(len(BOUNDS))
     law = with_constants(best)
-    return LawFit(law, spec.laws.model_copy(update=_ranges(law, errors)), law_distance(law, spec, points))
+    residual = float(np.sqrt(np.mean(np.square(predicted(law, spec, points) - losses))))
+    return LawFit(law, spec.laws.model_copy(update=_ranges(law, errors)), residual)
 
 
 def _enough(points: Sequence[StaticPoint]) -> bool:
@@ -127,19 +126,15 @@ def _enough(points: Sequence[StaticPoint]) -> bool:
 
 def predicted(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> np.ndarray:
     """The law's losses at the points' layers and tokens, nats, float64 (points,)."""
-    size, tokens, _ = _arrays(spec, points)
+    size, tokens = _places(spec, points)
     return law.trained(START, law.size_loss(size), tokens)
 
 
-def law_distance(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> float:
-    """A law's root mean square error at the points, nats."""
-    return float(np.sqrt(np.mean(np.square(predicted(law, spec, points) - [point.loss for point in points]))))
-
-
-def _arrays(spec: RunSpec, points: Sequence[StaticPoint]) -> tuple[Size, np.ndarray, np.ndarray]:
-    """Sizes, tokens and losses, each float64 (points,)."""
-    size = Size.of_all(start_of(spec, point.layers) for point in points)
-    return size, np.array([float(point.tokens) for point in points]), np.array([point.loss for point in points])
+def _places(spec: RunSpec, points: Sequence[StaticPoint]) -> tuple[np.ndarray, np.ndarray]:
+    """By `size_of`, float64 (3, points), and tokens, float64 (points,)."""
+    return size_of(*(start_shape(spec, VOCABULARY, point.layers) for point in points)), np.array(
+        [point.tokens for point in points], float
+    )
 
 
 def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:

@@ -7,9 +7,9 @@ and B are nats. The state is L: D is what the current size would have needed for
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,23 +26,11 @@ CONTINUOUS = ("parameter_seconds", "seconds", "flops")  # axes on which a surrog
 Array = Any  # a float or a float64 array
 
 
-class Size(NamedTuple):
-    """A shape's totals over its layers, or several shapes' as arrays."""
-
-    attention: Array  # parameters of attention's matrices
-    other: Array  # all others, embeddings left out
-    layers: Array
-
-    @classmethod
-    def of(cls, shape: TransformerShape) -> Self:
-        """The size of a shape."""
-        attention = sum(4 * shape.n_embd * layer.heads * shape.head_dim for layer in shape.layers)
-        return cls(attention, shape.parameters_count(non_embedding=True) - attention, shape.depth())
-
-    @classmethod
-    def of_all(cls, shapes: Iterable[TransformerShape]) -> Self:
-        """The sizes of shapes, as arrays."""
-        return cls(*np.array([cls.of(shape) for shape in shapes], float).T)
+def size_of(*shapes: TransformerShape) -> np.ndarray:
+    """Each shape's parameters of attention's matrices, its others without embeddings, and layers: float64 (3, …)."""
+    attention = [4 * shape.n_embd * shape.head_dim * sum(layer.heads for layer in shape.layers) for shape in shapes]
+    rest = [shape.parameters_count(non_embedding=True) for shape in shapes]
+    return np.array([attention, np.subtract(rest, attention), [shape.depth() for shape in shapes]], float)
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,6 @@ class ScalingLaw:
                 f"laws.floor and laws.size reach {highest:.2f} nats together, but a surrogate starts at "
                 f"ln {VOCABULARY} = {start:.2f}: set their upper ends lower."
             )
-
         drawn = {}  # the floor is drawn last, so its range does not change the others
         for name in ("heads", "width", "layer", "size", "size_exponent", "data", "data_exponent", "floor"):
             low, high = getattr(laws, name)
@@ -77,25 +64,22 @@ class ScalingLaw:
                 drawn[name] = math.exp(random.uniform(math.log(low), math.log(high)))
             else:
                 drawn[name] = float(random.uniform(low, high))
-        size = Size.of(one := start_of(spec, 1))
-        drawn["layer"] *= size.attention + size.other
-        reference = drawn["heads"] * size.attention + drawn["width"] * size.other + drawn["layer"]
+        one = start_shape(spec, VOCABULARY, 1)
+        attention, other, _ = size_of(one)[:, 0].tolist()
+        drawn["layer"] *= attention + other
+        reference = drawn["heads"] * attention + drawn["width"] * other + drawn["layer"]
         return cls(**drawn, reference=reference, tokens=budget_tokens(spec, one))
 
-    def size_loss(self, size: Size) -> Array:
-        """E + A·(N/N₀)^(−α), nats: the loss at infinite tokens; every growth lowers it."""
-        effective = self.heads * size.attention + self.width * size.other + self.layer * size.layers
+    def size_loss(self, size: Sequence[Array] | np.ndarray) -> Array:
+        """E + A·(N/N₀)^(−α), nats, of a `size_of`: the loss at infinite tokens; every growth lowers it."""
+        attention, other, layers = size
+        effective = self.heads * attention + self.width * other + self.layer * layers
         return self.floor + self.size * (effective / self.reference) ** -self.size_exponent
 
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
         """The loss after `tokens` more at a size, monotone in `loss`, which must exceed `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
-
-
-def start_of(spec: RunSpec, n_layer: int) -> TransformerShape:
-    """The shape that a surrogate starts with."""
-    return start_shape(spec.model_copy(update={"host": spec.host.starting_with(n_layer)}), VOCABULARY)
 
 
 def whole_steps(left: float, per_step: float) -> int:

@@ -29,9 +29,9 @@ def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transfo
     """The host in a state of `GrowthRun`, on the CPU in evaluation mode; UserError where there is none."""
     state = within("now/host/", tensors)
     with _said("the checkpoint holds no host that is in training", "name one of `esper train`"):
-        spec = RunSpec.checked(values["episode"]["spec"], "the checkpoint").host
+        spec = RunSpec.checked(values["spec"], "the checkpoint").host
         spec = spec.model_copy(update={"attention": "sdpa"})  # flash needs the run's machine
-        layout = Layout.checked(values["trainer"]["now"]["layout"], "the checkpoint")
+        layout = Layout.checked(values["now"]["layout"], "the checkpoint")
         return TransformerHost.rebuilt(spec, len(state["wte.weight"]), layout, state).eval()
 
 

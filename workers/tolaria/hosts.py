@@ -4,6 +4,6 @@ from esper.platform.spec import RunSpec
 from esper.workers.tolaria.model.shape import TransformerShape
 
 
-def start_shape(spec: RunSpec, vocab_size: int) -> TransformerShape:
-    """The shape that a run starts with."""
-    return TransformerShape.of(spec.host, vocab_size)
+def start_shape(spec: RunSpec, vocab_size: int, n_layer: int | None = None) -> TransformerShape:
+    """The shape that a run starts with; `n_layer` is an instance's number of layers."""
+    return TransformerShape.of(spec.host.starting_with(n_layer), vocab_size)

@@ -63,7 +63,7 @@ def test_a_run_is_born_in_the_shape_that_another_ended_with(tiny_spec, tokens):
     ended = grown.summary()
     born = GrowthRun(final_spec(tiny_spec, json.loads(json.dumps(ended["shape"]))), tokens)
     born.reset(seed=3)
-    assert born.parameters == ended["parameters"]
+    assert born.layout.parameters == ended["parameters"]
     assert born.summary()["shape"] == ended["shape"]
     assert born.trainer.host.shape.flops_per_token() == grown.trainer.host.shape.flops_per_token()
 

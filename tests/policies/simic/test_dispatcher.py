@@ -26,8 +26,7 @@ from esper.policies.simic.episode import InFlight
 from esper.policies.simic.fleet import LocalFleet, RayFleet
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.worker_table import Deadlines, WorkerTable
-from esper.workers.actor import GrowthWorker
-from esper.workers.worker import EpisodeWorker
+from esper.workers.worker import EpisodeWorker, GrowthWorker
 
 
 def make_net(seed: int = 0) -> ControllerNet:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from growing import batch, kasmina_of, logits, small, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.platform.spec import ExpertSpec
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.tolaria.model.experts import CAPACITY, Expert
+from tests.workers.kasmina.growing import batch, kasmina_of, logits, small, train
 
 
 def flops(host):

@@ -9,9 +9,10 @@ import pytest
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, load_spec
-from esper.workers.laws.fit import BOUNDS, LawFit, StaticPoint, fit_laws, law_distance, points_of, predicted
-from esper.workers.laws.scaling_law import ScalingLaw, budget_tokens, start_of
+from esper.workers.laws.fit import BOUNDS, LawFit, StaticPoint, fit_laws, points_of, predicted
+from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, budget_tokens
 from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.tolaria.hosts import start_shape
 
 SPEC = load_spec("tinystories-char")
 NOISE = 0.005  # nats
@@ -27,13 +28,13 @@ def static_points(law: ScalingLaw, sizes=(1, 2, 3, 4, 6), fractions=(0.25, 0.5, 
     """Annealed losses of static runs that fall by a law."""
     random = np.random.default_rng(0)
     points = [
-        StaticPoint(layers, fraction * budget_tokens(SPEC, start_of(SPEC, layers)), 1.0, seed)
+        StaticPoint(layers, fraction * budget_tokens(SPEC, start_shape(SPEC, VOCABULARY, layers)), 1.0, seed)
         for layers in sizes
         for fraction in fractions
         for seed in range(seeds)
     ]
     losses = predicted(law, SPEC, points) + noise * random.standard_normal(len(points))
-    return [replace(point, loss=float(loss)) for point, loss in zip(points, losses, strict=True)]
+    return [point._replace(loss=float(loss)) for point, loss in zip(points, losses, strict=True)]
 
 
 @pytest.fixture(scope="module", params=[{}, TEXT], ids=["default", "text"])
@@ -52,7 +53,6 @@ def test_it_foretells_every_size_at_every_count_of_tokens(fitted):
     others = static_points(law, sizes=range(1, 7), fractions=(0.2, 0.35, 0.7, 1.5), noise=0)
     exact = [*static_points(law, noise=0), *others]
     assert np.abs(predicted(fit.law, SPEC, exact) - [point.loss for point in exact]).max() < 0.01
-    assert fit.residual == pytest.approx(law_distance(fit.law, SPEC, points))
     assert 0.8 * NOISE < fit.residual < 1.2 * NOISE
     assert fit_laws(SPEC, points[::-1]).law.floor == pytest.approx(fit.law.floor, rel=1e-3)  # the order says nothing
 
@@ -89,13 +89,13 @@ def test_a_surrogate_that_stays_at_a_size_ends_where_it_was_seen_to(fitted):
 def test_an_outlier_and_a_steep_first_phase_do_not_bend_it():
     law = truth(TEXT)
     points = static_points(law, seeds=2)
-    points[0] = replace(points[0], loss=points[0].loss + 0.3)
+    points[0] = points[0]._replace(loss=points[0].loss + 0.3)
     early = [i for i, point in enumerate(points) if point.loss > 1.8]
     assert early
     for i in early:
-        points[i] = replace(points[i], loss=points[i].loss + 0.15)
+        points[i] = points[i]._replace(loss=points[i].loss + 0.15)
     good = [point for point in static_points(law, seeds=1, noise=0) if point.loss < 1.5]
-    assert law_distance(fit_laws(SPEC, points).law, SPEC, good) < 0.02
+    assert np.abs(predicted(fit_laws(SPEC, points).law, SPEC, good) - [point.loss for point in good]).max() < 0.04
 
 
 def test_one_seed_has_the_stated_share_alone():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.spec import load_spec
-from esper.workers.laws.oracle import bound, classes
+from esper.workers.laws.oracle import bound, course
 from esper.workers.laws.surrogate import SurrogateRun
 
 AMOUNTS = {"parameter_seconds": 2e5, "seconds": 10, "flops": 1.5e11, "tokens": 1.5e6, "steps": 1501}
@@ -21,7 +21,7 @@ def fork(run: SurrogateRun) -> SurrogateRun:
     """An independent copy, quicker than `state` and `load`."""
     twin = copy.copy(run)
     twin.ledger, twin.clock = copy.copy(run.ledger), copy.copy(run.clock)
-    for name in ("curve", "grafts", "prunes", "grafted", "_seeds"):
+    for name in ("curve", "grafts", "prunes", "grafted"):
         setattr(twin, name, copy.copy(getattr(run, name)))
     return twin
 
@@ -79,7 +79,7 @@ def test_nothing_played_beats_it(axis, seed, budget, n_layer, eagerness):
 def test_classes_are_all_that_grafts_lead_to():
     """Random grafts at random sites stay among the classes, and cost what the class says."""
     spec = load_spec("tinystories-char", ["growth.blueprints.attention.limit=4"])
-    known = classes(spec, 1)
+    known = course(spec, Instance(n_layer=1)).classes
     run, random = SurrogateRun(spec), np.random.default_rng(0)
     for seed in range(6):
         telemetry, at = run.reset(Instance(n_layer=1), seed), 0
@@ -95,5 +95,5 @@ def test_classes_are_all_that_grafts_lead_to():
             if action.blueprint is not None:
                 at = int(known.target[known.blueprints.index(action.blueprint), at])
             telemetry = run.step(GraftAction(row, telemetry.sequence)).telemetry
-            assert run._tokens_per_step / run._per_step == pytest.approx(known.tokens_per_unit[at])
-            assert run._size_loss == pytest.approx(run.law.size_loss(known.size)[at], abs=1e-12)
+            assert run.tokens_per_step / run.layout.axis_per_step[0] == pytest.approx(known.tokens_per_unit[at])
+            assert run.size_loss == pytest.approx(run.law.size_loss(known.size)[at], abs=1e-12)

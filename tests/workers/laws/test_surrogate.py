@@ -13,9 +13,8 @@ from esper.platform.contracts import GraftAction, Instance
 from esper.platform.spec import load_spec
 from esper.platform.telemetry import Telemetry
 from esper.workers.instances import instance_set
-from esper.workers.laws.scaling_law import CONTINUOUS, ScalingLaw, Size
+from esper.workers.laws.scaling_law import CONTINUOUS, ScalingLaw, size_of
 from esper.workers.laws.surrogate import LOSS_NOISE, VOCABULARY, SurrogateRun
-from esper.workers.probe import ChargedProbe
 
 AMOUNTS = {"parameter_seconds": 5e5, "seconds": 30, "flops": 4e11, "tokens": 4e6, "steps": 4000}
 
@@ -53,8 +52,8 @@ def test_every_decision_stands_exactly_on_its_boundary(axis, seed, budget):
         randomly(run, random)
         assert run.reading() == pytest.approx(run.clock.passed * run.clock.slice, rel=1e-9)
         assert run.fraction() == run.clock.passed / run.clock.decisions
-        assert abs(run.ledger.tokens - run.ledger.steps * run._tokens_per_step) <= run._tokens_per_step
-        assert run.ledger.tokens == round(run._steps * run._tokens_per_step)
+        assert abs(run.ledger.tokens - run.ledger.steps * run.tokens_per_step) <= run.tokens_per_step
+        assert run.ledger.tokens == round(run.steps * run.tokens_per_step)
 
 
 def test_a_graft_leaves_the_loss_and_steepens_its_fall():
@@ -72,9 +71,9 @@ def test_a_graft_leaves_the_loss_and_steepens_its_fall():
 def test_a_prune_raises_the_loss_by_what_the_size_was_worth():
     run = SurrogateRun(spec_for())
     run.reset(Instance(law=3))
-    born = run.law.size_loss(Size.of(run.shape))
+    born = run.law.size_loss(size_of(run.shape)[:, 0])
     step(run, "graft", "ffn")
-    grown = run.law.size_loss(Size.of(run.shape))
+    grown = run.law.size_loss(size_of(run.shape)[:, 0])
     step(run, "prune", "ffn")
     record = run.prunes[0]
     assert record.val_loss_after - record.val_loss_before == pytest.approx(born - grown, abs=1e-12)
@@ -87,7 +86,7 @@ def test_a_graft_that_costs_more_than_a_slice_merges_decisions():
     step(run, "graft")
     assert run.clock.passed == 3
     assert run.reading() == pytest.approx(3 * run.clock.slice)
-    assert run.ledger.steps == round(0.75 / run.spec.clock.step_seconds(run.shape, run._tokens_per_step))
+    assert run.ledger.steps == round(0.75 / run.spec.clock.step_seconds(run.shape, run.tokens_per_step))
 
 
 def test_noise_is_in_what_is_seen_alone():
@@ -117,9 +116,9 @@ def test_gradient_norms_tell_where_growing_is_of_use():
         telemetry = step(run).telemetry
         assert telemetry.site_column("norms_measured").all()
         norms = dict(zip(telemetry.site_ids, telemetry.site_column("gradient_norm"), strict=True))
-        now = run.law.size_loss(Size.of(run.shape))
+        now = run.law.size_loss(size_of(run.shape)[:, 0])
         use = {
-            site: now - run.law.size_loss(Size.of(run.blueprints[kind].resized(run.shape, site)))
+            site: now - run.law.size_loss(size_of(run.blueprints[kind].resized(run.shape, site))[:, 0])
             for site, kind in kinds.items()
         }
         for site in kinds:
@@ -153,7 +152,7 @@ def test_twins_are_charged_and_leave_the_run_as_it_was():
     step(run)
     loss, shape, ledger = run.loss, run.shape, run.ledger.as_dict()
     rows = [0, *(int(i) for i in run.telemetry.legal()[1:3])]
-    losses = ChargedProbe(run).twins([GraftAction(i, 1) for i in rows], 50)
+    losses = run.twins([GraftAction(i, 1) for i in rows], 50)
     assert losses.shape == (3, 50)
     assert (run.loss, run._evaluate(), run.shape) == (loss, loss, shape)
     assert run.ledger.steps == ledger["steps"] + 150

@@ -238,7 +238,7 @@ def mutated(value, chance):
 @given(seed=st.integers(0, 2**32))
 def test_an_odd_state_is_a_host_or_a_sentence(run, seed):
     chance, (values, tensors) = random.Random(seed), run.state()
-    layout = values["trainer"]["now"]["layout"]
-    kept = {"episode": {"spec": values["episode"]["spec"]}, "trainer": {"now": {"layout": layout}}}
+    layout = values["now"]["layout"]
+    kept = {"spec": values["spec"], "now": {"layout": layout}}
     with contextlib.suppress(UserError):
         host_of(mutated(kept, chance), tensors)

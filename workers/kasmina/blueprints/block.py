@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
 from esper.workers.kasmina.blueprints.part import Part
@@ -58,7 +57,8 @@ class ResidualSeed(Part):
             if id(parameter) in outgoing:
                 parameter.zero_()
             elif self.init == "copy":
-                parameter.copy_(_fitted(siblings[id(parameter)], parameter.shape))
+                sibling = siblings[id(parameter)].detach()
+                parameter.copy_(sibling[torch.arange(len(parameter)) % len(sibling)])  # repeated where it is too small
             elif key.endswith("bias"):
                 parameter.zero_()
             elif key.startswith("ln_"):
@@ -66,9 +66,3 @@ class ResidualSeed(Part):
             else:
                 parameter.copy_(drawn_like(siblings[id(parameter)], parameter.shape, generator))
         return name, pairs
-
-
-def _fitted(sibling: Tensor, shape: torch.Size) -> Tensor:
-    """The first rows of `sibling`, repeated where it has too few."""
-    rows = torch.arange(shape[0], device=sibling.device) % sibling.shape[0]
-    return sibling.detach()[rows]
