@@ -6,21 +6,17 @@ Reads only MLflow; leaves `report.html`, `report.png` and `report.json` in a fol
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import Field
 
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
-from esper.pipelines.reports.page import Report, html
-from esper.pipelines.reports.runs import Tables, tables
-from esper.pipelines.reports.store import Sweep, find_sweeps, open_store, read_runs
+from esper.pipelines.reports.page import Report, as_dict, html
+from esper.pipelines.reports.runs import Sweep, Tables, read_sweeps, tables
 from esper.pipelines.reports.verdict import judge
-from esper.platform.console import say
+from esper.platform.console import counted, say
 from esper.platform.storage import check_unused, naming, write_json, write_text
-from esper.platform.tracking_store import reason
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from esper.platform.tracking_store import reason, shown
 
 FILES = ("report.html", "report.png", "report.json")
 
@@ -46,12 +42,11 @@ class ReportArguments(Arguments):
 
 def run(arguments: ReportArguments) -> None:
     """Read, judge, write, say."""
-    client = open_store(arguments.tracking_uri)
-    sweep = next(find_sweeps(client, arguments.experiment, arguments.sweep))
+    [sweep] = read_sweeps(arguments.tracking_uri, arguments.experiment, arguments.sweep, newest=True)
     out = arguments.out or Path("reports") / re.sub(r"[^\w\-]", "_", sweep.name)
     check_unused(out)
-    say(f"sweep   {sweep.name} of {sweep.experiment}, in {sweep.store}")
-    for verdict in _write(client, sweep, out).verdicts:
+    say(f"sweep   {sweep.name} of {sweep.experiment}, in {shown(sweep.client.tracking_uri)}")
+    for verdict in _write(sweep, out).verdicts:
         if verdict.trials.title:
             print(f"{verdict.trials.title}:")
         for criterion in verdict.criteria:
@@ -61,9 +56,9 @@ def run(arguments: ReportArguments) -> None:
     say(f"results: {', '.join(str(out / name) for name in FILES)}")
 
 
-def write_report(client: "MlflowClient", parent_run_id: str, out: Path) -> None:
+def write_report(uri: str, parent_run_id: str, out: Path) -> None:
     """Write the report on one sweep into `out`, over an older one there."""
-    _write(client, next(find_sweeps(client, None, parent_run_id)), out)
+    _write(read_sweeps(uri, None, parent_run_id)[0], out)
 
 
 def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None = None) -> Tables:
@@ -72,26 +67,28 @@ def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None 
     test = load("esper-tinystories").finals.query("purpose == 'test' and status == 'FINISHED' and not diverged")
     test.groupby("label")["val_loss"].agg(["mean", "std", "count"])
     """
-    client = open_store(tracking_uri)
-    runs, _ = read_runs(client, find_sweeps(client, experiment, sweep))
-    return tables(runs)
+    return tables(run for found in read_sweeps(tracking_uri, experiment, sweep) for run in found.runs)
 
 
-def _write(client: "MlflowClient", sweep: Sweep, out: Path) -> Report:
+def _write(sweep: Sweep, out: Path) -> Report:
     from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
 
-    runs, notes = read_runs(client, [sweep])
+    notes = []
     if sweep.run.info.status == "RUNNING":
-        notes.insert(0, "the sweep had not ended: this is what it had logged by then.")
-    report = Report(sweep, [judge(runs, point, sweep.record) for point in sweep.record["points"]], notes, runs)
+        notes.append("the sweep had not ended: this is what it had logged by then.")
+    if sweep.left_out:
+        notes.append(f"{counted(sweep.left_out, 'run')} left out: without a trial's tags, or a whole summary.json.")
+    for note in notes:
+        say(f"note    {note}")
+    report = Report(sweep, [judge(sweep.runs, point, sweep.record) for point in sweep.record["points"]], notes)
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "report.png"):
-        save_picture(f"{sweep.experiment} · {sweep.name}", report.verdicts, out / "report.png")
-    write_json(out / "report.json", report.as_dict())
+        save_picture([verdict.trials for verdict in report.verdicts], out / "report.png", "png")
+    write_json(out / "report.json", as_dict(report))
     write_text(out / "report.html", html(report))
     try:
         for name in FILES:
-            client.log_artifact(sweep.run.info.run_id, str(out / name), "report")
+            sweep.client.log_artifact(sweep.run.info.run_id, str(out / name), "report")
     except Exception as error:  # the store may be read-only: the report itself is written
         say(f"note    MLflow did not take the report ({reason(error)}): it is only in {out}.")
     return report

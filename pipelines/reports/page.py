@@ -1,10 +1,12 @@
 """What a report says, as JSON and as one HTML file that needs nothing else: no network, no script."""
 
-import json
+import base64
+import io
 import math
-from dataclasses import dataclass
+from dataclasses import asdict
+from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,13 +14,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from esper import __version__
 from esper.pipelines.common.statistics import Interval
-from esper.pipelines.reports.baselines import BEST_STATIC, Trials, draw_envelope
-from esper.pipelines.reports.paired_tests import counted, pair
-from esper.pipelines.reports.runs import NEAR, Run, tables
-from esper.pipelines.reports.store import Sweep
+from esper.pipelines.reports.paired_tests import BEST_STATIC, Trials, draw_envelope, pair
+from esper.pipelines.reports.runs import AXES, Sweep, tables
 from esper.pipelines.reports.verdict import Verdict
+from esper.platform.console import counted
 
-AXIS_NAMES = {"parameter_seconds": "parameter-seconds", "flops": "FLOPs", "seconds": "seconds", "tokens": "tokens"}
 CONTROLLED = ("ppo", "openloop")  # arms that a controller's training has to be paid for
 COUNTED = {
     "rates": "the search for rates",
@@ -27,58 +27,60 @@ COUNTED = {
 }
 
 
-@dataclass(frozen=True)
-class Report:
+NUMBERS = [*AXES, "parameters", "layers", "grafts"]  # of a run, whose means are told
+
+
+class Report(NamedTuple):
     """Everything that is shown; `notes` tells what was left out, in sentences."""
 
     sweep: Sweep
     verdicts: list[Verdict]
     notes: list[str]
-    runs: list[Run]
 
-    def as_dict(self) -> dict[str, Any]:
-        """`report.json`."""
-        return {
-            "experiment": self.sweep.experiment,
-            "sweep": self.sweep.name,
-            "verdicts": [
-                verdict.as_dict() | {"arms": _records(arm_table(verdict)), "payback": payback(verdict.trials)}
-                for verdict in self.verdicts
-            ],
-            "notes": self.notes,
-            "provenance": {"MLflow": self.sweep.where, "started": self.sweep.started, **self.sweep.run.data.tags},
-            "finals": _records(tables(self.runs).finals),
-        }
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """`report.json`."""
+    sweep, points = report.sweep, []
+    for verdict in report.verdicts:
+        trials = verdict.trials
+        point = {"grid": trials.point["grid"], "budget": trials.budget, "did_not_grow": trials.idle}
+        point |= {"best_static": trials.best_static, "best_schedule": trials.schedule, "payback": payback(trials)}
+        point |= {"criteria": [asdict(criterion) for criterion in verdict.criteria]}
+        points.append(point | {"tests": [t.as_dict() for t in verdict.tests], "arms": _records(arm_table(verdict))})
+    told = {"experiment": sweep.experiment, "sweep": sweep.name, "verdicts": points, "notes": report.notes}
+    provenance = {"MLflow": sweep.where, **sweep.run.data.tags}
+    return told | {"provenance": provenance, "finals": _records(tables(sweep.runs).finals)}
 
 
 def html(report: Report) -> str:
     """The page."""
-    from esper.pipelines.reports.figures import svgs
+    from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
+
+    def picture(trials: Trials) -> str:
+        file = io.BytesIO()
+        save_picture([trials], file, "svg")
+        return base64.b64encode(file.getvalue()).decode()  # so that ids of two pictures cannot collide
 
     files = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["told"] = told
-    content = {"arm_table": arm_table, "payback": payback, "tables": tables, "svgs": svgs, "AXIS_NAMES": AXIS_NAMES}
+    content = {"arm_table": arm_table, "payback": payback, "tables": tables, "picture": picture, "AXES": AXES}
     return environment.get_template("report.html").render(report=report, version=__version__, **content)
 
 
 def arm_table(verdict: Verdict) -> pd.DataFrame:
     """A row per label: loss, difference to the best static size, size and cost; means over sound runs."""
-    trials, base, rows = verdict.trials, verdict.trials.sound(verdict.trials.best_static), []
-    outcomes = {t.arm: t.outcome[0] for t in verdict.tests if (t.baseline, t.axis) == (BEST_STATIC, trials.axis)}
+    trials, rows = verdict.trials, []
+    base, outcomes = trials.sound(trials.best_static), dict.fromkeys(trials.idle, "did not grow")
+    outcomes |= {t.arm: t.outcome[0] for t in verdict.tests if (t.baseline, t.axis) == (BEST_STATIC, trials.axis)}
     for label, seeds in trials.test.items():
-        runs, other = list(trials.sound(label).values()), base if label != trials.best_static else {}
-        row: dict[str, Any] = {
-            "arm": label,
-            "seeds": len(runs),
-            "diverged": sum(run.diverged for run in seeds.values()),
-            "final loss": str(Interval.of(np.array([run.loss for run in runs])))[1:] if runs else None,
-            f"minus {trials.best_static}": pair(seeds, other, trials.axis).interval if other else None,
-            "": outcomes.get(label, "did not grow" if label in trials.idle else ""),
-        }
-        for what in (*AXIS_NAMES, "parameters", "layers", "grafts"):
-            row[AXIS_NAMES.get(what, what)] = float(np.mean([run.final(what) for run in runs])) if runs else None
-        rows.append(row)
+        runs = list(trials.sound(label).values())
+        minus = pair(seeds, base, trials.axis).interval if base and label != trials.best_static else None
+        row = {"arm": label, "seeds": len(runs), "diverged": sum(run.diverged for run in seeds.values())}
+        row["final loss"] = str(Interval.of(np.array([run.loss for run in runs])))[1:] if runs else None
+        row |= {f"minus {trials.best_static}": minus and str(minus), "": outcomes.get(label, "")}
+        means = pd.DataFrame([run.summary | {"grafts": run.grafts} for run in runs], columns=NUMBERS).mean()
+        rows.append(row | means.rename(AXES).to_dict())
     return pd.DataFrame(rows)
 
 
@@ -87,47 +89,41 @@ def payback(trials: Trials) -> list[str]:
     labels = [label for label, arm in trials.arms.items() if arm in CONTROLLED and trials.sound(label)]
     if not labels or not trials.point.get("controller"):
         return []
-    parts = {part: (costs or {}).get("parameter_seconds") for part, costs in (trials.point.get("spent") or {}).items()}
-    spent = {part: cost for part, cost in parts.items() if cost is not None}
-    if spent.keys() != parts.keys() or "controller" not in spent:
+    spent: dict[str, Any] = trials.point.get("spent") or {}
+    if "controller" not in spent or not all(spent.values()):
         return ["What the controller and the tuning that it rests on cost is not known: nor is when it has paid."]
-    total, envelope = sum(spent.values()), draw_envelope(trials.statics.values(), "parameter_seconds")
-    told = ", ".join(f"{short(cost)} for {COUNTED.get(part, part)}" for part, cost in spent.items() if cost)
-    cost = f"The controller cost {short(total)} parameter-seconds that no arm's budget contains: {told}."
-    return [cost, *(f"{label} {_paid(list(trials.sound(label).values()), total, *envelope)}." for label in labels)]
-
-
-def _paid(runs: list[Run], spent: float, costs: np.ndarray, losses: np.ndarray) -> str:
-    # By the parameter-seconds that static sizes need for the same loss.
-    loss, used = (float(np.mean([run.final(what) for run in runs])) for what in ("val_loss", "parameter_seconds"))
-    ended = f"ends at {loss:.4f} after {short(used)} parameter-seconds"
-    if not len(costs) or (losses[-1] > loss and costs[-1] <= used * (1 + NEAR)):
-        return f"{ended}, below every static run; none was trained longer: what a use saves cannot be said"
-    needed = float(np.exp(np.interp(-loss, -losses, np.log(costs))))  # linear in log cost
-    least, most = ("more than ", "at most ") if losses[-1] > loss else ("", "")
-    needs = f"{ended}; the best static sizes need {least}{short(needed)} for that loss: a use saves"
-    if needed <= used:
-        return f"{needs} nothing"
-    uses = counted(math.ceil(spent / (needed - used)), "use")
-    return f"{needs} {least}{short(needed - used)}, and the cost is paid back after {most}{uses}"
-
-
-def short(value: float) -> str:
-    """A number with four digits: 12.35, 1,234, 1.02M."""
-    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= limit:
-            return f"{value / limit:.4g}{letter}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    parts = {COUNTED[part]: axes["parameter_seconds"] for part, axes in spent.items() if axes["parameter_seconds"]}
+    total, counts = sum(parts.values()), ", ".join(f"{told(cost)} for {part}" for part, cost in parts.items())
+    sentences = [f"The controller cost {told(total)} parameter-seconds that no arm's budget contains: {counts}."]
+    costs, losses = draw_envelope(trials.statics.values(), "parameter_seconds")
+    for label in labels:
+        ends = [(run.loss, run.summary["parameter_seconds"]) for run in trials.sound(label).values()]
+        loss, used = np.mean(ends, axis=0).tolist()
+        if not len(costs) or losses[-1] > loss:
+            then = "no static run ends as low: what a use saves cannot be said"
+        elif (needed := float(np.exp(np.interp(-loss, -losses, np.log(costs))))) <= used:  # linear in log cost
+            then = f"the best static sizes need {told(needed)} for that loss: a use saves nothing"
+        else:
+            uses = counted(math.ceil(total / (needed - used)), "use")
+            then = f"the best static sizes need {told(needed)} for that loss: the cost is paid back after {uses}"
+        sentences.append(f"{label} ends at {loss:.4f} after {told(used)} parameter-seconds; {then}.")
+    return sentences
 
 
 def told(value: Any) -> str:
-    """A table's value in words; a dash for what is missing."""
-    if value is None or value is pd.NA or value != value:
+    """A value in words: a dash for what is missing, and of numbers four digits, as 1.2300, 12.35, 1,234 or 1.02M."""
+    if value is None or value != value:
         return "–"
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 10 and value != round(value) else short(value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if not isinstance(value, Number):
+        return str(value)
+    number = float(value)  # pyright: ignore
+    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(number) >= limit:
+            return f"{number / limit:.4g}{letter}"
+    if abs(number) < 10 and number % 1:
+        return f"{number:.4f}"
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
-def _records(frame: pd.DataFrame) -> Any:
-    return json.loads(json.dumps(frame.astype(object).where(frame.notna(), None).to_dict("records"), default=str))
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")

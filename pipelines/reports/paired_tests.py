@@ -1,22 +1,30 @@
-"""Paired tests: one arm against one baseline at equal cost; a pair is a seed.
+"""Paired tests of the arms of a sweep that grew, each against its baselines at equal cost; a pair is a seed.
 
-"Better" takes five pairs and a 95 % t interval below 0 after Holm's step-down over the grown arms. Against the best
-static size it takes every size (an intersection-union test: Berger 1982, Technometrics 24).
+The baselines: the static run of the arm's final size, the best static size, the best fixed schedule. "Better" takes
+five pairs and a 95 % t interval below 0 after Holm's step-down over the grown arms. Against the best static size it
+takes every size (an intersection-union test: Berger 1982, Technometrics 24).
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.special import stdtr  # the t distribution; scipy.stats takes a second to import
 
 from esper.pipelines.common.statistics import CONFIDENCE, Interval
-from esper.pipelines.reports.runs import NEAR, Seeds
+from esper.pipelines.reports.runs import NEAR, Run, Seeds
+from esper.pipelines.sweeps.arms import NOT_GROWN, RANDOM, SCHEDULES, STATIC
+from esper.platform.console import counted
 
 PAIRS = 5  # that a test takes at least
 BETTER, TIE, WORSE, CANNOT_SAY = "better", "tie", "worse", "cannot say"
+FINAL_SIZE, BEST_STATIC, BEST_SCHEDULE = BASELINES = ("final size", "best static", "best schedule")
+EQUAL_COST = {"steps": "tokens"}  # a step takes the same tokens in every arm
+DRAWN = 50  # points of an envelope
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,9 @@ class PairedTest:
         n = len(self.differences)
         if n < 2 or self.beyond:
             return 1.0
-        mean, spread = self.differences.mean(), self.differences.std(ddof=1)
-        if spread == 0:
-            return self.weakest if mean < 0 else 1.0
-        return max(self.weakest, min(1.0, 2 * float(stdtr(n - 1, mean / spread * math.sqrt(n)))))
+        mean, error = self.differences.mean(), self.differences.std(ddof=1) / math.sqrt(n)
+        t = mean / error if error else math.copysign(math.inf, mean)
+        return max(self.weakest, min(1.0, 2 * float(stdtr(n - 1, t))))
 
     @property
     def outcome(self) -> tuple[str, str]:
@@ -67,12 +74,12 @@ class PairedTest:
             return WORSE, "it was lower at a lower cost already" if self.beyond else self.left_out
         if self.beyond or self.doubt:
             return CANNOT_SAY, self.doubt or f"{self.against} was never trained that long"
-        if found.mean + half >= 0:
-            return TIE, self.left_out
-        if self.p_holm <= 1 - CONFIDENCE:
+        if found.mean + half < 0 and self.p_holm <= 1 - CONFIDENCE:
             return BETTER, self.left_out
-        scope = " and against every static size" if self.weakest else ""
-        return TIE, f"the interval alone lies below 0, but for all arms together{scope} p = {self.p_holm:.2g}"
+        if found.mean + half < 0:
+            scope = " and against every static size" if self.weakest else ""
+            return TIE, f"the interval alone lies below 0, but for all arms together{scope} p = {self.p_holm:.2g}"
+        return TIE, self.left_out
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -83,7 +90,7 @@ class PairedTest:
 
 def pair(arm: Seeds, other: Seeds, axis: str) -> PairedTest:
     """Pair an arm's sound runs with a baseline's at the cost at which the arm ended, an axis of AXES."""
-    diverged = ", ".join(f"{run.label} diverged on seed {seed}" for seed, run in sorted(arm.items()) if run.diverged)
+    diverged = ", ".join(f"{run.label} diverged on seed {seed}" for seed, run in arm.items() if run.diverged)
     differences, left_out, beyond = [], [], False
     for seed in sorted({*arm, *other}):
         lacking = [runs for runs in (arm, other) if seed not in runs or not runs[seed].sound]
@@ -91,20 +98,13 @@ def pair(arm: Seeds, other: Seeds, axis: str) -> PairedTest:
             left_out.append(f"{next(iter(lacking[0].values())).label} has no loss on seed {seed}")
             continue
         run, baseline = arm[seed], other[seed]
-        cost, longest = run.final(axis), baseline.final(axis)
-        if not (cost > 0 and longest > 0):
-            return PairedTest(np.empty(0), doubt="not all costs are known")
+        cost, longest = run.summary[axis], baseline.summary[axis]
         beyond |= cost > longest * (1 + NEAR)
         ended = cost > longest / (1 + NEAR)
         differences.append(run.loss - (baseline.loss if ended else float(baseline.loss_at(axis, cost))))
     if not np.isfinite(differences).all():
         return PairedTest(np.empty(0), doubt="it has no annealed loss at so low a cost")
     return PairedTest(np.array(differences), beyond, diverged, left_out="; ".join(left_out))
-
-
-def corrected(family: Sequence[PairedTest]) -> list[PairedTest]:
-    """The tests of a family of arms, with Holm's p-values."""
-    return [replace(test, p_holm=float(p)) for test, p in zip(family, holm([t.p for t in family]), strict=True)]
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -115,6 +115,97 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def counted(n: int, noun: str) -> str:
-    """`1 run`, `2 runs`, `no runs`."""
-    return f"{n or 'no'} {noun}{'' if n == 1 else 's'}"
+class Trials:
+    """One grid point's runs, by what they are for: an entry of `points` of a `sweep.json`."""
+
+    def __init__(self, runs: Iterable[Run], point: dict[str, Any], labels: Sequence[str]) -> None:
+        self.point = point
+        self.runs = [run for run in runs if run.grid == point["grid"]]
+        self.title = ", ".join(f"{key} = {value}" for key, value in json.loads(point["grid"]).items())
+        axis, self.amount = str(point["budget"]["axis"]), float(point["budget"]["amount"])
+        self.axis = EQUAL_COST.get(axis, axis)  # of AXES, on which all that is equal at equal budget
+        self.budget = f"{self.amount:,.10g} {axis.replace('_', '-')}"
+        tests: dict[str, dict[int, Run]] = {label: {} for label in labels}
+        for run in sorted(self.runs, key=lambda run: (run.seed, run.status == "FINISHED")):
+            if run.purpose == "test":
+                tests[run.label][run.seed] = run  # of a trial that was run again, the one that ended
+        self.test = {label: seeds for label, seeds in tests.items() if seeds}  # statics first, from small to large
+        self.arms = {label: next(iter(seeds.values())).arm for label, seeds in self.test.items()}
+        grew = {label for label, seeds in self.test.items() if any(run.grafts for run in seeds.values())}
+        self.grown = [label for label, arm in self.arms.items() if label in grew and arm != RANDOM]
+        self.controls = [label for label, arm in self.arms.items() if label in grew and arm == RANDOM]
+        self.idle = [label for label, arm in self.arms.items() if label not in grew and arm not in NOT_GROWN]
+        self.statics, self.schedules = self._sound_runs([STATIC]), self._sound_runs(SCHEDULES)
+        # Chosen on tuning seeds, else on the test seeds.
+        self.best_static = best(self.statics) if point["size"] is None else f"{STATIC}-{point['size']}"
+        self.schedule: str | None = best(self.schedules) if point["schedule"] is None else point["schedule"]
+
+    def _sound_runs(self, arms: Sequence[str]) -> dict[str, dict[int, Run]]:
+        return {label: runs for label, arm in self.arms.items() if arm in arms and (runs := self.sound(label))}
+
+    def sound(self, label: str | None) -> dict[int, Run]:
+        """A label's sound test runs by seed; empty if it has none."""
+        return {seed: run for seed, run in self.test.get(label or "", {}).items() if run.sound}
+
+    def test_runs(self) -> list[Run]:
+        """In the order of `test`, and by seed."""
+        return [run for seeds in self.test.values() for run in seeds.values()]
+
+    def tests(self, axis: str) -> list[PairedTest]:
+        """All tests at equal cost on an axis; Holm corrects grown arms and random controls separately."""
+        found = []
+        for baseline, labels in product(BASELINES, (self.grown, self.controls)):
+            arms = [arm for arm in labels if (baseline, arm) != (BEST_SCHEDULE, self.schedule)]
+            family = [self._test(arm, baseline, axis) for arm in arms]
+            joint = holm([test.p for test in family])
+            found += [replace(test, p_holm=float(p)) for test, p in zip(family, joint, strict=True)]
+        return found
+
+    def _test(self, arm: str, baseline: str, axis: str) -> PairedTest:
+        mine, doubt, weakest = self.test[arm], "", 0.0
+        against = self._final_size(arm) if baseline == FINAL_SIZE else self.schedule
+        if baseline == BEST_STATIC:
+            # The arm must beat every size: else an arm equal to the best wins 8 % of sweeps with 4 nearly equal sizes.
+            pairs = {label: pair(mine, self.test[label], axis) for label in self.statics}
+            equal = {label: test for label, test in pairs.items() if test.interval}
+            weakest = max((test.p for test in equal.values()), default=0.0)
+            against = self.best_static
+            if axis != self.axis:
+                means = {label: np.mean(t.differences) for label, t in (equal or pairs).items() if len(t.differences)}
+                against = max(means, key=means.__getitem__, default=next(iter(pairs), None))
+                if unknown := ", ".join(label for label in pairs if label not in equal):
+                    doubt = f"{unknown} has no loss at this cost, and may be lower"
+        if against is None or against not in self.test:
+            return PairedTest(np.empty(0), doubt="it was not trained", arm=arm, baseline=baseline, axis=axis)
+        found = pair(mine, self.test[against], axis)
+        grew = sum(run.grafts > 0 for run in mine.values())
+        if grew < PAIRS <= len(found.differences):
+            doubt = f"it grew on {counted(grew, 'seed')} only, and a test takes {PAIRS}"
+        doubt = found.doubt or doubt
+        return replace(found, doubt=doubt, weakest=weakest, arm=arm, baseline=baseline, axis=axis, against=against)
+
+    def _final_size(self, arm: str) -> str:
+        # The label of the runs born in the arm's final shape: a static size where one fits, for its rate is tuned. The
+        # layers of statics are alike: another shape has as many parameters only by coincidence.
+        ends = {run.summary["parameters"] for run in self.sound(arm).values()}
+        for label, runs in self.statics.items():
+            if {run.summary["parameters"] for run in runs.values()} == ends:
+                return label
+        return f"static_final:{arm}"
+
+
+def best(candidates: Mapping[str, Seeds]) -> str | None:
+    """The label whose sound runs end lowest in the mean."""
+    return min(candidates, key=lambda label: np.mean([r.loss for r in candidates[label].values()]), default=None)
+
+
+def draw_envelope(statics: Iterable[Seeds], axis: str) -> tuple[np.ndarray, np.ndarray]:
+    """Costs (points,) and the lowest mean annealed loss (points,) of any static size by each cost; never rises."""
+    sizes = [list(runs.values()) for runs in statics]
+    ends = [cost for runs in sizes for run in runs for cost in run.points(axis)[0][[0, -1]]]
+    if not ends:
+        return np.empty(0), np.empty(0)
+    costs = np.unique(np.geomspace(min(ends), max(ends), DRAWN))
+    means = [np.mean([run.loss_at(axis, costs) for run in runs], axis=0) for runs in sizes]
+    losses = np.fmin.accumulate(np.fmin.reduce(means))
+    return costs[np.isfinite(losses)], losses[np.isfinite(losses)]

@@ -1,56 +1,69 @@
-"""The runs of a sweep, each from its tags and its `summary.json`; the same as data frames, for notebooks."""
+"""The runs of sweeps as MLflow keeps them, a trial from its tags and its `summary.json`; as data frames for notebooks.
 
+Nothing is made in a store.
+"""
+
+import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
+from pydantic import ValidationError
+from pydantic.dataclasses import dataclass
 
-AXES = ("parameter_seconds", "flops", "seconds", "tokens")  # what a run costs, each counted from its first step
-FINAL = (*AXES, "steps", "wall_seconds", "parameters")
+from esper.platform.deadline import within
+from esper.platform.errors import UserError, unknown
+from esper.platform.tracking_store import connect, probe, reason, shown, sqlite_file, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+# What a run costs, each counted from its first step, and how tables call it.
+AXES = {"parameter_seconds": "parameter-seconds", "flops": "FLOPs", "seconds": "seconds", "tokens": "tokens"}
 NEAR = 0.02  # costs and budgets that differ by less than this are equal: a run ends at the first step past its budget
 EVENTS = {"grafts": "graft", "prunes": "prune", "rollbacks": "rollback"}
-NEEDED = {"val_loss", *FINAL, *EVENTS, "layers", "annealed", "val_curve"}  # of a summary
-
-IDENTITY = ("run_id", "label", "arm", "size", "seed", "purpose", "grid")
-END = ("status", "diverged", "val_loss", *FINAL, "layers", *EVENTS)
-CURVE = ("kind", "budget_fraction", "steps", *AXES, "parameters", "val_loss")
-SIZES = ("parameters_before", "parameters_after")
-LOSSES = ("val_loss_before", "val_loss_after")
-CHANGE = ("event", "budget_fraction", "optimizer_step", "site", "blueprint", "outcome", *SIZES, *LOSSES)
-INTEGERS = ("size", "steps", "parameters", "layers", "optimizer_step", *SIZES, *EVENTS)
-FLOATS = ("budget_fraction", "wall_seconds", "val_loss", *LOSSES, *AXES)
-TYPES = dict.fromkeys(INTEGERS, "Int64") | dict.fromkeys(FLOATS, "float64")
+END = (*AXES, "steps", "parameters", "val_loss")  # of a summary, and of each point of its curve
+NEEDED = {*END, *EVENTS, "layers", "diverged", "annealed", "val_curve"}  # of a summary
+READERS = 8  # summaries that are downloaded at once
+OPENING_SECONDS, READING_SECONDS = 30.0, 300.0  # that a store may take in all: MLflow's own retries take minutes
+MOST = 50_000  # runs, MLflow's limit for one search
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One trial of a sweep: tags and status in MLflow, and `summary.json` (of a run that did not end, its metrics)."""
+    """One trial of a sweep: its tags and status in MLflow, and `summary.json` (empty if it has not ended)."""
 
     run_id: str
     sweep: str
     name: str
     label: str
     arm: str
-    size: int | None  # layers at the start
     seed: int
     purpose: str  # rates, tuning or test
     grid: str  # JSON text of the grid point
     status: str
     summary: dict[str, Any]
+    size: int | None = None  # layers at the start
 
     @property
     def diverged(self) -> bool:
         """Whether the governor gave it up."""
-        return bool(self.summary.get("diverged"))
+        return self.summary.get("diverged", False)
 
     @property
     def loss(self) -> float:
         """At its end, nats per token; NaN if it did not end or diverged."""
-        return math.nan if self.status != "FINISHED" or self.diverged else self.final("val_loss")
+        return math.nan if self.diverged or not self.summary else self.summary["val_loss"]
 
     @property
     def sound(self) -> bool:
@@ -62,21 +75,15 @@ class Run:
         """How often it grew."""
         return len(self.summary.get("grafts", ()))
 
-    def final(self, what: str) -> float:
-        """A number of its summary, NaN where that has none."""
-        value = self.grafts if what == "grafts" else self.summary.get(what)
-        return math.nan if value is None else float(value)
-
     @cached_property
     def annealed(self) -> list[dict[str, Any]]:
         """Its cooldown forks, and its end: only annealed losses are compared."""
-        forks = [point for point in self.summary.get("annealed", ()) if point.get("val_loss") is not None]
-        return [*forks, {"budget_fraction": 1.0} | self.summary] if self.sound else forks
+        forks = [point for point in self.summary.get("annealed", ()) if point["val_loss"] is not None]
+        return [*forks, {"budget_fraction": 1.0, **{key: self.summary[key] for key in END}}] if self.sound else forks
 
     def points(self, axis: str) -> tuple[np.ndarray, np.ndarray]:
         """Costs (points,), increasing, and annealed losses (points,)."""
-        pairs = sorted((p[axis], p["val_loss"]) for p in self.annealed if (p.get(axis) or 0) > 0)
-        costs, losses = np.array(pairs, float).reshape(-1, 2).T
+        costs, losses = np.array(sorted((p[axis], p["val_loss"]) for p in self.annealed)).reshape(-1, 2).T
         return costs, losses
 
     def loss_at(self, axis: str, cost: np.ndarray | float) -> np.ndarray:
@@ -85,8 +92,6 @@ class Run:
         For a loss a + b·cost^-c it is too high by at most b·cost^-c·(c·h)²/8, h the points' distance in log cost.
         """
         costs, losses = self.points(axis)
-        if not len(costs):
-            return np.full(np.shape(cost), np.nan)
         outside = (np.asarray(cost) < costs[0] / (1 + NEAR)) | (np.asarray(cost) > costs[-1] * (1 + NEAR))
         return np.where(outside, np.nan, np.interp(np.log(cost), np.log(costs), losses))
 
@@ -96,15 +101,14 @@ class Run:
         for key, event in EVENTS.items():
             for record in self.summary.get(key, ()):
                 blueprint, _, site = (record.get("removed") or "").partition(" at ")
-                found.append({"event": event, "blueprint": blueprint or None, "site": site or None} | record)
+                found.append({"event": event, "blueprint": blueprint, "site": site} | record)
         return sorted(found, key=lambda event: event["budget_fraction"])
 
 
 Seeds = Mapping[int, Run]  # a label's runs by seed
 
 
-@dataclass(frozen=True)
-class Tables:
+class Tables(NamedTuple):
     """Every trial of a sweep, long form; losses in nats per token, costs since the run's first step."""
 
     finals: pd.DataFrame  # a row per trial; `val_loss` is empty where it failed or `diverged`
@@ -116,20 +120,113 @@ def tables(runs: Iterable[Run]) -> Tables:
     """The runs as data frames."""
     finals, curves, timeline = [], [], []
     for run in runs:
-        own = {name: getattr(run, name) for name in IDENTITY}
-        counts = {name: len(run.summary[name]) for name in EVENTS if name in run.summary}
-        named = {name: getattr(run, name) for name in ("sweep", "name", "status", "diverged")}
-        finals.append(run.summary | own | named | {"val_loss": run.loss} | counts)
-        curves += [point | own | {"kind": "decision"} for point in run.summary.get("val_curve", ())]
-        curves += [point | own | {"kind": "annealed"} for point in run.annealed]
-        timeline += [event | own for event in run.events()]
+        own = asdict(run)
+        summary = own.pop("summary")
+        plain = {key: value for key, value in summary.items() if not isinstance(value, (dict, list))}
+        counts = {key: len(summary.get(key, ())) for key in EVENTS}
+        finals.append(own | {"diverged": run.diverged} | plain | counts | own | {"val_loss": run.loss})
+        curves += [own | {"kind": "decision"} | point for point in summary.get("val_curve", ())]
+        curves += [own | {"kind": "annealed"} | point for point in run.annealed]
+        timeline += [own | event for event in run.events()]
+    return Tables(pd.DataFrame(finals), pd.DataFrame(curves), pd.DataFrame(timeline))
 
-    def frame(rows: list[dict[str, Any]], *columns: str) -> pd.DataFrame:
-        types: Any = {name: TYPES[name] for name in columns if name in TYPES}
-        return pd.DataFrame(rows).reindex(columns=columns).astype(types)
 
-    return Tables(
-        finals=frame(finals, "sweep", "name", *IDENTITY, *END),
-        curves=frame(curves, *IDENTITY, *CURVE),
-        timeline=frame(timeline, *IDENTITY, *CHANGE),
-    )
+class Sweep(NamedTuple):
+    """A sweep's parent run, and its trials."""
+
+    client: "MlflowClient"
+    run: "MlflowRun"
+    record: dict[str, Any]  # its `sweep.json`
+    runs: list[Run]
+    left_out: int  # trials without their tags, or a whole summary
+    name: str
+    experiment: str
+    where: str  # store, experiment and run id, in words
+
+
+def read_sweeps(uri: str | None, experiment: str | None, wanted: str | None, *, newest: bool = False) -> list[Sweep]:
+    """The sweeps of an experiment (None: all) and a run id or name (None: any), newest first, or only the newest.
+
+    Raises:
+        UserError: the store is not there or does not answer, or holds no such sweep, or no trial has finished.
+    """
+    address = uri or tracking_uri()
+    file = sqlite_file(address)
+    address = address if file is None else f"sqlite:///{file.resolve()}"
+    if not _is_there(address):
+        mend = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
+        raise UserError(f"there is no MLflow store at {shown(address)}: {mend}")
+
+    def opened() -> "MlflowClient":
+        probe(address)
+        client = connect(address)
+        client.search_experiments(max_results=1)
+        return client
+
+    client = _asked(address, OPENING_SECONDS, opened)
+    found = islice(_find_sweeps(client, experiment, wanted), 1 if newest else None)
+    sweeps = _asked(address, READING_SECONDS, partial(list, found))
+    if not sweeps:
+        raise UserError(f"MLflow at {shown(address)} holds no such sweep with a sweep.json: run `esper sweep` first.")
+    if not any(run.status == "FINISHED" for sweep in sweeps for run in sweep.runs):
+        raise UserError("no trial has finished: wait for one, or go on with the sweep (`esper sweep --resume`).")
+    return sweeps
+
+
+def _is_there(address: str) -> bool:  # MLflow would make a new one
+    if (file := sqlite_file(address)) is not None:
+        return file.is_file() and file.stat().st_size > 0
+    folder = address.removeprefix("file://").removeprefix("file:")
+    return "://" in folder or any(Path(folder).glob("*/meta.yaml"))
+
+
+def _asked(address: str, seconds: float, call: Callable[[], T]) -> T:
+    try:
+        return within(seconds, call)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the driver of an address raises
+        why = f"MLflow at {shown(address)} cannot be read ({reason(error)})"
+        raise UserError(f"{why}: check --tracking-uri, or MLFLOW_TRACKING_URI.") from error
+
+
+def _find_sweeps(client: "MlflowClient", experiment: str | None, wanted: str | None) -> Iterator[Sweep]:
+    known = {found.experiment_id: found.name for found in client.search_experiments()}
+    if experiment is not None and experiment not in known.values():
+        raise unknown("experiment", experiment, known.values())
+    ids, order = [id for id, name in known.items() if experiment in (None, name)], ["attributes.start_time DESC"]
+    parents = client.search_runs(ids, "tags.kind = 'sweep'", max_results=MOST, order_by=order)
+    named = [run for run in parents if wanted in (None, run.info.run_id, run.info.run_name)]
+    if parents and not named:
+        raise unknown("sweep", wanted, [str(run.info.run_name) for run in parents])
+    for run in named:
+        if (record := _read_artifact(client, run, "sweep.json")) is None:
+            continue
+        its = f"tags.kind = 'trial' AND tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+        trials = client.search_runs([run.info.experiment_id], its, max_results=MOST, order_by=order)
+        with ThreadPoolExecutor(READERS) as pool:
+            runs = [trial for trial in pool.map(partial(_read_run, client), trials) if trial is not None]
+        left_out, group = len(trials) - len(runs), known[run.info.experiment_id]
+        where = f"{shown(client.tracking_uri)}, experiment {group}, parent run {run.info.run_id}"
+        yield Sweep(client, run, record, runs, left_out, str(run.info.run_name), group, where)
+
+
+def _read_run(client: "MlflowClient", run: "MlflowRun") -> Run | None:
+    tags: dict[str, Any] = run.data.tags
+    info = run.info
+    own = {"run_id": info.run_id, "sweep": tags["mlflow.parentRunId"], "name": info.run_name, "status": info.status}
+    summary = _read_artifact(client, run, "summary.json") if info.status == "FINISHED" else {}
+    if summary is None or (summary and not summary.keys() >= NEEDED):
+        return None
+    try:
+        return Run(**(tags | own), summary=summary)
+    except ValidationError:
+        return None
+
+
+def _read_artifact(client: "MlflowClient", run: "MlflowRun", name: str) -> dict[str, Any] | None:
+    if not any(file.path == name for file in client.list_artifacts(run.info.run_id)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = client.download_artifacts(run.info.run_id, name, folder)
+        return json.loads(Path(path).read_text(encoding="utf-8"))

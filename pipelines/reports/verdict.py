@@ -2,15 +2,24 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from esper.pipelines.common.statistics import CONFIDENCE
-from esper.pipelines.reports.baselines import BASELINES, BEST_STATIC, Trials, best
-from esper.pipelines.reports.paired_tests import BETTER, CANNOT_SAY, PAIRS, PairedTest, counted, holm
+from esper.pipelines.reports.paired_tests import (
+    BEST_STATIC,
+    BETTER,
+    CANNOT_SAY,
+    PAIRS,
+    PairedTest,
+    Trials,
+    best,
+    holm,
+)
 from esper.pipelines.reports.runs import AXES, NEAR, Run
+from esper.platform.console import counted
 
 UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less
 SPEED = 0.05  # by how much the steps that equal measured budgets give to one static size may differ
@@ -32,29 +41,14 @@ class Verdict:
     """What a sweep says at one grid point."""
 
     trials: Trials
-    tests: tuple[PairedTest, ...]  # each grown arm, and each control, against each baseline on each axis
+    tests: list[PairedTest]  # each grown arm, and each control, against each baseline on each axis
     criteria: tuple[Criterion, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "grid": self.trials.point["grid"],
-            "budget": self.trials.budget,
-            "best_static": self.trials.best_static,
-            "best_schedule": self.trials.schedule,
-            "criteria": [asdict(criterion) for criterion in self.criteria],
-            "did_not_grow": self.trials.idle,
-            "tests": [test.as_dict() for test in self.tests],
-        }
 
 
 def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> Verdict:
     """Judge one entry of `sweep["points"]` of a `sweep.json`: test runs are compared, tuning runs choose baselines."""
-    order = {label: i for i, label in enumerate(sweep["arms"])}
-    # Of a trial that was run again, the ended run sorts last, and counts.
-    runs = sorted(runs, key=lambda run: (order.get(run.label, len(order)), run.name, run.status == "FINISHED"))
-    trials = Trials(runs, point)
-    tests = tuple(test for axis in AXES for baseline in BASELINES for test in trials.tests(baseline, axis))
+    trials = Trials(runs, point, sweep["arms"])
+    tests = [test for axis in AXES for test in trials.tests(axis)]
     return Verdict(trials, tests, (efficiency(trials, tests, find_caveats(trials, sweep)), mechanics(trials.runs)))
 
 
@@ -64,7 +58,7 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
     joint = holm([max(test.p for test in own) for own in by_arm.values()])
     outcomes = {arm: {test.outcome[0] for test in own} for arm, own in by_arm.items()}
     winners = [a for a, p in zip(by_arm, joint, strict=True) if outcomes[a] == {BETTER} and p <= 1 - CONFIDENCE]
-    unknown = [arm for arm in by_arm if CANNOT_SAY in outcomes[arm] <= {BETTER, CANNOT_SAY}]
+    unknown = any(CANNOT_SAY in said <= {BETTER, CANNOT_SAY} for said in outcomes.values())
     found = [f"at {trials.budget} no arm grew"]
     if by_arm:
         ends = {arm: np.mean([run.loss for run in trials.sound(arm).values()] or [math.inf]) for arm in by_arm}
@@ -73,9 +67,7 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
         interval = next(test.interval for test in by_arm[first] if test.baseline == BEST_STATIC)
         minus = f": {interval} nats to the best static size ({trials.best_static})" if interval else ""
         found = [f"at {trials.budget} {who}", f"of the grown arms {first} ends lowest{minus}"]
-    for arm, same in trials.idle.items():
-        found.append(f"{arm} did not grow{f': its runs are those of {same} to the bit' if same else ''}")
-    sentence = "; ".join(found) + "."
+    sentence = "; ".join([*found, *(f"{arm} did not grow" for arm in trials.idle)]) + "."
     if caveats:
         return Criterion("Efficiency", f"By the numbers alone, {sentence}", "withheld", tuple(caveats))
     outcome = "met" if winners else CANNOT_SAY if unknown or not by_arm else "not met"
@@ -84,28 +76,21 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
 
 def mechanics(runs: Sequence[Run]) -> Criterion:
     """Whether growing did harm: on any test or tuning run a graft moved the loss, a rollback, a grown run diverged."""
-    runs = [run for run in runs if run.purpose in ("test", "tuning")]
-    grafts = [graft for run in runs for graft in run.summary.get("grafts", ())]
-    if not grafts:
+    grown = [run for run in runs if run.purpose in ("test", "tuning") and run.grafts]
+    if not grown:
         return Criterion("Mechanics", "Whether growing does harm cannot be said: no run grew.", CANNOT_SAY)
-    changes = [abs(graft["val_loss_after"] - graft["val_loss_before"]) for graft in grafts]
-    change = max(changes) if all(map(math.isfinite, changes)) else math.inf  # max() alone would let a NaN pass
+    grafts = [graft for run in grown for graft in run.summary["grafts"]]
+    pairs = [(graft["val_loss_before"], graft["val_loss_after"]) for graft in grafts]
+    change = max(math.inf if after is None else abs(after - before) for before, after in pairs)  # None: not finite
     undone = sum(graft["outcome"] == "rolled back" for graft in grafts)
-    grown = [f"{run.label} on seed {run.seed}" for run in runs if run.diverged and run.grafts]
-    others = [f"{run.label} on seed {run.seed}" for run in runs if run.diverged and not run.grafts]
-    grafted = f"{counted(len(grafts), 'graft')} on {counted(sum(run.grafts > 0 for run in runs), 'run')}"
-    moved = (
-        f"moved the validation loss by at most {change:.1e} nats" if change else "left the validation loss as it was"
+    diverged = [f"{run.label} on seed {run.seed}" for run in grown if run.diverged]
+    sentence = (
+        f"{counted(len(grafts), 'graft')} on {counted(len(grown), 'run')} moved the validation loss by at most "
+        f"{change:.1e} nats; {undone or 'none'} of them {'was' if undone < 2 else 'were'} rolled back; "
+        f"{counted(len(diverged), 'run')} that had grown diverged{_named(diverged)}."
     )
-    parts = [
-        f"{grafted} {moved}",
-        f"{undone or 'none'} of them {'was' if undone < 2 else 'were'} rolled back",
-        f"{counted(len(grown), 'run')} that had grown diverged{_named(grown)}",
-    ]
-    if others:
-        parts.append(f"{counted(len(others), 'run')} that had not grown did{_named(others)}")
-    met = change < UNCHANGED and not undone and not grown
-    return Criterion("Mechanics", "; ".join(parts) + ".", "met" if met else "not met")
+    met = change < UNCHANGED and not undone and not diverged
+    return Criterion("Mechanics", sentence, "met" if met else "not met")
 
 
 def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
@@ -113,34 +98,28 @@ def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
     seeds, point, caveats = len(sweep["seeds"]), trials.point, []
     if seeds < PAIRS:
         caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
-    caveats.append(_edge(trials, sorted(sweep["sizes"])))
+    caveats.append(_edge(trials, sweep["sizes"]))
     if not sweep["rates_tuned"]:
-        caveats.append(
-            "The learning rates of the static sizes were not tuned, or the best was the last that was tried."
-        )
+        caveats.append("The rates of the static sizes were not tuned, or the best was the last that was tried.")
     unchosen = (point["size"] is None and trials.statics) or (point["schedule"] is None and trials.schedules)
     if unchosen or not sweep["tuning_seeds"]:
-        what = "The best static size or schedule was chosen on the test seeds, not on tuning seeds"
-        caveats.append(f"{what}: that flatters it.")
+        caveats.append("The best static size or schedule was chosen on the test seeds, which flatters it.")
     caveats += [_without_result(trials, sweep["trials"]), _unequal(trials)]
     return [caveat for caveat in caveats if caveat]
 
 
 def _edge(trials: Trials, tried: Sequence[int]) -> str:
-    lowest = best(trials.statics)
-    on_test = trials.size(lowest) if lowest else None
-    found = {"chosen": trials.point["size"] or on_test, "best on the test seeds": on_test}
-    for size in (*tried[:1], *tried[-1:]):
-        if hows := [how for how, of in found.items() if of == size]:
-            who = f"The best static size, {counted(size, 'layer')} ({' and '.join(hows)}),"
-            if size == 1:
-                return f"{who} is the smallest there is: at this budget nothing has to grow. Take a larger budget."
-            return f"{who} is at the edge of those tried ({', '.join(map(str, tried))}): one beyond may be better."
+    for label in dict.fromkeys([trials.best_static, best(trials.statics)]):  # as chosen, and on the test seeds
+        if label == "static-1":
+            return f"{label} is the best static size, and the smallest there is: nothing has to grow at this budget."
+        if label in (f"static-{tried[0]}", f"static-{tried[-1]}"):
+            sizes = ", ".join(map(str, tried))
+            return f"{label}, the best static size, is at the edge of those tried ({sizes}): one beyond may be better."
     return ""
 
 
 def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:
-    ended = {run.name for run in trials.runs if run.sound or run.diverged}
+    ended = {run.name for run in trials.runs if run.summary}
     lacking = {run.name: "failed" for run in trials.runs if run.name not in ended}
     for name, trial in planned.items():
         if trial["grid"] == trials.point["grid"] and name not in ended:
@@ -152,14 +131,13 @@ def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:
 def _unequal(trials: Trials) -> str:
     axis = trials.point["budget"]["axis"]
     runs = [run for run in trials.test_runs() if run.sound]
-    if off := [run.name for run in runs if abs(run.final(axis) / trials.amount - 1) > NEAR]:
+    if off := [run.name for run in runs if abs(run.summary[axis] / trials.amount - 1) > NEAR]:
         return f"{counted(len(off), 'run')} ended more than {NEAR:.0%} off the budget{_named(off)}."
     for label, seeds in trials.statics.items():
-        steps = [run.final("steps") for run in seeds.values()]
+        steps = [run.summary["steps"] for run in seeds.values()]
         if max(steps) > min(steps) * (1 + SPEED):
-            span = f"from {min(steps):,.0f} to {max(steps):,.0f} steps, more than {SPEED:.0%} apart"
-            why = "the machine was not always as fast. Run fewer trials at once."
-            return f"Equal measured budgets gave {label} {span}: {why}"
+            span = f"from {min(steps):,} to {max(steps):,} steps, more than {SPEED:.0%} apart"
+            return f"Equal measured budgets gave {label} {span}: run fewer trials at once, for an even speed."
     return ""
 
 

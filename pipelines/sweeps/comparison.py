@@ -24,7 +24,6 @@ from esper.platform.errors import UserError
 from esper.platform.provenance import provenance
 from esper.platform.storage import read_json, write_json
 from esper.platform.tracking import Tracker
-from esper.platform.tracking_store import connect
 from esper.platform.tracking_sync import SYNC_SECONDS
 from esper.policies.simic.policy import policy_file
 
@@ -72,7 +71,7 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
         say(f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}")
         return 1 if failures else 0
     try:
-        write_report(connect(parent.uri), parent.run_id, out / "report")
+        write_report(parent.uri, parent.run_id, out / "report")
         say(f"report:  {out / 'report' / 'report.html'}")
     except UserError as error:
         say(f"no report: {error}")

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import RunTag
 
-from esper.pipelines.reports.baselines import BASELINES, Trials
-from esper.pipelines.reports.paired_tests import PairedTest
-from esper.pipelines.reports.runs import AXES, FINAL, Run
+from esper.pipelines.reports.paired_tests import Trials
+from esper.pipelines.reports.runs import AXES, Run
 
 BUDGET = 1e6
 PROVENANCE = {"commit": "abc1234", "hardware": "AMD EPYC, 2 core(s)", "versions": "torch 2.13.0", "data": "stories"}
@@ -33,7 +32,7 @@ class SyntheticSweep:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     tuning_seeds: tuple[int, ...] = (101, 102)
     idle: tuple[str, ...] = ()  # labels that never graft
-    # Label, or (label, seed) of a test run → what its summary says instead; {"status": …} is the run's.
+    # Label, or (label, seed) of a test run → what its summary says instead, or FAILED.
     edits: dict[Any, dict[str, Any]] = field(default_factory=dict)
     grid: str = "{}"
 
@@ -58,44 +57,38 @@ class SyntheticSweep:
         return runs
 
     def _run(self, label: str, seed: int, end: float) -> Run:
-        static = label.startswith("static-")
-        size, cost, test = int(label[-1]) if static else None, self.final_cost(label), seed in self.seeds
-        points = []
+        size = int(label[-1]) if label.startswith("static-") else None
+        cost, test, points = self.final_cost(label), seed in self.seeds, []
         for share in (*self.forks, 1.0):
             at = {axis: cost[axis] * share for axis in AXES} | {"steps": int(100 * share), "budget_fraction": share}
-            loss = end + self.slope * (share**-self.power - 1)
-            points.append(at | {"parameters": 1000, "wall_seconds": 9 * share, "val_loss": loss})
+            points.append(at | {"parameters": 1000, "val_loss": end + self.slope * (share**-self.power - 1)})
         grows = label in self.grown and label not in self.idle
         summary = {**points[-1], "val_loss": end, "layers": size or 2, "diverged": False, "failure": None}
         summary |= {"parameters": 1000 * size if size else 999, "prunes": [], "rollbacks": []}
         summary |= {"grafts": [graft()] if grows else [], "annealed": points[:-1]}
         summary["val_curve"] = [point | {"val_loss": point["val_loss"] + 0.1} for point in points]
-        for key in (label, (label, seed)) if test else ():
-            summary |= self.edits.get(key, {})
-        purpose, name = "test" if test else "tuning", f"{label}-{seed}"
-        status = summary.pop("status", "FINISHED")
-        arm = label.split(":")[0].split("-")[0]
-        return Run(name, "s", name, label, arm, size, seed, purpose, self.grid, status, summary)
+        edits = [self.edits[key] for key in (label, (label, seed)) if test and key in self.edits]
+        failed = FAILED in edits
+        for edit in edits:
+            summary = {} if failed else summary | edit
+        purpose, name, arm = "test" if test else "tuning", f"{label}-{seed}", label.split(":")[0].split("-")[0]
+        status = "FAILED" if failed else "FINISHED"
+        return Run(name, "s", name, label, arm, seed, purpose, self.grid, status, summary, size)
 
     def point(self, **changes: Any) -> dict[str, Any]:
         """The entry of `sweep["points"]`."""
-        budget = {"axis": "parameter_seconds", "amount": BUDGET}
-        clock = {"clock": {"kind": "reference", "measured_on": "a core"}}
-        return {"grid": self.grid, "budget": budget, "spec": clock, "size": 2, "schedule": "onejump"} | changes
+        budget, clock = {"axis": "parameter_seconds", "amount": BUDGET}, {"kind": "reference", "measured_on": "a core"}
+        own = {"grid": self.grid, "budget": budget, "spec": {"clock": clock}, "size": 2, "schedule": "onejump"}
+        return own | changes
 
     def sweep(self, **changes: Any) -> dict[str, Any]:
         """`sweep.json`, nothing wrong with it."""
-        return {
-            "arms": list(self.truths()),
-            "sizes": list(self.statics),
-            "seeds": list(self.seeds),
-            "tuning_seeds": list(self.tuning_seeds),
-            "rates_tuned": True,
-            "points": [self.point()],
-            "controller": None,
-            "command": ["esper", "sweep", "--arms", "static,ppo & more"],
-            "trials": {},
-        } | changes
+        own = {"arms": list(self.truths()), "sizes": list(self.statics), "points": [self.point()], "trials": {}}
+        own |= {"seeds": list(self.seeds), "tuning_seeds": list(self.tuning_seeds), "rates_tuned": True}
+        return own | {"command": ["esper", "sweep", "--arms", "static,ppo & more"]} | changes
+
+
+FAILED: dict[str, Any] = {"failed": True}
 
 
 def graft(**changes: Any) -> dict[str, Any]:
@@ -116,33 +109,27 @@ def simulate(sweep: SyntheticSweep, noise: float, sweeps: int) -> Iterator[Trial
             runs.append(replace(run, summary=run.summary | end))
             if run.purpose == "tuning" and run.arm == "static":
                 tuning[run.size] = tuning.get(run.size, 0.0) + end["val_loss"]
-        yield Trials(runs, sweep.point(size=min(tuning, key=tuning.__getitem__)))
+        yield Trials(runs, sweep.point(size=min(tuning, key=tuning.__getitem__)), list(sweep.truths()))
 
 
-def own_tests(trials: Trials) -> list[PairedTest]:
-    """The tests on the budget's axis."""
-    return [test for baseline in BASELINES for test in trials.tests(baseline, trials.axis)]
-
-
-def log(
-    client: MlflowClient, folder: Path, runs: Sequence[Run], sweep: dict[str, Any], name: str = "a-sweep"
-) -> dict[str, str]:
-    """Put a sweep into a store as `esper sweep` does; run ids by name. A run of status FAILED has metrics only."""
-    found = client.get_experiment_by_name("esper-tinystories")
-    experiment = found.experiment_id if found else client.create_experiment("esper-tinystories", folder.as_uri())
+def log(client: MlflowClient, runs: Sequence[Run], sweep: dict[str, Any], name: str = "a-sweep") -> dict[str, str]:
+    """Put a sweep into a store as `esper sweep` does; run ids by name."""
+    found, files = client.get_experiment_by_name("esper-tinystories"), Path(client.tracking_uri[10:]).parent / "mlruns"
+    experiment = found.experiment_id if found else client.create_experiment("esper-tinystories", files.as_uri())
     tags = {"kind": "sweep", "preset": "demo", **PROVENANCE}
     parent = client.create_run(experiment, tags=tags, run_name=name).info.run_id
     ids = {"parent": parent}
     for run in runs:
-        made = ids[run.name] = client.create_run(experiment, run_name=run.name).info.run_id
+        made = client.create_run(experiment, run_name=run.name).info
         own = {key: str(getattr(run, key)) for key in ("arm", "label", "seed", "purpose", "grid")}
         own |= {"kind": "trial", "mlflow.parentRunId": parent} | ({"size": str(run.size)} if run.size else {})
-        known = [Metric(key, run.summary[key], 1, 1) for key in FINAL] if run.status != "FINISHED" else []
-        client.log_batch(made, metrics=known, tags=[RunTag(*tag) for tag in own.items()])
-        if run.status == "FINISHED":
-            (folder / made / "artifacts").mkdir(parents=True)
-            (folder / made / "artifacts" / "summary.json").write_text(json.dumps(run.summary))
-        client.set_terminated(made, run.status)
+        client.log_batch(made.run_id, tags=[RunTag(*tag) for tag in own.items()])
+        if run.summary:
+            folder = Path(made.artifact_uri.removeprefix("file://"))
+            folder.mkdir(parents=True)
+            (folder / "summary.json").write_text(json.dumps(run.summary))  # `log_dict` takes much longer
+        client.set_terminated(made.run_id, run.status)
+        ids[run.name] = made.run_id
     client.log_dict(parent, sweep, "sweep.json")
     client.set_terminated(parent)
     return ids

@@ -1,25 +1,19 @@
 """What a verdict says, on sweeps whose truth is known: `synthetic_sweeps` makes them up."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from esper.pipelines.reports.baselines import BASELINES
-from esper.pipelines.reports.paired_tests import PairedTest, holm
+from esper.pipelines.reports.paired_tests import BASELINES, PairedTest, holm
 from esper.pipelines.reports.runs import AXES, Run
 from esper.pipelines.reports.verdict import Verdict, efficiency, judge
+from tests.pipelines.reports.synthetic_sweeps import BUDGET, FAILED, SyntheticSweep, graft, simulate
 
-sys.path.insert(0, str(Path(__file__).parent))
-from synthetic_sweeps import BUDGET, SyntheticSweep, graft, own_tests, simulate
-
-SWEEPS = 300
-NOISE = 0.01
+SWEEPS, NOISE = 300, 0.01
 OWN = "parameter_seconds"
 NO_MATCH = 1.6  # a loss that any arm gets below
 WINS = {"tamiyo": 1.0, "onejump": 1.3}
@@ -55,7 +49,7 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says(axis, share
     baseline = low + (high - low) * np.log(share / 0.5) / np.log(1.5) if axis == "flops" else 1.2
     covered = 0
     for trials in simulate(sweep, NOISE, 2 * SWEEPS):
-        interval = trials.tests("best static", axis)[0].interval
+        interval = next(t.interval for t in trials.tests(axis) if (t.arm, t.baseline) == ("tamiyo", "best static"))
         assert interval is not None
         covered += abs(interval.mean - (1.23 - baseline)) <= (interval.half or 0)
     assert 0.93 <= covered / (2 * SWEEPS) <= 0.97
@@ -67,10 +61,9 @@ def test_no_arm_that_equals_the_best_static_wins_more_often_than_it_may(sizes):
 
     The others are as far from the best as one run's noise: nearer, a wrong choice costs little; farther, it is rare.
     """
-    sweep = five_equal(statics={1: 1.4} | sizes | {6: 1.4})
     won = better = controls = chosen = 0
-    for trials in simulate(sweep, NOISE, SWEEPS):
-        tests = own_tests(trials)
+    for trials in simulate(five_equal(statics={1: 1.4} | sizes | {6: 1.4}), NOISE, SWEEPS):
+        tests = trials.tests(trials.axis)
         won += efficiency(trials, tests, []).outcome == "met"
         ahead = {t.arm for t in tests if t.baseline == "best static" and t.outcome[0] == "better"}
         better += bool(ahead.intersection(trials.grown))
@@ -85,10 +78,9 @@ def test_clear_winners_win_losers_lose_and_equals_tie():
     """Four standard deviations of the paired difference below the best size, at it, and as far above it."""
     clear = 4 * NOISE * 2**0.5
     arms = {"ppo": 1.2 - clear, "tamiyo": 1.2, "lag": 1.2, "random:ppo": 1.2, "openloop": 1.2 + clear}
-    sweep = SyntheticSweep(grown=arms | {"onejump": NO_MATCH})
     won = lost = tied = 0
-    for trials in simulate(sweep, NOISE, SWEEPS):
-        tests = own_tests(trials)
+    for trials in simulate(SyntheticSweep(grown=arms | {"onejump": NO_MATCH}), NOISE, SWEEPS):
+        tests = trials.tests(trials.axis)
         outcomes = {t.arm: t.outcome[0] for t in tests if t.baseline == "best static"}
         won += efficiency(trials, tests, []).outcome == "met" and outcomes["ppo"] == "better"
         lost += outcomes["openloop"] == "worse"
@@ -111,9 +103,7 @@ def test_better_among_many_arms_takes_more_than_an_interval_below_zero():
     test = PairedTest(np.array([-0.9, -0.1, -0.5, -1.1, -0.3]))
     assert 0.02 < test.p < 0.05
     assert replace(test, p_holm=test.p).outcome[0] == "better"
-    said, reason = replace(test, p_holm=5 * test.p).outcome
-    assert said == "tie"
-    assert "all arms together" in reason
+    assert replace(test, p_holm=5 * test.p).outcome[0] == "tie"
 
 
 def test_nothing_is_said_of_fewer_than_five_pairs():
@@ -150,30 +140,25 @@ def test_the_best_static_at_another_cost_is_another_size():
     assert test.interval.mean == pytest.approx(1.3 - (1.2 + sweep.slope * (0.75**-sweep.power - 1)), abs=1e-3)
 
 
-@pytest.mark.parametrize(("loss", "said"), [(1.1, "cannot say"), (1.3, "worse")])
-def test_beyond_all_that_a_baseline_was_trained_nothing_good_is_said(loss, said):
-    cost = {"tamiyo": {"seconds": 9 * BUDGET}}
-    sweep = SyntheticSweep(grown={"tamiyo": loss, "onejump": 1.2}, final_size=1.2, cost=cost)
-    for baseline in BASELINES:
-        test = found(judged(sweep), "tamiyo", baseline, "seconds")
-        assert (test.outcome[0], test.interval, test.p) == (said, None, 1)
-        assert test.outcome[1]
-
-
-@pytest.mark.parametrize(("loss", "said"), [(1.3, "cannot say"), (1.6, "worse")])
-def test_where_larger_sizes_were_never_trained_that_long_a_better_one_may_be_missing(loss, said):
-    """At 0.8 of the smallest size's seconds only that size has losses; size 2 ended at half of them, at 1.2."""
-    sweep = SyntheticSweep(grown={"tamiyo": loss, "onejump": 1.2}, cost={"tamiyo": {"seconds": 0.8 * BUDGET}})
-    test = found(judged(sweep), "tamiyo", "best static", "seconds")
-    assert (test.against, test.outcome[0]) == ("static-1", said)
-
-
-@pytest.mark.parametrize(("overshoot", "said"), [(0.981, "tie"), (1.019, "tie"), (1.03, "cannot say")])
-def test_an_overshoot_of_the_budget_is_no_other_cost(overshoot, said):
-    sweep = SyntheticSweep(cost={"tamiyo": {OWN: overshoot * BUDGET}})
-    test = found(judged(sweep), "tamiyo")
-    assert test.outcome[0] == said
+@pytest.mark.parametrize(
+    ("axis", "at", "loss", "against", "said"),
+    [
+        ("seconds", 9, 1.1, "static-2", "cannot say"),  # beyond all that was trained nothing good can be said
+        ("seconds", 9, 1.5, "static-2", "worse"),
+        ("seconds", 0.8, 1.3, "static-1", "cannot say"),  # size 2 ended at half of it, at 1.2, and may be better
+        ("seconds", 0.8, 1.6, "static-1", "worse"),
+        (OWN, 0.981, 1.2, "static-2", "tie"),  # an overshoot of the budget is no other cost
+        (OWN, 1.019, 1.2, "static-2", "tie"),
+        (OWN, 1.03, 1.2, "static-2", "cannot say"),
+    ],
+)
+def test_at_a_cost_that_its_baseline_had_not_nothing_good_is_said_of_an_arm(axis, at, loss, against, said):
+    """A static size of n layers takes 1/n budgets of seconds."""
+    sweep = SyntheticSweep(grown={"tamiyo": loss, "onejump": 1.2}, cost={"tamiyo": {axis: at * BUDGET}})
+    test = found(judged(sweep), "tamiyo", "best static", axis)
+    assert (test.against, test.outcome[0]) == (against, said)
     assert said != "tie" or abs(test.differences.mean()) < 1e-3
+    assert at <= 1.02 or (test.interval, test.p) == (None, 1)
 
 
 def test_an_arm_that_diverged_once_is_worse_however_low_the_rest():
@@ -188,14 +173,14 @@ def test_an_arm_that_diverged_once_is_worse_however_low_the_rest():
     assert (outcome(verdict, "ppo"), found(verdict, "ppo").interval) == ("worse", None)
 
 
-@pytest.mark.parametrize("edit", [{("static-2", 3): DIVERGED}, {("ppo", 3): {"status": "FAILED"}}])
+@pytest.mark.parametrize("edit", [{("static-2", 3): DIVERGED}, {("ppo", 3): FAILED}])
 def test_a_seed_without_a_loss_is_left_out_and_named(edit):
     sweep = SyntheticSweep(grown={"ppo": 1.0, "onejump": 1.3}, seeds=(1, 2, 3, 4, 5, 6), edits=edit)
     verdict, [(label, _)] = judged(sweep), edit
     test = found(verdict, "ppo")
     assert (test.outcome, len(test.differences)) == (("better", f"{label} has no loss on seed 3"), 5)
-    failed = label == "ppo"
-    assert verdict.criteria[0].withheld == (("1 trial without a result (ppo-3: failed).",) if failed else ())
+    caveats = ("1 trial without a result (ppo-3: failed).",) if label == "ppo" else ()
+    assert verdict.criteria[0].withheld == caveats
 
 
 @pytest.mark.parametrize(("label", "baseline"), [("static_final:tamiyo", "final size"), ("onejump", "best schedule")])
@@ -207,22 +192,18 @@ def test_a_baseline_that_was_not_run_cannot_be_beaten(label, baseline):
     assert verdict.criteria[0].outcome == "cannot say"
 
 
-def test_a_shape_that_is_a_static_size_is_held_against_that_size():
-    sweep = SyntheticSweep(grown=WINS, edits={"tamiyo": {"parameters": 2000}})  # as static-2 has
+@pytest.mark.parametrize(("odd", "against"), [(2000, "static-2"), (3000, None)])
+def test_a_shape_that_is_a_static_size_on_every_seed_is_held_against_that_size(odd, against):
+    sweep = SyntheticSweep(grown=WINS, edits={"tamiyo": {"parameters": 2000}, ("tamiyo", 1): {"parameters": odd}})
     runs = [run for run in sweep.runs() if run.label != "static_final:tamiyo"]
-    assert found(judged(sweep, runs), "tamiyo", "final size").against == "static-2"
-    runs = [
-        replace(run, summary=run.summary | {"parameters": 3000} if run.name == "tamiyo-1" else run.summary)
-        for run in runs
-    ]
-    assert found(judged(sweep, runs), "tamiyo", "final size").against is None
+    assert found(judged(sweep, runs), "tamiyo", "final size").against == against
 
 
 def test_an_arm_that_never_grew_cannot_win_and_is_told():
     """It ends below everything, for its rate was another one; and beside it none has grown."""
     sweep = SyntheticSweep(grown=WINS, idle=("tamiyo",))
     verdict = judged(sweep)
-    assert verdict.trials.idle == {"tamiyo": None}
+    assert verdict.trials.idle == ["tamiyo"]
     assert "tamiyo" not in {test.arm for test in verdict.tests}
     assert verdict.criteria[0].outcome == "not met"
     assert "tamiyo did not grow" in verdict.criteria[0].sentence
@@ -232,49 +213,34 @@ def test_an_arm_that_never_grew_cannot_win_and_is_told():
 
 
 def test_an_arm_that_grew_on_too_few_seeds_cannot_win():
-    sweep = SyntheticSweep(grown=WINS, edits={("tamiyo", 3): {"grafts": []}})
-    verdict = judged(sweep)
+    verdict = judged(SyntheticSweep(grown=WINS, edits={("tamiyo", 3): {"grafts": []}}))
     assert found(verdict, "tamiyo").outcome == ("cannot say", "it grew on 4 seeds only, and a test takes 5")
     assert verdict.criteria[0].outcome == "cannot say"
-
-
-def test_runs_that_are_a_static_size_to_the_bit_count_as_that_size():
-    sweep = SyntheticSweep(grown=WINS | {"lag": 1.3, "random:tamiyo": 1.3}, idle=("lag", "random:tamiyo"))
-    runs = sweep.runs()
-    of = {run.seed: run for run in runs if run.label == "static-3" and run.purpose == "test"}
-    runs = [
-        replace(of[run.seed], label=run.label, arm=run.arm) if run.label == "lag" and run.seed < 9 else run
-        for run in runs
-    ]
-    verdict = judged(sweep, runs)
-    assert verdict.trials.idle == {"lag": "static-3", "random:tamiyo": None}
-    assert "lag did not grow: its runs are those of static-3 to the bit" in verdict.criteria[0].sentence
 
 
 def test_equal_runs_tie_on_every_axis():
     """To the bit: whatever else would stand in the way of a comparison."""
     sweep = SyntheticSweep(grown={"tamiyo": 1.3, "onejump": 1.3}, seeds=(1, 2))
-    runs = sweep.runs()
-    of = {run.seed: run for run in runs if run.label == "onejump"}
-    runs = [replace(of[run.seed], label=run.label, arm=run.arm) if run.label == "tamiyo" else run for run in runs]
+    runs = [run for run in sweep.runs() if run.label != "tamiyo"]
+    runs += [replace(run, label="tamiyo", arm="tamiyo") for run in runs if run.label == "onejump"]
     verdict = judged(sweep, runs)
     assert {outcome(verdict, "tamiyo", "best schedule", axis) for axis in AXES} == {"tie"}
 
 
-FAILED = {"label": "lag", "grid": "{}", "status": "failed"}
+LAG = {"label": "lag", "grid": "{}", "status": "failed"}
 CAVEATS: dict[str, Callable[[dict, dict], Any]] = {
     "only 4 test seeds": lambda point, sweep: sweep.update(seeds=[1, 2, 3, 4]),
-    "2 layers (chosen and best on the test seeds), is at the edge": lambda point, sweep: sweep.update(sizes=[2, 3, 4]),
-    "4 layers (chosen), is at the edge": lambda point, sweep: point.update(size=4),
-    "1 layer (chosen), is the smallest there is": lambda point, sweep: point.update(size=1),
+    "static-2, the best static size, is at the edge": lambda point, sweep: sweep.update(sizes=[2, 3, 4]),
+    "static-4, the best static size, is at the edge": lambda point, sweep: point.update(size=4),
+    "static-1 is the best static size, and the smallest": lambda point, sweep: point.update(size=1),
     "rates of the static sizes were not tuned": lambda point, sweep: sweep.update(rates_tuned=False),
-    "chosen on the test seeds, not on tuning seeds": lambda point, sweep: sweep.update(tuning_seeds=[]),
+    "chosen on the test seeds": lambda point, sweep: sweep.update(tuning_seeds=[]),
     "size or schedule was chosen on the test": lambda point, sweep: point.update(size=None),
     "schedule was chosen on the test": lambda point, sweep: point.update(schedule=None),
-    "1 trial without a result (lag-7: failed)": lambda point, sweep: sweep.update(trials={"lag-7": FAILED}),
-    "(lag-8: missing)": lambda point, sweep: sweep.update(trials={"lag-8": FAILED | {"status": "missing"}}),
-    "(lag-9: not in MLflow)": lambda point, sweep: sweep.update(trials={"lag-9": FAILED | {"status": "done"}}),
-    "31 runs ended more than 2% off the budget": lambda point, sweep: point["budget"].update(amount=1.03 * BUDGET),
+    "1 trial without a result (lag-7: failed)": lambda point, sweep: sweep.update(trials={"lag-7": LAG}),
+    "(lag-8: missing)": lambda point, sweep: sweep.update(trials={"lag-8": LAG | {"status": "missing"}}),
+    "(lag-9: not in MLflow)": lambda point, sweep: sweep.update(trials={"lag-9": LAG | {"status": "done"}}),
+    "40 runs ended more than 2% off the budget": lambda point, sweep: point["budget"].update(amount=1.03 * BUDGET),
 }
 
 
@@ -284,8 +250,6 @@ def test_a_caveat_is_said_when_it_holds_alone_and_withholds_the_verdict(said):
     point, sweep = truth.point(), truth.sweep()
     CAVEATS[said](point, sweep)
     efficient, mechanics = judge(truth.runs(), point, sweep).criteria
-    if "31 runs" in said:
-        said = f"{len([r for r in truth.runs() if r.purpose == 'test'])} runs ended more than 2% off the budget"
     [caveat] = efficient.withheld
     assert said in caveat
     assert efficient.outcome == "withheld"
@@ -295,9 +259,8 @@ def test_a_caveat_is_said_when_it_holds_alone_and_withholds_the_verdict(said):
 
 
 def test_nothing_is_withheld_when_nothing_is_wrong():
-    truth = SyntheticSweep(grown=WINS)
-    elsewhere = {"lag-9": FAILED | {"grid": '{"budget.amount": 1}'}, "tamiyo-1": FAILED | {"status": "done"}}
-    assert judged(truth, trials=elsewhere).criteria[0].outcome == "met"
+    elsewhere = {"lag-9": LAG | {"grid": '{"budget.amount": 1}'}, "tamiyo-1": LAG | {"status": "done"}}
+    assert judged(SyntheticSweep(grown=WINS), trials=elsewhere).criteria[0].outcome == "met"
 
 
 def test_measured_budgets_are_equal_only_if_they_give_equal_work():
@@ -308,49 +271,41 @@ def test_measured_budgets_are_equal_only_if_they_give_equal_work():
 
 
 def test_un_annealed_points_and_other_runs_change_nothing():
-    """Losses of mid-run, of runs that diverged, of rate trials and of another grid point."""
-    sweep = five_equal(edits={("ppo", 2): DIVERGED})
-    before = judged(sweep).as_dict()
-    runs = five_equal(edits={("ppo", 2): DIVERGED | {"val_loss": -100.0}}).runs()
+    """Losses of mid-run, of runs that diverged, of rate trials, of another grid point, and of a trial's first try."""
+    before = judged(five_equal(edits={("ppo", 2): DIVERGED}))
+    sweep = five_equal(edits={("ppo", 2): DIVERGED | {"val_loss": -100.0}})
+    runs = sweep.runs()
     for run in runs:
         run.summary["val_curve"] = [point | {"val_loss": -50.0} for point in run.summary["val_curve"]]
     for change in ({"purpose": "rates"}, {"grid": '{"budget.amount": 1}'}):
         runs += [replace(run, **change, summary=run.summary | {"val_loss": -1.0}) for run in sweep.runs()]
-    assert judged(sweep, runs).as_dict() == before
-
-
-def test_of_two_runs_of_a_trial_the_one_that_ended_counts():
-    sweep = five_equal()
-    again = [replace(run, run_id="x", status="FAILED", summary={}) for run in sweep.runs()]
-    assert judged(sweep, [*sweep.runs(), *again]).as_dict() == judged(sweep, [*again, *sweep.runs()]).as_dict()
-    assert judged(sweep, [*sweep.runs(), *again]).tests[0].outcome[0] == "better"
+    runs += [replace(run, status="FAILED", summary={}) for run in sweep.runs()]
+    after = judged(sweep, runs)
+    assert [test.as_dict() for test in after.tests] == [test.as_dict() for test in before.tests]
+    assert after.criteria == before.criteria
 
 
 def test_efficiency_names_the_winner_and_the_lowest():
-    sweep = SyntheticSweep(grown={"ppo": 1.1, "tamiyo": 1.2, "lag": 1.3, "onejump": 1.25})
-    verdict = judged(sweep)
-    efficient = verdict.criteria[0]
-    assert efficient.outcome == "met"
-    assert efficient.sentence.startswith(
-        "At 1,000,000 parameter-seconds ppo ends lower than all baselines; of the grown"
-    )
-    assert "ppo ends lowest: -0.1000 ±" in efficient.sentence
+    verdict = judged(SyntheticSweep(grown={"ppo": 1.1, "tamiyo": 1.2, "lag": 1.3, "onejump": 1.25}))
+    sentence = verdict.criteria[0].sentence
+    assert verdict.criteria[0].outcome == "met"
+    assert sentence.startswith("At 1,000,000 parameter-seconds ppo ends lower than all baselines; of the grown")
+    assert "ppo ends lowest: -0.1000 ±" in sentence
     assert [outcome(verdict, arm) for arm in ("ppo", "tamiyo", "lag")] == ["better", "tie", "worse"]
 
 
-@pytest.mark.parametrize("beaten_by", BASELINES)
-def test_a_winner_has_to_win_against_all_three(beaten_by):
-    sweep = SyntheticSweep(
-        statics={1: 1.4, 2: 1.0 if beaten_by == "best static" else 1.2, 3: 1.25, 4: 1.4},
-        grown={"ppo": 1.1, "onejump": 1.1 if beaten_by == "best schedule" else 1.3},
-        final_size=1.0 if beaten_by == "final size" else 1.3,
-    )
-    verdict = judged(sweep)
-    assert verdict.criteria[0].outcome == (
-        "met" if beaten_by == "best schedule" else "not met"
-    )  # by the schedule itself
-    winner = "onejump ends lower than all" if beaten_by == "best schedule" else "no grown arm ends lower than all"
-    assert winner in verdict.criteria[0].sentence
+@pytest.mark.parametrize(
+    ("truth", "beaten_by", "said"),
+    [
+        ({"statics": {1: 1.4, 2: 1.0, 3: 1.25}}, "best static", "no grown arm ends lower than all"),
+        ({"final_size": 1.0}, "final size", "no grown arm ends lower than all"),
+        ({"grown": {"ppo": 1.1, "onejump": 1.1}}, "best schedule", "onejump ends lower than all"),  # itself the winner
+    ],
+)
+def test_a_winner_has_to_win_against_all_three(truth, beaten_by, said):
+    verdict = judged(SyntheticSweep(**{"grown": {"ppo": 1.1, "onejump": 1.3}, "final_size": 1.3} | truth))
+    assert said in verdict.criteria[0].sentence
+    assert verdict.criteria[0].outcome == ("met" if "onejump" in said else "not met")
     assert outcome(verdict, "ppo", beaten_by) in ("worse", "tie")
 
 
@@ -378,8 +333,7 @@ def test_a_budget_of_steps_is_one_of_tokens():
 
 def test_without_static_runs_there_is_no_best_static():
     sweep = SyntheticSweep()
-    runs = [run for run in sweep.runs() if run.arm != "static"]
-    verdict = judged(sweep, runs, sweep.point(size=None), sizes=[])
+    verdict = judged(sweep, [run for run in sweep.runs() if run.arm != "static"], sweep.point(size=None))
     assert verdict.trials.best_static is None
     assert {t.outcome[0] for t in verdict.tests if t.baseline == "best static"} == {"cannot say"}
 
@@ -387,33 +341,17 @@ def test_without_static_runs_there_is_no_best_static():
 @pytest.mark.parametrize(
     ("change", "said", "told"),
     [
-        (
-            {},
-            "met",
-            "moved the validation loss by at most 1.0e-06 nats; none of them was rolled back; no runs that had",
-        ),
+        ({}, "met", "by at most 1.0e-06 nats; none of them was rolled back; 0 runs that had grown diverged."),
         ({"val_loss_after": 1.5009}, "met", "9.0e-04"),
         ({"val_loss_after": 1.4985}, "not met", "1.5e-03"),
-        ({"val_loss_after": np.nan}, "not met", "inf"),
+        ({"val_loss_after": None}, "not met", "inf"),
         ({"outcome": "rolled back"}, "not met", "1 of them was rolled back"),
     ],
 )
 def test_mechanics_is_met_when_no_graft_did_harm_whoever_chose_it(change, said, told):
-    sweep = SyntheticSweep(grown={"tamiyo": 1.2, "random:tamiyo": 1.3})
-    sweep.edits = {("random:tamiyo", 2): {"grafts": [graft(**change)]}}
-    mechanics = judged(sweep).criteria[1]
+    """And whatever happens to runs that did not grow."""
+    edits = {("random:tamiyo", 2): {"grafts": [graft(**change)]}, ("static-1", 2): DIVERGED}
+    mechanics = judged(SyntheticSweep(grown={"tamiyo": 1.2, "random:tamiyo": 1.3}, edits=edits)).criteria[1]
     assert mechanics.outcome == said
     assert told in mechanics.sentence
     assert mechanics.sentence.startswith("14 grafts on 14 runs")
-
-
-@pytest.mark.parametrize(
-    ("label", "grafts", "said"), [("random:tamiyo", 1, "not met"), ("random:tamiyo", 0, "met"), ("static-1", 0, "met")]
-)
-def test_a_run_that_diverged_counts_against_growing_only_if_it_grew(label, grafts, said):
-    sweep = SyntheticSweep(grown={"tamiyo": 1.2, "random:tamiyo": 1.3, "onejump": 1.3})
-    sweep.edits = {(label, 2): DIVERGED | {"grafts": [graft()] * grafts}}
-    mechanics = judged(sweep).criteria[1]
-    assert mechanics.outcome == said
-    assert f"({label} on seed 2)" in mechanics.sentence
-    assert ("1 run that had not grown did" in mechanics.sentence) == (not grafts)
