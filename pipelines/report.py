@@ -15,8 +15,8 @@ from esper.pipelines.reports.page import Report, as_dict, html
 from esper.pipelines.reports.runs import Sweep, Tables, read_sweeps, tables
 from esper.pipelines.reports.verdict import judge
 from esper.platform.console import counted, say
+from esper.platform.errors import reason, shown
 from esper.platform.storage import check_unused, naming, write_json, write_text
-from esper.platform.tracking_store import reason, shown
 
 FILES = ("report.html", "report.png", "report.json")
 

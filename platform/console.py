@@ -35,25 +35,20 @@ def counted(number: int, noun: str) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people read them: `8s`, `2m05s`, `1h12m`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02d}s"
-    return f"{minutes // 60}h{minutes % 60:02d}m"
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 class Eta:
     """Time left, from the time taken so far; `done` is the fraction finished before this started."""
 
     def __init__(self, done: float = 0.0) -> None:
-        self._start = time.perf_counter()
-        self._done = done
+        self._start, self._done = time.perf_counter(), done
 
     def left(self, fraction: float) -> str:
         """Time left at a finished `fraction` in [0, 1]; `?` before any progress."""
         if fraction <= self._done:
             return "?"
-        spent = time.perf_counter() - self._start
-        return duration(spent * (1 - fraction) / (fraction - self._done))
+        return duration((time.perf_counter() - self._start) * (1 - fraction) / (fraction - self._done))

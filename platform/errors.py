@@ -1,5 +1,6 @@
 """Errors that a user can mend: one sentence saying what was wrong, what is allowed and how to mend it."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -20,3 +21,15 @@ def clipped(value: object) -> str:
     """A value's repr, cut to 100 characters."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def shown(address: str) -> str:
+    """An address without the password that may be in it."""
+    return re.sub(r"//[^/@]*@", "//", address)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line without passwords."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    bottom = re.search(r"\[Errno -?\d+\] ([\w ]+)", text)  # of requests' long tale
+    return shown(bottom[1] if bottom else text.splitlines()[0])[:200].rstrip(".: ")

@@ -6,7 +6,6 @@ A line is written whole or not at all; an unfinished last line is cut off when t
 import errno
 import json
 import os
-import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -18,41 +17,42 @@ Entry = dict[str, Any]
 
 
 class Journal:
-    """The journal in a file, written by one process; its threads may share it.
+    """The journal in a file, written by one process, a thread at a time.
 
     `entries` are those found. Of entries with one `identity` only the first is kept; identity None keeps all. Raises
     UserError where a line before the last is damaged.
     """
 
-    def __init__(self, path: Path, identity: Callable[[Entry], Hashable] | None = None) -> None:
-        self.path = path
-        self._identity = identity or (lambda entry: None)
-        self._lock = threading.Lock()
+    def __init__(self, path: Path, identity: Callable[[Entry], Hashable] = lambda entry: None) -> None:
+        self.path, self._identity = path, identity
         path.parent.mkdir(parents=True, exist_ok=True)
         self.entries, whole = _read(path)
-        self._known = {self._identity(entry) for entry in self.entries} - {None}
+        self._known = {identity(entry) for entry in self.entries} - {None}
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._file, whole)
 
     def add(self, entry: Entry) -> bool:
         """Append; False for a known identity or a closed journal. After an OSError nothing is written."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"  # NaN stays NaN: only Python reads this
-        with self._lock:
-            identity = self._identity(entry)
-            if self._file is None or identity in self._known:
-                return False
-            with naming(self.path):
-                _append(self._file, line)
-            if identity is not None:
-                self._known.add(identity)
+        identity = self._identity(entry)
+        if self._file is None or identity in self._known:
+            return False
+        with naming(self.path):
+            before = os.fstat(self._file).st_size
+            try:
+                if os.write(self._file, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(self._file, before)
+                raise
+        self._known |= {identity} - {None}
         return True
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        with self._lock:
-            if self._file is not None:
-                os.close(self._file)
-            self._file = None
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
 
 
 def read_entries(path: Path) -> list[Entry]:
@@ -72,20 +72,9 @@ def _read(path: Path) -> tuple[list[Entry], int]:
     entries = []
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not isinstance(entry, dict):
-            raise UserError(f"{path} is damaged in line {number}: restore it from a copy, or delete that line.")
-        entries.append(entry)
+            entries.append({} | json.loads(line))
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(
+                f"{path} is damaged in line {number}: restore it from a copy, or delete that line."
+            ) from None
     return entries, whole
-
-
-def _append(file: int, line: bytes) -> None:
-    before = os.fstat(file).st_size
-    try:
-        if os.write(file, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        os.ftruncate(file, before)
-        raise

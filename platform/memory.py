@@ -20,7 +20,5 @@ def check_fits(needed: int, what: str) -> None:
 
 def give_back() -> None:
     """Return freed memory to the system: glibc keeps 5 MiB per 512 decisions (measured); see malloc_trim(3)."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # musl has none
+        ctypes.CDLL(None).malloc_trim(0)

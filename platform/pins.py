@@ -32,21 +32,16 @@ class Pins(Frozen):
 
 def pin(out: Path, spec: RunSpec, *, data: str | None, inputs: Mapping[str, Path]) -> dict[str, Path]:
     """Copy spec and inputs into the run's folder, `pins.json` last; returns the copies, which the run must read."""
-    copies = {name: out / INPUTS / f"{name}{path.suffix}" for name, path in inputs.items()}
+    copies = {name: f"{INPUTS}/{name}{path.suffix}" for name, path in inputs.items()}
     contents = {copies[name]: _content(path, f"the {name} {path}") for name, path in inputs.items()}
-    contents[out / SPEC] = (spec.model_dump_json(indent=2) + "\n").encode()
-    for path, content in contents.items():
-        write_bytes(path, content)
-    pins = Pins(
-        files={str(path.relative_to(out)): hashlib.sha256(content).hexdigest() for path, content in contents.items()},
-        inputs={name: str(path.relative_to(out)) for name, path in copies.items()},
-        data=data,
-        code=code_digest(),
-        torch=version("torch"),
-        commit=commit() or "unknown",
-    )
+    contents[SPEC] = (spec.model_dump_json(indent=2) + "\n").encode()
+    for name, content in contents.items():
+        write_bytes(out / name, content)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    machine = {"code": code_digest(), "torch": version("torch"), "commit": commit()}
+    pins = Pins(files=files, inputs=copies, data=data, **machine)
     write_text(out / PINS, pins.model_dump_json(indent=2) + "\n")
-    return copies
+    return {name: out / path for name, path in copies.items()}
 
 
 def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
@@ -55,19 +50,18 @@ def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
     for name, digest in pins.files.items():
         if hashlib.sha256(_content(out / name, str(out / name))).hexdigest() != digest:
             raise UserError(f"{out / name} was changed since the run began: restore it, or start the run anew.")
+    begun = f"the run in {out} began with"
     if data != pins.data:
         raise UserError(
-            f"the text has changed since the run in {out} began (fingerprint {_short(data)} instead of "
-            f"{_short(pins.data)}): give it the same text, or start the run anew."
+            f"{begun} another text (fingerprint {str(pins.data)[:12]}, not {str(data)[:12]}): give it that, or start "
+            "the run anew."
         )
     if (found := version("torch")) != pins.torch:
-        raise UserError(
-            f"the run in {out} began with torch {pins.torch}, and this is {found}: install that, or begin anew."
-        )
+        raise UserError(f"{begun} torch {pins.torch}, and this is {found}: install that, or start the run anew.")
     if code_digest() != pins.code:
         raise UserError(
-            f"the run in {out} was begun at commit {pins.commit}, and this code (commit {commit() or 'unknown'}) may "
-            "give other numbers: go on with that one, or start the run anew."
+            f"{begun} other code (commit {pins.commit}) than this (commit {commit()}), which may give other numbers: "
+            "go on with that one, or start the run anew."
         )
     return {name: out / path for name, path in pins.inputs.items()}
 
@@ -87,7 +81,3 @@ def _content(path: Path, what: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror}): it must be a file that is there.") from None
-
-
-def _short(fingerprint: str | None) -> str:
-    return fingerprint[:12] if fingerprint else "of no text"

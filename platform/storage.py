@@ -7,10 +7,11 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, reason
 
 
 @contextlib.contextmanager
@@ -25,10 +26,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file and its folders, synced; raises OSError naming `path` and leaves no partial file."""
+    """Write a file and its folders; raises OSError naming `path` and leaves no partial file."""
     partial = _beside(path)
     with naming(path):
-        standing = next(parent for parent in path.absolute().parents if parent.exists())
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
@@ -39,10 +39,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        for parent in path.absolute().parents:  # the new names, up to the folder that stood before
-            _sync_names(parent)
-            if parent == standing:
-                break
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,67 +71,50 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        with contextlib.suppress(OSError):  # another process finished first
+        try:
             partial.rename(path)
-        if not path.exists():
-            raise OSError(f"could not move {partial} to {path}")
+        except OSError:
+            if not (path.is_dir() and any(path.iterdir())):
+                raise
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be written ({reason}): name one where you may write.") from None
+        raise UserError(f"{path} cannot be written ({reason(error)}): name one where you may write.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file, released however the process ends; raises BlockingIOError where it is held and not `wait`."""
+    """Hold a lock file, released however the process ends; raises UserError where it is held and not `wait`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:  # closing it lets go of it
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Be the only process in a folder; raises UserError where another is."""
-    with contextlib.ExitStack() as held:
         try:
-            held.enter_context(locked(folder / ".lock", wait=False))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"another process works in {folder}: wait for its end, or stop it first.") from None
+            raise UserError(f"another process works in {path.parent}: wait for its end, or stop it first.") from None
         yield
 
 
-def check_unused(out: Path) -> None:
-    """Raise UserError unless `out` is new or an empty folder, and writable."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: name a new or empty folder.")
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out} already holds another run: name a new or empty folder, or delete it first.")
-    _check_writable(out)
+def alone(folder: Path) -> AbstractContextManager[None]:
+    """Be the only process in a folder; raises UserError where another is."""
+    return locked(folder / ".lock", wait=False)
 
 
-def check_new_file(out: Path) -> None:
-    """Raise UserError where `out` exists or cannot be made."""
-    if out.exists():
-        raise UserError(f"--out {out} is there already: name a new file.")
-    _check_writable(out)
-
-
-def _check_writable(out: Path) -> None:
+def check_unused(out: Path, *, file: bool = False) -> None:
+    """Raise UserError unless `out` is new, or else an empty folder, and may be written."""
     parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        obstacle = "read-only" if parent.is_dir() else "a file"
-        raise UserError(f"--out {out} cannot be made ({parent} is {obstacle}): name a place where you may write.")
+    if file and out.exists():
+        problem = "is there already"
+    elif not parent.is_dir():
+        problem = f"cannot be made, for {parent} is a file"
+    elif out.is_dir() and any(out.iterdir()):
+        problem = "already holds another run"
+    elif not os.access(parent, os.W_OK):
+        problem = f"cannot be made, for {parent} is read-only"
+    else:
+        return
+    what = "file" if file else "or empty folder"
+    raise UserError(f"--out {out} {problem}: name a new {what} where you may write.")
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
-def _sync_names(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from uuid import uuid4
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.pipelines.common.preset import describe
@@ -21,7 +22,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.pins import INPUTS, PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json
-from esper.platform.tracking import Tracker, new_key
+from esper.platform.tracking import Tracker
 from esper.platform.tracking_store import tracking_uri
 from esper.workers.laws.scaling_law import budget_tokens
 from esper.workers.tolaria.data import TokenData, ensure
@@ -55,7 +56,7 @@ class RunFolder(Frozen):
     def new(cls, arguments: CommonArguments, spec: RunSpec, name: str, *, laws: bool = False) -> Self:
         """Settle data (none on laws) and output folder (default: `runs/NAME-TIME`), and say so; writes nothing yet."""
         out, data = output_folder(arguments, name), None if laws else ensure(spec.data)
-        common = {"seed": arguments.seed, "task": arguments.task, "key": new_key(), "store": tracking_uri()}
+        common = {"seed": arguments.seed, "task": arguments.task, "key": uuid4().hex, "store": tracking_uri()}
         folder = cls(out=out, spec=spec, data=data, **common)
         say(f"preset  {spec.preset}: {describe(spec)}")
         if not laws:

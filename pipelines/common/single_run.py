@@ -104,8 +104,6 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
             save()
 
         growth.on_step = on_step
-        for point in growth.curve[1:]:  # a full disk may have kept one from the journal
-            tracker.log(metrics(point), int(point["steps"]))
         try:
             summary = play(growth, policy, arm=arm, on_decision=on_decision)
         except Stopped as stopped:
@@ -114,6 +112,8 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
             where = f"saved at optimizer step {growth.ledger.steps:,}; go on with: esper train --resume {out}"
             raise Stopped(stopped.number, checkpoints.failed or where) from None
         checkpoints.flush()
+        for point in growth.curve[1:]:  # a full disk may have kept one from the journal
+            tracker.log(metrics(point), int(point["steps"]))
         summary["mlflow"] = tracker.run_id
         write_json(out / "summary.json", summary)
         keep(folder, tracker)

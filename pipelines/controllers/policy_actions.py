@@ -23,7 +23,7 @@ from esper.platform.console import duration, say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec
-from esper.platform.storage import check_new_file, write_json
+from esper.platform.storage import check_unused, write_json
 from esper.policies.arms import ALIASES, ArmInputs, make_policy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.policy import SimicPolicy, policy_file
@@ -170,7 +170,7 @@ def _reached(summary: dict[str, Any]) -> dict[str, Any]:
 
 def distill(arguments: "DistillArguments") -> None:
     """Write the policy's median schedule, and compare both."""
-    check_new_file(arguments.out)
+    check_unused(arguments.out, file=True)
     file = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(file)
     spec = spec_for(CommonArguments(preset=arguments.preset, set=arguments.set), file, on_text=False)

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from esper.platform.deadline import within
-from esper.platform.errors import UserError, unknown
-from esper.platform.tracking_store import connect, probe, reason, shown, sqlite_file, tracking_uri
+from esper.platform.errors import UserError, reason, shown, unknown
+from esper.platform.tracking_store import connect, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -150,15 +150,12 @@ def read_sweeps(uri: str | None, experiment: str | None, wanted: str | None, *, 
     Raises:
         UserError: the store is not there or does not answer, or holds no such sweep, or no trial has finished.
     """
-    address = uri or tracking_uri()
-    file = sqlite_file(address)
-    address = address if file is None else f"sqlite:///{file.resolve()}"
+    address = tracking_uri(uri)
     if not _is_there(address):
         mend = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
         raise UserError(f"there is no MLflow store at {shown(address)}: {mend}")
 
     def opened() -> "MlflowClient":
-        probe(address)
         client = connect(address)
         client.search_experiments(max_results=1)
         return client

@@ -10,8 +10,9 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from esper.platform.errors import shown
 from esper.platform.tracking import Tracker, milliseconds
-from esper.platform.tracking_store import connect, is_server, shown, ui_command
+from esper.platform.tracking_store import connect, is_server, ui_command
 
 TESTED = "3.17."  # MLflow's versions
 TAG = "mlflow.sharedViewState."

@@ -23,8 +23,7 @@ from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.provenance import provenance
 from esper.platform.storage import read_json, write_json
-from esper.platform.tracking import Tracker
-from esper.platform.tracking_sync import SYNC_SECONDS
+from esper.platform.tracking import SYNC_SECONDS, Tracker
 from esper.policies.simic.policy import policy_file
 
 STATE = "sweep.json"

@@ -22,8 +22,7 @@ from esper.platform.console import Eta, counted, say
 from esper.platform.ledger import AXES
 from esper.platform.pins import SPEC
 from esper.platform.storage import read_json, write_json, write_text
-from esper.platform.tracking import Tracker
-from esper.platform.tracking_sync import sync, synced
+from esper.platform.tracking import Tracker, sync, synced
 
 SUMMARY = "summary.json"
 SHOWN = 0.1  # of the work under way, between two lines of progress

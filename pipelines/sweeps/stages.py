@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from uuid import uuid4
 
 from esper.pipelines.common.run_folder import PLAN, RunFolder
 from esper.pipelines.controllers.evaluation import as_json, median_grafts
@@ -38,7 +39,6 @@ from esper.platform.frozen import Frozen
 from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
-from esper.platform.tracking import new_key
 from esper.policies.arms import ArmInputs
 from esper.workers.laws.fit import fit_laws, points_of
 from esper.workers.tolaria.hosts import start_shape
@@ -148,7 +148,7 @@ class PointStages:
                 if laws:
                     spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in plan.own})
                     spec = self._with_laws(spec)
-                values = {"out": out, "spec": spec, "data": None if laws else self._folder.data, "key": new_key()}
+                values = {"out": out, "spec": spec, "data": None if laws else self._folder.data, "key": uuid4().hex}
                 own = self._folder.model_copy(update={**values, "seed": TRAINING_SEED + self._folder.seed})
                 with own.begin("ppo", Frozen()):
                     train_controller(own, **how)

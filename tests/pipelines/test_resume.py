@@ -15,7 +15,6 @@ import pytest
 from esper.pipelines.train import main
 from esper.platform.spec import DataSpec
 from esper.platform.storage import alone
-from esper.platform.tracking_sync import Delivery
 from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port
 
@@ -94,14 +93,15 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, n
 
 
 def test_what_mlflow_has_not_had_is_sent_at_resume(tiny, tmp_path, runs, monkeypatch, capfd):
-    store, out, finish = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run", Delivery.finish
-    monkeypatch.setattr(Delivery, "finish", lambda self, seconds: finish(self, min(seconds, 1)))
+    store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run"
+    monkeypatch.setattr("esper.platform.tracking.CLOSE_SECONDS", 1.5)
+    monkeypatch.setattr("esper.platform.tracking.AWAY_SECONDS", 1.5)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     assert main(["static", *tiny, "--out", str(out)]) == 0
     assert capfd.readouterr().err.count("MLflow at") == 2  # takes nothing, and has not had everything
     assert main(["--resume", str(out)]) == 2
     assert "MLflow did not take everything" in capfd.readouterr().err
-    monkeypatch.setattr(Delivery, "finish", finish)
+    monkeypatch.setattr("esper.platform.tracking.CLOSE_SECONDS", 60)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     assert main(["--resume", str(out)]) == 0
     assert runs() == {"run": finished(out)}

@@ -103,7 +103,7 @@ def main(spec: Path, shards: Path, folder: Path) -> None:
     run = GrowthRun(saved_spec(spec), TokenData.open(shards))
     with CheckpointStore(folder) as checkpoints:
         if folder.is_dir() and any(folder.glob("[!.]*")):
-            run.load(*checkpoints.load("run"))
+            run.load(*checkpoints.find("run"))
         else:
             run.reset(seed=5)
         while not run.ended:

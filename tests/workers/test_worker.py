@@ -106,7 +106,7 @@ def test_a_save_of_another_way_is_not_taken_but_replaced(make, tmp_path, other):
     equal(reply, expected)
     assert reply.redone == expected.redone == max(0, len(other.actions) - 1)
     worker.store.flush()
-    kept = CheckpointStore(tmp_path).load(save_name(3))[0]["order"]
+    kept = CheckpointStore(tmp_path).find(save_name(3))[0]["order"]
     assert (kept["seed"], tuple(kept["actions"])) == (other.seed, other.actions)
 
 
