@@ -23,7 +23,7 @@ from esper.platform.deadline import within
 from esper.platform.errors import reason, shown
 from esper.platform.journal import Entry, Journal, read_entries
 from esper.platform.storage import write_json
-from esper.platform.tracking_store import StoredRun, is_server, tracking_uri, ui_command
+from esper.platform.tracking_store import StoredRun, runs_page, tracking_uri
 
 JOURNAL, SENT = "tracking.jsonl", "tracking.sent.json"
 CONNECT_SECONDS, CALL_SECONDS = 60, 20  # the longest that one try to connect, or one request, may take
@@ -125,12 +125,8 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     @property
     def where(self) -> str:
-        """How to look at the run: the command that opens the UI, or the page on the server."""
-        if self.run_id is None:
-            return "not tracked"
-        if is_server(self.uri):
-            return f"{shown(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return ui_command(self.uri)
+        """How to look at the run."""
+        return f"{runs_page(self.uri, self.experiment_id)}/{self.run_id}" if self.run_id else "not tracked"
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)

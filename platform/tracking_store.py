@@ -64,14 +64,14 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
 
 
-def is_server(uri: str) -> bool:
-    """Whether a store is a tracking server."""
-    return uri.startswith(("http://", "https://"))
-
-
-def ui_command(uri: str) -> str:
-    """What shows a store that has no server."""
-    return f"mlflow ui --backend-store-uri {shown(uri)} --host 127.0.0.1"
+def runs_page(uri: str, experiment_id: str | None) -> str:
+    """How to open the page of an experiment's runs; a store without a server needs one first."""
+    path = f"#/experiments/{experiment_id}/runs"
+    if uri.startswith(("http://", "https://")):
+        return f"{shown(uri).rstrip('/')}/{path}"
+    return (
+        f"start `mlflow ui --backend-store-uri {shown(uri)} --host 127.0.0.1`, then open http://127.0.0.1:5000/{path}"
+    )
 
 
 def connect(uri: str) -> "MlflowClient":

@@ -10,15 +10,13 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from esper.platform.errors import shown
 from esper.platform.tracking import Tracker, milliseconds
-from esper.platform.tracking_store import connect, is_server, ui_command
+from esper.platform.tracking_store import connect, runs_page
 
 TESTED = "3.17."  # MLflow's versions
 TAG = "mlflow.sharedViewState."
 CURVE = "curve"  # the trials' tag that the chart groups by
 COLORS = 29  # in MLflow's palette, from which a hash of a group's name picks
-LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` opens
 HEIGHT = 420  # of a chart, pixels
 SETTLED = 0.1  # the share of the budget whose steep start does not set the scale
 
@@ -29,11 +27,9 @@ def share_view(run: Tracker, axis: str, summaries: Iterable[Mapping[str, Any]]) 
 
     if run.run_id is None or run.experiment_id is None:
         return None
-    server = is_server(run.uri)
-    page = f"{shown(run.uri).rstrip('/') if server else LOCAL}/#/experiments/{run.experiment_id}/runs"
-    first = "" if server else f"start `{ui_command(run.uri)}`, then open "
+    page = runs_page(run.uri, run.experiment_id)
     if not mlflow.__version__.startswith(TESTED):
-        return f"{first}{page} (choose the chart view, then in its gear X-axis, Metric, {axis})"
+        return f"{page} (choose the chart view, then in its gear X-axis, Metric, {axis})"
     state = zlib.compress(json.dumps(_state(run.run_id, axis, summaries)).encode())
     view = {"name": f"Sweep {run.run_id[:8]}: loss against {axis}", "createdAt": milliseconds()}
     view["state"] = "deflate;" + base64.b64encode(state).decode()
@@ -41,7 +37,7 @@ def share_view(run: Tracker, axis: str, summaries: Iterable[Mapping[str, Any]]) 
         connect(run.uri).set_experiment_tag(run.experiment_id, TAG + run.run_id, json.dumps(view))
     except Exception:  # the store's; the link is a convenience
         return None
-    return f"{first}{page}?viewStateShareKey={run.run_id}&compareRunsMode=CHART"
+    return f"{page}?viewStateShareKey={run.run_id}&compareRunsMode=CHART"
 
 
 def curve_names(rows: Iterable[str]) -> dict[str, str]:
