@@ -50,12 +50,13 @@ def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
     for name, digest in pins.files.items():
         if hashlib.sha256(_content(out / name, str(out / name))).hexdigest() != digest:
             raise UserError(f"{out / name} was changed since the run began: restore it, or start the run anew.")
-    begun = f"the run in {out} began with"
     if data != pins.data:
+        was, found = str(pins.data)[:12], str(data)[:12]
         raise UserError(
-            f"{begun} another text (fingerprint {str(pins.data)[:12]}, not {str(data)[:12]}): give it that, or start "
-            "the run anew."
+            f"the text has changed since the run in {out} began (fingerprint {found} instead of {was}): give it the "
+            "same text, or start the run anew."
         )
+    begun = f"the run in {out} began with"
     if (found := version("torch")) != pins.torch:
         raise UserError(f"{begun} torch {pins.torch}, and this is {found}: install that, or start the run anew.")
     if code_digest() != pins.code:

@@ -48,7 +48,7 @@ def test_the_first_thing_that_differs_is_named(begun: Path, name: str, content: 
 
 def test_other_text_code_and_torch_are_named(begun: Path, monkeypatch):
     for other in ("beef", None):
-        with pytest.raises(UserError, match="began with another text"):
+        with pytest.raises(UserError, match="the text has changed"):
             check_pins(begun, data=other)
     for name, says in (("code_digest", r"other code \(commit .* give other numbers"), ("version", r"and this is 0\.1")):
         with monkeypatch.context() as patch:

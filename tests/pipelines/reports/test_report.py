@@ -257,7 +257,7 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "http://", "http://me:secret@127.0.0.1:9", "http://127.0.0.1:{port}"])
 def test_a_store_that_refuses_or_never_answers(capsys, monkeypatch, uri: str):
-    monkeypatch.setattr("esper.platform.tracking_store.PROBE_SECONDS", 1)
+    monkeypatch.setattr("esper.pipelines.reports.runs.OPENING_SECONDS", 3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         said = refused(capsys, "--tracking-uri", uri.format(port=server.getsockname()[1]))
     assert "cannot be read" in said
