@@ -105,7 +105,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--data", "/nowhere.txt"], "no file or folder /nowhere.txt"),
+        (["--data", "/nowhere.txt"], "unknown source '/nowhere.txt': it must be one of an existing file or folder"),
         (["--tokenizer", "words"], "unknown tokenizer 'words'"),
     ],
 )

@@ -19,18 +19,15 @@ def stable_rate(spec: OptimizerSpec, parameters_non_embedding: float) -> float:
     return min(spec.rate_max, spec.learning_rate * relative**-spec.rate_exponent)
 
 
-def path_rate(spec: OptimizerSpec, fraction: float) -> float:
-    """The stable rate on `rate_path`, whose ends are held."""
-    fractions, rates = zip(*spec.rate_path, strict=True)
-    return float(np.interp(fraction, fractions, rates))
-
-
 def rate(
     spec: OptimizerSpec, fraction: float, parameters_non_embedding: float, decay: tuple[float, float] | None = None
 ) -> float:
     """The host's learning rate at a budget `fraction` in [0, 1], positive at 0; falls between the fractions `decay`."""
     begin, end = decay or (spec.decay_from, 1.0)
-    stable = path_rate(spec, fraction) if spec.rate_path else stable_rate(spec, parameters_non_embedding)
+    stable = stable_rate(spec, parameters_non_embedding)
+    if spec.rate_path:
+        fractions, rates = zip(*spec.rate_path, strict=True)
+        stable = float(np.interp(fraction, fractions, rates))
     if fraction < spec.warmup:
         return stable * (0.01 + 0.99 * fraction / spec.warmup)
     if fraction <= begin:

@@ -63,9 +63,7 @@ def find(source: str) -> Source:
     path = Path(source).expanduser()
     if path.exists():
         return Source(str(path.resolve()), partial(_read, path), _fingerprint(path))
-    if path.suffix in KINDS or len(path.parts) != 1:
-        raise UserError(f"there is no file or folder {source}: check the path, or name one of {', '.join(named)}.")
-    raise unknown("source", source, [*named, "a path"])
+    raise unknown("source", source, [*named, "an existing file or folder"])
 
 
 def available(source: Source) -> Source:
