@@ -18,7 +18,6 @@ from esper.platform.contracts import GraftAction, Instance, Order, Reply
 from esper.platform.spec import load_spec
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import RayFleet
-from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.net import ControllerNet
 from esper.workers.candidates import telemetry_space
 from esper.workers.laws.surrogate import SurrogateRun
@@ -100,7 +99,7 @@ def bench_dispatch() -> None:
 def _dispatch(count: int, seconds: float, measure_for: float = 15.0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fleet = LogicalFleet(count, 250, seconds)
-        journal = EpisodeJournal(Path(folder) / "episodes", telemetry_space(SPEC))
+        journal = Path(folder) / "episodes"
         dispatcher = Dispatcher(
             fleet, ControllerNet(SPEC.ppo.hidden), telemetry_space(SPEC), seed=0, ahead=10**9, journal=journal
         )

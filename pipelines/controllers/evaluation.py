@@ -1,7 +1,7 @@
 """Plays arms on instances: every arm every instance once, from the same seeds; and what comes of it as a schedule."""
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
 from esper.policies.schedule import Entry
-from esper.policies.simic.distill import Taken, median_schedule
+from esper.policies.simic.distill import median_schedule
 from esper.workers.laws.best_schedule import best_fixed_schedule
 from esper.workers.laws.oracle import bound
 from esper.workers.laws.surrogate import SurrogateRun
@@ -58,16 +58,7 @@ class Evaluation:
         shallow = min(self.instances, key=lambda id: self.instances[id].n_layer or self.spec.host.n_layer)
         sites = self.make_run().reset(self.instances[shallow], self.seed_of(shallow)).site_ids
         played = self.play("ppo", lambda seed: policy)
-        return median_grafts(played, self.spec.budget.decisions, set(sites)), played
-
-
-def median_grafts(summaries: Iterable[dict[str, Any]], decisions: int, sites: Collection[str]) -> list[Entry]:
-    """The median schedule of runs, from their summaries."""
-    episodes = [
-        [Taken(graft["budget_fraction"], graft["blueprint"], graft["site"]) for graft in summary["grafts"]]
-        for summary in summaries
-    ]
-    return median_schedule(episodes, decisions, sites)
+        return median_schedule(played, self.spec.budget.decisions, set(sites)), played
 
 
 def as_json(entries: Iterable[Entry]) -> list[dict[str, Any]]:

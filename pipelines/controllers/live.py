@@ -22,7 +22,7 @@ from rich.text import Text
 from esper.platform.console import Eta, duration, said_to, say
 
 if TYPE_CHECKING:  # it imports Ray
-    from esper.policies.simic.worker_table import WorkerView
+    from esper.policies.simic.dispatcher import WorkerView
 
 REFRESH_SECONDS = 0.25
 COURSE, BLOCKS = 16, "▁▂▃▄▅▆▇█"  # iterations that a sparkline shows, and with what

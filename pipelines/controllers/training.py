@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field
-from ray.rllib.algorithms.ppo import PPO
 
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.controllers.live import TrainingView
@@ -28,8 +27,8 @@ from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker, milliseconds, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.policies.simic.health import Health
-from esper.policies.simic.learner import build_algorithm, iteration_metrics, runner, save_algorithm
 from esper.policies.simic.policy import CHECKPOINTS, FILE, SimicPolicy, checkpoints
+from esper.policies.simic.ppo import PPOTraining
 from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
 from esper.workers.worker import save_name
@@ -93,7 +92,7 @@ def train_controller(
         history = Journal(out / HISTORY, lambda entry: entry["iteration"])
         _note(history, tracker, reached)  # the process may have died before it did
         instances = list(instance_set("train", spec).values())
-        algorithm = build_algorithm(
+        training = PPOTraining(
             spec,
             telemetry_space(spec),
             fleet_maker(spec, folder.data, storage),
@@ -103,14 +102,14 @@ def train_controller(
             check=check,
             start=next(reversed(checkpoints(out)), None),
         )
-        dispatcher = runner(algorithm).dispatcher
         try:
-            reached = _iterate(algorithm, spec.ppo.iterations, out, reached, partial(_note, history, tracker))
+            reached = _iterate(training, spec.ppo.iterations, out, reached, partial(_note, history, tracker))
         finally:
-            algorithm.stop()
+            training.stop()
         played = held_out(spec, folder.data, out, folder.seed, check)
+        dispatcher = training.dispatcher
         spent = {**dispatcher.spent(), "held_out": {axis: sum(entry[axis] for entry in played) for axis in AXES}}
-        left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.dropped, "mlflow": tracker.run_id}
+        left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
         if not surrogate:
             with CheckpointStore(storage) as saves:
                 saves.keep_only(map(save_name, left["in_flight"]))
@@ -153,18 +152,20 @@ def _note(history: Journal, tracker: Tracker, reached: Reached) -> None:
         tracker.log(reached.last, reached.iterations, at=reached.at)
 
 
-def _iterate(algorithm: PPO, iterations: int, out: Path, reached: Reached, note: Callable[[Reached], None]) -> Reached:
+def _iterate(
+    training: PPOTraining, iterations: int, out: Path, reached: Reached, note: Callable[[Reached], None]
+) -> Reached:
     """Train to the last iteration, a checkpoint after each, of which the newest stays, and `CANDIDATES`."""
     health, every = Health(iterations), math.ceil(iterations / CANDIDATES)
     for metrics in read_entries(out / HISTORY):
         health.look(metrics)  # said already
-    with TrainingView(iterations, reached.iterations, runner(algorithm).dispatcher.workers) as view:
+    with TrainingView(iterations, reached.iterations, training.dispatcher.workers) as view:
         while reached.iterations < iterations:
-            metrics = iteration_metrics(algorithm.train())
+            metrics = training.iterate()
             reached = reached.after(metrics)
             checkpoint = _checkpoint(out, reached.iterations)
             try:
-                save_algorithm(algorithm, checkpoint, reached.model_dump(mode="json"))
+                training.save(checkpoint, reached.model_dump(mode="json"))
             except OSError as error:
                 raise UserError(
                     f"checkpoint {checkpoint} cannot be written ({error.strerror or error}): make room, and go on with "

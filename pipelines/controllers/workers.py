@@ -56,7 +56,7 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
         options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus)
         return options.remote(partial(make_run, spec, data), storage)
 
-    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus, taken), cluster.cores)
+    return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus, taken))
 
 
 def _grows(spec: RunSpec) -> bool:

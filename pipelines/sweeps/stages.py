@@ -17,7 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from esper.pipelines.common.run_folder import PLAN, RunFolder
-from esper.pipelines.controllers.evaluation import as_json, median_grafts
+from esper.pipelines.controllers.evaluation import as_json
 from esper.pipelines.sweeps.arms import FINAL, LRPATH, OPENLOOP, PPO, SCHEDULES, STATIC, Arm
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepPlan
@@ -40,6 +40,7 @@ from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.policies.arms import ArmInputs
+from esper.policies.simic.distill import median_schedule
 from esper.workers.laws.fit import fit_laws, points_of
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import stable_rate
@@ -175,7 +176,7 @@ class PointStages:
             return
         if played := self._summaries(trials):
             sites = [site.id for site in start_shape(self._spec, vocab_size=1).injection_specs()]
-            entries = median_grafts(played, self._spec.budget.decisions, sites)
+            entries = median_schedule(played, self._spec.budget.decisions, sites)
             write_json(self._openloop, as_json(entries))
             told = ", ".join(f"{entry.blueprint} at {entry.at:.0%}" for entry in entries)
             say(f"openloop {self.point}{told or 'no graft: the policy waits'}")

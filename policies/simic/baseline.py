@@ -7,7 +7,6 @@ deviation of G − Φ, stands for PPO's reward scaling (Engstrom et al. 2020, 20
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esper.platform.telemetry import GLOBALS
+from esper.policies.simic.episode import Played
 
 DECAY = 0.9  # of what earlier updates saw
 RIDGE = 1e-3  # relative to the number of decisions
@@ -22,20 +22,6 @@ VISIT = 0.8  # of what an instance's earlier episodes saw, at each later one
 DOUBT = 0.5  # how many episodes say, before any has been seen, that an instance is like the others
 KEPT = ("gram", "moment", "weights", "left")  # arrays of its state
 MOST = 50_000  # decisions of instances that are remembered, those seen last
-
-
-@dataclass(frozen=True)
-class Played:
-    """An episode of K decisions."""
-
-    instance: str | None  # its name
-    states: np.ndarray  # globals, float32 (K + 1, G)
-    rewards: np.ndarray  # nats (K,)
-    terminated: bool  # whether nothing is to come after the last state
-
-    def to_come(self) -> np.ndarray:
-        """Rewards still to come at each decision, (K,)."""
-        return np.cumsum(self.rewards[::-1])[::-1]
 
 
 class Baseline:
@@ -79,7 +65,7 @@ class Baseline:
         first, left = not self._gram.any(), self._left_of(episodes)
         x = np.concatenate([_features(episode.states[:-1]) for episode in episodes])
         self._gram = DECAY * self._gram + x.T @ x
-        self._moment = DECAY * self._moment + x.T @ np.concatenate([episode.to_come() for episode in episodes])
+        self._moment = DECAY * self._moment + x.T @ np.concatenate([episode.to_come for episode in episodes])
         ridge = RIDGE * self._gram[-1, -1] * np.eye(len(x.T))
         self._weights = np.linalg.solve(self._gram + ridge, self._moment)
         if first:  # there was no Φ yet: how far the next returns will be from this one is not known better
@@ -88,7 +74,7 @@ class Baseline:
         self.scale = float(np.sqrt(max(self._left[1] / self._left[0], 1e-8)))
         for episode in episodes:
             if episode.instance is not None:
-                rows = np.column_stack([_features(episode.states[:-1]), episode.to_come()])
+                rows = np.column_stack([_features(episode.states[:-1]), episode.to_come])
                 self._remember(episode.instance, rows)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -110,7 +96,7 @@ class Baseline:
             raise ValueError("its baseline's instances are of another shape")
 
     def _left_of(self, episodes: Sequence[Played]) -> np.ndarray:  # G − Φ at every decision
-        return np.concatenate([e.to_come() - self.potential(e.states[:-1], e.instance) for e in episodes])
+        return np.concatenate([e.to_come - self.potential(e.states[:-1], e.instance) for e in episodes])
 
     def _remember(self, instance: str, rows: np.ndarray) -> None:
         old = self._seen.pop(instance, rows[:0])

@@ -3,7 +3,7 @@
     workers ──replies──► ready ──► one batched inference ──► orders ──► workers
                            │ episode ended
                            ▼
-                         ended ──► SimicEnvRunner.sample() ──► PPO's learner ──► new weights, between two batches
+                         ended ──► PPOTraining.iterate() ──► RLlib's PPO learner ──► new weights, between two batches
 
 Rules, each tested:
 1. All ready replies are answered in one batch; nothing is polled.
@@ -23,28 +23,30 @@ A lockstep fleet has no thread: `collect()` turns the loop, and equal seeds give
 """
 
 import threading
-from collections import Counter, deque
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import takewhile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from ray.exceptions import RayTaskError
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from esper.platform.console import say
-from esper.platform.contracts import Instance, Reply
+from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
 from esper.platform.seeding import derive, stream
-from esper.platform.telemetry import Candidate, TelemetrySpace
-from esper.policies.simic.episode import Choice, InFlight
-from esper.policies.simic.fleet import Fleet, Joined, process_lost, sentence
+from esper.platform.spec import FleetSpec
+from esper.platform.telemetry import TelemetrySpace
+from esper.policies.simic.episode import InFlight, Played, arrays
+from esper.policies.simic.fleet import Fleet, process_lost, sentence
 from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import batch, draw
-from esper.policies.simic.worker_table import Deadlines, WorkerTable, WorkerView
+from esper.policies.simic.policy import draw
 
 TRIES = 3  # workers that may fail at one order, the later ones from the episode's start: it is the order's fault
 DEATHS = 10  # processes that may die over one order
@@ -58,15 +60,32 @@ COUNTS = (
 )
 GIVE_UP = 6  # times as many losses as workers, with nothing between them; pauses give a fleet half a minute
 OVERTAKING = 2  # episodes a worker that may end before one that began before them
+LOOK = 1.0  # seconds between two looks for late workers
+KNOWN = 64  # latest replies that tell how much longer than expected a decision takes
 
 
-class Progress(Frozen):
+class Progress(BaseModel, extra="forbid"):
     """Where a training stands, beside its journal."""
 
-    learned: int = Field(default=0, ge=0)  # episodes learned from or given up: all with lower numbers
-    dropped: tuple[int, ...] = ()  # numbers of the episodes that were given up
-    counts: dict[str, int] = Field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    spent: dict[str, dict[str, float]] = Field(default_factory=lambda: {"learned": {}, "dropped": {}})  # of each axis
+    learned: int = Field(default=0, ge=0)  # episodes learned from (or taken) or given up: all with lower numbers
+    dropped: list[int] = []  # numbers of the episodes that were given up
+    counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
+    spent: dict[str, dict[str, float]] = {"learned": {}, "dropped": {}}  # of each ledger axis
+
+
+@dataclass(frozen=True)
+class WorkerView:
+    """A worker at a moment, for displays; None: unknown, or does not apply."""
+
+    worker: int  # from 0; -1 of one that has no number yet
+    state: Literal["starting", "training", "resting"]  # its process starts, it has an episode, it has none
+    episode: int | None = None
+    decision: int | None = None  # how many actions of the episode have been chosen
+    budget_used: float | None = None  # fraction
+    loss: float | None = None  # validation loss at the last decision, nats per token
+    parameters: int | None = None
+    action: str | None = None  # the last one, in words
+    seconds: float | None = None  # that the last decision took
 
 
 class Dispatcher:
@@ -79,38 +98,39 @@ class Dispatcher:
         space: TelemetrySpace,
         *,
         seed: int,
-        ahead: int,  # ready decisions at which workers rest
+        ahead: int,  # ready decisions at which workers rest; at least those of a batch
+        limits: FleetSpec | None = None,  # its `deadline` and `grace`
         start: Progress | None = None,  # of a resumed training
         instances: Callable[[int], Instance | None] | None = None,  # of an episode's number
-        deadlines: Deadlines | None = None,
-        journal: EpisodeJournal | None = None,  # its episodes are resumed
+        journal: Path | None = None,  # folder of the episodes in flight, which are resumed
     ) -> None:
-        self._fleet, self._net, self._space = fleet, net.double().eval(), space
-        self._seed, self._ahead, self._wanted = seed, ahead, 0
-        self._instances = instances or (lambda number: None)
+        self._fleet, self._space, self._seed, self._ahead = fleet, space, seed, ahead
+        self._net = net.double().eval()  # in float64 no batch changes the rounding
         self._weights_seq_no = 0
-        self._losses = 0  # of orders, since the last good reply
-        self._drops = 0  # of episodes, since the last that ended
-        self._journal = journal
-        self._changed = threading.Condition()  # held for all that follows, which the learner's thread reads too
-        self._table = WorkerTable(deadlines or Deadlines())
-        self._orphaned: deque[InFlight] = deque()  # episodes without a worker
-        self._untaken: dict[int, InFlight] = {}  # that have begun, by number, in order
+        self._limits, self._instances = limits or FleetSpec(), instances or (lambda number: None)
+        self.progress = start or Progress()
+        self.begun = self._oldest = self.progress.learned  # number of the next episode; of the oldest under way
+        self.ready = 0  # decisions of ended episodes before which none is under way
+        self.waiting = 0  # decisions of the other ended ones
+        self._losses = self._drops = 0  # orders since the last good reply; episodes since the last that ended
         self._longest = 0  # decisions of an episode
-        self._new_weights: tuple[Mapping[str, torch.Tensor], int] | None = None
+        self._untaken: dict[int, InFlight] = {}  # that have begun, by number, in order
+        self._orphaned: deque[InFlight] = deque()  # without a worker
+        self._workers: dict[int, InFlight | None] = {}  # worker → whose order it has
+        self._free: deque[int] = deque()  # workers without an order
+        self._most = 1  # workers that were there at once
+        self._ratios: deque[float] = deque(maxlen=KNOWN)  # seconds worked over those expected
+        self._busy = self._there = 0.0  # worker-seconds with an order, and in all, since `busy_fraction`
+        self._looked = self._counted = time.monotonic()  # for late workers; until when those seconds are counted
+        self._changed = threading.Condition()  # held for all of the above, which the learner's thread reads too
         self._error: BaseException | None = None
         self._stopped = False
-        self._taken: list[int] = []  # numbers of the episodes whose journal is still there
         self._thread: threading.Thread | None = None
-        start = start or Progress()
-        self.begun = start.learned  # how many episodes
-        self.counts: Counter[str] = Counter(start.counts)
-        self.dropped = list(start.dropped)  # numbers of the episodes given up
-        self._spent = {fate: dict(used) for fate, used in start.spent.items()}
-        if journal is not None:
-            self._take_up(journal)
+        self._journal = None if journal is None else EpisodeJournal(journal, space)
+        if self._journal is not None:
+            self._take_up(self._journal)
 
-    def collect(self, decisions: int, check: Callable[[], None] | None = None) -> list[SingleAgentEpisode]:
+    def collect(self, decisions: int, check: Callable[[], None] = lambda: None) -> list[Played]:
         """Whole episodes of at least so many decisions, in the order of beginning.
 
         `check` runs a few times a second. Passes on its errors, the thread's, and a UserError where workers only fail.
@@ -118,86 +138,67 @@ class Dispatcher:
         if not self._fleet.lockstep and self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="simic-dispatcher", daemon=True)
             self._thread.start()
-        self._wanted = decisions
-        self._fleet.wake()
         while True:
-            if check is not None:
-                check()
+            check()
             with self._changed:
                 if self._error is not None:
                     raise self._error
-                if self.ready() >= decisions:
+                if self.ready >= decisions:
                     break
-                if not self._fleet.lockstep:
+                if self._thread is not None:
                     self._changed.wait(0.25)
-                    continue
-            self._turn()
+            if self._thread is None:
+                self._turn()
+        taken: list[Played] = []
         with self._changed:
-            taken: list[SingleAgentEpisode] = []
             while sum(map(len, taken)) < decisions:
                 number = next(iter(self._untaken))
                 episode = self._untaken.pop(number)
-                self._taken.append(number)
-                taken.append(episode.whole())
-                _add(self._spent["learned"], episode.used)
-            self._wanted = 0
+                self.ready -= episode.done
+                _add(self.progress.spent["learned"], episode.used)
+                taken.append(episode.played(self._space))
+            self.progress.learned = next(iter(self._untaken), self.begun)
         self._fleet.wake()
         return taken
 
     def set_weights(self, weights: Mapping[str, torch.Tensor], weights_seq_no: int) -> None:
         """Choose by these weights from the next batch on."""
         with self._changed:
-            self._new_weights = (weights, weights_seq_no)
+            self._net.load_state_dict(weights)
+            self._weights_seq_no = weights_seq_no
 
     def busy_fraction(self) -> float | None:
         """Mean fraction of the time since the last call in which a worker had an order; None in lockstep."""
         with self._changed:
-            return None if self._fleet.lockstep else self._table.busy_fraction()
-
-    def progress(self) -> Progress:
-        """Where the training stands, if all taken episodes have been learned from."""
-        with self._changed:
-            learned = next(iter(self._untaken), self.begun)
-            spent = {fate: dict(used) for fate, used in self._spent.items()}
-            return Progress(learned=learned, dropped=tuple(self.dropped), counts=dict(self.counts), spent=spent)
+            self._count_time()
+            fraction = min(1.0, self._busy / self._there) if self._there else 0.0
+            self._busy = self._there = 0.0
+            return None if self._fleet.lockstep else fraction
 
     def spent(self) -> dict[str, dict[str, float]]:
         """Used amount of each ledger axis, of the episodes `learned` from (or taken), `in_flight` and `dropped`."""
+        in_flight: dict[str, float] = {}
         with self._changed:
-            in_flight: dict[str, float] = {}
             for episode in self._untaken.values():
                 _add(in_flight, episode.used)
-            return {**{fate: dict(used) for fate, used in self._spent.items()}, "in_flight": in_flight}
+            return {**self.progress.spent, "in_flight": in_flight}
 
     def forget(self) -> None:
         """Delete the taken episodes' journals: a whole checkpoint has learned from them."""
         if self._journal is not None:
-            self._journal.remove(self._taken)
-        self._taken = []
-
-    def instance(self, number: int) -> Instance | None:
-        """The instance of an episode."""
-        return self._instances(number)
+            with self._changed:
+                self._journal.keep_only(self._untaken)
 
     def in_flight(self) -> list[int]:
         """Numbers of the episodes begun and not taken, ascending."""
         with self._changed:
             return list(self._untaken)
 
-    def ready(self) -> int:
-        """Decisions of ended episodes before which none is under way."""
-        with self._changed:
-            return sum(each.decisions for each in takewhile(lambda each: each.ended, self._untaken.values()))
-
-    def waiting(self) -> int:
-        """Decisions of ended episodes that wait for an earlier one."""
-        with self._changed:
-            return sum(each.decisions for each in self._untaken.values() if each.ended) - self.ready()
-
     def workers(self) -> list[WorkerView]:
         """A line per worker, for the live view; from any thread."""
         with self._changed:
-            return self._table.views(self._fleet.starting())
+            there = [_view(worker, self._workers[worker]) for worker in sorted(self._workers)]
+            return there + [WorkerView(-1, "starting")] * self._fleet.starting()
 
     def stop(self) -> None:
         """End the thread and the workers; a journal keeps the episodes under way."""
@@ -217,109 +218,125 @@ class Dispatcher:
                 self._changed.notify_all()
 
     def _turn(self) -> None:
+        """Give orders to free workers, and book what has come of earlier ones."""
         with self._changed:
-            self._give_out()
-            timeout = self._table.next_deadline()
-        events = self._fleet.ready(timeout)
+            self._count_time()
+            while self._free and (self._orphaned or not self._resting()):
+                episode = self._orphaned.popleft() if self._orphaned else self._begin(self.begun)
+                self._send(self._free.popleft(), episode)
+        events = self._fleet.ready(LOOK)
         with self._changed:
-            wanting: dict[int, tuple[Candidate, ...]] = {}
+            self._count_time()
+            asking: list[tuple[int, InFlight]] = []
             for worker, event in events:
-                if isinstance(event, Joined):
-                    self._table.join(worker)
-                elif isinstance(event, Exception):
-                    self._fail(worker, event)
-                elif (reply := self._receive(worker, event)) is not None:
-                    wanting[worker] = reply.telemetry.actions
-            for worker, seconds in self._table.late():
-                self._lose(worker, TimeoutError(f"no answer in {seconds:,.0f} s"), "late")
-            if wanting:
-                self._decide(wanting)
+                if isinstance(event, Exception):
+                    self._lose(worker, event, "failures")
+                elif worker not in self._workers:  # it has started
+                    self._workers[worker] = None
+                    self._free.append(worker)
+                    self._most = max(self._most, len(self._workers))
+                elif (episode := self._receive(worker, event)) is not None:
+                    asking.append((worker, episode))
+            if asking:
+                self._decide(asking)
+            if (now := self._counted) > self._looked + LOOK:
+                self._looked = now
+                late = [(worker, each) for worker, each in self._workers.items() if each and now > each.deadline]
+                for worker, episode in late:
+                    self._lose(worker, TimeoutError(f"no answer in {now - episode.since:,.0f} s"), "late")
 
-    def _give_out(self) -> None:
-        for worker in self._table.free():
-            if self._orphaned:
-                self._send(worker, self._orphaned.popleft())
-            elif self._resting():
-                return
-            else:
-                self._send(worker, self._begin(self.begun))
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self._there += (now - self._counted) * len(self._workers)
+        self._busy += (now - self._counted) * (len(self._workers) - len(self._free))
+        self._counted = now
 
     def _resting(self) -> bool:
-        most = max(self._ahead, self._wanted)  # rule 8
-        overtaking = OVERTAKING * self._table.most * self._longest
-        return self.ready() >= most or self.ready() + self.waiting() >= most + overtaking
+        overtaking = OVERTAKING * self._most * self._longest  # rule 8
+        return self.ready >= self._ahead or self.ready + self.waiting >= self._ahead + overtaking
 
     def _begin(self, number: int) -> InFlight:
-        episode = InFlight(number, derive(self._seed, "episode", number), self._instances(number))
         self.begun = max(self.begun, number + 1)
+        episode = InFlight(number, derive(self._seed, "episode", number), self._instances(number))
         self._untaken[number] = episode
-        if self._journal is not None:
-            self._journal.begin(episode)
         return episode
 
     def _send(self, worker: int, episode: InFlight) -> None:
-        self._table.assign(worker, episode)
+        """Send an episode's next order: to take one decision, or for another worker, to redo all.
+
+        Its deadline: (grace + deadline · ratio · expected) · 2^(times it was lost with a process already), `ratio` ≥ 1
+        being the fleet's median of seconds worked over those expected.
+        """
+        decisions = 1 if self._workers[worker] is episode else max(1, len(episode.actions))
+        expected = episode.decisions[-1].expected if episode.decisions else 0.0
+        ratio = max(1.0, median(self._ratios)) if self._ratios else 1.0
+        seconds = self._limits.grace + self._limits.deadline * ratio * expected * decisions
+        episode.since = time.monotonic()
+        episode.deadline = episode.since + seconds * 2 ** episode.lost["deaths"]
+        self._workers[worker] = episode
         self._fleet.submit(worker, episode.order)
 
-    def _receive(self, worker: int, answer: object) -> Reply | None:
-        """Book a reply; returns it if it wants an action."""
-        episode = self._table.episode(worker)
-        if episode is None:
-            return None
+    def _receive(self, worker: int, answer: object) -> InFlight | None:
+        """Book a reply; returns its episode if that asks for an action."""
+        episode = self._workers[worker]
+        assert episode is not None
         try:
-            reply = episode.checked(answer, self._space)
+            reply = episode.take(answer, self._space)
         except ValueError as error:
             self._lose(worker, ValueError(f"its reply was refused: {error}"), "refused")
             return None
         self._losses = 0
-        self.counts["redone"] += reply.redone
+        self.progress.counts["redone"] += reply.redone
         if reply.unsaved is not None:
-            if not self.counts["unsaved"]:  # said once, for all workers
+            if not self.progress.counts["unsaved"]:  # said once, for all workers
                 say(reply.unsaved)
-            self.counts["unsaved"] += 1
-        self._table.answered(worker, reply)
-        episode.take(reply)
+            self.progress.counts["unsaved"] += 1
+        expected = episode.decisions[-2].expected if episode.done else 0.0
+        if expected > 0 and not reply.redone:
+            self._ratios.append(reply.worked / expected)
         if not episode.ended:
-            return reply
+            return episode
         if self._journal is not None:
             self._journal.note(episode)
-        self._table.release(worker)
-        self._longest = max(self._longest, episode.decisions)
+        self._workers[worker] = None
+        self._free.append(worker)
         self._drops = 0
-        self._changed.notify_all()
+        self._settle(episode)
         return None
 
-    def _decide(self, wanting: Mapping[int, tuple[Candidate, ...]]) -> None:
-        if self._new_weights is not None:
-            weights, self._weights_seq_no = self._new_weights
-            self._net.load_state_dict(weights)
-            self._new_weights = None
-        episodes = {worker: self._table.episode(worker) for worker in wanting}
-        under_way = [(worker, episode) for worker, episode in episodes.items() if episode is not None]
-        logits, log_p, values = infer(self._net, [episode.observation for _, episode in under_way])
-        for row, (worker, episode) in enumerate(under_way):
-            uniform = stream(self._seed, "policy", episode.number, len(episode.actions)).random()
-            action = draw(logits[row], episode.observation["mask"], uniform)
-            doing = str(wanting[worker][action])
-            chosen = float(log_p[row, action])
-            episode.choose(Choice(action, logits[row], chosen, float(values[row]), self._weights_seq_no, doing))
+    def _decide(self, asking: list[tuple[int, InFlight]]) -> None:
+        """Choose an action for each episode, all by one batch, and send the orders."""
+        seen = arrays(np.stack([episode.decisions[-1].observation for _, episode in asking]), self._space)
+        with torch.no_grad():
+            outputs, said = self._net({name: torch.from_numpy(array).double() for name, array in seen.items()})
+            log_p = outputs.log_softmax(dim=-1).float().numpy()
+        logits = outputs.float().numpy()
+        uniform = [stream(self._seed, "policy", each.number, len(each.actions)).random() for _, each in asking]
+        actions = draw(logits, seen["mask"], np.array(uniform))
+        for i, (worker, episode) in enumerate(asking):
+            action = int(actions[i])
+            episode.choose(
+                action=action,
+                logits=logits[i],
+                log_p=float(log_p[i, action]),
+                value=float(said[i]),
+                weights=self._weights_seq_no,
+                doing=str(episode.candidates[action]),
+            )
             if self._journal is not None:
                 self._journal.note(episode)
             self._send(worker, episode)
 
-    def _fail(self, worker: int, error: Exception) -> None:
+    def _lose(self, worker: int, error: Exception, count: str) -> None:
+        """Replace a worker; its episode goes to another, or is given up."""
+        self.progress.counts[count] += 1
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, UserError):
-            self.counts["failures"] += 1
             raise cause
-        self._lose(worker, error, "failures")
-
-    def _lose(self, worker: int, error: Exception, count: str) -> None:
-        self.counts[count] += 1
         self._losses += 1
-        episode = self._table.leave(worker)
+        episode = self._workers.pop(worker, None)
         self._fleet.replace(worker)
-        enough = max(GIVE_UP * max(self._table.most, self._fleet.starting()), DEATHS + 1)
+        enough = max(GIVE_UP * max(self._most, self._fleet.starting()), DEATHS + 1)
         if self._losses >= enough:
             raise _given_up(f"{self._losses} orders in a row were lost", error)
         if episode is None:
@@ -333,38 +350,56 @@ class Dispatcher:
             self._orphaned.append(episode)
             return
         say(f"{where} was lost {episode.lost[kind]} times ({sentence(error)}): the episode is given up")
-        self.counts["dropped"] += 1
-        self.dropped.append(episode.number)
+        self.progress.counts["dropped"] += 1
+        self.progress.dropped.append(episode.number)
+        _add(self.progress.spent["dropped"], episode.used)
         del self._untaken[episode.number]
-        _add(self._spent["dropped"], episode.used)
+        self._settle(episode)
         self._drops += 1
-        if self._journal is not None:
-            self._journal.remove([episode.number])
         if self._drops >= enough:
             raise _given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
 
+    def _settle(self, episode: InFlight) -> None:
+        """Book that an episode has ended or is given up: those before which none is under way are ready."""
+        if episode.ended:
+            self._longest = max(self._longest, episode.done)
+            self.waiting += episode.done
+        while self._oldest < self.begun:
+            oldest = self._untaken.get(self._oldest)  # None: it was given up
+            if oldest is not None:
+                if not oldest.ended:
+                    break
+                self.waiting -= oldest.done
+                self.ready += oldest.done
+            self._oldest += 1
+        self._changed.notify_all()
+
     def _take_up(self, journal: EpisodeJournal) -> None:
-        learned, there = self.begun, journal.numbers()
-        journal.remove([number for number in there if number < learned or number in self.dropped])
-        for number in range(learned, max([learned, *(number + 1 for number in (*there, *self.dropped))])):
-            if number in self.dropped:
-                continue
-            episode = journal.read(number)
-            episode = self._untaken[number] = self._begin(number) if episode is None else episode
-            if episode.ended:
-                self._longest = max(self._longest, episode.decisions)
-            else:
-                self._orphaned.append(episode)
-        self.begun = max([learned, *(number + 1 for number in (*self._untaken, *self.dropped))])
+        """Go on with the journal's episodes; those between that it lacks begin anew."""
+        dropped = self.progress.dropped
+        with self._changed:
+            for number in range(self.begun, max([*journal.numbers(), *dropped], default=-1) + 1):
+                if number in dropped:
+                    self.begun = number + 1
+                    continue
+                episode = self._begin(number)
+                episode.decisions = journal.read(number)
+                if episode.ended:
+                    self._settle(episode)
+                else:
+                    self._orphaned.append(episode)
+            journal.keep_only(self._untaken)
 
 
-def infer(net: ControllerNet, observations: list[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits, log-probabilities (B, A), values (B,), float32, of a float64 network: no batch changes the rounding."""
-    with torch.no_grad():
-        logits, values = net({name: array.double() for name, array in batch(observations).items()})
-        outputs = (logits, logits.log_softmax(dim=-1), values)
-    logits, log_p, values = (output.float().numpy() for output in outputs)
-    return logits, log_p, values
+def _view(worker: int, episode: InFlight | None) -> WorkerView:
+    if episode is None:
+        return WorkerView(worker, "resting")
+    if not episode.decisions:
+        return WorkerView(worker, "training", episode.number, 0)
+    now = episode.decisions[-1]
+    used, loss, parameters = (now.reached.get(key) for key in ("budget_fraction", "val_loss", "parameters"))
+    decision = len(episode.actions)
+    return WorkerView(worker, "training", episode.number, decision, used, loss, parameters, now.doing, now.worked)
 
 
 def _add(total: dict[str, float], used: Mapping[str, float]) -> None:

@@ -6,44 +6,28 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from statistics import median
+from typing import Any
 
 from esper.policies.schedule import Entry
 
 DIGITS = 6  # of a budget fraction
 
 
-@dataclass(frozen=True)
-class Taken:
-    """A graft of an episode."""
-
-    fraction: float  # of the budget that was spent then
-    blueprint: str
-    site: str
-
-
-def median_schedule(episodes: Sequence[Sequence[Taken]], decisions: int, sites: Collection[str] = ()) -> list[Entry]:
-    """The schedule of at least one episode's grafts; `sites`: those that every episode starts with.
+def median_schedule(summaries: Iterable[Mapping[str, Any]], decisions: int, sites: Collection[str] = ()) -> list[Entry]:
+    """The schedule of runs, at least one, by their summaries; `sites`: those that every run starts with.
 
     Fractions are floored to the boundaries of `decisions`, those of a budget: a step seldom ends right at one.
     """
-    entries = []
-    for blueprint in sorted({graft.blueprint for grafts in episodes for graft in grafts}):
-        of_kind = [[graft for graft in grafts if graft.blueprint == blueprint] for grafts in episodes]
+    episodes, entries = [summary["grafts"] for summary in summaries], []
+    for blueprint in sorted({graft["blueprint"] for grafts in episodes for graft in grafts}):
+        of_kind = [[graft for graft in grafts if graft["blueprint"] == blueprint] for grafts in episodes]
         for j in range(math.floor(median(map(len, of_kind)) + 0.5)):
             nth = [grafts[j] for grafts in of_kind if len(grafts) > j]
-            due = median(_boundary(graft.fraction, decisions) for graft in nth)
-            site, votes = Counter(graft.site for graft in nth).most_common(1)[0]
+            due = median(math.floor(graft["budget_fraction"] * decisions + 1e-6) / decisions for graft in nth)
+            floored = math.floor(due * 10**DIGITS) / 10**DIGITS  # rounded up, it would be due a decision late
+            site, votes = Counter(graft["site"] for graft in nth).most_common(1)[0]
             named = site if site in sites and 2 * votes > len(nth) else None
-            entries.append(Entry(at=_floored(due), blueprint=blueprint, site=named))
+            entries.append(Entry(at=floored, blueprint=blueprint, site=named))
     return sorted(entries, key=lambda entry: entry.at)
-
-
-def _boundary(fraction: float, decisions: int) -> float:
-    return math.floor(fraction * decisions + 1e-6) / decisions
-
-
-def _floored(fraction: float) -> float:
-    return math.floor(fraction * 10**DIGITS) / 10**DIGITS  # rounded up, it would be due a decision late

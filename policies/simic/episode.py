@@ -1,44 +1,89 @@
-"""An episode under way, as the dispatcher and its journal know it; any worker can do its next order."""
+"""An episode, under way and played. While under way, any worker can do its next order, and a journal can keep it."""
 
 import base64
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from ray.rllib.core.columns import Columns
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
-from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator
 
 from esper.platform.contracts import Instance, Order, Reply, Transition
+from esper.platform.frozen import Frozen
 from esper.platform.ledger import AXES
 from esper.platform.spaces import observation
-from esper.platform.telemetry import TelemetrySpace
+from esper.platform.telemetry import Candidate, TelemetrySpace
 
 REACHED = ("budget_fraction", "val_loss", "parameters", *AXES)  # of a run's point: for the live view, and what it cost
 
 
+def _packed(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes()).decode("ascii")
+
+
+def _unpacked(value: Any) -> np.ndarray:
+    return value if isinstance(value, np.ndarray) else np.frombuffer(base64.b64decode(value, validate=True), np.float32)
+
+
+Floats = Annotated[np.ndarray, PlainValidator(_unpacked), PlainSerializer(_packed)]  # float32; in JSON base64
+
+
+class Decision(Frozen):
+    """What a reply brought, and the action chosen on it: a line of the journal."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=True)  # a diverged network's value is NaN
+
+    version: Literal[3] = 3
+    observation: Floats  # (size,): the telemetry's arrays, one after another
+    expected: float  # seconds that the next decision should take, by the run's clock
+    # The outcome of the decision before; the first has none.
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    worked: float = 0.0  # seconds
+    waited: float = 0.0
+    reached: dict[str, Any] = Field(default_factory=dict)  # of `REACHED`, as far as known
+    final_loss: float | None = None  # validation loss of an ended run, nats per token
+    # What was chosen: by the time of its outcome there may be new weights. Nothing at an episode's end.
+    action: int | None = None  # the row
+    logits: Floats | None = None  # (A,)
+    log_p: float = 0.0  # of that row
+    value: float = 0.0  # what the network said of the state
+    weights: int = 0  # number of the weights that chose
+    doing: str = ""  # the action in words, for the view
+
+
 @dataclass(frozen=True)
-class Choice:
-    """An action and what chose it: by the time of its outcome there may be new weights."""
+class Played:
+    """An ended episode of K decisions."""
 
-    action: int  # the row
-    logits: np.ndarray  # float32 (A,)
-    log_p: float  # of that row
-    value: float  # what the network said of the state
-    weights: int  # number of the weights that chose
-    doing: str  # the action in words, for the view
+    number: int
+    instance: str | None  # its name
+    observations: dict[str, np.ndarray]  # float32 (K + 1, …)
+    actions: np.ndarray  # int64 (K,)
+    logits: np.ndarray  # float32 (K, A), which chose them
+    log_p: np.ndarray  # float32 (K,)
+    values: np.ndarray  # float32 (K,), as said by the same network
+    weights: np.ndarray  # int64 (K,), its number
+    rewards: np.ndarray  # nats, float64 (K,)
+    terminated: bool  # whether nothing is to come after the last state
+    worked: np.ndarray  # seconds (K,)
+    waited: np.ndarray  # seconds (K,)
+    final_loss: float | None
 
-    def outputs(self) -> dict[str, Any]:
-        """RLlib's extra model outputs."""
-        return {
-            Columns.ACTION_DIST_INPUTS: self.logits,
-            Columns.ACTION_LOGP: np.float32(self.log_p),
-            Columns.VF_PREDS: np.float32(self.value),
-            WEIGHTS_SEQ_NO: self.weights,
-        }
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def states(self) -> np.ndarray:
+        """Globals, float32 (K + 1, G)."""
+        return self.observations["globals"]
+
+    @property
+    def to_come(self) -> np.ndarray:
+        """Rewards still to come at each decision, nats (K,)."""
+        return np.cumsum(self.rewards[::-1])[::-1]
 
 
 @dataclass
@@ -48,143 +93,93 @@ class InFlight:
     number: int
     seed: int
     instance: Instance | None
-    actions: list[int] = field(default_factory=list)  # rows chosen so far; the last has no outcome yet
-    episode: SingleAgentEpisode | None = None  # what has been observed; none before the first observation
-    choice: Choice | None = None  # that of the last action
-    expected: float = 0.0  # seconds that the order under way should take, by the run's clock
+    decisions: list[Decision] = field(default_factory=list)  # one per observation
+    candidates: tuple[Candidate, ...] = ()  # meaning of the last observation's rows
     lost: Counter[str] = field(default_factory=Counter)  # the order under way: `deaths` with a process, else `tries`
-    reached: dict[str, Any] = field(default_factory=dict)  # of `REACHED`, at the last observation, as far as known
+    since: float = 0.0  # when the order under way was sent
+    deadline: float = math.inf
+
+    @property
+    def done(self) -> int:
+        """Number of decisions whose outcome has come."""
+        return max(0, len(self.decisions) - 1)
+
+    @property
+    def actions(self) -> tuple[int, ...]:
+        """Rows chosen so far; the last has no outcome yet."""
+        return tuple(each.action for each in self.decisions if each.action is not None)
 
     @property
     def order(self) -> Order:
         """What a worker has to do next."""
-        return Order(self.number, self.seed, self.instance, tuple(self.actions), fresh=self.lost["tries"] > 0)
+        return Order(self.number, self.seed, self.instance, self.actions, fresh=self.lost["tries"] > 0)
 
     @property
     def ended(self) -> bool:
         """Whether the last outcome has come."""
-        return self.episode is not None and self.episode.is_done
+        return bool(self.decisions) and (self.decisions[-1].terminated or self.decisions[-1].truncated)
 
     @property
     def used(self) -> dict[str, float]:
         """Amount used of each known ledger axis."""
-        return {axis: self.reached[axis] or 0.0 for axis in AXES if axis in self.reached}
+        reached = self.decisions[-1].reached if self.decisions else {}
+        return {axis: reached[axis] or 0.0 for axis in AXES if axis in reached}
 
-    @property
-    def decisions(self) -> int:
-        """Number of decisions whose outcome has come."""
-        return 0 if self.episode is None else len(self.episode)
-
-    def whole(self) -> SingleAgentEpisode:
-        """The ended episode, numpy'ised."""
-        assert self.episode is not None
-        return self.episode.to_numpy()
-
-    @property
-    def observation(self) -> dict[str, np.ndarray]:
-        """The last one, an element of `observation_space`."""
-        assert self.episode is not None
-        return self.episode.get_observations(-1)
-
-    def checked(self, reply: Any, space: TelemetrySpace) -> Reply:
-        """A usable reply to the order under way; a ValueError says in a clause why it must not be used."""
-        reply = Reply.checked(reply)
-        telemetry = reply.telemetry
-        if (reply.episode, telemetry.sequence) != (self.number, len(self.actions)):
+    def take(self, answer: Any, space: TelemetrySpace) -> Reply:
+        """Take in the reply to the order under way; a ValueError says in a clause why it must not be used."""
+        reply, asked = Reply.checked(answer), len(self.actions)
+        telemetry, outcome = reply.telemetry, reply.answer
+        if (reply.episode, telemetry.sequence) != (self.number, asked):
             raise ValueError(
                 f"it is of episode {reply.episode}, observation {telemetry.sequence}, "
-                f"but {len(self.actions)} of {self.number} was asked for"
+                f"but {asked} of {self.number} was asked for"
             )
-        if isinstance(reply.answer, Transition) != bool(self.actions):
-            raise ValueError("it has no outcome" if self.actions else "it is no observation")
+        if isinstance(outcome, Transition) != bool(asked):
+            raise ValueError("it has no outcome" if asked else "it is no observation")
         problem = telemetry.problems(space)
         if problem is not None:
             raise ValueError(problem)
+        came: dict[str, Any] = {}
+        if isinstance(outcome, Transition):
+            point, summary = outcome.info.get("point", {}), outcome.info.get("summary") or {}
+            came = {name: getattr(outcome, name) for name in ("reward", "terminated", "truncated")}
+            came |= {"worked": reply.worked, "waited": reply.waited, "final_loss": _finite(summary.get("val_loss"))}
+            came["reached"] = {key: _finite(point[key]) for key in REACHED if key in point}
+        seen = np.concatenate([array.ravel() for array in observation(telemetry).values()])
+        self.decisions.append(Decision(observation=seen, expected=reply.expected, **came))
+        self.candidates = telemetry.actions
+        self.lost.clear()
         return reply
 
-    def take(self, reply: Reply) -> None:
-        """Take in a checked reply."""
-        self.expected = reply.expected
-        answer, outcome = reply.answer, None
-        if isinstance(answer, Transition):
-            point, summary = answer.info.get("point", {}), answer.info.get("summary")
-            self.reached = {key: _finite(point[key]) for key in REACHED if key in point}
-            info = {"worked": reply.worked, "waited": reply.waited}
-            if summary is not None:
-                info["val_loss"] = _finite(summary.get("val_loss"))
-            outcome = {
-                "reward": answer.reward,
-                "infos": info,
-                "terminated": answer.terminated,
-                "truncated": answer.truncated,
-            }
-        self._see(observation(reply.telemetry), outcome)
+    def choose(self, **choice: Any) -> None:
+        """Note the next action, in the fields of a Decision."""
+        self.decisions[-1] = self.decisions[-1].model_copy(update=choice)
 
-    def choose(self, choice: Choice) -> None:
-        """Note the next action."""
-        self.actions.append(choice.action)
-        self.choice = choice
-
-    def _see(self, seen: dict[str, np.ndarray], outcome: Mapping[str, Any] | None) -> None:
-        self.lost.clear()
-        if outcome is None:
-            self.episode = SingleAgentEpisode(id_=str(self.number))
-            self.episode.add_env_reset(seen)
-        else:
-            assert self.episode is not None
-            assert self.choice is not None
-            self.episode.add_env_step(seen, self.choice.action, extra_model_outputs=self.choice.outputs(), **outcome)
-
-    def head(self) -> dict[str, Any]:
-        """The journal's first line."""
-        instance = None if self.instance is None else self.instance.model_dump(mode="json")
-        return {"episode": self.number, "seed": self.seed, "instance": instance}
-
-    def entry(self) -> dict[str, Any]:
-        """The last observation, its outcome, and the choice made on it."""
-        assert self.episode is not None
-        entry: dict[str, Any] = {
-            "observation": _packed(np.concatenate([array.ravel() for array in self.observation.values()])),
-            "reached": self.reached,
-            "expected": self.expected,
-        }
-        if len(self.episode):
-            entry["outcome"] = {
-                "reward": float(self.episode.get_rewards(-1)),
-                "infos": self.episode.get_infos(-1),
-                "terminated": self.episode.is_terminated,
-                "truncated": self.episode.is_truncated,
-            }
-        if self.choice is not None and not self.ended:
-            entry["choice"] = {**asdict(self.choice), "logits": _packed(self.choice.logits)}
-        return entry
-
-    @classmethod
-    def replayed(cls, head: dict[str, Any], entries: list[dict[str, Any]], space: TelemetrySpace) -> "InFlight":
-        """The episode of a journal; a KeyError, TypeError or ValueError where it cannot be read."""
-        instance = None if head["instance"] is None else Instance.model_validate(head["instance"])
-        flight = cls(head["episode"], head["seed"], instance)
-        for entry in entries:
-            flight.reached, flight.expected = entry["reached"], entry["expected"]
-            flight._see(_unpacked_observation(entry["observation"], space), entry.get("outcome"))
-            if "choice" in entry:
-                kept = entry["choice"]
-                flight.choose(Choice(**{**kept, "logits": _unpacked(kept["logits"])}))
-        return flight
+    def played(self, space: TelemetrySpace) -> Played:
+        """The ended episode."""
+        chosen, outcomes = self.decisions[:-1], self.decisions[1:]
+        return Played(
+            number=self.number,
+            instance=None if self.instance is None else self.instance.model_dump_json(),
+            observations=arrays(np.stack([each.observation for each in self.decisions]), space),
+            actions=np.array([each.action for each in chosen]),
+            logits=np.array([each.logits for each in chosen]),
+            log_p=np.array([each.log_p for each in chosen], np.float32),
+            values=np.array([each.value for each in chosen], np.float32),
+            weights=np.array([each.weights for each in chosen]),
+            rewards=np.array([each.reward for each in outcomes]),
+            terminated=outcomes[-1].terminated,
+            worked=np.array([each.worked for each in outcomes]),
+            waited=np.array([each.waited for each in outcomes]),
+            final_loss=outcomes[-1].final_loss,
+        )
 
 
-def _packed(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes()).decode("ascii")
-
-
-def _unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text, validate=True), np.float32).copy()
-
-
-def _unpacked_observation(text: str, space: TelemetrySpace) -> dict[str, np.ndarray]:
-    flat, sizes = _unpacked(text), [math.prod(shape) for shape in space.shapes.values()]
-    parts = np.split(flat, np.cumsum(sizes)[:-1])
-    return {name: part.reshape(shape) for (name, shape), part in zip(space.shapes.items(), parts, strict=True)}
+def arrays(flat: np.ndarray, space: TelemetrySpace) -> dict[str, np.ndarray]:
+    """Observations (N, size) as the telemetry's arrays, (N, …) by name; a ValueError where they are of another size."""
+    ends = np.cumsum([math.prod(shape) for shape in space.shapes.values()])
+    parts = np.split(flat, ends[:-1], axis=1)
+    return {name: part.reshape(-1, *shape) for (name, shape), part in zip(space.shapes.items(), parts, strict=True)}
 
 
 def _finite(value: Any) -> Any:

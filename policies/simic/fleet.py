@@ -1,4 +1,8 @@
-"""The fleet: workers that come and go, in Ray actors or here; episodes are the dispatcher's business."""
+"""The fleet: workers that come and go, in Ray actors or here; episodes are the dispatcher's business.
+
+No two workers ever have the same number. A worker's first event says that it has started (whatever it holds), each
+later one is the answer to its order; an exception says what became of an order, or of its process and so the worker.
+"""
 
 import re
 import time
@@ -10,75 +14,41 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from esper.platform.contracts import Order, Reply, Worker
+from esper.platform import cluster
+from esper.platform.contracts import Order, Worker
 
 LOOK = 5.0  # seconds between two looks at how many workers there should be
 PATIENCE = 300.0  # seconds that a worker has to start; doubles each time that one did not
 PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds before the next start once a worker could not start; doubles in a row
 
-
-class Joined:
-    """The event of a worker that has started."""
+Events = list[tuple[int, object]]  # (worker, what came of it)
 
 
-Event = Joined | Reply | Exception  # an exception says what became of an order, or of its process and so the worker
+class RayFleet:
+    """Ray actors with `up()`, which returns once the actor is there, and `advance(order) -> Reply`.
 
-
-class Fleet:
-    """Carries out orders, in lockstep in the caller's thread; no two workers ever have the same number."""
+    `make_worker` starts an actor with `max_restarts=0`; `wanted` is asked every few seconds. Once one is there, as many
+    start at once as there are cores: more would wait for each other's imports.
+    """
 
     lockstep = False
 
-    def submit(self, worker: int, order: Order) -> None:
-        """Send an order to a worker that has none. Never raises on the worker's account."""
-        raise NotImplementedError
-
-    def ready(self, timeout: float) -> list[tuple[int, Event]]:
-        """All events, waiting up to `timeout` seconds for the first."""
-        raise NotImplementedError
-
-    def replace(self, worker: int) -> None:
-        """End a worker; another joins in its place. An unknown number is ignored."""
-        raise NotImplementedError
-
-    def starting(self) -> int:
-        """How many workers are starting."""
-        return 0
-
-    def wake(self) -> None:
-        """Make `ready`, in another thread, return now."""
-
-    def close(self) -> None:
-        """End the workers."""
-
-
-class RayFleet(Fleet):
-    """Ray actors with `up()`, which returns once the actor is there, and `advance(order) -> Reply`.
-
-    `make_worker` starts an actor with `max_restarts=0`; `wanted` is asked every few seconds. `at_once` limits the
-    starts after the first: more than the cores would wait for each other's imports.
-    """
-
-    def __init__(
-        self, make_worker: Callable[[], Any], wanted: Callable[[], int], at_once: Callable[[], int] | None = None
-    ) -> None:
-        self._make_worker, self._wanted, self._at_once = make_worker, wanted, at_once
-        self._joined = False  # whether any worker ever did
+    def __init__(self, make_worker: Callable[[], Any], wanted: Callable[[], int]) -> None:
+        self._make_worker, self._wanted = make_worker, wanted
         self._events: SimpleQueue[tuple[int, Future[Any] | None]] = SimpleQueue()
         self._actors: dict[int, Any] = {}
         self._starting: dict[int, float] = {}  # worker → since when
-        self._patience = PATIENCE
-        self._started = 0
+        self._started = self._joined = 0
         self._failed_starts = 0  # in a row
         self._look_at = 0.0
         self._look()
 
     def submit(self, worker: int, order: Order) -> None:
-        """Send the order."""
+        """Send an order to a worker that has none. Never raises on the worker's account."""
         self._call(worker, self._actors[worker].advance.remote(order))
 
-    def ready(self, timeout: float) -> list[tuple[int, Event]]:
-        """Block for one event, then take all there are."""
+    def ready(self, timeout: float) -> Events:
+        """All events, waiting up to `timeout` seconds for the first."""
         if time.monotonic() >= self._look_at:
             self._look()
         try:
@@ -95,7 +65,7 @@ class RayFleet(Fleet):
         ]
 
     def replace(self, worker: int) -> None:
-        """Kill the actor; `ready` starts another if one is wanted."""
+        """Kill the actor; `ready` starts another if one is wanted. An unknown number is ignored."""
         actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor)
@@ -106,26 +76,26 @@ class RayFleet(Fleet):
         return len(self._starting)
 
     def wake(self) -> None:
-        """Put an empty event into the queue."""
+        """Make `ready`, in another thread, return now."""
         self._events.put((-1, None))
 
     def close(self) -> None:
         """Kill the actors."""
-        actors, self._actors = self._actors, {}
-        for actor in actors.values():
-            ray.kill(actor)
+        while self._actors:
+            ray.kill(self._actors.popitem()[1])
 
     def _look(self) -> None:
         """Start wanted actors; end those that wait in vain for a lost node."""
-        self._look_at = time.monotonic() + LOOK
-        wanted, now = self._wanted(), time.monotonic()
-        stuck = [worker for worker, since in self._starting.items() if now - since > self._patience]
+        now = time.monotonic()
+        self._look_at, wanted = now + LOOK, self._wanted()
+        patience = PATIENCE * 2**self._failed_starts
+        stuck = [worker for worker, since in self._starting.items() if now - since > patience]
         for worker in stuck or sorted(self._starting, reverse=True)[: max(0, len(self._actors) - wanted)]:
             del self._starting[worker]
             ray.kill(self._actors.pop(worker))
         if stuck:  # hung, or still without a node: another asks for one anew
-            self._patience *= 2
-        at_once = wanted if self._at_once is None else max(1, self._at_once()) if self._joined else 1
+            self._failed_starts += 1
+        at_once = max(1, cluster.cores()) if self._joined else 1
         while len(self._actors) < wanted and len(self._starting) < at_once:
             worker, self._started = self._started, self._started + 1
             self._actors[worker] = self._make_worker()
@@ -135,35 +105,34 @@ class RayFleet(Fleet):
     def _call(self, worker: int, reference: ray.ObjectRef) -> None:
         reference.future().add_done_callback(lambda future: self._events.put((worker, future)))
 
-    def _event(self, worker: int, future: "Future[Any]") -> Event:
+    def _event(self, worker: int, future: "Future[Any]") -> object:
         error = future.exception()
         starting = self._starting.pop(worker, None) is not None
-        if isinstance(error, Exception):
-            if process_lost(error):
-                ray.kill(self._actors.pop(worker))  # it may be unreachable, not dead
-                if starting:  # a fleet that cannot start must not start hundreds
-                    self._look_at = time.monotonic() + min(LONGEST_PAUSE, PAUSE * 2**self._failed_starts)
-                    self._failed_starts += 1
-                else:
-                    self._look()
-            return error
-        self._failed_starts = 0
-        if not starting:
+        if not isinstance(error, Exception):
+            self._failed_starts = 0
+            if starting:
+                self._joined += 1
+                self._look()
             return future.result()
-        self._joined, self._patience = True, PATIENCE
-        self._look()
-        return Joined()
+        if process_lost(error):
+            ray.kill(self._actors.pop(worker))  # it may be unreachable, not dead
+            if starting:  # a fleet that cannot start must not start hundreds
+                self._look_at = time.monotonic() + min(LONGEST_PAUSE, PAUSE * 2**self._failed_starts)
+                self._failed_starts += 1
+            else:
+                self._look()
+        return error
 
 
-class LocalFleet(Fleet):
-    """`n` workers in this process, for surrogates: an order is done when `submit` returns."""
+class LocalFleet:
+    """`n` workers in the caller's thread, in lockstep, for surrogates: an order is done when `submit` returns."""
 
     lockstep = True
 
     def __init__(self, make_worker: Callable[[], Worker], n: int) -> None:
         self._make_worker = make_worker
         self._workers: dict[int, Worker] = {}
-        self._events: list[tuple[int, Event]] = []
+        self._events: Events = []
         self._started = 0
         for _ in range(n):
             self._start()
@@ -176,7 +145,7 @@ class LocalFleet(Fleet):
             event = error
         self._events.append((worker, event))
 
-    def ready(self, timeout: float) -> list[tuple[int, Event]]:
+    def ready(self, timeout: float) -> Events:
         """The events, in the order of the calls."""
         events, self._events = self._events, []
         return events
@@ -186,6 +155,13 @@ class LocalFleet(Fleet):
         if self._workers.pop(worker, None) is not None:
             self._start()
 
+    def starting(self) -> int:
+        """None: they start at once."""
+        return 0
+
+    def wake(self) -> None:
+        """Nothing waits."""
+
     def close(self) -> None:
         """Drop the workers."""
         self._workers.clear()
@@ -193,7 +169,10 @@ class LocalFleet(Fleet):
     def _start(self) -> None:
         worker, self._started = self._started, self._started + 1
         self._workers[worker] = self._make_worker()
-        self._events.append((worker, Joined()))
+        self._events.append((worker, None))
+
+
+Fleet = RayFleet | LocalFleet
 
 
 def process_lost(error: Exception) -> bool:

@@ -144,9 +144,3 @@ def rules(health: Health) -> Iterator[tuple[str, str]]:
             f"the fleet keeps losing work ({told} in 5 iterations): look at what was said of the workers above, their "
             "memory and their disks; try fewer workers to a node, or a longer fleet.deadline.",
         )
-
-
-def warnings(history: list[Metrics], iterations: int | None = None) -> list[str]:
-    """All warnings of a training, in order."""
-    health = Health(iterations)
-    return [warning for metrics in history for warning in health.look(metrics)]

@@ -47,17 +47,11 @@ def policy_file(path: Path) -> Path:
     return file
 
 
-def batch(observations: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Observations as network inputs, float32, batch first."""
-    return {name: torch.from_numpy(np.stack([each[name] for each in observations])) for name in observations[0]}
-
-
-def draw(logits: np.ndarray, mask: np.ndarray, uniform: float) -> int:
-    """The legal row that a number in [0, 1) picks from logits (A,), by inverse distribution."""
-    legal = np.flatnonzero(mask)
-    weights = np.exp(logits[legal].astype(np.float64) - logits[legal].max())
-    bounds = np.cumsum(weights)
-    return int(legal[min(np.searchsorted(bounds, uniform * bounds[-1], side="right"), len(legal) - 1)])
+def draw(logits: np.ndarray, mask: np.ndarray, uniform: np.ndarray | float) -> np.ndarray:
+    """The legal rows that numbers in [0, 1) pick from logits (…, A), by inverse distribution: int64 (…)."""
+    legal = np.where(mask > 0, logits.astype(np.float64), -np.inf)
+    chances = np.exp(legal - legal.max(axis=-1, keepdims=True)).cumsum(axis=-1)
+    return (chances > np.expand_dims(uniform, -1) * chances[..., -1:]).argmax(axis=-1)
 
 
 def likeliest(chances: np.ndarray) -> int:
@@ -66,30 +60,21 @@ def likeliest(chances: np.ndarray) -> int:
 
 
 class SimicPolicy:
-    """Chooses the `likeliest` legal candidate, or with `sample` draws one by `rng`."""
+    """Chooses the `likeliest` legal candidate, or with `rng` draws one."""
 
-    def __init__(
-        self,
-        net: ControllerNet,
-        *,
-        sample: bool = False,
-        rng: np.random.Generator | None = None,
-        card: Card | None = None,
-    ) -> None:
-        if sample and rng is None:
-            raise ValueError("SimicPolicy(sample=True) needs rng, a numpy Generator.")
-        self.net = net.eval()
+    def __init__(self, net: ControllerNet, *, rng: np.random.Generator | None = None, card: Card | None = None) -> None:
+        self.net, self._rng = net.eval(), rng
         card = card or Card(format=FORMAT, telemetry_version=VERSION, hidden=net.hidden, extra={})
         self.card = card.model_dump(mode="json")
-        self._rng = rng if sample else None
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
         """One legal candidate, with its probability as the reason."""
+        inputs = {name: torch.from_numpy(array)[None] for name, array in observation(telemetry).items()}
         with torch.no_grad():
-            logits = self.net.logits(batch([observation(telemetry)]))[0]
+            logits = self.net.logits(inputs)[0]
         chances = logits.softmax(dim=-1).numpy()
-        rng = self._rng
-        index = draw(logits.numpy(), telemetry.mask, rng.random()) if rng is not None else likeliest(chances)
+        drawn = None if self._rng is None else draw(logits.numpy(), telemetry.mask, self._rng.random())
+        index = likeliest(chances) if drawn is None else int(drawn)
         return GraftAction(index, telemetry.sequence, f"p {chances[index]:.2f}, wait {chances[0]:.2f}")
 
     def save(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -97,7 +82,7 @@ class SimicPolicy:
         checkpoint.write(path, self.card | {"extra": dict(extra or {})}, self.net.state_dict())
 
     @classmethod
-    def load(cls, path: Path, *, sample: bool = False, rng: np.random.Generator | None = None) -> "SimicPolicy":
+    def load(cls, path: Path) -> "SimicPolicy":
         """Read a policy (see `policy_file`); a UserError where it is missing, damaged or of another telemetry."""
         file = policy_file(path)
         values, tensors = checkpoint.read(file)
@@ -112,7 +97,7 @@ class SimicPolicy:
                 f"policy {file} holds another network than one of width {card.hidden}, all float32 and finite: "
                 "train it again."
             )
-        return cls(net, sample=sample, rng=rng, card=card)
+        return cls(net, card=card)
 
 
 def _net(tensors: dict[str, Tensor], hidden: int) -> ControllerNet | None:

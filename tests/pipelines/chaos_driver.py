@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 
 from esper.pipelines.controllers.workers import make_run
-from esper.platform.spec import RunSpec
+from esper.platform.spec import FleetSpec, RunSpec
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet, RayFleet
-from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.worker_table import Deadlines
 from esper.workers.candidates import telemetry_space
 from esper.workers.worker import GrowthWorker
 
@@ -44,14 +42,14 @@ def dispatcher(spec: RunSpec, fleet: Fleet, folder: Path | None) -> Dispatcher:
         telemetry_space(spec),
         seed=SEED,
         ahead=10**6,
-        deadlines=Deadlines(factor=20, grace=20),
-        journal=EpisodeJournal(folder / "episodes", telemetry_space(spec)) if folder is not None else None,
+        limits=FleetSpec(grace=20),
+        journal=None if folder is None else folder / "episodes",
     )
 
 
 def returns(episodes) -> dict[int, float]:
     """Episode number → its return."""
-    return {int(episode.id_): float(episode.get_return()) for episode in episodes}
+    return {episode.number: float(episode.rewards.sum()) for episode in episodes}
 
 
 def main(address: str, spec: str, shards: str, folder: str, decisions: str) -> None:

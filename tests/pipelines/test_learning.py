@@ -17,9 +17,9 @@ from esper.platform.contracts import GrowthPolicy
 from esper.platform.spec import RunSpec, load_spec
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.simic.fleet import LocalFleet
-from esper.policies.simic.learner import build_algorithm, current_policy
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import SimicPolicy
+from esper.policies.simic.ppo import PPOTraining
 from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
 from esper.workers.laws.surrogate import SurrogateRun
@@ -31,7 +31,7 @@ WORKERS = 64
 def trained(spec: RunSpec, seed: int) -> ControllerNet:
     """What PPO learns on the training instances."""
     instances = list(instance_set("train", spec).values())
-    algorithm = build_algorithm(
+    training = PPOTraining(
         spec,
         telemetry_space(spec),
         partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, spec)), WORKERS),
@@ -40,10 +40,10 @@ def trained(spec: RunSpec, seed: int) -> ControllerNet:
     )
     try:
         for _ in range(spec.ppo.iterations):
-            algorithm.train()
-        return current_policy(algorithm).net
+            training.iterate()
+        return training.policy().net
     finally:
-        algorithm.stop()
+        training.stop()
 
 
 def shares(spec: RunSpec, seeds: range) -> np.ndarray:
@@ -59,7 +59,7 @@ def shares(spec: RunSpec, seeds: range) -> np.ndarray:
     with cluster.session(cpus=1):
         for seed in seeds:
             net = trained(spec, seed)
-            drawn = SimicPolicy(net, sample=True, rng=np.random.default_rng(0))
+            drawn = SimicPolicy(net, rng=np.random.default_rng(0))
             found.append([(fixed - loss(policy)) / gap for policy in (SimicPolicy(net), drawn)])
             print(f"seed {seed}: gap {gap:.3f} nats; closed: greedy {found[-1][0]:.0%}, drawn {found[-1][1]:.0%}")
     return np.array(found)

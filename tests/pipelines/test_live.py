@@ -11,7 +11,7 @@ from rich.console import Console
 
 from esper.pipelines.controllers.live import TrainingView, sparkline
 from esper.platform.console import said_to, say
-from esper.policies.simic.worker_table import STATES, WorkerView
+from esper.policies.simic.dispatcher import WorkerView
 
 METRICS = {"return_mean": 2.5, "episodes": 11.0, "decisions": 264.0, "wait": 0.8, "entropy": 0.5}
 METRICS |= {"explained_variance": 0.25, "busy": 0.95}
@@ -161,7 +161,10 @@ def drawn(view: TrainingView, workers: list[WorkerView], width: int, height: int
 
 
 def test_of_a_thousand_workers_those_that_fit_are_shown_and_all_are_counted():
-    workers = [WorkerView(i, STATES[i % 3], i, 3, i / 1000, 2.25, 12345, "graft ffn", 0.4) for i in range(1000)]
+    workers = [
+        WorkerView(i, ("starting", "training", "resting")[i % 3], i, 3, i / 1000, 2.25, 12345, "graft ffn", 0.4)
+        for i in range(1000)
+    ]
     lines = drawn(TrainingView(20, 0, lambda: workers), workers, 100, 24)
     assert len(lines) == 23
     assert lines[0].startswith("iteration 0/20 0%, 0s, ? left, first episodes under way")

@@ -22,7 +22,7 @@ from esper.platform import checkpoint
 from esper.platform.ledger import AXES
 from esper.platform.spec import load_spec
 from esper.platform.storage import alone
-from esper.policies.simic import runner as runners
+from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import SimicPolicy
 
@@ -198,15 +198,15 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, sh
                 ray.kill(self._actors[worker])
 
     learned = []
-    sample = runners.SimicEnvRunner.sample
+    collect = Dispatcher.collect
 
-    def noting(self, **kwargs):
-        episodes = sample(self, **kwargs)
-        learned.extend((int(episode.id_), k) for episode in episodes for k in range(len(episode)))
+    def noting(self, *arguments):
+        episodes = collect(self, *arguments)
+        learned.extend((episode.number, k) for episode in episodes for k in range(len(episode)))
         return episodes
 
     monkeypatch.setattr(workers, "RayFleet", Deadly)
-    monkeypatch.setattr(runners.SimicEnvRunner, "sample", noting)
+    monkeypatch.setattr(Dispatcher, "collect", noting)
     out = tmp_path / "out"
     small = ["ppo.iterations=2", "ppo.decisions=32", "ppo.minibatch=16", "ppo.epochs=2", "ppo.held_out=1"]
     settings = [flag for each in (*small, "budget.amount=200", "budget.cooldowns=[0.5]") for flag in ("--set", each)]

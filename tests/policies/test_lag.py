@@ -34,7 +34,7 @@ def run(tiny_spec, tokens):
 
 
 class Scripted:
-    """A probe whose twins end with the given losses."""
+    """A probe whose twins end with the given losses; without any it must not be used."""
 
     def __init__(self, *losses):
         self.losses = losses
@@ -45,29 +45,30 @@ class Scripted:
         return np.repeat(np.array(self.losses)[:, None], optimizer_steps, axis=1)
 
 
-class Untouched:
-    """A probe that must not be used."""
-
-    def twins(self, actions, optimizer_steps):
-        """Not to be called."""
-        raise AssertionError("tried something")
-
-
 def tried(run):
     """What lag tries: WAIT and every legal graft."""
     rows = [int(i) for i in run.telemetry.legal() if run.telemetry.actions[i].operation in ("wait", "graft")]
     return [GraftAction(row, run.telemetry.sequence) for row in rows]
 
 
-def test_it_takes_the_lowest_loss_of_its_twins(run):
+def test_it_takes_the_lowest_loss_of_its_twins_and_leaves_the_run_as_it_was(run):
     actions = tried(run)
-    losses = run.fork().twins(actions, 6)
-    means = losses[:, -3:].mean(axis=1)
+    means = run.fork().twins(actions, 6)[:, -3:].mean(axis=1)
     assert len(set(means.tolist())) == len(means)
+    weights = {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
+    moments = [{k: v.clone() for k, v in state.items()} for state in run.trainer.optimizer.state.values()]
+    cursor = run.trainer.steps
     chosen = LagPolicy(LIMITS).act(run.telemetry, run)
     assert chosen.index == actions[int(means.argmin())].index > 0
     assert chosen.sequence == run.telemetry.sequence
     assert "of 4 tried" in chosen.reason
+    assert run.trainer.steps == cursor
+    now = run.trainer.host.state_dict()
+    assert now.keys() == weights.keys()
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+    for state, kept in zip(run.trainer.optimizer.state.values(), moments, strict=True):
+        assert all(torch.equal(state[name], kept[name]) for name in kept)
+    assert LagPolicy(LIMITS).act(run.telemetry, run).index == chosen.index
 
 
 def test_the_run_is_charged_what_the_twins_used_on_every_axis(run):
@@ -96,37 +97,11 @@ def test_what_a_trial_costs_is_known_beforehand(tiny_spec, tokens, axis):
     assert predicted == pytest.approx((run.reading() - before) / amount, rel=1e-3)
 
 
-def test_the_run_itself_is_left_as_it_was(run):
-    weights = {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
-    moments = [{k: v.clone() for k, v in state.items()} for state in run.trainer.optimizer.state.values()]
-    cursor = run.trainer.steps
-    LagPolicy(LIMITS).act(run.telemetry, run)
-    assert run.trainer.steps == cursor
-    now = run.trainer.host.state_dict()
-    assert now.keys() == weights.keys()
-    assert all(torch.equal(now[name], weights[name]) for name in weights)
-    for state, kept in zip(run.trainer.optimizer.state.values(), moments, strict=True):
-        assert all(torch.equal(state[name], kept[name]) for name in kept)
-
-
-def test_same_run_same_choice(tiny_spec, tokens):
-    chosen = []
-    for _ in range(2):
-        run = begin(tiny_spec, tokens, probation_steps=2)
-        chosen.append(LagPolicy(LIMITS).act(run.telemetry, run))
-    assert chosen[0] == chosen[1]
-
-
-def test_waiting_wins_where_no_graft_is_ahead(run):
-    action = LagPolicy(LIMITS).act(run.telemetry, Scripted(1.0, 1.0, 1.1, 1.2, 1.3))
-    assert action.index == 0
-    assert "none of 4" in action.reason
-
-
-def test_a_twin_that_diverged_is_never_chosen(run):
-    action = LagPolicy(LIMITS).act(run.telemetry, Scripted(1.0, np.nan, 0.9, -np.inf, 0.95))
-    assert action.index == tried(run)[2].index
-    assert LagPolicy(LIMITS).act(run.telemetry, Scripted(*[np.nan] * 5)).index == 0
+def test_waiting_wins_where_no_graft_is_ahead_and_what_diverged_is_never_chosen(run):
+    lag, nan = LagPolicy(LIMITS), np.nan
+    assert "none of 4" in lag.act(run.telemetry, Scripted(1.0, 1.0, 1.1, 1.2, 1.3)).reason
+    assert lag.act(run.telemetry, Scripted(1.0, nan, 0.9, -np.inf, 0.95)).index == tried(run)[2].index
+    assert lag.act(run.telemetry, Scripted(*[nan] * 5)).index == 0
 
 
 @pytest.mark.parametrize(
@@ -139,24 +114,18 @@ def test_a_twin_that_diverged_is_never_chosen(run):
     ],
 )
 def test_it_tries_nothing(run, limits, reason):
-    action = LagPolicy(limits).act(run.telemetry, Untouched())
+    action = LagPolicy(limits).act(run.telemetry, Scripted())
     assert action.index == 0
     assert reason in action.reason
 
 
-def test_it_tries_nothing_where_nothing_is_legal(tiny_spec, tokens):
+def test_it_tries_nothing_where_nothing_is_legal_or_known(tiny_spec, tokens):
     run = begin(tiny_spec, tokens, max_parameters=1)
     assert run.telemetry.legal().tolist() == [0]
-    assert LagPolicy(LIMITS).act(run.telemetry, Untouched()).index == 0
-
-
-def test_it_tries_nothing_before_there_is_a_slope(run):
-    assert LagPolicy(LIMITS).act(run.reset(seed=0), Untouched()).reason == "no slope yet"
-
-
-def test_without_copies_it_says_so(run):
+    assert LagPolicy(LIMITS).act(run.telemetry, Scripted()).index == 0
     with pytest.raises(UserError, match="lag tries grafts on copies of the run"):
         LagPolicy().act(run.telemetry)
+    assert LagPolicy(LIMITS).act(run.reset(seed=0), Scripted()).reason == "no slope yet"
 
 
 @pytest.mark.parametrize("preset", ["tinystories-char", "tinystories-char-tokens", "demo", "tinystories"])

@@ -15,3 +15,27 @@ def local_ray(one_ray):
 
     ray.cloudpickle.register_pickle_by_value(simic_toy)
     return ray
+
+
+@pytest.fixture
+def make(local_ray):
+    """Make trainings on the toy, which are stopped at the end; `ppo` changes the settings."""
+    from simic_toy import SPACE, ToyRun
+
+    from esper.platform.spec import PPOSpec, RunSpec
+    from esper.policies.simic.fleet import LocalFleet
+    from esper.policies.simic.ppo import PPOTraining
+    from esper.workers.worker import EpisodeWorker
+
+    made = []
+    settings = {"decisions": 128, "minibatch": 64, "epochs": 6, "learning_rate": 2e-3, "hidden": 64, "entropy": 0.01}
+
+    def training(seed: int = 0, journal: Path | None = None, start: Path | None = None, **ppo: float) -> PPOTraining:
+        spec = RunSpec(ppo=PPOSpec.model_validate({**settings, **ppo}))
+        fleet = lambda: LocalFleet(lambda: EpisodeWorker(ToyRun), 4)  # noqa: E731
+        made.append(PPOTraining(spec, SPACE, fleet, seed=seed, journal=journal, start=start))
+        return made[-1]
+
+    yield training
+    for each in made:
+        each.stop()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from esper.platform.telemetry import GLOBALS
-from esper.policies.simic.baseline import Baseline, Played
+from esper.policies.simic.baseline import Baseline
+from esper.policies.simic.episode import Played
 
 LOSS = GLOBALS.index("loss")
 
@@ -18,7 +19,8 @@ def episode(random: np.random.Generator, instance: str | None = None, end: float
     states[:, LOSS] = loss / 4.5
     rewards = -np.diff(loss)
     rewards[-1] += end
-    return Played(instance, states, rewards, terminated=True)
+    unused = np.zeros(decisions)
+    return Played(0, instance, {"globals": states}, *[unused] * 5, rewards, True, unused, unused, None)
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_a_truncated_episode_keeps_the_last_potential(baseline: Baseline):
 def test_what_the_loss_tells_is_taken_out_and_the_rest_has_unit_scale(baseline: Baseline):
     random = np.random.default_rng(9)
     played = [episode(random) for _ in range(100)]
-    raw = np.concatenate([one.to_come() for one in played])
+    raw = np.concatenate([one.to_come for one in played])
     left = np.concatenate([np.cumsum(each[::-1])[::-1] for each in baseline.shaped(played)])
     assert left.std() * baseline.scale < 0.1 * raw.std()
     assert left.std() == pytest.approx(1, rel=0.2)

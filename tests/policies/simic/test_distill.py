@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 
 from esper.policies.schedule import Entry
-from esper.policies.simic.distill import Taken, median_schedule
+from esper.policies.simic import distill
 
 
 def block(fraction, site="wte.stream"):
-    return Taken(fraction, "block", site)
+    return {"budget_fraction": fraction, "blueprint": "block", "site": site}
 
 
 def ffn(fraction, site="h0.ffn"):
-    return Taken(fraction, "ffn", site)
+    return {**block(fraction, site), "blueprint": "ffn"}
+
+
+def median_schedule(episodes, *arguments):
+    return distill.median_schedule([{"grafts": grafts} for grafts in episodes], *arguments)
 
 
 def test_episodes_that_are_alike_are_their_own_schedule():

@@ -4,15 +4,14 @@ Alone: `pytest tests/policies/simic/test_health.py`; needs the package's local R
 """
 
 import pytest
-from simic_toy import SPACE, ToyRun
 
-from esper.platform.spec import PPOSpec, RunSpec
-from esper.policies.simic.fleet import LocalFleet
-from esper.policies.simic.health import Health, warnings
-from esper.policies.simic.learner import build_algorithm, iteration_metrics
-from esper.workers.worker import EpisodeWorker
+from esper.policies.simic.health import Health
 
-TOY = {"decisions": 128, "minibatch": 64, "epochs": 6, "learning_rate": 2e-3, "hidden": 64, "entropy": 0.01}
+
+def warnings(history: list[dict[str, float]], iterations: int | None = None) -> list[str]:
+    """All warnings of a training, in order."""
+    health = Health(iterations)
+    return [warning for metrics in history for warning in health.look(metrics)]
 
 
 def healthy(n: int = 24) -> list[dict[str, float]]:
@@ -48,6 +47,11 @@ def changed(after: int = 10, **metrics: list[float]) -> list[dict[str, float]]:
     return history
 
 
+def throughout(**metrics: float) -> list[dict[str, float]]:
+    """The same, with other values at all times."""
+    return [{**each, **metrics} for each in healthy()]
+
+
 def same(value: float, n: int = 14) -> list[float]:
     return [value] * n
 
@@ -70,6 +74,12 @@ def same(value: float, n: int = 14) -> list[float]:
         (changed(busy=same(0.3), learn_seconds=same(9.0)), "the learner takes 9.0 s an update"),
         (changed(dropped=[0.0] * 14), None),
         (changed(failures=[3.0, 5.0, 7.0, 9.0, 11.0]), "losing work (failures +"),
+        (healthy(40), None),
+        (throughout(wait=63 / 64, layer=1 / 64, episode_length=64.0), None),  # one graft in a long episode
+        (throughout(wait=255 / 256, layer=1 / 256, episode_length=64.0), "always chooses the same (wait, 99.6%"),
+        (throughout(explained_variance=-0.02), None),  # the return rises: there was nothing to explain
+        (throughout(explained_variance=-0.02, return_mean=2.5), "explained variance is near 0 (median -0.02"),
+        ([{"return_mean": 1.0}] * 30, None),  # metrics that are not there are no illness
     ],
 )
 def test_each_condition_is_told_in_one_sentence(history, sentence):
@@ -81,25 +91,6 @@ def test_each_condition_is_told_in_one_sentence(history, sentence):
     assert sentence in warning
     assert warning.endswith(".")
     assert "try" in warning or "start again" in warning or "use fewer" in warning
-
-
-def test_a_value_that_sees_nothing_is_told_of_only_while_nothing_is_learned():
-    blind = [{**metrics, "explained_variance": -0.02} for metrics in healthy()]
-    assert warnings(blind) == []  # the return rises: there was nothing to explain
-    flat = [{**metrics, "return_mean": 2.5 + 0.03 * (-1) ** i} for i, metrics in enumerate(blind)]
-    [warning] = warnings(flat)
-    assert "explained variance is near 0 (median -0.02" in warning
-
-
-def test_nothing_is_told_of_a_healthy_training():
-    assert warnings(healthy(40), iterations=40) == []
-
-
-def test_one_graft_in_a_long_episode_is_no_collapse():
-    once = [{**metrics, "wait": 63 / 64, "layer": 1 / 64, "episode_length": 64.0} for metrics in healthy()]
-    assert warnings(once) == []
-    never = [{**metrics, "wait": 255 / 256, "layer": 1 / 256, "episode_length": 64.0} for metrics in healthy()]
-    assert len(warnings(never)) == 1
 
 
 def test_late_in_training_a_settled_policy_is_as_it_should_be():
@@ -115,21 +106,13 @@ def test_a_condition_is_told_once_until_it_has_been_away():
     assert told == [1, 0, 0, *[0] * 4, 0, *[0] * 5, 1]
 
 
-def test_metrics_that_are_not_there_are_no_illness():
-    assert warnings([{"return_mean": 1.0}] * 30) == []
-
-
 @pytest.fixture
-def train(local_ray):
+def train(make):
     """Really train on the toy, and give the warnings with their iterations."""
 
     def trained(iterations: int, seed: int = 0, **ppo: float) -> list[str]:
-        spec = RunSpec(ppo=PPOSpec.model_validate({**TOY, **ppo}))
-        algorithm = build_algorithm(spec, SPACE, lambda: LocalFleet(lambda: EpisodeWorker(ToyRun), 4), seed=seed)
-        try:
-            return warnings([iteration_metrics(algorithm.train()) for _ in range(iterations)], iterations)
-        finally:
-            algorithm.stop()
+        training = make(seed, **ppo)
+        return warnings([training.iterate() for _ in range(iterations)], iterations)
 
     return trained
 

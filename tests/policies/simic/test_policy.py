@@ -42,11 +42,9 @@ def test_acting_competes_with_waiting_as_a_whole(policy: SimicPolicy):
     assert (action.sequence, bool(action.reason)) == (TELEMETRY.sequence, True)
 
 
-def test_sampling_needs_a_generator_and_repeats_with_it(policy: SimicPolicy):
-    with pytest.raises(ValueError, match="rng"):
-        SimicPolicy(policy.net, sample=True)
+def test_draws_repeat_with_their_generator(policy: SimicPolicy):
     one, again = (
-        [SimicPolicy(policy.net, sample=True, rng=rng).act(TELEMETRY).index for _ in range(50)]
+        [SimicPolicy(policy.net, rng=rng).act(TELEMETRY).index for _ in range(50)]
         for rng in (np.random.default_rng(1), np.random.default_rng(1))
     )
     assert one == again
