@@ -60,7 +60,7 @@ def run(arguments: PPOArguments) -> None:
 def resume(arguments: PPOArguments, out: Path) -> None:
     """Go on with the training in `out`, or send MLflow the rest of an ended one."""
     from esper.pipelines.common.run_folder import RunFolder
-    from esper.pipelines.controllers.training import Reached, send
+    from esper.pipelines.controllers.training import KEPT, Reached, track
     from esper.platform.frozen import Frozen
     from esper.platform.spec import load_spec
 
@@ -74,7 +74,7 @@ def resume(arguments: PPOArguments, out: Path) -> None:
         inputs = folder.check()
         spec, reached = load_spec(str(folder.out / "spec.json"), arguments.set), Reached.of(folder)
         if folder.ended and reached.iterations >= spec.ppo.iterations:
-            if not arguments.set and send(folder):
+            if not arguments.set and folder.send(lambda: track(folder), KEPT):
                 return
             raise UserError(
                 f"--resume {out} has its {reached.iterations} iterations: ask for more, such as "

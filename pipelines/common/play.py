@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Transition
+from esper.platform.checkpoint import CheckpointStore, Content
+from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Stateful, Transition
 from esper.platform.telemetry import Telemetry
 from esper.workers.episode import Episode, perplexity
+from esper.workers.run import GrowthRun
 
 R = TypeVar("R", bound=Episode)
 OnDecision = Callable[[R, Telemetry, GraftAction, Transition], None]
@@ -24,6 +26,23 @@ def play(run: R, policy: GrowthPolicy, *, arm: str, on_decision: OnDecision[R] |
         if on_decision is not None:
             on_decision(run, telemetry, action, transition)
     return {"arm": arm, **run.summary(), "unplayed": policy.unplayed() if isinstance(policy, Planned) else []}
+
+
+def take_up(run: GrowthRun, policy: GrowthPolicy, saved: Content | None, seed: int) -> None:
+    """Bring a run and its policy to where `saved` left them; to the start of the seed's episode for None."""
+    if saved is None:
+        run.reset(seed=seed)
+        return
+    run.load(*saved)
+    if isinstance(policy, Stateful):
+        policy.resume(saved[0]["policy"])
+
+
+def save(run: GrowthRun, policy: GrowthPolicy, store: CheckpointStore, name: str) -> None:
+    """Save what `take_up` needs."""
+    state, tensors = run.state()
+    state["policy"] = policy.state() if isinstance(policy, Stateful) else None
+    store.save(name, state, tensors)
 
 
 def unplayed(summary: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ Text, spec, code and the `inputs` (copied into the folder) are pinned by `begin`
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.pins import INPUTS, PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, saved_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json
-from esper.platform.tracking import Tracker
+from esper.platform.tracking import Tracker, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.workers.laws.scaling_law import budget_tokens
 from esper.workers.tolaria.data import TokenData, ensure
@@ -141,6 +141,21 @@ class RunFolder(Frozen):
         named = {"experiment": self.experiment, "run_name": self.out.name, **options}
         params = self.spec.model_dump(mode="json")
         return Tracker(self.out, key=self.key, tags=tags, params=params, **named)
+
+    def send(self, tracker: Callable[[], Tracker], kept: Iterable[str]) -> bool:
+        """Send MLflow what it lacks of ended work, the `kept` files with it; False where that is nothing.
+
+        Raises UserError where MLflow does not take it all.
+        """
+        if synced(self.out, tracking_uri()):
+            return False
+        opened = tracker()
+        for name in kept:
+            opened.artifact(self.out / name)
+        if not opened.close(ended=int((self.out / "summary.json").stat().st_mtime * 1000)):
+            raise UserError(f"MLflow did not take everything of the work in {self.out}: try again once it is there.")
+        say(f"MLflow has had everything of the work in {self.out} now.")
+        return True
 
     def _check_text(self) -> None:
         manifest, block = self.tokens.manifest, self.spec.host.block_size

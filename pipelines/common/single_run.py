@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.pipelines.common.arguments import CommonArguments
-from esper.pipelines.common.play import metrics, play, unplayed
+from esper.pipelines.common.play import metrics, play, save, take_up, unplayed
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.progress import RunProgress
 from esper.pipelines.common.run_folder import RunFolder
@@ -13,18 +13,17 @@ from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.platform import checkpoint
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import counted, duration, say
-from esper.platform.contracts import GraftAction, GrowthPolicy, Stateful, Transition
+from esper.platform.contracts import GraftAction, GrowthPolicy, Transition
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.telemetry import Telemetry
-from esper.platform.tracking import Tracker, synced
-from esper.platform.tracking_store import tracking_uri
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.simic.policy import policy_file
 from esper.workers.run import GrowthRun
 
+KEPT = ("summary.json", "spec.json")  # in MLflow
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
 
 
@@ -50,33 +49,17 @@ def resume(out: Path) -> int:
     """Go on with the run in `out` from its checkpoint, or send MLflow the rest of an ended one."""
     with RunFolder.reopen(out, "train", TrainPlan) as (folder, plan):
         if folder.ended:
-            return send(folder, plan.arm)
+            if folder.send(lambda: folder.track({"arm": plan.arm}), KEPT):
+                return 0
+            raise UserError(f"the run in {out} has ended: its results are in {folder.out / 'summary.json'}.")
         policy = policy_of(plan.arm, folder.spec, folder.seed, folder.check())
         growth = GrowthRun(folder.spec, folder.tokens)
         saved = folder.out / CHECKPOINTS / f"{RUN}.safetensors"
-        if saved.exists():
-            state, tensors = checkpoint.read(saved)
-            if isinstance(policy, Stateful):
-                policy.resume(state["policy"])
-            growth.load(state, tensors)
-        else:  # killed before its first decision
-            growth.reset(seed=folder.seed)
+        kept = checkpoint.read(saved) if saved.exists() else None  # it may have been killed before its first decision
+        take_up(growth, policy, kept, folder.seed)
         where = f"at optimizer step {growth.ledger.steps:,} ({growth.fraction():.0%} of the budget)"
         say(f"resume  {folder.out}, {plan.arm}, {where}")
         return train(folder, growth, policy, plan.arm)
-
-
-def send(folder: RunFolder, arm: str) -> int:
-    """Send MLflow the rest of an ended run. Raises UserError where nothing is left or MLflow refuses it."""
-    summary = folder.out / "summary.json"
-    if synced(folder.out, tracking_uri()):
-        raise UserError(f"the run in {folder.out} has ended: its results are in {summary}.")
-    tracker = folder.track({"arm": arm})
-    keep(folder, tracker)
-    if not tracker.close(ended=int(summary.stat().st_mtime * 1000)):
-        raise UserError(f"MLflow did not take everything of the run in {folder.out}: try again once it is there.")
-    say(f"MLflow has had everything of the run in {folder.out} now.")
-    return 0
 
 
 def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) -> int:
@@ -89,11 +72,6 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         folder.track({"arm": arm}) as tracker,
     ):
 
-        def save() -> None:
-            state, tensors = growth.state()
-            state["policy"] = policy.state() if isinstance(policy, Stateful) else None
-            checkpoints.save(RUN, state, tensors)
-
         def on_step(growth: GrowthRun) -> None:
             progress.on_step(growth)
             signals.check()
@@ -101,13 +79,13 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
             progress.on_decision(growth, telemetry, action, transition)
             tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
-            save()
+            save(growth, policy, checkpoints, RUN)
 
         growth.on_step = on_step
         try:
             summary = play(growth, policy, arm=arm, on_decision=on_decision)
         except Stopped as stopped:
-            save()
+            save(growth, policy, checkpoints, RUN)
             checkpoints.close()
             where = f"saved at optimizer step {growth.ledger.steps:,}; go on with: esper train --resume {out}"
             raise Stopped(stopped.number, checkpoints.failed or where) from None
@@ -116,7 +94,8 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
             tracker.log(metrics(point), int(point["steps"]))
         summary["mlflow"] = tracker.run_id
         write_json(out / "summary.json", summary)
-        keep(folder, tracker)
+        for name in KEPT:
+            tracker.artifact(out / name)
     report(summary, growth.fraction(), out)
     say(f"compare: {tracker.where}")
     return 1 if summary["failure"] else 0
@@ -139,12 +118,6 @@ def report(summary: Mapping[str, Any], fraction: float, out: Path) -> None:
         loss = "not finite" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
         say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {loss}")
     say(f"results: {out / 'summary.json'}")
-
-
-def keep(folder: RunFolder, tracker: Tracker) -> None:
-    """Keep the results with the run in MLflow."""
-    tracker.artifact(folder.out / "summary.json")
-    tracker.artifact(folder.out / "spec.json")
 
 
 def policy_of(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:

@@ -24,8 +24,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.journal import Journal, read_entries
 from esper.platform.ledger import AXES
 from esper.platform.storage import write_json
-from esper.platform.tracking import Tracker, milliseconds, synced
-from esper.platform.tracking_store import tracking_uri
+from esper.platform.tracking import Tracker, milliseconds
 from esper.policies.simic.health import Health
 from esper.policies.simic.policy import CHECKPOINTS, FILE, SimicPolicy, checkpoints
 from esper.policies.simic.ppo import PPOTraining
@@ -35,6 +34,7 @@ from esper.workers.worker import save_name
 
 CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest
 SUMMARY, PICTURE, HISTORY, EPISODES, SAVES = "summary.json", "training.png", "history.jsonl", "episodes", "saves"
+KEPT = (SUMMARY, PICTURE, FILE)  # in MLflow
 ON_LAWS = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256, "ppo.held_out": 16}  # enough there
 COUNTED = (
     "everything that GPTs were trained for: episodes learned from, in flight and dropped, and held-out ones; not what "
@@ -116,7 +116,8 @@ def train_controller(
         summary = _conclude(out, reached, mean_losses(played), left | _spent({} if surrogate else spent))
         for iteration, loss in mean_losses(played).items():
             tracker.log({"held_out_loss": loss}, iteration)
-        keep(folder, tracker)
+        for name in KEPT:
+            tracker.artifact(out / name)
     return {**summary, "where": tracker.where}
 
 
@@ -125,24 +126,6 @@ def track(folder: RunFolder, parent: Tracker | None = None) -> Tracker:
     name = folder.out.name if parent is None else f"{folder.out.parent.name}-{folder.out.name}"
     tags = {"kind": "ppo", "arm": "ppo"}
     return folder.track(tags, experiment="esper-controllers", run_name=name, parent=parent)
-
-
-def keep(folder: RunFolder, tracker: Tracker) -> None:
-    """Keep a training's results with its run in MLflow."""
-    for name in (SUMMARY, PICTURE, FILE):
-        tracker.artifact(folder.out / name)
-
-
-def send(folder: RunFolder) -> bool:
-    """Send MLflow what it lacks of an ended training, or raise UserError; False where it lacks nothing."""
-    if synced(folder.out, tracking_uri()):
-        return False
-    tracker = track(folder)
-    keep(folder, tracker)
-    if not tracker.close(ended=int((folder.out / SUMMARY).stat().st_mtime * 1000)):
-        raise UserError(f"MLflow did not take everything of the training in {folder.out}: try again once it is there.")
-    say(f"MLflow has had everything of the training in {folder.out} now.")
-    return True
 
 
 def _note(history: Journal, tracker: Tracker, reached: Reached) -> None:

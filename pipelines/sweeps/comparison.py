@@ -12,7 +12,7 @@ from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, StopSignals
 from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
-from esper.pipelines.sweeps.arms import PPO, Arm, parse_arms
+from esper.pipelines.sweeps.arms import PPO
 from esper.pipelines.sweeps.chart_view import curve_names, share_view
 from esper.pipelines.sweeps.log import SUMMARY, TRIAL_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import SweepArguments, SweepPlan
@@ -31,7 +31,7 @@ STATE = "sweep.json"
 
 def begin(arguments: SweepArguments, name: str = "sweep") -> int:
     """Settle what is asked for, run it, and report; returns 1 if a trial failed."""
-    trains = arguments.policy is None and Arm(name=PPO) in parse_arms(arguments.arms, ())
+    trains = arguments.policy is None and PPO in map(str.strip, arguments.arms.split(","))
     spec = resolve_spec(arguments, on="fleet" if trains and arguments.train_on == "text" else "here")
     plan = SweepPlan.settled(arguments, spec)
     folder = RunFolder.new(arguments, spec, name)

@@ -77,14 +77,9 @@ class SweepLog(tune.Callback):
         return missing
 
     def close(self, others: Iterable[Path], seconds: float) -> bool:
-        """End what is still open (the sweep was stopped), and send MLflow what it lacks of what is done.
+        """End what is still open, and send MLflow what it lacks, for at most `seconds`; whether it has had everything.
 
-        Args:
-            others: folders of other tracked runs, which may not be there.
-            seconds: the longest to take.
-
-        Returns:
-            whether MLflow has had everything.
+        `others` are folders of other tracked runs, which may not be there.
         """
         uri, deadline = self.parent.uri, time.monotonic() + seconds
 

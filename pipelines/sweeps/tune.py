@@ -13,13 +13,13 @@ from typing import Any
 
 from ray import tune
 
-from esper.pipelines.common.play import play
+from esper.pipelines.common.play import play, save, take_up
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.sweeps.log import SweepLog
 from esper.pipelines.sweeps.trials import Trial
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
-from esper.platform.contracts import GraftAction, Stateful, Transition
+from esper.platform.contracts import GraftAction, Transition
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
@@ -80,19 +80,11 @@ def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, fingerp
 
 def _play(trial: Trial, tokens: TokenData, store: CheckpointStore) -> None:
     run, policy = GrowthRun(trial.spec, tokens), make_policy(trial.arm.kind.plays, trial.inputs)
-    found = store.find(trial.name)
-    if found is None:
-        run.reset(seed=trial.seed)
-    else:
-        run.load(*found)
-        if isinstance(policy, Stateful):
-            policy.resume(found[0]["policy"])
+    take_up(run, policy, store.find(trial.name), trial.seed)
     tune.report({"curve": list(run.curve)})
 
     def on_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
-        state, tensors = run.state()
-        state["policy"] = policy.state() if isinstance(policy, Stateful) else None
-        store.save(trial.name, state, tensors)
+        save(run, policy, store, trial.name)
         if trial.spec.clock.kind == "wall":
             store.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
         decided = {"action": str(telemetry.actions[action.index]), "at": float(telemetry.get("budget_used"))}

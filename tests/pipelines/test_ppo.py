@@ -90,9 +90,7 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     assert ppo.main(["--resume", str(out)]) == 0
     assert "MLflow has had everything" in capfd.readouterr().err
     other = MlflowClient(f"sqlite:///{tmp_path}/other.db")
-    experiment = other.get_experiment_by_name("esper-controllers")
-    assert experiment is not None
-    found = other.search_runs([experiment.experiment_id])[0].info
+    [found] = [run.info for run in other.search_runs([each.experiment_id for each in other.search_experiments()])]
     assert found.status == "FINISHED"
     assert points(other, found.run_id, "return_mean") == points(client(), after["mlflow"], "return_mean")
     assert {"summary.json", "training.png", "policy.safetensors"} <= {
@@ -184,7 +182,7 @@ def test_what_is_refused(laws, tiny, tmp_path, capfd):
     refused(go_on, "spec.json")
 
 
-def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, shards, tmp_path, monkeypatch, capfd):
+def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, tmp_path, monkeypatch):
     """Two real workers train GPTs; one is killed in mid-episode and another takes its episode up."""
     import ray
 
@@ -229,17 +227,6 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, sh
     assert parts["held_out"]["steps"] == 200 * len(summary["held_out_losses"])
     assert 0 < parts["in_flight"]["steps"] < 200 * max(1, len(summary["in_flight"])) + 1 or not summary["in_flight"]
     assert summary["spent"]["steps"] == sum(part["steps"] for part in parts.values())
-
-    # It does not go on with other text.
-    shard = next(path for path in shards.rglob("*") if path.suffix == ".arrow")
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-64] + b"another text".ljust(64))
-    capfd.readouterr()
-    try:
-        assert ppo.main(["--resume", str(out), *more(3)]) == 2
-    finally:
-        shard.write_bytes(whole)
-    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp_path, monkeypatch):

@@ -69,7 +69,6 @@ def trial(client: MlflowClient, parent: Tracker, label: str, seed: int, purpose:
         for kind, at in {"grid": k, **({"annealed": step} if k in (5, 10, 15) else {})}.items():
             metrics += [Metric(f"{kind}/val_loss", value - 0.1 * (kind == "annealed"), now, at)]
             metrics += [Metric(f"{kind}/parameter_seconds", cost, now, at)]
-        metrics += [Metric("val_loss", value, now, step), Metric("parameter_seconds", cost, now, step)]
     client.log_batch(run.info.run_id, metrics)
     client.set_terminated(run.info.run_id)
 
