@@ -49,7 +49,8 @@ class TrainingView:
         self._iterations, self._begin, self._number, self._workers = iterations, begin, begin, workers
         self._eta, self._started, self._left = Eta(), time.monotonic(), "?"
         self._history: list[dict[str, float]] = []
-        self._live: Live | None = None
+        self._console = Console(file=sys.stderr, highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._said: SimpleQueue[str] = SimpleQueue()
         self._stop, self._exit = threading.Event(), ExitStack()
         self._thread = threading.Thread(target=self._refresh, name="training-view", daemon=True)
@@ -58,17 +59,15 @@ class TrainingView:
         """Record an iteration: its number, from 1, and `iteration_metrics`."""
         self._number, self._history = number, [*self._history, metrics]
         self._left = self._eta.left(self._done())
-        if self._live is None:
+        if not self._console.is_interactive:
             told = ", ".join(f"{name} {value}" for name, value in _told(metrics).items())
             say(f"  iteration {number}/{self._iterations}: {told}, {self._left} left")
 
     def __enter__(self) -> Self:
-        console = Console(file=sys.stderr, highlight=False)
-        if console.is_interactive:  # a terminal that can be drawn on
-            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        if self._console.is_interactive:  # a terminal that can be drawn on
             with suppress(OSError, ValueError):
                 self._live.start()
-                console.show_cursor(True)
+                self._console.show_cursor(True)
             self._exit.enter_context(said_to(self._said.put))
             self._exit.enter_context(redirect_stderr(_Lines(self._said.put)))
             if sys.stdout.isatty():  # results that go elsewhere go there untouched
@@ -77,13 +76,13 @@ class TrainingView:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._live is None:
+        if not self._console.is_interactive:
             return
         self._stop.set()
         try:
             self._thread.join(timeout=2)  # it may wait for the workers' lock: then it is left to itself
             with suppress(OSError, ValueError):
-                self._show(self.drawing(self._live.console, []))
+                self._show(self.drawing(self._console, []))
                 self._live.stop()
         finally:
             self._exit.close()
@@ -97,10 +96,9 @@ class TrainingView:
         return Group(head, *_workers(workers, console.height - 1 - len(console.render_lines(head))))
 
     def _refresh(self) -> None:
-        assert self._live is not None
         while not self._stop.is_set():
             try:
-                drawing = self.drawing(self._live.console, self._workers())
+                drawing = self.drawing(self._console, self._workers())
             except Exception as error:
                 drawing = Text(" ".join(f"live view: {type(error).__name__}: {error}".split()))
             with suppress(OSError, ValueError):
@@ -110,10 +108,9 @@ class TrainingView:
 
     def _show(self, drawing: RenderableType) -> None:
         """Print what was said above the view, and draw that."""
-        assert self._live is not None
         with suppress(Empty):
             while True:
-                self._live.console.print(Text(self._said.get_nowait()), soft_wrap=True)  # unbroken: it is copied whole
+                self._console.print(Text(self._said.get_nowait()), soft_wrap=True)  # unbroken: it is copied whole
         self._live.update(drawing, refresh=True)
 
     def _done(self) -> float:

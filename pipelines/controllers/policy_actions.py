@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TRAINED, BOUND = "ppo", "bound"  # the rows of the policy itself and of the oracle's bound
 ON_TEXT = 4  # instances that are played where the user does not say how many
 ON_LAWS_ONLY = ("schedule", "openloop", BOUND)  # a schedule may also be given
-REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens")
+REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens", "grafts", "prunes")
 
 
 def info(arguments: "InfoArguments") -> None:
@@ -86,7 +86,7 @@ def evaluate(arguments: "EvaluateArguments") -> None:
                 "instance": instance.model_dump(mode="json"),
                 "seed": here.seed_of(id),
                 "bound": None if bounds is None else float(bounds[i]),
-                "arms": {arm: _reached(runs[i]) for arm, runs in played.items()},
+                "arms": {arm: {key: runs[i][key] for key in REACHED} for arm, runs in played.items()},
             }
             for i, (id, instance) in enumerate(chosen.items())
         },
@@ -158,14 +158,6 @@ def _table(rows: list[dict[str, Any]], reference: str | None) -> str:
         form = forms.get(str(column), "{}")
         frame[column] = ["" if pd.isna(value) else form.format(value) for value in frame[column]]
     return frame.rename(columns=names | {"difference": f"against {reference}"}).to_string(index=False)
-
-
-def _reached(summary: dict[str, Any]) -> dict[str, Any]:
-    grafts = [
-        {"at": graft["budget_fraction"], "blueprint": graft["blueprint"], "site": graft["site"]}
-        for graft in summary["grafts"]
-    ]
-    return {**{key: summary[key] for key in REACHED}, "grafts": grafts, "prunes": len(summary["prunes"])}
 
 
 def distill(arguments: "DistillArguments") -> None:

@@ -231,15 +231,9 @@ def trial_processes(driver: int) -> list[int]:
     return found
 
 
-@pytest.fixture
-def longer(tiny):
-    """Trials that take a few seconds."""
-    return [*tiny, "--set", "budget.amount=1200"]
-
-
-def test_deaths_of_a_trial_and_of_the_driver(longer, client, tmp_path):
+def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
     out = tmp_path / "sweep"
-    process = command(out, "--arms", "static,onejump", "--seeds", "2", *longer)
+    process = command(out, "--arms", "static,onejump", *tiny, "--set", "budget.amount=1200")  # a few seconds a trial
     try:
         wait_for(lambda: trial_processes(process.pid) and list(out.glob("saves/*")))
         os.kill(trial_processes(process.pid)[0], signal.SIGKILL)
@@ -248,7 +242,7 @@ def test_deaths_of_a_trial_and_of_the_driver(longer, client, tmp_path):
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert 0 < len(list(out.glob("trials/*/summary.json"))) < 4
+    assert len(list(out.glob("trials/*/summary.json"))) == 1
     assert sweep.main(["--resume", str(out)]) == 0
     assert {trial["status"] for trial in read(out)["trials"].values()} == {"done"}
     check_tracked(client(), out)
