@@ -11,10 +11,10 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.pipelines.common.arguments import Arguments, Positional, main_guard
-from esper.pipelines.reports.page import Report, as_dict, html
+from esper.pipelines.reports.page import as_dict, html
 from esper.pipelines.reports.runs import Sweep, Tables, read_sweeps, tables
-from esper.pipelines.reports.verdict import judge
-from esper.platform.console import counted, say
+from esper.pipelines.reports.verdict import Verdict, judge
+from esper.platform.console import say
 from esper.platform.errors import reason, shown
 from esper.platform.storage import check_unused, naming, write_json, write_text
 
@@ -46,7 +46,7 @@ def run(arguments: ReportArguments) -> None:
     out = arguments.out or Path("reports") / re.sub(r"[^\w\-]", "_", sweep.name)
     check_unused(out)
     say(f"sweep   {sweep.name} of {sweep.experiment}, in {shown(sweep.client.tracking_uri)}")
-    for verdict in _write(sweep, out).verdicts:
+    for verdict in _write(sweep, out):
         if verdict.trials.title:
             print(f"{verdict.trials.title}:")
         for criterion in verdict.criteria:
@@ -70,28 +70,21 @@ def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None 
     return tables(run for found in read_sweeps(tracking_uri, experiment, sweep) for run in found.runs)
 
 
-def _write(sweep: Sweep, out: Path) -> Report:
+def _write(sweep: Sweep, out: Path) -> list[Verdict]:
     from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
 
-    notes = []
-    if sweep.run.info.status == "RUNNING":
-        notes.append("the sweep had not ended: this is what it had logged by then.")
-    if sweep.left_out:
-        notes.append(f"{counted(sweep.left_out, 'run')} left out: without a trial's tags, or a whole summary.json.")
-    for note in notes:
-        say(f"note    {note}")
-    report = Report(sweep, [judge(sweep.runs, point, sweep.record) for point in sweep.record["points"]], notes)
+    verdicts = [judge(sweep.runs, point, sweep.record) for point in sweep.record["points"]]
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "report.png"):
-        save_picture([verdict.trials for verdict in report.verdicts], out / "report.png", "png")
-    write_json(out / "report.json", as_dict(report))
-    write_text(out / "report.html", html(report))
+        save_picture([verdict.trials for verdict in verdicts], out / "report.png", "png")
+    write_json(out / "report.json", as_dict(sweep, verdicts))
+    write_text(out / "report.html", html(sweep, verdicts))
     try:
         for name in FILES:
-            sweep.client.log_artifact(sweep.run.info.run_id, str(out / name), "report")
+            sweep.client.log_artifact(sweep.run_id, str(out / name), "report")
     except Exception as error:  # the store may be read-only: the report itself is written
         say(f"note    MLflow did not take the report ({reason(error)}): it is only in {out}.")
-    return report
+    return verdicts
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.paired_tests import Trials, draw_envelope
-from esper.pipelines.reports.runs import AXES
+from esper.pipelines.reports.runs import AXES, tables
 
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),  # Okabe–Ito without black and yellow
@@ -80,36 +80,30 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
         values = [run.loss - base[seed].loss for seed, run in trials.sound(label).items() if seed in base]
         if values:
             found[label] = np.array(values)
-    found = dict(sorted(found.items(), key=lambda item: item[1].mean()))
-    for place, (label, values) in enumerate(found.items()):
-        mean = Interval.of(values)
-        axes.errorbar(mean.mean, place, xerr=mean.half or 0, color="black", capsize=4, marker="|", markersize=12)
+    for label, values in sorted(found.items(), key=lambda item: item[1].mean()):
+        interval = Interval.of(values)
+        name = f"{label} {interval.mean:+.3f}"  # what is beyond the range is told by its name
+        axes.errorbar(interval.mean, name, xerr=interval.half or 0, color="black", capsize=4, marker="|", markersize=12)
         dots: Look = looks(trials.arms)[label] | {"linestyle": ""}
-        axes.plot(values, [place] * len(values), markersize=5, **dots)
+        axes.plot(values, [name] * len(values), markersize=5, **dots)
     middle = float(np.mean([run.loss for run in base.values()])) if base else 0.0
-    axes.set_xlim(*(edge - middle for edge in _range(trials)))  # what is beyond is told by its name
+    axes.set_xlim(*(edge - middle for edge in _range(trials)))
     axes.axvline(0, color="black", linewidth=1, linestyle=":", zorder=1)
     axes.set_xlabel(f"final loss minus that of {trials.best_static or 'a static size'} on the same seed (nats)")
-    _label_rows(axes, [f"{label} {values.mean():+.3f}" for label, values in found.items()])
+    axes.invert_yaxis()
 
 
 def draw_growth(axes: Axes, trials: Trials) -> None:
-    """When test runs changed their networks: colour shows the blueprint, shape the event, hollow an undone one."""
-    runs = [run for run in trials.test_runs() if run.events()]
-    colors: dict[str, str] = {}
-    for place, run in enumerate(runs):
-        for event in run.events():
-            color = colors.setdefault(event["blueprint"], PALETTE[len(colors) % len(PALETTE)])
-            face = "white" if event.get("outcome") in ("pruned", "rolled back") else color
-            axes.plot(event["budget_fraction"], place, EVENTS[event["event"]], color=color, mfc=face, zorder=3)
-    for name, color in colors.items():
-        axes.plot([], [], "^", color=color, label=name or "unnamed")
-    for event in ("prune", "rollback"):
-        axes.plot([], [], EVENTS[event], color="gray", label=event)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8, fontsize=8)
+    """When each test run changed its network."""
+    handles: dict[str, Any] = {}
+    for change in tables(trials.test_runs()).timeline.to_dict("records"):
+        what, row = f"{change['event']} {change['blueprint']}", f"{change['label']}, seed {change['seed']}"
+        color = handles[what].get_color() if what in handles else PALETTE[len(handles) % len(PALETTE)]
+        [handles[what]] = axes.plot(change["budget_fraction"], row, EVENTS[change["event"]], color=color)
+    axes.legend(handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlim=(0, 1), xlabel="budget spent")
-    _label_rows(axes, [f"{run.label}, seed {run.seed}" for run in runs])
+    axes.invert_yaxis()
 
 
 def save_picture(points: Sequence[Trials], file: Path | IO[bytes], kind: str) -> None:
@@ -139,8 +133,3 @@ def _range(trials: Trials) -> tuple[float, float]:  # of the best static size's 
     ends = [run.loss for label in kept for run in trials.sound(label).values()] or [0.0, 1.0]
     room = max(0.3 * (max(ends) - min(ends)), 0.005)  # nats
     return min(ends) - room, max(ends) + room
-
-
-def _label_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)

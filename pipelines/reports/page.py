@@ -3,10 +3,10 @@
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
-from numbers import Number
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,42 +30,33 @@ COUNTED = {
 NUMBERS = [*AXES, "parameters", "layers", "grafts"]  # of a run, whose means are told
 
 
-class Report(NamedTuple):
-    """Everything that is shown; `notes` tells what was left out, in sentences."""
-
-    sweep: Sweep
-    verdicts: list[Verdict]
-    notes: list[str]
-
-
-def as_dict(report: Report) -> dict[str, Any]:
+def as_dict(sweep: Sweep, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """`report.json`."""
-    sweep, points = report.sweep, []
-    for verdict in report.verdicts:
+    points = []
+    for verdict in verdicts:
         trials = verdict.trials
         point = {"grid": trials.point["grid"], "budget": trials.budget, "did_not_grow": trials.idle}
         point |= {"best_static": trials.best_static, "best_schedule": trials.schedule, "payback": payback(trials)}
         point |= {"criteria": [asdict(criterion) for criterion in verdict.criteria]}
         points.append(point | {"tests": [t.as_dict() for t in verdict.tests], "arms": _records(arm_table(verdict))})
-    told = {"experiment": sweep.experiment, "sweep": sweep.name, "verdicts": points, "notes": report.notes}
-    provenance = {"MLflow": sweep.where, **sweep.run.data.tags}
-    return told | {"provenance": provenance, "finals": _records(tables(sweep.runs).finals)}
+    told = {"experiment": sweep.experiment, "sweep": sweep.name, "verdicts": points}
+    return told | {"provenance": sweep.provenance, "finals": _records(tables(sweep.runs).finals)}
 
 
-def html(report: Report) -> str:
+def html(sweep: Sweep, verdicts: Sequence[Verdict]) -> str:
     """The page."""
     from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
 
     def picture(trials: Trials) -> str:
-        file = io.BytesIO()
-        save_picture([trials], file, "svg")
+        save_picture([trials], file := io.BytesIO(), "svg")
         return base64.b64encode(file.getvalue()).decode()  # so that ids of two pictures cannot collide
 
     files = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["told"] = told
-    content = {"arm_table": arm_table, "payback": payback, "tables": tables, "picture": picture, "AXES": AXES}
-    return environment.get_template("report.html").render(report=report, version=__version__, **content)
+    environment.globals |= {"arm_table": arm_table, "payback": payback, "tables": tables, "picture": picture}
+    page = environment.get_template("report.html")
+    return page.render(sweep=sweep, verdicts=verdicts, version=__version__, AXES=AXES)
 
 
 def arm_table(verdict: Verdict) -> pd.DataFrame:
@@ -114,9 +105,9 @@ def told(value: Any) -> str:
     """A value in words: a dash for what is missing, and of numbers four digits, as 1.2300, 12.35, 1,234 or 1.02M."""
     if value is None or value != value:
         return "–"
-    if not isinstance(value, Number):
-        return str(value)
-    number = float(value)  # pyright: ignore
+    if isinstance(value, str):
+        return value
+    number = float(value)
     for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if abs(number) >= limit:
             return f"{number / limit:.4g}{letter}"

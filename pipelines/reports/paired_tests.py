@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.special import stdtr  # the t distribution; scipy.stats takes a second to import
@@ -21,7 +21,7 @@ from esper.pipelines.sweeps.arms import NOT_GROWN, RANDOM, SCHEDULES, STATIC
 from esper.platform.console import counted
 
 PAIRS = 5  # that a test takes at least
-BETTER, TIE, WORSE, CANNOT_SAY = "better", "tie", "worse", "cannot say"
+Outcome = Literal["better", "tie", "worse", "cannot say"]
 FINAL_SIZE, BEST_STATIC, BEST_SCHEDULE = BASELINES = ("final size", "best static", "best schedule")
 EQUAL_COST = {"steps": "tokens"}  # a step takes the same tokens in every arm
 DRAWN = 50  # points of an envelope
@@ -59,27 +59,27 @@ class PairedTest:
         return max(self.weakest, min(1.0, 2 * float(stdtr(n - 1, t))))
 
     @property
-    def outcome(self) -> tuple[str, str]:
+    def outcome(self) -> tuple[Outcome, str]:
         """Better, tie, worse or cannot say; and what that rests on besides the interval."""
         if self.diverged:
-            return WORSE, self.diverged
+            return "worse", self.diverged
         if self.interval and not self.differences.any():
-            return TIE, "the same losses to the bit"
+            return "tie", "the same losses to the bit"
         if len(self.differences) < PAIRS:
             few = f"{counted(len(self.differences), 'pair')}, and a test takes {PAIRS}"
-            return CANNOT_SAY, self.doubt or "; ".join(filter(None, [few, self.left_out]))
+            return "cannot say", self.doubt or "; ".join(filter(None, [few, self.left_out]))
         found = Interval.of(self.differences)
         half = found.half or 0.0
         if found.mean - half > 0:
-            return WORSE, "it was lower at a lower cost already" if self.beyond else self.left_out
+            return "worse", "it was lower at a lower cost already" if self.beyond else self.left_out
         if self.beyond or self.doubt:
-            return CANNOT_SAY, self.doubt or f"{self.against} was never trained that long"
+            return "cannot say", self.doubt or f"{self.against} was never trained that long"
         if found.mean + half < 0 and self.p_holm <= 1 - CONFIDENCE:
-            return BETTER, self.left_out
+            return "better", self.left_out
         if found.mean + half < 0:
             scope = " and against every static size" if self.weakest else ""
-            return TIE, f"the interval alone lies below 0, but for all arms together{scope} p = {self.p_holm:.2g}"
-        return TIE, self.left_out
+            return "tie", f"the interval alone lies below 0, but for all arms together{scope} p = {self.p_holm:.2g}"
+        return "tie", self.left_out
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -6,17 +6,17 @@ Nothing is made in a store.
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from esper.platform.deadline import within
@@ -32,11 +32,9 @@ AXES = {"parameter_seconds": "parameter-seconds", "flops": "FLOPs", "seconds": "
 NEAR = 0.02  # costs and budgets that differ by less than this are equal: a run ends at the first step past its budget
 EVENTS = {"grafts": "graft", "prunes": "prune", "rollbacks": "rollback"}
 END = (*AXES, "steps", "parameters", "val_loss")  # of a summary, and of each point of its curve
-NEEDED = {*END, *EVENTS, "layers", "diverged", "annealed", "val_curve"}  # of a summary
 READERS = 8  # summaries that are downloaded at once
-OPENING_SECONDS, READING_SECONDS = 30.0, 300.0  # that a store may take in all: MLflow's own retries take minutes
+SECONDS = 120.0  # that a store may take in all
 MOST = 50_000  # runs, MLflow's limit for one search
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,6 @@ class Run:
         outside = (np.asarray(cost) < costs[0] / (1 + NEAR)) | (np.asarray(cost) > costs[-1] * (1 + NEAR))
         return np.where(outside, np.nan, np.interp(np.log(cost), np.log(costs), losses))
 
-    def events(self) -> list[dict[str, Any]]:
-        """Each change of the network; a rollback's `removed` (`BLUEPRINT at SITE`) gives its blueprint and site."""
-        found = []
-        for key, event in EVENTS.items():
-            for record in self.summary.get(key, ()):
-                blueprint, _, site = (record.get("removed") or "").partition(" at ")
-                found.append({"event": event, "blueprint": blueprint, "site": site} | record)
-        return sorted(found, key=lambda event: event["budget_fraction"])
-
 
 Seeds = Mapping[int, Run]  # a label's runs by seed
 
@@ -127,7 +116,12 @@ def tables(runs: Iterable[Run]) -> Tables:
         finals.append(own | {"diverged": run.diverged} | plain | counts | own | {"val_loss": run.loss})
         curves += [own | {"kind": "decision"} | point for point in summary.get("val_curve", ())]
         curves += [own | {"kind": "annealed"} | point for point in run.annealed]
-        timeline += [own | event for event in run.events()]
+        changes = [
+            {"event": event, "blueprint": change.get("removed")} | change
+            for key, event in EVENTS.items()
+            for change in summary.get(key, ())
+        ]
+        timeline += [own | change for change in sorted(changes, key=itemgetter("budget_fraction"))]
     return Tables(pd.DataFrame(finals), pd.DataFrame(curves), pd.DataFrame(timeline))
 
 
@@ -135,13 +129,12 @@ class Sweep(NamedTuple):
     """A sweep's parent run, and its trials."""
 
     client: "MlflowClient"
-    run: "MlflowRun"
-    record: dict[str, Any]  # its `sweep.json`
-    runs: list[Run]
-    left_out: int  # trials without their tags, or a whole summary
+    run_id: str
     name: str
     experiment: str
-    where: str  # store, experiment and run id, in words
+    record: dict[str, Any]  # its `sweep.json`
+    runs: list[Run]
+    provenance: dict[str, str]  # its tags, and where it is
 
 
 def read_sweeps(uri: str | None, experiment: str | None, wanted: str | None, *, newest: bool = False) -> list[Sweep]:
@@ -155,17 +148,19 @@ def read_sweeps(uri: str | None, experiment: str | None, wanted: str | None, *, 
         mend = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
         raise UserError(f"there is no MLflow store at {shown(address)}: {mend}")
 
-    def opened() -> "MlflowClient":
-        client = connect(address)
-        client.search_experiments(max_results=1)
-        return client
+    def read() -> list[Sweep]:
+        return list(islice(_find_sweeps(connect(address), experiment, wanted), 1 if newest else None))
 
-    client = _asked(address, OPENING_SECONDS, opened)
-    found = islice(_find_sweeps(client, experiment, wanted), 1 if newest else None)
-    sweeps = _asked(address, READING_SECONDS, partial(list, found))
+    try:
+        sweeps = within(SECONDS, read)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the driver of an address raises
+        why = f"MLflow at {shown(address)} cannot be read ({reason(error)})"
+        raise UserError(f"{why}: check --tracking-uri, or MLFLOW_TRACKING_URI.") from error
     if not sweeps:
         raise UserError(f"MLflow at {shown(address)} holds no such sweep with a sweep.json: run `esper sweep` first.")
-    if not any(run.status == "FINISHED" for sweep in sweeps for run in sweep.runs):
+    if not any(run.summary for sweep in sweeps for run in sweep.runs):
         raise UserError("no trial has finished: wait for one, or go on with the sweep (`esper sweep --resume`).")
     return sweeps
 
@@ -175,16 +170,6 @@ def _is_there(address: str) -> bool:  # MLflow would make a new one
         return file.is_file() and file.stat().st_size > 0
     folder = address.removeprefix("file://").removeprefix("file:")
     return "://" in folder or any(Path(folder).glob("*/meta.yaml"))
-
-
-def _asked(address: str, seconds: float, call: Callable[[], T]) -> T:
-    try:
-        return within(seconds, call)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the driver of an address raises
-        why = f"MLflow at {shown(address)} cannot be read ({reason(error)})"
-        raise UserError(f"{why}: check --tracking-uri, or MLFLOW_TRACKING_URI.") from error
 
 
 def _find_sweeps(client: "MlflowClient", experiment: str | None, wanted: str | None) -> Iterator[Sweep]:
@@ -202,23 +187,16 @@ def _find_sweeps(client: "MlflowClient", experiment: str | None, wanted: str | N
         its = f"tags.kind = 'trial' AND tags.`mlflow.parentRunId` = '{run.info.run_id}'"
         trials = client.search_runs([run.info.experiment_id], its, max_results=MOST, order_by=order)
         with ThreadPoolExecutor(READERS) as pool:
-            runs = [trial for trial in pool.map(partial(_read_run, client), trials) if trial is not None]
-        left_out, group = len(trials) - len(runs), known[run.info.experiment_id]
-        where = f"{shown(client.tracking_uri)}, experiment {group}, parent run {run.info.run_id}"
-        yield Sweep(client, run, record, runs, left_out, str(run.info.run_name), group, where)
+            runs = list(pool.map(partial(_read_run, client), trials))
+        id, name, group = run.info.run_id, str(run.info.run_name), known[run.info.experiment_id]
+        where = f"{shown(client.tracking_uri)}, experiment {group}, parent run {id}, {run.info.status.lower()}"
+        yield Sweep(client, id, name, group, record, runs, {"MLflow": where, **run.data.tags})
 
 
-def _read_run(client: "MlflowClient", run: "MlflowRun") -> Run | None:
-    tags: dict[str, Any] = run.data.tags
-    info = run.info
+def _read_run(client: "MlflowClient", run: "MlflowRun") -> Run:
+    tags, info, summary = run.data.tags, run.info, _read_artifact(client, run, "summary.json")
     own = {"run_id": info.run_id, "sweep": tags["mlflow.parentRunId"], "name": info.run_name, "status": info.status}
-    summary = _read_artifact(client, run, "summary.json") if info.status == "FINISHED" else {}
-    if summary is None or (summary and not summary.keys() >= NEEDED):
-        return None
-    try:
-        return Run(**(tags | own), summary=summary)
-    except ValidationError:
-        return None
+    return Run(**{**tags, **own, "summary": summary or {}})
 
 
 def _read_artifact(client: "MlflowClient", run: "MlflowRun", name: str) -> dict[str, Any] | None:

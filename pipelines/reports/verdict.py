@@ -8,16 +8,7 @@ from typing import Any
 import numpy as np
 
 from esper.pipelines.common.statistics import CONFIDENCE
-from esper.pipelines.reports.paired_tests import (
-    BEST_STATIC,
-    BETTER,
-    CANNOT_SAY,
-    PAIRS,
-    PairedTest,
-    Trials,
-    best,
-    holm,
-)
+from esper.pipelines.reports.paired_tests import BEST_STATIC, PAIRS, PairedTest, Trials, best, holm
 from esper.pipelines.reports.runs import AXES, NEAR, Run
 from esper.platform.console import counted
 
@@ -57,8 +48,8 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
     by_arm = {arm: [t for t in tests if (t.arm, t.axis) == (arm, trials.axis)] for arm in trials.grown}
     joint = holm([max(test.p for test in own) for own in by_arm.values()])
     outcomes = {arm: {test.outcome[0] for test in own} for arm, own in by_arm.items()}
-    winners = [a for a, p in zip(by_arm, joint, strict=True) if outcomes[a] == {BETTER} and p <= 1 - CONFIDENCE]
-    unknown = any(CANNOT_SAY in said <= {BETTER, CANNOT_SAY} for said in outcomes.values())
+    winners = [a for a, p in zip(by_arm, joint, strict=True) if outcomes[a] == {"better"} and p <= 1 - CONFIDENCE]
+    unknown = any("cannot say" in said <= {"better", "cannot say"} for said in outcomes.values())
     found = [f"at {trials.budget} no arm grew"]
     if by_arm:
         ends = {arm: np.mean([run.loss for run in trials.sound(arm).values()] or [math.inf]) for arm in by_arm}
@@ -70,7 +61,7 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
     sentence = "; ".join([*found, *(f"{arm} did not grow" for arm in trials.idle)]) + "."
     if caveats:
         return Criterion("Efficiency", f"By the numbers alone, {sentence}", "withheld", tuple(caveats))
-    outcome = "met" if winners else CANNOT_SAY if unknown or not by_arm else "not met"
+    outcome = "met" if winners else "cannot say" if unknown or not by_arm else "not met"
     return Criterion("Efficiency", sentence[0].upper() + sentence[1:], outcome)
 
 
@@ -78,7 +69,7 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     """Whether growing did harm: on any test or tuning run a graft moved the loss, a rollback, a grown run diverged."""
     grown = [run for run in runs if run.purpose in ("test", "tuning") and run.grafts]
     if not grown:
-        return Criterion("Mechanics", "Whether growing does harm cannot be said: no run grew.", CANNOT_SAY)
+        return Criterion("Mechanics", "Whether growing does harm cannot be said: no run grew.", "cannot say")
     grafts = [graft for run in grown for graft in run.summary["grafts"]]
     pairs = [(graft["val_loss_before"], graft["val_loss_after"]) for graft in grafts]
     change = max(math.inf if after is None else abs(after - before) for before, after in pairs)  # None: not finite
