@@ -1,4 +1,4 @@
-"""A surrogate's episode is what its docstring says: continuous, exact at its boundaries, noisy only to look at."""
+"""An episode keeps its books: rewards, decisions, legality, telemetry. A surrogate's is exact, and noisy to look at."""
 
 import copy
 import json
@@ -10,149 +10,202 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.platform.contracts import GraftAction, Instance
+from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
-from esper.platform.telemetry import Telemetry
+from esper.platform.telemetry import CANDIDATE, SITE
 from esper.workers.instances import instance_set
 from esper.workers.laws.scaling_law import CONTINUOUS, ScalingLaw, size_of
 from esper.workers.laws.surrogate import LOSS_NOISE, VOCABULARY, SurrogateRun
+from tests.workers.growing_run import act, row, same_telemetry
 
-AMOUNTS = {"parameter_seconds": 5e5, "seconds": 30, "flops": 4e11, "tokens": 4e6, "steps": 4000}
-
-
-def spec_for(axis="parameter_seconds", *overrides):
-    return load_spec("tinystories-char", [f"budget.axis={axis}", f"budget.amount={AMOUNTS[axis]}", *overrides])
+AMOUNTS = {"parameter_seconds": 5e5, "steps": 4000, "tokens": 4e6, "seconds": 30, "flops": 4e11}
+AXES = st.sampled_from(list(AMOUNTS))
 
 
-def step(run: SurrogateRun, operation="wait", blueprint=None):
-    """Play the first legal row of that kind."""
-    telemetry = run.telemetry
-    rows = [i for i in telemetry.legal() if telemetry.actions[i].operation == operation]
-    row = next(i for i in rows if blueprint in (None, telemetry.actions[i].blueprint))
-    return run.step(GraftAction(int(row), telemetry.sequence))
+def start(axis="parameter_seconds", *overrides, seed=0, **instance):
+    """A run at its first observation."""
+    spec = load_spec("tinystories-char", [f"budget.axis={axis}", f"budget.amount={AMOUNTS[axis]}", *overrides])
+    run = SurrogateRun(spec)
+    run.reset(Instance(**instance), seed)
+    return run
 
 
-def randomly(run: SurrogateRun, random: np.random.Generator, eagerness: float = 0.5):
+def randomly(run, random, eagerness=0.5):
     """Play a random legal row."""
-    telemetry = run.telemetry
-    row = int(random.choice(telemetry.legal())) if random.random() < eagerness else 0
-    return run.step(GraftAction(row, telemetry.sequence))
+    index = int(random.choice(run.telemetry.legal())) if random.random() < eagerness else 0
+    return run.step(GraftAction(index, run.telemetry.sequence))
 
 
-def same(one: Telemetry, other: Telemetry) -> bool:
-    arrays = zip(one.arrays().values(), other.arrays().values(), strict=True)
-    return one.actions == other.actions and all(np.array_equal(a, b) for a, b in arrays)
+def size_loss(run, shape=None):
+    return run.law.size_loss(size_of(shape or run.shape)[:, 0])
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.sampled_from(CONTINUOUS), st.integers(0, 2**30), st.floats(0.25, 4))
-def test_every_decision_stands_exactly_on_its_boundary(axis, seed, budget):
-    run, random = SurrogateRun(spec_for(axis)), np.random.default_rng(seed)
-    run.reset(Instance(budget=budget), seed)
+@given(AXES, st.integers(0, 2**40), st.floats(0, 1), st.floats(0.25, 4))
+def test_rewards_telescope_and_every_observation_is_sound(axis, seed, eagerness, budget):
+    run, random = start(axis, seed=seed, budget=budget), np.random.default_rng(seed)
+    spec, first_loss, rewards = run.spec, run.loss, []
     while not run.ended:
-        randomly(run, random)
-        assert run.reading() == pytest.approx(run.clock.passed * run.clock.slice, rel=1e-9)
-        assert run.fraction() == run.clock.passed / run.clock.decisions
+        assert run.telemetry.problems(run.space) is None
+        transition = randomly(run, random, eagerness)
+        rewards.append(transition.reward)
         assert abs(run.ledger.tokens - run.ledger.steps * run.tokens_per_step) <= run.tokens_per_step
-        assert run.ledger.tokens == round(run.steps * run.tokens_per_step)
+        if axis in CONTINUOUS:  # every decision stands exactly on its boundary
+            assert run.reading() == pytest.approx(run.clock.passed * run.clock.slice, rel=1e-9)
+            assert run.fraction() == run.clock.passed / run.clock.decisions
+    summary = transition.info["summary"]
+    assert len(rewards) == summary["decisions"] <= spec.budget.decisions
+    rent = spec.reward.rent * run.ledger.parameter_seconds / run.reference
+    assert sum(rewards) == pytest.approx(first_loss - run.loss - rent, abs=1e-9)
+    assert run.reading() >= run.clock.amount * (1 - 1e-9)
+    fractions = [point["budget_fraction"] for point in summary["val_curve"]]
+    assert fractions[0] == 0
+    assert fractions == sorted(fractions)
+    for graft in summary["grafts"]:
+        assert graft["budget_fraction"] < spec.optimizer.decay_from
+        assert graft["val_loss_after"] == pytest.approx(graft["val_loss_before"], abs=1e-9)
 
 
-def test_a_graft_leaves_the_loss_and_steepens_its_fall():
-    waits, grows = SurrogateRun(spec_for("tokens")), SurrogateRun(spec_for("tokens"))
-    for run in (waits, grows):
-        run.reset(Instance(law=5))
-        for _ in range(4):
-            step(run)
-    step(waits)
-    step(grows, "graft", "block")
-    assert grows.grafts[0].val_loss_after == grows.grafts[0].val_loss_before
+def test_a_late_reply_and_an_illegal_action_are_refused_and_change_nothing():
+    run = start("steps", "growth.max_layers=1", "budget.decisions=2")
+    act(run)
+    ledger = run.ledger.as_dict()
+    illegal = r"action \d+ is not legal here: the legal ones are wait"
+    for action, sentence in (((0, 0), "late reply"), ((row(run, "block"), 1), illegal), ((10_000, 1), illegal)):
+        with pytest.raises(UserError, match=sentence):
+            run.step(GraftAction(*action))
+    assert run.ledger.as_dict() == ledger
+    act(run)
+    with pytest.raises(UserError, match="has ended"):
+        act(run)
+
+
+@pytest.mark.parametrize(
+    ("axis", "override", "blueprint"),
+    [
+        ("steps", "growth.max_layers=1", "block"),
+        ("steps", "growth.max_parameters=20000", "block"),
+        ("parameter_seconds", "growth.blueprints.attention.limit=2", "attention"),
+        ("parameter_seconds", "growth.min_optimizer_steps=300", "block"),
+    ],
+)
+def test_what_the_spec_forbids_is_not_legal(axis, override, blueprint):
+    telemetry = start(axis, override).telemetry
+    rows = [i for i, action in enumerate(telemetry.actions) if action.blueprint == blueprint]
+    assert rows
+    steps = 10 ** telemetry.candidate_column("steps_per_decision") - 1
+    enough = steps >= 300 * (1 - 1e-6) if "min_optimizer_steps" in override else np.zeros(len(steps), bool)
+    assert [telemetry.mask[i] for i in rows] == [enough[i] for i in rows]
+
+
+def test_candidates_say_what_they_cost_and_where_they_are():
+    run = start("tokens")
+    telemetry, before = run.telemetry, run.shape.parameters_count()
+    for index in telemetry.legal()[1:]:
+        action, values = telemetry.actions[index], telemetry.candidates[index]
+        after = run.blueprints[action.blueprint].resized(run.shape, action.site).parameters_count()
+        assert np.exp(values[CANDIDATE.index("parameters")]) == pytest.approx(after / before, rel=1e-5)
+        assert np.array_equal(values[-len(SITE) :], telemetry.sites[telemetry.site_ids.index(action.site)])
+        assert values[CANDIDATE.index("seconds")] > 0
+
+
+def test_instances_vary_the_budget_and_the_start():
+    run = start("steps", budget=0.5, n_layer=3)
+    assert (run.clock.amount, run.shape.depth()) == (2000, 3)
+
+
+def test_rent_bites_on_a_token_budget_only():
+    """On a parameter-second budget the rent's sum is the same whatever grows; on tokens a bigger host pays more."""
+
+    def rent(axis, grow):
+        run = start(axis, seed=1)
+        while not run.ended:
+            act(run, "block" if grow and run.sequence < 2 else None)
+        return run.ledger.parameter_seconds / run.reference
+
+    assert rent("parameter_seconds", True) == pytest.approx(rent("parameter_seconds", False), rel=0.01)
+    assert rent("tokens", False) == pytest.approx(1, rel=0.01)
+    assert rent("tokens", True) > 2
+
+
+def test_a_graft_steepens_the_losss_fall_and_a_prune_raises_it_by_what_the_size_was_worth():
+    waits, grows = (start("tokens", law=5) for _ in range(2))
+    for _ in range(4):
+        act(waits)
+        act(grows)
+    act(waits)
+    born = size_loss(grows)
+    act(grows, "block")
     assert grows.loss < waits.loss  # equal tokens
-
-
-def test_a_prune_raises_the_loss_by_what_the_size_was_worth():
-    run = SurrogateRun(spec_for())
-    run.reset(Instance(law=3))
-    born = run.law.size_loss(size_of(run.shape)[:, 0])
-    step(run, "graft", "ffn")
-    grown = run.law.size_loss(size_of(run.shape)[:, 0])
-    step(run, "prune", "ffn")
-    record = run.prunes[0]
+    grown = size_loss(grows)
+    act(grows, "block", None, "prune")
+    record = grows.prunes[0]
     assert record.val_loss_after - record.val_loss_before == pytest.approx(born - grown, abs=1e-12)
     assert born > grown
 
 
 def test_a_graft_that_costs_more_than_a_slice_merges_decisions():
-    run = SurrogateRun(spec_for("seconds", "clock.graft_seconds=3.0"))  # slices of 1.25 s
-    run.reset()
-    step(run, "graft")
+    run = start("seconds", "clock.graft_seconds=3.0")  # slices of 1.25 s
+    act(run, "ffn")
     assert run.clock.passed == 3
     assert run.reading() == pytest.approx(3 * run.clock.slice)
     assert run.ledger.steps == round(0.75 / run.spec.clock.step_seconds(run.shape, run.tokens_per_step))
 
 
 def test_noise_is_in_what_is_seen_alone():
-    run = SurrogateRun(spec_for())
     errors, random = [], np.random.default_rng(0)
     for seed in range(15):
-        telemetry = run.reset(Instance(law=1), seed)
+        run = start(law=1, seed=seed)
         while not run.ended:
-            errors.append(telemetry.get("loss") * math.log(VOCABULARY) - run.loss)
             before = run.loss
+            errors.append(run.telemetry.get("loss") * math.log(VOCABULARY) - before)
             transition = randomly(run, random, 0.1)
             rent = run.spec.reward.rent / run.clock.decisions
             assert transition.reward == pytest.approx(before - run.loss - rent, abs=1e-6)
             assert run.curve[-1]["val_loss"] == run.loss
-            telemetry = transition.telemetry
     assert np.std(errors) == pytest.approx(LOSS_NOISE, rel=0.15)
     assert abs(np.mean(errors)) < 5 * LOSS_NOISE / len(errors) ** 0.5
 
 
 def test_gradient_norms_tell_where_growing_is_of_use():
     """Over laws: the kind of site with the largest norm is mostly the one whose graft lowers the size's loss most."""
-    run, hits = SurrogateRun(spec_for()), 0
-    kinds = {"h0.attention": "attention", "h0.ffn": "ffn", "h0.stream": "block"}
+    kinds, hits = {"h0.attention": "attention", "h0.ffn": "ffn", "h0.stream": "block"}, 0
     for law in range(60):
-        first = run.reset(Instance(law=law), seed=law)
-        assert not first.site_column("norms_measured").any()
-        telemetry = step(run).telemetry
+        run = start(law=law, seed=law)
+        assert not run.telemetry.site_column("norms_measured").any()
+        telemetry = act(run).telemetry
         assert telemetry.site_column("norms_measured").all()
         norms = dict(zip(telemetry.site_ids, telemetry.site_column("gradient_norm"), strict=True))
-        now = run.law.size_loss(size_of(run.shape)[:, 0])
-        use = {
-            site: now - run.law.size_loss(size_of(run.blueprints[kind].resized(run.shape, site))[:, 0])
-            for site, kind in kinds.items()
-        }
+        grown = {site: run.blueprints[kind].resized(run.shape, site) for site, kind in kinds.items()}
+        use = {site: size_loss(run) - size_loss(run, shape) for site, shape in grown.items()}
         for site in kinds:
             assert norms[site] * 10 == pytest.approx(math.log(use[site]), abs=1.0)
-        hits += max(kinds, key=lambda site: norms[site]) == max(use, key=lambda site: use[site])
+        hits += max(kinds, key=norms.get) == max(use, key=use.get)
     assert hits >= 50
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.sampled_from(list(AMOUNTS)), st.integers(0, 2**30), st.integers(1, 20))
+@given(AXES, st.integers(0, 2**30), st.integers(1, 20))
 def test_a_saved_run_goes_on_to_the_bit(axis, seed, decisions):
-    run, restored = SurrogateRun(spec_for(axis)), SurrogateRun(spec_for(axis))
+    run, restored = (start(axis, seed=seed, budget=0.7, law=seed) for _ in range(2))
     random = np.random.default_rng(seed)
-    run.reset(Instance(budget=0.7, law=seed), seed)
     for _ in range(decisions):
         randomly(run, random)
     values, tensors = run.state()
     restored.load(json.loads(json.dumps(values)), tensors)
-    assert same(run.telemetry, restored.telemetry)
+    assert same_telemetry(run.telemetry, restored.telemetry)
     other = copy.deepcopy(random)
     while not run.ended:
         ours, theirs = randomly(run, random), randomly(restored, other)
         assert ours.reward == theirs.reward
-        assert same(ours.telemetry, theirs.telemetry)
+        assert same_telemetry(ours.telemetry, theirs.telemetry)
     assert run.summary() == restored.summary()
 
 
 def test_twins_are_charged_and_leave_the_run_as_it_was():
-    run = SurrogateRun(spec_for("parameter_seconds", "budget.amount=3000000"))
-    run.reset(Instance(law=8))
-    step(run)
+    run = start("parameter_seconds", "budget.amount=3000000", law=8)
+    act(run)
     loss, shape, ledger = run.loss, run.shape, run.ledger.as_dict()
-    rows = [0, *(int(i) for i in run.telemetry.legal()[1:3])]
-    losses = run.twins([GraftAction(i, 1) for i in rows], 50)
+    losses = run.twins([GraftAction(int(i), 1) for i in run.telemetry.legal()[:3]], 50)
     assert losses.shape == (3, 50)
     assert (run.loss, run._evaluate(), run.shape) == (loss, loss, shape)
     assert run.ledger.steps == ledger["steps"] + 150
@@ -164,12 +217,10 @@ def test_twins_are_charged_and_leave_the_run_as_it_was():
 
 
 def test_training_and_test_instances_share_nothing():
-    spec = spec_for()
+    spec = start().spec
     train, test = (instance_set(name, spec).values() for name in ("train", "test"))
     assert not {each.law for each in train} & {each.law for each in test}
     assert {each.n_layer for each in train} == {each.n_layer for each in test} == {1, 2, 3}
-    assert instance_set("train", spec) == instance_set("train", spec)
     laws = [ScalingLaw.drawn(each.law or 0, spec) for each in train]
-    heads = np.log([law.heads for law in laws])
-    width = np.log([law.width for law in laws])
+    heads, width = (np.log([getattr(law, name) for law in laws]) for name in ("heads", "width"))
     assert abs(np.corrcoef(heads, width)[0, 1]) < 0.3  # each its own draw
