@@ -5,11 +5,8 @@ Leaves `clock.json`, for a preset's `clock` section, and `summary.json` with eve
 
 import json
 import sys
-from typing import Annotated
 
-from pydantic import Field
-
-from esper.pipelines.common.arguments import CommonArguments, main_guard
+from esper.pipelines.common.arguments import CommonArguments, command, flag
 from esper.platform.console import say
 from esper.platform.storage import write_json
 
@@ -17,7 +14,7 @@ from esper.platform.storage import write_json
 class CalibrateArguments(CommonArguments):
     """Fit the reference clock to this device."""
 
-    steps: Annotated[int, Field(ge=5, description="Timed optimizer steps of each shape.")] = 40
+    steps: int = flag(40, "Timed optimizer steps of each shape.", ge=5)
 
 
 def run(arguments: CalibrateArguments) -> None:
@@ -31,21 +28,17 @@ def run(arguments: CalibrateArguments) -> None:
     say("layers  MLP width  wall ms  formula ms  error")
     for row in rows:
         say(f"{row.layers:6}  {row.mlp_width:9}  {1e3 * row.wall:7.2f}  {1e3 * row.predicted:10.2f}  {row.error:+5.1%}")
-    worst = max(abs(row.error) for row in rows)
-    constants = clock.model_dump(exclude={"kind"})
-    write_json(folder.out / "spec.json", folder.spec.model_dump(mode="json"))
-    write_json(folder.out / "clock.json", constants)
-    shapes = [row._asdict() for row in rows]
-    write_json(folder.out / "summary.json", {"clock": constants, "worst_error": worst, "shapes": shapes})
+    constants, worst = clock.model_dump(exclude={"kind"}), max(abs(row.error) for row in rows)
+    summary = {"clock": constants, "worst_error": worst, "shapes": [row._asdict() for row in rows]}
+    files = {"spec": folder.spec.model_dump(mode="json"), "clock": constants, "summary": summary}
+    for name, content in files.items():
+        write_json(folder.out / f"{name}.json", content)
     say(f"constants for a preset's clock section, worst error {worst:.1%}:")
     print(json.dumps(constants, indent=2))
     say(f"results: {folder.out / 'summary.json'}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return main_guard(run, CalibrateArguments, "esper calibrate", argv)
-
+main = command(run, CalibrateArguments, "esper calibrate")
 
 if __name__ == "__main__":
     sys.exit(main())

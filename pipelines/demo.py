@@ -6,9 +6,7 @@ It shows that everything works together; a demo this short does not train a good
 import sys
 import time
 
-from pydantic import Field
-
-from esper.pipelines.common.arguments import main_guard
+from esper.pipelines.common.arguments import command, flag
 from esper.pipelines.sweeps.plan import SweepArguments
 from esper.platform.console import duration, say
 
@@ -16,8 +14,8 @@ from esper.platform.console import duration, say
 class DemoArguments(SweepArguments):
     """The whole story in minutes on a laptop."""
 
-    preset: str | None = Field(default="demo", title="NAME|FILE", description="A preset's name or a JSON file.")
-    arms: str = Field(default="static,tamiyo,ppo", title="A,B,C", description="Arms to compare.")
+    preset: str | None = flag("demo", "A preset's name or a JSON file.", "NAME|FILE")
+    arms: str = flag("static,tamiyo,ppo", "Arms to compare.", "A,B,C")
 
 
 def run(arguments: DemoArguments) -> int:
@@ -34,10 +32,7 @@ def run(arguments: DemoArguments) -> int:
     return code
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return main_guard(run, DemoArguments, "esper demo", argv)
-
+main = command(run, DemoArguments, "esper demo")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,17 +5,13 @@ esper export runs/train-static-20260101-120000 --out gpt2 --format gpt2     # fo
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from esper.pipelines.common.arguments import Arguments, Positional, main_guard
+from esper.pipelines.common.arguments import command, flag
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
 from esper.platform.storage import check_unused
-
-if TYPE_CHECKING:  # it imports torch
-    from esper.workers.tolaria.data import Tokenizer
 
 LOADING = {  # format → code that loads a host and, in its last line, the tokenizer
     "native": """
@@ -29,15 +25,12 @@ LOADING = {  # format → code that loads a host and, in its last line, the toke
 }
 
 
-class ExportArguments(Arguments):
+class ExportArguments(Frozen):
     """Write a trained GPT as files that others can load."""
 
-    run: Positional[Path] = Field(description="The output folder of `esper train`.")
-    out: Annotated[Path, Field(title="DIR", description="A new or empty folder for the files; must be given.")]
-    format: Annotated[
-        Literal["native", "gpt2"],
-        Field(description="native takes any shape; gpt2 is for transformers, and takes no experts."),
-    ] = "native"
+    run: Path = flag(..., "The output folder of `esper train`.", positional=True)
+    out: Path = flag(..., "A new or empty folder for the files; must be given.", "DIR")
+    format: Literal["native", "gpt2"] = flag("native", "native: any shape; gpt2: for transformers, without experts.")
 
 
 def run(arguments: ExportArguments) -> None:
@@ -52,35 +45,29 @@ def run(arguments: ExportArguments) -> None:
     host = host_of(values, tensors)
     say(f"run     {arguments.run}, at optimizer step {values['ledger']['steps']:,}")
     say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")
-    tokenizer = tokenizer_of(arguments.run, values["data"])
+    tokenizer = _tokenizer(arguments.run, values["data"])
     export(host, out, tokenizer, to=arguments.format)
     say(f"wrote   {out}: the host in the {arguments.format} format, {tokenizer.name if tokenizer else 'no'} tokenizer")
     loading = LOADING[arguments.format].format(str(out))
     say(f"load it with:{loading if tokenizer else loading.rpartition(chr(10))[0]}")
 
 
-def tokenizer_of(run: Path, fingerprint: str) -> "Tokenizer | None":
+def _tokenizer(run: Path, fingerprint: str) -> Any:
     """The tokenizer of the run's text; None, and a message, where there is none."""
     from esper.pipelines.common.run_folder import RunFolder
-    from esper.pipelines.common.single_run import TrainPlan
     from esper.workers.tolaria.data import TokenData
 
     try:
-        folder, _ = RunFolder.read(run, "train", TrainPlan)
-        assert folder.data is not None
-        data = TokenData.open(folder.data, verify=False)
+        data = TokenData.open(RunFolder.read(run, "train").data or run, verify=False)
         if data.manifest.fingerprint() != fingerprint:
-            raise UserError(f"{folder.data} holds other text, or another tokenizer, than when the run was trained.")
+            raise UserError("its text, or the tokenizer, is another than when the run was trained.")
         return data.tokenizer
     except UserError as error:
         say(f"the tokenizer is left out: {error}")
         return None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return main_guard(run, ExportArguments, "esper export", argv)
-
+main = command(run, ExportArguments, "esper export")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,11 +7,9 @@ esper ppo --resume runs/ppo-20260101-120000         # with the episodes under wa
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from esper.pipelines.common.arguments import ResumableArguments, main_guard
+from esper.pipelines.common.arguments import ResumableArguments, command, flag
 from esper.platform.console import say
 from esper.platform.errors import UserError
 
@@ -26,13 +24,8 @@ class PPOArguments(ResumableArguments):
 
     beside_resume: ClassVar[tuple[str, ...]] = ("set",)
 
-    surrogate: Annotated[
-        bool, Field(description="Train on loss laws instead of on text: minutes, and no proof of anything on text.")
-    ] = False
-    resume: Annotated[
-        Path | None,
-        Field(title="DIR", description="Go on with the training in this folder; takes --set ppo.… and fleet.… only."),
-    ] = None
+    surrogate: bool = flag(False, "Train on loss laws, not on text: minutes, and no proof of anything on text.")
+    resume: Path | None = flag(None, "Go on with the training in this folder; takes --set ppo.… and fleet.….", "DIR")
 
 
 def run(arguments: PPOArguments) -> None:
@@ -40,7 +33,6 @@ def run(arguments: PPOArguments) -> None:
     from esper.pipelines.common.preset import resolve_spec
     from esper.pipelines.common.run_folder import RunFolder
     from esper.pipelines.controllers.training import ON_LAWS
-    from esper.platform.frozen import Frozen
 
     if arguments.resume is not None:
         resume(arguments, arguments.resume)
@@ -50,10 +42,10 @@ def run(arguments: PPOArguments) -> None:
         raise UserError(f"--surrogate trains on loss laws, which need no text: leave out --data {arguments.data}.")
     if surrogate:
         of_laws = [f"{key}={value}" for key, value in ON_LAWS.items()]
-        arguments = arguments.model_copy(update={"set": [*of_laws, *arguments.set]})
+        arguments = arguments.model_copy(update={"set": (*of_laws, *arguments.set)})
     spec = resolve_spec(arguments, on="laws" if surrogate else "fleet")
     folder = RunFolder.new(arguments, spec, "ppo", laws=surrogate)
-    with folder.begin("ppo", Frozen()):
+    with folder.begin("ppo"):
         train(folder)
 
 
@@ -61,7 +53,6 @@ def resume(arguments: PPOArguments, out: Path) -> None:
     """Go on with the training in `out`, or send MLflow the rest of an ended one."""
     from esper.pipelines.common.run_folder import RunFolder
     from esper.pipelines.controllers.training import KEPT, Reached, track
-    from esper.platform.frozen import Frozen
     from esper.platform.spec import load_spec
 
     for override in arguments.set:
@@ -70,7 +61,7 @@ def resume(arguments: PPOArguments, out: Path) -> None:
                 f"--set {override} would make another training of the one in {out}: with --resume only keys of "
                 f"{' and '.join(OTHERS)} may change, such as ppo.iterations, and ppo.hidden, the network's own, not."
             )
-    with RunFolder.reopen(out, "ppo", Frozen) as (folder, _):
+    with RunFolder.reopen(out, "ppo") as folder:
         inputs = folder.check()
         spec, reached = load_spec(str(folder.out / "spec.json"), arguments.set), Reached.of(folder)
         if folder.ended and reached.iterations >= spec.ppo.iterations:
@@ -90,26 +81,20 @@ def resume(arguments: PPOArguments, out: Path) -> None:
 
 def train(folder: "RunFolder") -> None:
     """Connect, train, and say where everything is."""
-    from esper.pipelines.common.stopping import Stopped, StopSignals
+    from esper.pipelines.common.stopping import stop_signals
     from esper.pipelines.controllers.training import train_controller
     from esper.pipelines.controllers.workers import gpus_needed
     from esper.platform import cluster
 
     gpus = None if folder.data is None else gpus_needed(folder.spec)
-    with cluster.session(gpus=gpus), StopSignals() as signals:  # `ray.init` puts in a handler of its own, in C
-        try:
-            summary = train_controller(folder, check=signals.check)
-        except Stopped as stopped:
-            how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
-            raise Stopped(stopped.number, str(stopped) or how) from None
+    how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
+    with cluster.session(gpus=gpus), stop_signals(how) as check:  # `ray.init` puts in a handler of its own, in C
+        summary = train_controller(folder, check=check)
     say(f"results: {folder.out / 'summary.json'}; curves: {folder.out / 'training.png'}")
     say(f"compare: {summary['where']}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return main_guard(run, PPOArguments, "esper ppo", argv)
-
+main = command(run, PPOArguments, "esper ppo")
 
 if __name__ == "__main__":
     sys.exit(main())

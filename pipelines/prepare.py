@@ -4,11 +4,8 @@ esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories
 """
 
 import sys
-from typing import Annotated
 
-from pydantic import Field
-
-from esper.pipelines.common.arguments import CommonArguments, main_guard
+from esper.pipelines.common.arguments import CommonArguments, command, flag
 from esper.platform.console import say
 from esper.platform.storage import write_json
 
@@ -16,9 +13,7 @@ from esper.platform.storage import write_json
 class PrepareArguments(CommonArguments):
     """Turn text into a tokenizer and token shards."""
 
-    tokenizer: Annotated[
-        str | None, Field(title="NAME", description="char, bpe:N or gpt2 (default: the preset's).")
-    ] = None
+    tokenizer: str | None = flag(None, "char, bpe:N or gpt2 (default: the preset's).", "NAME")
 
 
 def run(arguments: PrepareArguments) -> None:
@@ -35,10 +30,7 @@ def run(arguments: PrepareArguments) -> None:
     say(f"results: {out}; use it with --data {out} --set data.tokenizer={manifest.tokenizer}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return main_guard(run, PrepareArguments, "esper prepare", argv)
-
+main = command(run, PrepareArguments, "esper prepare")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,38 +6,26 @@ Reads only MLflow; leaves `report.html`, `report.png` and `report.json` in a fol
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
-
-from esper.pipelines.common.arguments import Arguments, Positional, main_guard
+from esper.pipelines.common.arguments import command, flag
 from esper.pipelines.reports.page import as_dict, html
 from esper.pipelines.reports.runs import Sweep, Tables, read_sweeps, tables
 from esper.pipelines.reports.verdict import Verdict, judge
 from esper.platform.console import say
 from esper.platform.errors import reason, shown
+from esper.platform.frozen import Frozen
 from esper.platform.storage import check_unused, naming, write_json, write_text
 
 FILES = ("report.html", "report.png", "report.json")
 
 
-class ReportArguments(Arguments):
+class ReportArguments(Frozen):
     """Write the report on a sweep, from what MLflow holds."""
 
-    experiment: Positional[str | None] = Field(
-        None, description="MLflow's experiment (default: that of the newest sweep)."
-    )
-    sweep: Annotated[
-        str | None,
-        Field(title="RUN_ID|NAME", description="The sweep's parent run (default: the newest of the experiment)."),
-    ] = None
-    tracking_uri: Annotated[
-        str | None,
-        Field(title="URI", description="MLflow's store (default: MLFLOW_TRACKING_URI, else mlflow.db here)."),
-    ] = None
-    out: Annotated[
-        Path | None, Field(title="DIR", description="A new or empty folder for the report (default: one in reports/).")
-    ] = None
+    experiment: str | None = flag(None, "MLflow's experiment (default: that of the newest sweep).", positional=True)
+    sweep: str | None = flag(None, "The sweep's parent run (default: the newest of the experiment).", "RUN_ID|NAME")
+    tracking_uri: str | None = flag(None, "MLflow's store (default: MLFLOW_TRACKING_URI, else mlflow.db here).", "URI")
+    out: Path | None = flag(None, "A new or empty folder for the report (default: one in reports/).", "DIR")
 
 
 def run(arguments: ReportArguments) -> None:
@@ -46,7 +34,7 @@ def run(arguments: ReportArguments) -> None:
     out = arguments.out or Path("reports") / re.sub(r"[^\w\-]", "_", sweep.name)
     check_unused(out)
     say(f"sweep   {sweep.name} of {sweep.experiment}, in {shown(sweep.client.tracking_uri)}")
-    for verdict in _write(sweep, out):
+    for verdict in write_report(sweep, out):
         if verdict.trials.title:
             print(f"{verdict.trials.title}:")
         for criterion in verdict.criteria:
@@ -54,11 +42,6 @@ def run(arguments: ReportArguments) -> None:
             for why in criterion.withheld:
                 print(f"  - {why}")
     say(f"results: {', '.join(str(out / name) for name in FILES)}")
-
-
-def write_report(uri: str, parent_run_id: str, out: Path) -> None:
-    """Write the report on one sweep into `out`, over an older one there."""
-    _write(read_sweeps(uri, None, parent_run_id)[0], out)
 
 
 def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None = None) -> Tables:
@@ -70,7 +53,8 @@ def load(experiment: str, *, sweep: str | None = None, tracking_uri: str | None 
     return tables(run for found in read_sweeps(tracking_uri, experiment, sweep) for run in found.runs)
 
 
-def _write(sweep: Sweep, out: Path) -> list[Verdict]:
+def write_report(sweep: Sweep, out: Path) -> list[Verdict]:
+    """Write the report on a sweep into `out`, over an older one there, and keep it with the sweep's run."""
     from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
 
     verdicts = [judge(sweep.runs, point, sweep.record) for point in sweep.record["points"]]
@@ -87,10 +71,7 @@ def _write(sweep: Sweep, out: Path) -> list[Verdict]:
     return verdicts
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return main_guard(run, ReportArguments, "esper report", argv)
-
+main = command(run, ReportArguments, "esper report")
 
 if __name__ == "__main__":
     sys.exit(main())

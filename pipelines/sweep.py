@@ -6,7 +6,7 @@ esper sweep --resume runs/sweep-20260101-120000                             # wh
 
 import sys
 
-from esper.pipelines.common.arguments import main_guard
+from esper.pipelines.common.arguments import command
 from esper.pipelines.sweeps.plan import SweepArguments
 
 
@@ -17,10 +17,7 @@ def run(arguments: SweepArguments) -> int:
     return comparison.begin(arguments) if arguments.resume is None else comparison.resume(arguments.resume)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    return main_guard(run, SweepArguments, "esper sweep", argv)
-
+main = command(run, SweepArguments, "esper sweep")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,10 @@
-"""Two clocks for one ledger: measured wall time, and a reference that the machine's load does not change.
+"""Clocks: what a step costs, by measured time or by a reference that load does not change, and how far a budget is.
 
 Reference step: `base + layer·depth + expert·experts + FLOPs/rate`, times `split_factor` while segments are separate.
 `esper calibrate` fits the constants on an idle device. The wall clock takes the formula only to predict a graft's cost.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -28,22 +29,48 @@ class ClockSpec(Frozen):
 
     def step_seconds(self, shape: HostShape, tokens: int, *, split: bool = False) -> float:
         """Predicted seconds of an optimizer step over `tokens` tokens."""
-        flops = tokens * shape.flops_per_token()
         fixed = self.base_seconds + self.layer_seconds * shape.depth() + self.expert_seconds * shape.experts()
-        plain = fixed + flops / self.flops_per_second
+        plain = fixed + tokens * shape.flops_per_token() / self.flops_per_second
         return plain * (self.split_factor if split else 1.0)
 
     def axis_per_step(self, axis: Axis, shape: HostShape, tokens: int, *, split: bool = False) -> float:
         """Predicted use of a budget axis by an optimizer step over `tokens` tokens."""
-        if axis == "steps":
-            return 1.0
-        if axis == "tokens":
-            return float(tokens)
-        if axis == "flops":
-            return float(tokens * shape.flops_per_token())
         seconds = self.step_seconds(shape, tokens, split=split)
-        return seconds if axis == "seconds" else seconds * shape.parameters_count()
+        counts = {"steps": 1, "tokens": tokens, "flops": tokens * shape.flops_per_token(), "seconds": seconds}
+        return float(counts[axis] if axis in counts else seconds * shape.parameters_count())
 
     def reading(self, predicted: float, measured: float) -> float:
         """Seconds charged: `predicted` by the reference clock, else `measured`."""
         return predicted if self.kind == "reference" else measured
+
+
+@dataclass
+class DecisionClock:
+    """A run's place in its budget, which K decisions of equal size share.
+
+    Decision k ends at the first optimizer step with a reading ≥ k·B/K; the next one is shorter by the overshoot. A cost
+    that crosses several boundaries moves `passed` by more than one.
+    """
+
+    amount: float  # the budget B, in its axis's unit
+    decisions: int  # K
+    passed: int = 0  # boundaries passed so far
+
+    @property
+    def slice(self) -> float:
+        """B/K."""
+        return self.amount / self.decisions
+
+    @property
+    def boundary(self) -> float:
+        """The reading at which the current decision ends."""
+        return (self.passed + 1) * self.slice
+
+    @property
+    def spent(self) -> bool:
+        """Whether the last boundary has been passed."""
+        return self.passed >= self.decisions
+
+    def advance(self, reading: float) -> None:
+        """Note that training stopped at `reading`; one that is short of a boundary by rounding alone has passed it."""
+        self.passed = max(self.passed, min(self.decisions, int(reading / self.slice * (1 + 1e-9))))

@@ -12,7 +12,6 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -39,73 +38,31 @@ def prepare() -> None:
             os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)
 
 
-def connect(cpus: int | None = None, gpus: int | None = None) -> None:
-    """Attach to the cluster of `RAY_ADDRESS`, or start one here, and say which in a line.
+@contextlib.contextmanager
+def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
+    """Have a cluster for a block; one that is started for it is shut down at its end.
 
-    Where connected already, only `gpus` is checked. Workers get the driver's `sys.path` and print to Ray's log folder.
-    Raises UserError where `RAY_ADDRESS` leads to no cluster, or it has fewer GPUs than `gpus`.
+    Where a server of a cluster started here dies, this process says so and stops. Raises UserError where `RAY_ADDRESS`
+    leads to no cluster, or the cluster has fewer GPUs than `gpus`.
 
     Args:
         cpus: cores of a cluster started here; None takes this machine's.
-        gpus: GPUs the caller will use: 0 hides those of a local cluster, None takes what is there.
+        gpus: GPUs the caller will use; None takes what is there.
     """
     prepare()
     import ray
 
-    if not ray.is_initialized():
-        if attached():
-            _attach(os.environ["RAY_ADDRESS"])
-        else:
-            ray.init(
-                address="local",  # never a cluster that happens to be recorded in /tmp/ray
-                num_cpus=cpus,
-                num_gpus=0 if gpus == 0 else None,  # a number would be believed; None counts the devices
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
+    with contextlib.ExitStack() as ending:
+        if not ray.is_initialized():
+            where = _attach(os.environ["RAY_ADDRESS"]) if attached() else _start(cpus)
+            ending.enter_context(_watched())
+            say(f"Ray: {where}, {counted(cores(), 'core')}" + (f", {counted(_gpus(), 'GPU')}" if _gpus() else ""))
+        if gpus is not None and gpus > _gpus():
+            raise UserError(
+                f"{counted(gpus, 'GPU')} asked for, but the Ray cluster has {_gpus()}: choose a CPU preset, or run on "
+                "a cluster with enough of them (RAY_ADDRESS)."
             )
-        where = f"attached to {ray.get_runtime_context().gcs_address}" if attached() else "local cluster"
-        say(f"Ray: {where}, {counted(cores(), 'core')}" + (f", {counted(_gpus(), 'GPU')}" if _gpus() else ""))
-    if gpus is not None and gpus > _gpus():
-        raise UserError(
-            f"{counted(gpus, 'GPU')} asked for, but the Ray cluster has {_gpus()}: choose a CPU preset, or run on a "
-            "cluster with enough of them (RAY_ADDRESS)."
-        )
-
-
-@contextmanager
-def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
-    """`connect` for a block; at its end a cluster started here is shut down, an attached one left.
-
-    An earlier connection stays. Where a server of a cluster started here dies, this process says so and stops.
-    """
-    prepare()
-    import ray
-
-    if ray.is_initialized():
-        connect(cpus, gpus)
         yield
-        return
-    over = threading.Event()
-    servers: list[psutil.Process] = []
-    try:
-        connect(cpus, gpus)
-        servers += [process for process in psutil.Process().children() if process.name() in SERVERS]
-        threading.Thread(target=_watch, args=[servers, over], name="Ray's servers", daemon=True).start()
-        yield
-    finally:
-        if all(_lives(process) for process in servers):  # or else it would hang: `_watch` ends this process
-            over.set()
-            ray.shutdown()
-
-
-def cores() -> int:
-    """Cores of the connected cluster; without one, the cores this process may use."""
-    import ray
-
-    if ray.is_initialized():
-        return int(ray.cluster_resources().get("CPU", 0))
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def attached() -> bool:
@@ -113,38 +70,48 @@ def attached() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
-def room(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
+def cores() -> int:
+    """Cores of the connected cluster."""
+    return _have("CPU")
+
+
+def room(cpus: float, gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
     """Processes of this many cores and GPUs that fit the cluster at once, beside `taken` (cores, GPUs); may be 0."""
-    there = ((cores(), taken[0], each_cpus), (_gpus(), taken[1], each_gpus))
-    shares = [int(max(0.0, have - others) / need) for have, others, need in there if need]
-    return min(shares, default=cores())
+    there = ((cores(), taken[0], cpus), (_gpus(), taken[1], gpus))
+    return min((int(max(0.0, have - others) / need) for have, others, need in there if need), default=cores())
 
 
-def fit(each_cpus: float, each_gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
+def fit(cpus: float, gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
     """`room`; raises UserError where it is 0: Ray would wait for ever."""
-    count = room(each_cpus, each_gpus, taken)
-    if count < 1:
-        raise UserError(
-            f"a process of {each_cpus:g} core(s) and {each_gpus:g} GPU(s) does not fit a cluster of "
-            f"{counted(cores(), 'core')} and {counted(_gpus(), 'GPU')}: set fleet.cpus or fleet.gpus lower."
-        )
-    return count
+    if count := room(cpus, gpus, taken):
+        return count
+    raise UserError(
+        f"a process of {cpus:g} core(s) and {gpus:g} GPU(s) does not fit a cluster of {counted(cores(), 'core')} and "
+        f"{counted(_gpus(), 'GPU')}: set fleet.cpus or fleet.gpus lower."
+    )
 
 
 def _gpus() -> int:
+    return _have("GPU")
+
+
+def _have(resource: str) -> int:
     import ray
 
-    return int(ray.cluster_resources().get("GPU", 0))
+    return int(ray.cluster_resources().get(resource, 0))
 
 
-def _attach(address: str) -> None:
+def _start(cpus: int | None) -> str:
     import ray
 
-    if "://" in address and not address.startswith("ray://"):
-        raise UserError(
-            f"RAY_ADDRESS={address} is a dashboard's address, not a cluster's: submit with `ray job submit --address "
-            f"{address}`, or set RAY_ADDRESS to the cluster's host:6379."
-        )
+    quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    ray.init(address="local", num_cpus=cpus, **quiet)  # never a cluster that happens to be recorded in /tmp/ray
+    return "local cluster"
+
+
+def _attach(address: str) -> str:
+    import ray
+
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host and port.isdigit():
@@ -153,33 +120,40 @@ def _attach(address: str) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise UserError(
-            f"RAY_ADDRESS={address} leads to no Ray cluster ({reason}): start one with `ray start --head`, or unset "
-            "RAY_ADDRESS to run on this machine."
+            f"RAY_ADDRESS={address} leads to no Ray cluster ({reason}): start one with `ray start --head`, whose "
+            "host:6379 it takes (not the dashboard's address), or unset RAY_ADDRESS to run on this machine."
         ) from error
+    return f"attached to {ray.get_runtime_context().gcs_address}"
 
 
-def _lives(process: psutil.Process) -> bool:
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Disconnect at the block's end, unless a server has died: Ray would hang, and `_watch` ends this process."""
+    import ray
+
+    servers = {process: process.name() for process in psutil.Process().children() if process.name() in SERVERS}
+    over = threading.Event()
+    threading.Thread(target=_watch, args=[servers, over], name="Ray's servers", daemon=True).start()
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        yield
+    finally:
+        if not psutil.wait_procs(servers, timeout=0)[0]:
+            over.set()
+            ray.shutdown()
 
 
-def _watch(servers: list[psutil.Process], over: threading.Event) -> None:
+def _watch(servers: dict[psutil.Process, str], over: threading.Event) -> None:
     """Once a server has died, stop this process by SIGTERM; where that does not, kill it and Ray's processes."""
-    names = {process.pid: process.name() for process in servers}
-    while not over.wait(LOOK_SECONDS):
-        dead = next((process for process in servers if not _lives(process)), None)
-        if dead is None:
-            continue
-        say(
-            f"error: Ray's {names[dead.pid]} (process {dead.pid}) has died, killed or out of memory: this stops here; "
-            "go on with --resume once there is room."
-        )
-        os.kill(os.getpid(), signal.SIGTERM)
-        if not over.wait(GRACE_SECONDS):
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            os._exit(1)
-        return
+    while not (dead := psutil.wait_procs(servers, timeout=0)[0]):
+        if over.wait(LOOK_SECONDS):
+            return
+    say(
+        f"error: Ray's {servers[dead[0]]} (process {dead[0].pid}) has died, killed or out of memory: this stops here; "
+        "go on with --resume once there is room."
+    )
+    os.kill(os.getpid(), signal.SIGTERM)
+    if not over.wait(GRACE_SECONDS):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(1)

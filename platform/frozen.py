@@ -1,4 +1,4 @@
-"""The base of every config model: frozen, unknown keys refused, errors as one sentence."""
+"""The base of every config model and command line: frozen, unknown keys refused, errors as one sentence."""
 
 from typing import Any, Self
 
@@ -18,26 +18,15 @@ class Frozen(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _sentence(cls, error, what) from None
-
-
-def _sentence(cls: type[BaseModel], error: ValidationError, what: str) -> UserError:
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        return unknown(f"key in {what}", ".".join(path), [".".join([*path[:-1], k]) for k in _keys(cls, path[:-1])])
-    rule = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # our own sentence names what was wrong
-        return UserError(f"{what}: {rule}")
-    return UserError(
-        f"{what}: {'.'.join(path) or 'value'} is {clipped(first.get('input'))}: {rule[0].lower()}{rule[1:]}."
-    )
-
-
-def _keys(cls: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        annotation = cls.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        cls = annotation
-    return list(cls.model_fields)
+            first = error.errors(include_url=False)[0]
+        path, rule = first["loc"], first["msg"].removeprefix("Value error, ")
+        name = ".".join(map(str, path)) or "it"
+        if first["type"] == "extra_forbidden":
+            fields: Any = cls.model_fields
+            for part in path[:-1]:
+                fields = getattr(getattr(fields.get(part), "annotation", None), "model_fields", {})
+            raise unknown(f"key in {what}", name, [".".join(map(str, [*path[:-1], key])) for key in fields])
+        if first["type"] == "value_error":  # our own sentence names what was wrong
+            raise UserError(f"{what}: {name}: {rule}" if path else f"{what}: {rule}")
+        found = "missing" if first["type"] == "missing" else clipped(first.get("input"))
+        raise UserError(f"{what}: {name} is {found}: {rule[0].lower()}{rule[1:]}.")

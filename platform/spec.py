@@ -5,10 +5,11 @@ Sizes that memory depends on are bounded. Names (blueprint, host, tokenizer) are
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from esper.platform.clock import ClockSpec
 from esper.platform.errors import UserError, unknown
@@ -26,7 +27,26 @@ Layers = Annotated[int, Field(ge=1, le=512)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 Neurons = Annotated[int, Field(ge=1, le=2**20)]
 Batch = Annotated[int, Field(ge=8, le=2**20)]
-Range = tuple[float, float]  # low and high; equal for a number that is not drawn
+Share = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+T = TypeVar("T", bound=tuple)
+
+
+def _rising(pairs: T) -> T:
+    if any(first >= following for (first, _), (following, _) in pairwise(pairs)):
+        raise ValueError(f"its pairs begin with {[first for first, _ in pairs]}, which must rise.")
+    return pairs
+
+
+def _ordered(span: T) -> T:
+    if span[0] > span[1]:
+        raise ValueError(f"it is {list(span)}, but the lower number must be the first.")
+    return span
+
+
+Rates = Annotated[tuple[tuple[Count, Positive], ...], AfterValidator(_rising)]
+RatePath = Annotated[tuple[tuple[float, Positive], ...], AfterValidator(_rising)]
+Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]  # low and high; equal where nothing is drawn
 
 
 class ExpertSpec(Frozen):
@@ -58,7 +78,7 @@ class HostSpec(Frozen):
     mlp_width: Neurons | None = None  # of an MLP; none means 4 n_embd
     layers: Annotated[tuple[LayerSpec, ...], Field(max_length=512)] | None = None  # as in a summary's `shape`; or alike
     tied: bool = True  # the output head is the token embedding
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: BelowOne = 0.0
     attention: Literal["sdpa", "flash"] = "sdpa"  # torch's own, or flash-attn's: CUDA, bfloat16, the extra flash-attn
 
     @model_validator(mode="after")
@@ -70,12 +90,6 @@ class HostSpec(Frozen):
             )
         if self.layers is not None and len(self.layers) != self.n_layer:
             raise ValueError(f"n_layer is {self.n_layer}, but must be the number of layers given, {len(self.layers)}.")
-        head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.attention == "flash" and head_dim > 256:
-            raise ValueError(
-                f"host.attention is 'flash', which takes heads of at most 256 dimensions, not {head_dim}: "
-                "set host.head_dim, or host.attention=sdpa."
-            )
         return self
 
     def starting_with(self, n_layer: int | None) -> Self:
@@ -90,7 +104,7 @@ class DataSpec(Frozen):
     tokenizer: str = "char"  # char, bpe:N or gpt2
     batch_size: Annotated[int, Field(ge=1, le=2**14)] = 16  # sequences in a batch
     eval_tokens: Annotated[int, Field(ge=64, le=2**26)] = 65536  # tokens of the fixed held-out set
-    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1  # held out where the source has no split
+    valid_fraction: Share = 0.1  # held out where the source has no split
     max_bytes: Count | None = None  # cap on the training text, in bytes
 
 
@@ -105,12 +119,12 @@ class OptimizerSpec(Frozen):
     rate_exponent: Annotated[float, Field(ge=0, le=2)] = 0.0
     rate_parameters: Count = 100_000  # non-embedding parameters at which the rate is stated
     rate_max: Positive = 0.1  # the stable rate by that law is never above this
-    rates: tuple[tuple[int, float], ...] = ()  # (non-embedding parameters, stable rate), log-log interpolated
-    rate_path: tuple[tuple[float, float], ...] = ()  # (budget fraction, stable rate), joined by lines
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.02  # fraction of the budget over which the rate rises
+    rates: Rates = ()  # (non-embedding parameters, stable rate), log-log interpolated
+    rate_path: RatePath = ()  # (budget fraction, stable rate), joined by lines
+    warmup: BelowOne = 0.02  # fraction of the budget over which the rate rises
     decay_from: Annotated[float, Field(gt=0, le=1)] = 0.8  # fraction of the budget at which it starts to fall
     final_rate: Fraction = 0.0  # at the budget's end, relative to the stable one
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.1  # on matrices; none on biases and norms
     grad_clip: Positive = 1.0  # largest norm of the whole gradient
@@ -118,15 +132,7 @@ class OptimizerSpec(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.warmup >= self.decay_from:
-            raise ValueError(f"optimizer.warmup is {self.warmup}, but must be below decay_from = {self.decay_from}.")
-        for name, what in (("rate_path", "budget fractions"), ("rates", "numbers of parameters")):
-            places = [place for place, _ in getattr(self, name)]
-            if places != sorted(set(places)) or any(rate <= 0 for _, rate in getattr(self, name)):
-                raise ValueError(f"optimizer.{name} must hold rising {what}, each with a rate above 0.")
-        if self.rates and self.rates[0][0] < 1:
-            raise ValueError(f"optimizer.rates starts at {self.rates[0][0]} parameters, but must at 1 or more.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas is {self.betas}, but both must be in [0, 1).")
+            raise ValueError(f"warmup is {self.warmup}, but must be below decay_from = {self.decay_from}.")
         return self
 
 
@@ -137,7 +143,7 @@ class BudgetSpec(Frozen):
     amount: Positive = 1e6  # in the axis's own unit
     decisions: Annotated[int, Field(ge=1, le=1000)] = 24  # K, in an episode
     # Budget fractions at which a fork, not charged, is annealed.
-    cooldowns: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=1000)] = ()
+    cooldowns: Annotated[tuple[Share, ...], Field(max_length=1000)] = ()
 
 
 class GrowthSpec(Frozen):
@@ -178,7 +184,7 @@ class PPOSpec(Frozen):
     epochs: Count = 6
     learning_rate: Positive = 1e-3
     gae_lambda: Fraction = 0.95
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip: Share = 0.2
     entropy: NotNegative = 0.005
     hidden: Annotated[int, Field(ge=4, le=2**12)] = 64  # width of the policy network
     learners: Annotated[int, Field(ge=0, le=1024)] = 0  # learner processes; 0 learns in the driver
@@ -200,16 +206,6 @@ class LawSpec(Frozen):
     heads: Range = (0.03, 6.0)  # weight of an attention parameter; log
     width: Range = (0.03, 6.0)  # weight of any other parameter; log
     layer: Range = (0.02, 1.0)  # weight of a layer itself, in parameters of the first; log
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in type(self).model_fields:
-            low, high = getattr(self, name)
-            if low > high or low <= 0:
-                raise ValueError(
-                    f"laws.{name} is [{low:g}, {high:g}], but must be two numbers above 0, the lower one first."
-                )
-        return self
 
 
 class RunSpec(Frozen):
@@ -233,40 +229,27 @@ class RunSpec(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.growth.max_layers < self.host.n_layer:
+            given = f"growth.max_layers is {self.growth.max_layers}"
+            raise ValueError(f"{given}, but must be at least host.n_layer = {self.host.n_layer}.")
+        head_dim = self.host.head_dim or self.host.n_embd // self.host.n_head
+        if self.host.attention == "flash" and (self.dtype != "bfloat16" or self.device == "cpu" or head_dim > 256):
             raise ValueError(
-                f"growth.max_layers is {self.growth.max_layers}, but must be at least "
-                f"host.n_layer = {self.host.n_layer}."
-            )
-        if self.host.attention == "flash" and self.dtype != "bfloat16":
-            raise ValueError(
-                f"host.attention is 'flash', which needs dtype = 'bfloat16', but dtype is {self.dtype!r}: "
-                "set dtype=bfloat16, or host.attention=sdpa."
-            )
-        if self.host.attention == "flash" and self.device == "cpu":
-            raise ValueError(
-                "host.attention is 'flash', which needs a CUDA GPU, but device is 'cpu': "
-                "set device=cuda, or host.attention=sdpa."
+                "host.attention is 'flash', which needs dtype = bfloat16, a CUDA GPU and heads of at most 256 "
+                f"dimensions (not {self.dtype}, {self.device}, {head_dim}): set these, or host.attention=sdpa."
             )
         return self
-
-    def training_bytes(self) -> int:
-        """About the least memory of training at the starting size, in bytes, without the vocabulary's part.
-
-        Weights, gradients and AdamW's moments in float32; 12 activations of width C per token and layer.
-        """
-        host, c = self.host, self.host.n_embd
-        heads = host.n_head * (host.head_dim or c // host.n_head)
-        alike = [(heads, host.mlp_width or 4 * c)] * host.n_layer
-        layers = alike if host.layers is None else [(x.heads * heads // host.n_head, x.width) for x in host.layers]
-        parameters = sum(4 * c * heads + 2 * c * width for heads, width in layers) + host.block_size * c
-        tokens = self.data.batch_size * host.block_size
-        return 16 * parameters + 4 * 12 * tokens * c * len(layers)
 
     def overridden(self, values: Mapping[str, Any]) -> Self:
         """With values by dotted key (`budget.amount`); raises UserError for an unknown key or a value not allowed."""
         dump = self.model_dump(mode="json")
         for key, value in values.items():
-            _assign(dump, key, value)
+            *parents, last = key.split(".")
+            group = dump
+            for part in parents:
+                if not isinstance(group.get(part), dict):
+                    group[part] = {}
+                group = group[part]
+            group[last] = value
         return type(self).checked(dump, "the spec")
 
 
@@ -275,24 +258,20 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in PRESETS.glob("*.json")))
 
 
-def load_spec(preset: str, overrides: Sequence[str] = ()) -> RunSpec:
+def load_spec(preset: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     """A preset (name or JSON file) with `key.path=value` overrides, JSON or text; raises UserError for a wrong one."""
-    values = _read_preset(preset)
+    path = PRESETS / f"{preset}.json" if preset in presets() else Path(preset)
+    if path.suffix != ".json" and not path.exists():
+        raise UserError(f"{unknown('preset', preset, presets())} A path to a JSON file is allowed too.")
+    values = read_json(path, str(path), "a JSON file of a spec")
+    named = {"preset": path.stem, **values} if isinstance(values, dict) else values
+    changes: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"--set {override!r} is not of the form key.path=value, such as budget.decisions=12.")
-        _assign(values, key, value_of(text))
-    try:
-        return RunSpec.checked(values, "the spec")
-    except UserError:
-        RunSpec.checked(_read_preset(preset), preset)
-        raise
-
-
-def saved_spec(path: Path) -> RunSpec:
-    """The resolved spec that a run left in its folder."""
-    return RunSpec.checked(_read_object(path), str(path))
+        changes[key] = value_of(text)
+    return RunSpec.checked(named, str(path)).overridden(changes)
 
 
 def value_of(text: str) -> Any:
@@ -301,29 +280,3 @@ def value_of(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _read_preset(preset: str) -> dict[str, Any]:
-    if preset in presets():
-        return {"preset": preset, **_read_object(PRESETS / f"{preset}.json")}
-    path = Path(preset)
-    if path.suffix == ".json" or path.exists():
-        return {"preset": path.stem, **_read_object(path)}
-    error = unknown("preset", preset, presets())
-    raise UserError(f"{error} A path to a JSON file is allowed too.")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    values = read_json(path, str(path), "a JSON file of a spec")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object: a spec is an object with keys such as host and budget.")
-    return values
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for part in parents:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise UserError(f"{key}: {part!r} is a value, not a group of keys: name a key it has.")
-    values[last] = value

@@ -153,11 +153,9 @@ class Telemetry:
         if self.version != VERSION:
             return f"telemetry of version {self.version}, but this code reads version {VERSION}"
         for name, shape in space.shapes.items():
-            array = self.arrays()[name]
-            if array.shape != shape or array.dtype != (bool if name == "mask" else np.float32):
-                return f"{name} is {array.dtype} of shape {array.shape}, but must have {shape}"
-            if not np.isfinite(array).all():
-                return f"{name} holds a value that is not finite"
+            array, kind = self.arrays()[name], "bool" if name == "mask" else "float32"
+            if array.shape != shape or array.dtype != kind or not np.isfinite(array).all():
+                return f"{name} is {array.dtype} of shape {array.shape}, but must be finite {kind} of shape {shape}"
         for name, ids in (("sites", self.site_ids), ("candidates", self.actions)):
             if len(ids) != (present := int(self.arrays()[name][:, 0].sum())):
                 return f"it names {len(ids)} {name}, but {present} are present"

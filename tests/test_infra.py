@@ -16,7 +16,6 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -28,72 +27,52 @@ from esper.platform.spec import load_spec
 from tests.mlflow_servers import free_port
 
 ROOT = Path(__file__).parents[1]
-INFRA = ROOT / "infra"
 CLUSTERS = ["cluster.yaml", "cluster-aws.yaml"]
 BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-TEXTS = {path.name: path.read_text(encoding="utf-8") for path in INFRA.iterdir()}
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "infra").iterdir()}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHON = PROJECT["requires-python"].removeprefix(">=")
 CLAIM, JOB = yaml.safe_load_all(TEXTS["rayjob.yaml"])
 GROUPS = [JOB["spec"]["rayClusterSpec"]["headGroupSpec"], *JOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
-
-
-def cluster(name: str) -> dict[str, Any]:
-    return yaml.safe_load(TEXTS[name])
-
-
-def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's instructions, continued lines joined, comments left out."""
-    lines = "\n".join(line for line in TEXTS["Dockerfile"].splitlines() if line.strip() and not line.startswith("#"))
-    found = [line.split(maxsplit=1) for line in lines.replace("\\\n", " ").splitlines()]
-    return [(word, re.sub(r"\s+", " ", rest)) for word, rest in found]
-
-
-IMAGE = dict(instructions())  # of several the last
+DOCKERFILE = re.sub(r"^(#.*)?\n", "", TEXTS["Dockerfile"], flags=re.MULTILINE).replace("\\\n", " ")
+INSTRUCTIONS = [
+    (word, re.sub(r"\s+", " ", rest)) for word, rest in (s.split(maxsplit=1) for s in DOCKERFILE.splitlines())
+]
+IMAGE = dict(INSTRUCTIONS)  # of several the last
+COPIED = [source for word, rest in INSTRUCTIONS if word == "COPY" for source in rest.split()[:-1]]
 
 
 def assert_ray_start_knows(command: list[str]):
     from ray.scripts.scripts import start
 
-    known = {name for parameter in start.params for name in parameter.opts}
-    options = [word.split("=")[0] for word in command if word.startswith("--")]
+    options = {word.split("=")[0] for word in command if word.startswith("--")}
     assert options
-    assert set(options) <= known
-
-
-@pytest.mark.parametrize("name", sorted(set(TEXTS) - {"Dockerfile.dockerignore"}))
-def test_each_file_says_at_its_top_what_was_tried_and_what_never_was(name: str):
-    head = TEXTS[name] if name.endswith(".md") else re.split(r"^[^#\n]", TEXTS[name], flags=re.MULTILINE)[0]
-    said = re.sub(r"\n# ?", " ", head)
-    assert "Tried: " in said
-    assert "Never tried: " in said
+    assert options <= {name for parameter in start.params for name in parameter.opts}
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_ray_accepts_the_cluster_and_what_a_node_gets_exists(name: str):
+def test_ray_accepts_the_cluster_whose_nodes_have_what_exists_and_the_same_token_and_environment(name: str):
     from ray._private.authentication.authentication_token_setup import _get_default_token_path
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    prepared = prepare_config(cluster(name))  # what `ray up` does before it reaches for a machine
-    validate_config(prepared)
+    prepared, cluster = prepare_config(yaml.safe_load(TEXTS[name])), yaml.safe_load(TEXTS[name])
+    validate_config(prepared)  # what `ray up` does before it reaches for a machine
     workers = [kind for kind in prepared["available_node_types"].values() if kind["max_workers"]]
     assert all(kind["min_workers"] >= 1 for kind in workers)  # PPO needs room for one worker when it starts
-    mounts = cluster(name)["file_mounts"]
+    mounts = cluster["file_mounts"]
     assert Path(mounts.pop("~/.ray/auth_token")).expanduser() == _get_default_token_path()
     assert all((ROOT / local).is_file() for local in mounts.values())
+    assert any(PYTHON in command for command in cluster["setup_commands"])
 
-
-@pytest.mark.parametrize("name", CLUSTERS)
-def test_head_and_workers_start_with_token_authentication_and_the_same_environment(name: str):
-    head, worker = (cluster(name)[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
-    exported = re.compile(r"export (.*?);")
-    assert exported.findall(head) == exported.findall(worker)
-    variables = dict(word.split("=", 1) for word in exported.findall(head)[0].split())
+    head, worker = (cluster[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
+    [[exported], again] = (re.findall(r"export (.*?);", command) for command in (head, worker))
+    assert again == [exported]
+    variables = dict(word.split("=", 1) for word in exported.split())
     assert variables["RAY_AUTH_MODE"] == "token"
     assert variables["ESPER_CACHE"].startswith("/esper/")
     assert variables["MLFLOW_TRACKING_URI"].startswith("http://")
-    assert "ray start --head" in head
-    assert "--address=$RAY_HEAD_IP:6379" in worker
-    for command in (head, worker):
+    for command, how in ((head, "--head"), (worker, "--address=$RAY_HEAD_IP:6379")):
+        assert f"ray start {how}" in command
         assert_ray_start_knows(command.partition("ray start")[2].split())
 
 
@@ -101,9 +80,9 @@ def test_head_and_workers_start_with_token_authentication_and_the_same_environme
 def test_the_line_that_lists_the_dependencies_lists_them(name: str, tmp_path: Path):
     """The real command, from the file, in a folder that holds what the node or image has by then."""
     if name == "Dockerfile":
-        [command] = [rest.split("&&")[0] for word, rest in instructions() if word == "RUN" and "tomllib" in rest]
+        [command] = [rest.split("&&")[0] for word, rest in INSTRUCTIONS if word == "RUN" and "tomllib" in rest]
     else:
-        [line] = [line for line in cluster(name)["setup_commands"] if "tomllib" in line]
+        [line] = [line for line in yaml.safe_load(TEXTS[name])["setup_commands"] if "tomllib" in line]
         command = line.split("&&")[1].replace(".venv/bin/python", "python")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     subprocess.run(["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PATH": BIN}, check=True)
@@ -113,14 +92,10 @@ def test_the_line_that_lists_the_dependencies_lists_them(name: str, tmp_path: Pa
 def test_the_image_has_an_allowed_python_a_user_of_its_own_and_commands_that_ray_knows():
     from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
-    words = [word for word, _ in instructions()]
-    assert words[:2] == ["ARG", "FROM"]
     assert (IMAGE["FROM"], IMAGE["USER"]) == ("${BASE}", "1000:1000")
-    assert words.index("USER") > max(i for i, (_, rest) in enumerate(instructions()) if "pip install" in rest)
-    base = dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")["BASE"]
-    version = re.fullmatch(r"python:(\d+\.\d+)-slim-bookworm", base)[1]  # pyright: ignore[reportOptionalSubscript]
-    assert f">={version}" == PROJECT["requires-python"]
-    assert all(any(version in command for command in cluster(name)["setup_commands"]) for name in CLUSTERS)
+    assert INSTRUCTIONS[0] == ("ARG", f"BASE=python:{PYTHON}-slim-bookworm")
+    installs = [i for i, (_, rest) in enumerate(INSTRUCTIONS) if "pip install" in rest]
+    assert INSTRUCTIONS.index(("USER", "1000:1000")) > max(installs)
     command = json.loads(IMAGE["CMD"])
     assert command[:3] == ["ray", "start", "--head"]
     assert_ray_start_knows(command)
@@ -129,15 +104,10 @@ def test_the_image_has_an_allowed_python_a_user_of_its_own_and_commands_that_ray
     assert f"127.0.0.1:{DEFAULT_DASHBOARD_AGENT_LISTEN_PORT}/api/local_raylet_healthz" in check
 
 
-def copied() -> list[str]:
-    """What the Dockerfile copies, a folder with a slash at its end."""
-    return [source for word, rest in instructions() if word == "COPY" for source in rest.split()[:-1]]
-
-
 def test_the_wheel_of_what_the_image_copies_holds_every_module_and_preset(tmp_path: Path):
     ignored = [line.removeprefix("**/") for line in TEXTS["Dockerfile.dockerignore"].split()]
     tree = tmp_path / "tree"  # a copy: building leaves traces
-    for source in copied():
+    for source in COPIED:
         if source.endswith("/"):
             shutil.copytree(ROOT / source, tree / source, symlinks=True, ignore=shutil.ignore_patterns(*ignored))
         else:
@@ -146,12 +116,11 @@ def test_the_wheel_of_what_the_image_copies_holds_every_module_and_preset(tmp_pa
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(tree)], check=True)
     [wheel] = tmp_path.glob("*.whl")
-    wanted = {
-        f"esper/{path.relative_to(ROOT)}"
-        for folder in ("platform", "workers", "policies", "pipelines")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".html") or path.match("platform/presets/*.json")
-    } | {"esper/__init__.py"}
+    ours = [
+        path for folder in ("platform", "workers", "policies", "pipelines") for path in (ROOT / folder).rglob("*.*")
+    ]
+    kinds = (".py", ".html", ".json")
+    wanted = {f"esper/{path.relative_to(ROOT)}" for path in ours if path.suffix in kinds} | {"esper/__init__.py"}
     assert any(name.endswith(".json") for name in wanted)
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
@@ -160,24 +129,23 @@ def test_the_rayjob_has_what_kuberay_asks_for_and_its_pods_share_all():
     """What `ValidateRayJobSpec` of KubeRay 1.7.0 asks for, and the names that its CRD requires."""
     assert (JOB["apiVersion"], JOB["kind"]) == ("ray.io/v1", "RayJob")
     assert JOB["spec"]["shutdownAfterJobFinishes"] is True  # without it ttlSecondsAfterFinished must be 0
-    assert JOB["spec"]["backoffLimit"] > 0
-    assert JOB["spec"]["submitterConfig"]["backoffLimit"] > 0
+    assert JOB["spec"]["backoffLimit"] > 0 < JOB["spec"]["submitterConfig"]["backoffLimit"]
     ray = JOB["spec"]["rayClusterSpec"]
     assert f"ray=={ray['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()  # the token needs 2.52
     assert ray["authOptions"] == {"mode": "token", "secretName": "esper-ray-token"}
-    pods = [group["template"]["spec"] for group in GROUPS]
-    containers = [container for pod in pods for container in pod["containers"]]
-    for group, pod, container in zip(GROUPS, pods, containers, strict=True):
+    shared = []
+    for group in GROUPS:
+        pod = group["template"]["spec"]
+        [container], [volume] = pod["containers"], pod["volumes"]
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         assert "restartPolicy" not in pod  # the autoscaler's second version refuses any but Never
         assert pod["securityContext"]["runAsUser"] == pod["securityContext"]["fsGroup"] == 1000  # the image's user
-        [volume], [mount] = pod["volumes"], container["volumeMounts"]
         assert volume["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
-        assert mount == {"name": volume["name"], "mountPath": "/esper"}
+        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/esper"}]
+        assert {variable["name"] for variable in container["env"]} == {"ESPER_CACHE", "MLFLOW_TRACKING_URI"}
+        shared.append((container["image"], container["env"]))
+    assert shared[0] == shared[1]
     assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert containers[0]["image"] == containers[1]["image"]
-    assert containers[0]["env"] == containers[1]["env"]
-    assert {variable["name"] for variable in containers[0]["env"]} == {"ESPER_CACHE", "MLFLOW_TRACKING_URI"}
     assert 1 <= GROUPS[1]["minReplicas"] <= GROUPS[1]["replicas"] <= GROUPS[1]["maxReplicas"]
 
 
@@ -187,12 +155,12 @@ def test_the_entry_point_survives_the_submitters_shell_and_names_what_exists():
     assert re.fullmatch(r"[\w ./=:-]+", entrypoint)
     shell, script, folder, *rest = shlex.split(entrypoint)
     assert shell == "sh"
-    assert script in copied()
+    assert script in COPIED
     assert folder.startswith("/esper/")
-    spec = load_spec("demo", list(parse(PPOArguments, ["--out", folder, *rest]).set))
+    fleet = load_spec("demo", parse(PPOArguments, ["--out", folder, *rest]).set).fleet
     cores = int(GROUPS[1]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    assert spec.fleet.workers is not None
-    assert spec.fleet.workers * spec.fleet.cpus <= GROUPS[1]["maxReplicas"] * cores
+    assert fleet.workers is not None
+    assert fleet.workers * fleet.cpus <= GROUPS[1]["maxReplicas"] * cores
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from esper.platform.budget import DecisionClock
+from esper.platform.clock import DecisionClock
 from esper.platform.contracts import GraftAction, HostShape, Instance, Transition
 from esper.platform.errors import UserError
 from esper.platform.ledger import AXES, Ledger
@@ -187,7 +187,7 @@ class Episode(ABC):
 
     def fraction(self) -> float:
         """Fraction of the budget spent."""
-        return self.clock.fraction(self.reading())
+        return min(1.0, self.reading() / self.clock.amount)
 
     def expected_seconds(self) -> float:
         """Predicted seconds until the next decision at the current size; 0 once ended."""

@@ -30,9 +30,5 @@ def main(argv: list[str] | None = None) -> int:
     return choose("esper", "command", commands, line)
 
 
-def _run(name: str, rest: list[str]) -> int:
-    return import_module(f"esper.pipelines.{name}").main(rest)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _run(name: str, argv: list[str] | None) -> int:
+    return import_module(f"esper.pipelines.{name}").main(argv)

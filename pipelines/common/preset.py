@@ -12,6 +12,7 @@ from esper.platform.spec import RunSpec, load_spec
 from esper.workers.candidates import telemetry_space
 from esper.workers.tolaria.data.sources import SOURCES
 from esper.workers.tolaria.device import pick_device
+from esper.workers.tolaria.hosts import start_shape
 
 TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}  # task → device → preset
 LAWS = "tinystories-char"  # on loss laws
@@ -31,11 +32,20 @@ def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "la
         overrides.append(f"data.source={arguments.data if named else arguments.data.resolve()}")
     spec = load_spec(preset, overrides)
     if on != "laws" and spec.device != "cuda":
-        check_fits(spec.training_bytes(), "training")
+        check_fits(training_bytes(spec), "training")
     telemetry_space(spec)  # resolves the blueprints
     if on == "here":
         pick_device(spec)
     return spec
+
+
+def training_bytes(spec: RunSpec) -> int:
+    """About the least memory of training at the starting size, in bytes, without the vocabulary's part.
+
+    Weights, gradients and AdamW's moments in float32; 12 activations of width C per token and layer.
+    """
+    shape, tokens = start_shape(spec, vocab_size=1), spec.data.batch_size * spec.host.block_size
+    return 16 * shape.parameters_count() + 4 * 12 * tokens * spec.host.n_embd * shape.depth()
 
 
 def describe(spec: RunSpec) -> str:

@@ -4,38 +4,30 @@ import sys
 import time
 
 from esper.platform.console import Eta, say
-from esper.platform.contracts import GraftAction, Transition
+from esper.platform.contracts import GraftAction
 from esper.platform.telemetry import Telemetry
 from esper.workers.run import GrowthRun
 
 REFRESH_SECONDS = 0.5
+CLEAR = "\r\033[K"  # the terminal's line
 
 
 class RunProgress:
-    """Give `on_step` to a GrowthRun and `on_decision` to `play`; `done` is the budget fraction of a resumed run."""
+    """`done` is the budget fraction of a resumed run."""
 
     def __init__(self, done: float = 0.0) -> None:
-        self._eta = Eta(done)
-        self._live = sys.stderr.isatty()
-        self._shown_at = time.perf_counter()
-        self._steps_then: int | None = None
+        self._eta, self._live, self._shown_at = Eta(done), sys.stderr.isatty(), time.perf_counter()
 
     def on_step(self, run: GrowthRun) -> None:
         """Rewrite the live line, at most twice a second."""
-        now = time.perf_counter()
-        if not self._live or now - self._shown_at < REFRESH_SECONDS:
-            return
-        steps = 0 if self._steps_then is None else run.ledger.steps - self._steps_then
-        rate = steps * run.tokens_per_step / (now - self._shown_at)
-        self._shown_at, self._steps_then = now, run.ledger.steps
-        if steps:
-            sys.stderr.write(f"\r\033[K{self._line(run, rate)}")
-            sys.stderr.flush()
+        if self._live and time.perf_counter() - self._shown_at >= REFRESH_SECONDS:
+            self._shown_at = time.perf_counter()
+            print(CLEAR + self._line(run), end="", file=sys.stderr, flush=True)
 
-    def on_decision(self, run: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
+    def on_decision(self, run: GrowthRun, telemetry: Telemetry, action: GraftAction) -> None:
         """Print what was decided and where the run stands now."""
         if self._live:
-            sys.stderr.write("\r\033[K")
+            print(CLEAR, end="", file=sys.stderr)
         chosen = telemetry.actions[action.index]
         if chosen.operation != "wait":
             say(f"  {chosen}: {action.reason}")
@@ -43,12 +35,11 @@ class RunProgress:
             if rollback.decision == telemetry.sequence:
                 removed = f", {rollback.removed} removed" if rollback.removed else ""
                 say(f"  rolled back at step {rollback.optimizer_step:,}: {rollback.fault}{removed}")
-        rate = run.ledger.tokens / max(run.ledger.wall_seconds, 1e-9)
-        say(f"{self._line(run, rate)}, val loss {run.loss:.4f}")
+        say(f"{self._line(run)}, val loss {run.loss:.4f}")
 
-    def _line(self, run: GrowthRun, tokens_per_second: float) -> str:
-        fraction = run.fraction()
+    def _line(self, run: GrowthRun) -> str:
+        fraction, ledger = run.fraction(), run.ledger
         return (
-            f"{fraction:4.0%} of budget, step {run.ledger.steps:,}, {run.layout.parameters:,} parameters, "
-            f"{tokens_per_second:,.0f} tokens/s, {self._eta.left(fraction)} left"
+            f"{fraction:4.0%} of budget, step {ledger.steps:,}, {run.layout.parameters:,} parameters, "
+            f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} tokens/s, {self._eta.left(fraction)} left"
         )

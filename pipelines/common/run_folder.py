@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from uuid import uuid4
+
+from pydantic import Field
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.pipelines.common.preset import describe
@@ -20,7 +22,7 @@ from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.pins import INPUTS, PINS, SPEC, check_pins, pin
-from esper.platform.spec import RunSpec, saved_spec
+from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json
 from esper.platform.tracking import Tracker, synced
 from esper.platform.tracking_store import tracking_uri
@@ -28,33 +30,25 @@ from esper.workers.laws.scaling_law import budget_tokens
 from esper.workers.tolaria.data import TokenData, ensure
 from esper.workers.tolaria.hosts import start_shape
 
-PLAN = "inputs/plan.json"
-
-P = TypeVar("P", bound=Frozen)
-
-
-class Kept(Frozen):
-    """`inputs/plan.json`: what work goes on with, beside its spec."""
-
-    command: str
-    folder: dict[str, Any]
-    plan: dict[str, Any]
+PLAN = f"{INPUTS}/plan.json"  # the fields of RunFolder but for `out` and `spec`
 
 
 class RunFolder(Frozen):
     """A folder of results, and what its work is."""
 
-    out: Path
-    spec: RunSpec  # `spec.data.source` is the text that was asked for
+    out: Path = Field(exclude=True)
+    spec: RunSpec = Field(exclude=True)  # `spec.data.source` is the text that was asked for
     data: Path | None  # the prepared shards; None on loss laws
     seed: int  # of the run, or the first of several
     task: str
     key: str  # of its run in MLflow
     store: str  # MLflow's, that resumed work goes on with unless MLFLOW_TRACKING_URI is set
+    command: str = ""  # `esper COMMAND`, once it has begun
+    plan: dict[str, Any] = Field(default={})  # what the command goes on with, beside its spec
 
     @classmethod
     def new(cls, arguments: CommonArguments, spec: RunSpec, name: str, *, laws: bool = False) -> Self:
-        """Settle data (none on laws) and output folder (default: `runs/NAME-TIME`), and say so; writes nothing yet."""
+        """Settle data (none on laws), say what is to be done, and make the folder (default: `runs/NAME-TIME`)."""
         out, data = output_folder(arguments, name), None if laws else ensure(spec.data)
         common = {"seed": arguments.seed, "task": arguments.task, "key": uuid4().hex, "store": tracking_uri()}
         folder = cls(out=out, spec=spec, data=data, **common)
@@ -62,49 +56,44 @@ class RunFolder(Frozen):
         if not laws:
             folder._check_text()
         say(f"out     {out}")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made ({error.strerror}): name one where you may write.") from None
         return folder
 
     @contextmanager
     def begin(
-        self, command: str, plan: Frozen, inputs: Mapping[str, Path | None] | None = None
-    ) -> Iterator[Mapping[str, Path]]:
-        """Make and lock the folder for `esper COMMAND`; yields the copies of `inputs`, which the results rest on."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--out {self.out} cannot be made ({error.strerror}): name a folder you may write to."
-            ) from None
+        self, command: str, plan: Mapping[str, Any] | None = None, inputs: Mapping[str, Path | None] | None = None
+    ) -> Iterator[dict[str, Path]]:
+        """Lock the folder for `esper COMMAND`; yields the copies of `inputs`, which the results rest on."""
         with alone(self.out):
-            kept = Kept(
-                command=command,
-                folder=self.model_dump(mode="json", exclude={"out", "spec"}),
-                plan=plan.model_dump(mode="json"),
-            )
-            write_json(self.out / PLAN, kept.model_dump())
+            kept = self.model_copy(update={"command": command, "plan": dict(plan or {})})
+            write_json(self.out / PLAN, kept.model_dump(mode="json"))
             given = {name: path for name, path in (inputs or {}).items() if path is not None}
             yield self.pin({**given, "plan": self.out / PLAN})
 
     @classmethod
-    def read(cls, out: Path, command: str, plan_class: type[P]) -> tuple[Self, P]:
-        """The folder and plan of earlier work. Raises UserError where `out` is not a folder of this command."""
+    def read(cls, out: Path, command: str) -> Self:
+        """The folder of earlier work. Raises UserError where `out` is not a folder of this command."""
         out, path = out.resolve(), out.resolve() / PLAN
         if not (out / PINS).exists():
             raise UserError(f"{out} holds no work of `esper {command}`: name the output folder of one.")
-        kept = Kept.checked(read_json(path, str(path), "a folder that `esper` made"), str(path))
-        if kept.command != command:
-            raise UserError(f"{out} holds the work of `esper {kept.command}`, and not of `esper {command}`.")
-        folder = cls.checked({**kept.folder, "out": out, "spec": saved_spec(out / SPEC)}, str(path))
-        return folder, plan_class.checked(kept.plan, str(path))
+        kept = read_json(path, str(path), "a folder that `esper` made")
+        whole = {**kept, "out": out, "spec": load_spec(out / SPEC)} if isinstance(kept, dict) else kept
+        folder = cls.checked(whole, str(path))
+        if folder.command != command:
+            raise UserError(f"{out} holds the work of `esper {folder.command}`, and not of `esper {command}`.")
+        return folder
 
     @classmethod
     @contextmanager
-    def reopen(cls, out: Path, command: str, plan_class: type[P]) -> Iterator[tuple[Self, P]]:
+    def reopen(cls, out: Path, command: str) -> Iterator[Self]:
         """Lock the folder of earlier work to go on with it; raises as `read`, or where another process works there."""
-        folder, plan = cls.read(out, command, plan_class)
+        folder = cls.read(out, command)
         with alone(folder.out):
             os.environ.setdefault("MLFLOW_TRACKING_URI", folder.store)
-            yield folder, plan
+            yield folder
 
     def check(self) -> dict[str, Path]:
         """The inputs' copies. Raises UserError where text, spec, code or inputs have changed since the work began."""
@@ -137,24 +126,20 @@ class RunFolder(Frozen):
 
     def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
         """The tracker of its MLflow run, with the options of `Tracker`."""
-        tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
         named = {"experiment": self.experiment, "run_name": self.out.name, **options}
-        params = self.spec.model_dump(mode="json")
-        return Tracker(self.out, key=self.key, tags=tags, params=params, **named)
+        tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
+        return Tracker(self.out, key=self.key, tags=tags, params=self.spec.model_dump(mode="json"), **named)
 
-    def send(self, tracker: Callable[[], Tracker], kept: Iterable[str]) -> bool:
-        """Send MLflow what it lacks of ended work, the `kept` files with it; False where that is nothing.
-
-        Raises UserError where MLflow does not take it all.
-        """
+    def send(self, track: Callable[[], Tracker], files: Iterable[str]) -> bool:
+        """Send MLflow what it lacks of ended work, or raise UserError; False where it lacks nothing."""
         if synced(self.out, tracking_uri()):
             return False
-        opened = tracker()
-        for name in kept:
-            opened.artifact(self.out / name)
-        if not opened.close(ended=int((self.out / "summary.json").stat().st_mtime * 1000)):
-            raise UserError(f"MLflow did not take everything of the work in {self.out}: try again once it is there.")
-        say(f"MLflow has had everything of the work in {self.out} now.")
+        tracker = track()
+        for name in files:
+            tracker.artifact(self.out / name)
+        if not tracker.close(ended=int((self.out / "summary.json").stat().st_mtime * 1000)):
+            raise UserError(f"MLflow did not take everything of {self.out}: try again once it is there.")
+        say(f"MLflow has had everything of {self.out} now.")
         return True
 
     def _check_text(self) -> None:
@@ -165,8 +150,7 @@ class RunFolder(Frozen):
                     f"the {name} text has {counted(split.tokens, 'token')}, too few for a context of {block}: "
                     "give more text, or set a smaller host.block_size."
                 )
-        unseen = sum(split.unseen for split in manifest.splits.values())
-        train = manifest.splits["train"].tokens
+        train, unseen = manifest.splits["train"].tokens, sum(split.unseen for split in manifest.splits.values())
         say(f"data    {manifest.source}, {manifest.tokenizer}: {train:,} training tokens in {self.data}")
         epochs = budget_tokens(self.spec, start_shape(self.spec, manifest.vocab_size)) / train
         if epochs > 1:

@@ -9,13 +9,12 @@ from esper.pipelines.common.play import metrics, play, save, take_up, unplayed
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.progress import RunProgress
 from esper.pipelines.common.run_folder import RunFolder
-from esper.pipelines.common.stopping import Stopped, StopSignals
+from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.platform import checkpoint
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import counted, duration, say
 from esper.platform.contracts import GraftAction, GrowthPolicy, Transition
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
 from esper.platform.telemetry import Telemetry
@@ -27,68 +26,63 @@ KEPT = ("summary.json", "spec.json")  # in MLflow
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
 
 
-class TrainPlan(Frozen):
-    """What a run goes on with, beside what its folder has."""
-
-    arm: str
-
-
 def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
     """Settle, and train from the start; `files` are the arm's inputs by the names of `ArmInputs`."""
     spec, policy = resolve_spec(arguments), files["policy"]
     files = {**files, "policy": policy and policy_file(policy)}
-    policy_of(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
+    _policy(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
     folder = RunFolder.new(arguments, spec, f"train-{arm}")
-    with folder.begin("train", TrainPlan(arm=arm), files) as inputs:
+    with folder.begin("train", {"arm": arm}, files) as inputs:
         growth = GrowthRun(spec, folder.tokens)
         growth.reset(seed=folder.seed)
-        return train(folder, growth, policy_of(arm, spec, folder.seed, inputs), arm)
+        return train(folder, growth, _policy(arm, spec, folder.seed, inputs), arm)
 
 
 def resume(out: Path) -> int:
     """Go on with the run in `out` from its checkpoint, or send MLflow the rest of an ended one."""
-    with RunFolder.reopen(out, "train", TrainPlan) as (folder, plan):
+    with RunFolder.reopen(out, "train") as folder:
+        arm = str(folder.plan.get("arm"))
         if folder.ended:
-            if folder.send(lambda: folder.track({"arm": plan.arm}), KEPT):
+            if folder.send(lambda: folder.track({"arm": arm}), KEPT):
                 return 0
             raise UserError(f"the run in {out} has ended: its results are in {folder.out / 'summary.json'}.")
-        policy = policy_of(plan.arm, folder.spec, folder.seed, folder.check())
+        policy = _policy(arm, folder.spec, folder.seed, folder.check())
         growth = GrowthRun(folder.spec, folder.tokens)
         saved = folder.out / CHECKPOINTS / f"{RUN}.safetensors"
         kept = checkpoint.read(saved) if saved.exists() else None  # it may have been killed before its first decision
         take_up(growth, policy, kept, folder.seed)
         where = f"at optimizer step {growth.ledger.steps:,} ({growth.fraction():.0%} of the budget)"
-        say(f"resume  {folder.out}, {plan.arm}, {where}")
-        return train(folder, growth, policy, plan.arm)
+        say(f"resume  {folder.out}, {arm}, {where}")
+        return train(folder, growth, policy, arm)
 
 
 def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) -> int:
-    """Play the run to its end, saving at every decision, and report."""
-    out = folder.out
-    progress = RunProgress(growth.fraction())
+    """Play the run to its end, saving at every decision, and report; returns 1 if it was given up."""
+    out, progress = folder.out, RunProgress(growth.fraction())
     with (
-        StopSignals() as signals,
+        stop_signals(f"stopped; go on with: esper train --resume {out}") as check,
         CheckpointStore(out / CHECKPOINTS) as checkpoints,
         folder.track({"arm": arm}) as tracker,
     ):
 
         def on_step(growth: GrowthRun) -> None:
             progress.on_step(growth)
-            signals.check()
+            check()
 
         def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
-            progress.on_decision(growth, telemetry, action, transition)
+            progress.on_decision(growth, telemetry, action)
             tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
             save(growth, policy, checkpoints, RUN)
 
         growth.on_step = on_step
         try:
             summary = play(growth, policy, arm=arm, on_decision=on_decision)
-        except Stopped as stopped:
+        except Stopped:
             save(growth, policy, checkpoints, RUN)
             checkpoints.close()
-            where = f"saved at optimizer step {growth.ledger.steps:,}; go on with: esper train --resume {out}"
-            raise Stopped(stopped.number, checkpoints.failed or where) from None
+            if not checkpoints.failed:  # that has been said
+                say(f"saved at optimizer step {growth.ledger.steps:,}")
+            raise
         checkpoints.flush()
         for point in growth.curve[1:]:  # a full disk may have kept one from the journal
             tracker.log(metrics(point), int(point["steps"]))
@@ -120,7 +114,7 @@ def report(summary: Mapping[str, Any], fraction: float, out: Path) -> None:
     say(f"results: {out / 'summary.json'}")
 
 
-def policy_of(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:
+def _policy(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:
     """The arm's controller, from the files that the user named or their copies."""
     given = {name: files.get(name) for name in ("policy", "schedule", "match")}
     return make_policy(arm, ArmInputs(seed=seed, blueprints=tuple(spec.growth.blueprints), **given))

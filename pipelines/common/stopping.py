@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM as a request: the work stops where it can be taken up again, not in the middle of something."""
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -9,32 +11,29 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, message: str = "") -> None:
         super().__init__(message)
-        self.number = number
         self.exit_code = 128 + number
 
 
-class StopSignals:
-    """Within its `with` block a first signal is noted for `check` to raise; a second one acts at once."""
+@contextmanager
+def stop_signals(how: str) -> Iterator[Callable[[], None]]:
+    """Yield `check`, to be called where stopping is possible: it raises Stopped, which says `how` to go on.
 
-    def __init__(self) -> None:
-        self._asked: int | None = None
-        self._before: dict[int, object] = {}
+    A second signal acts at once.
+    """
+    asked: list[int] = []
 
-    def check(self) -> None:
-        """Call where stopping is possible; raises Stopped once a signal has come."""
-        if self._asked is not None:
-            raise Stopped(self._asked)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None:
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
             raise Stopped(number, "stopped at once; what was saved last is kept.")
-        self._asked = number
+        asked.append(number)
 
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
+    def check() -> None:
+        if asked:
+            raise Stopped(asked[0], how)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

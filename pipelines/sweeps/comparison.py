@@ -9,9 +9,10 @@ import pandas as pd
 
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
-from esper.pipelines.common.stopping import Stopped, StopSignals
+from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
+from esper.pipelines.reports.runs import read_sweeps
 from esper.pipelines.sweeps.arms import PPO
 from esper.pipelines.sweeps.chart_view import curve_names, share_view
 from esper.pipelines.sweeps.log import SUMMARY, TRIAL_SECONDS, SweepLog
@@ -35,15 +36,15 @@ def begin(arguments: SweepArguments, name: str = "sweep") -> int:
     spec = resolve_spec(arguments, on="fleet" if trains and arguments.train_on == "text" else "here")
     plan = SweepPlan.settled(arguments, spec)
     folder = RunFolder.new(arguments, spec, name)
-    policy = None if arguments.policy is None else policy_file(arguments.policy)
-    with folder.begin("sweep", plan, {"policy": policy, "schedule": arguments.schedule}) as inputs:
+    files = {"policy": arguments.policy and policy_file(arguments.policy), "schedule": arguments.schedule}
+    with folder.begin("sweep", plan.model_dump(mode="json"), files) as inputs:
         return compare(folder, plan, inputs)
 
 
 def resume(out: Path) -> int:
     """Go on with the sweep in `out`. Raises UserError where there is none or its inputs have changed."""
-    with RunFolder.reopen(out, "sweep", SweepPlan) as (folder, plan):
-        inputs = folder.check()
+    with RunFolder.reopen(out, "sweep") as folder:
+        inputs, plan = folder.check(), SweepPlan.checked(folder.plan, f"the plan of {folder.out}")
         say(f"resume  {folder.out}")
         return compare(folder, plan, inputs)
 
@@ -52,25 +53,25 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
     """Run what is missing and report; returns 1 if a trial failed."""
     manifest, out = folder.tokens.manifest, folder.out
     data = f"{manifest.source}, {manifest.tokenizer}, {manifest.splits['train'].tokens:,} training tokens"
+    how = f"stopped, with nothing lost; go on with: esper sweep --resume {out}"
     with (
         cluster.session(gpus=gpus_needed(folder.spec)),
-        StopSignals() as signals,  # after `ray.init`, which puts in a handler of its own, in C, that aborts
+        stop_signals(how) as check,  # after `ray.init`, which puts in a handler of its own, in C, that aborts
         folder.track({"kind": "sweep", "data": data, **provenance()}, system_metrics=True) as parent,
     ):
-        sweep = Sweep(folder, plan, inputs, parent, signals.check)
+        sweep = Sweep(folder, plan, inputs, parent, check)
         try:
             sweep.run()
-        except Stopped as stopped:
+        except Stopped:
             parent.close("KILLED", TRIAL_SECONDS)
-            how = f"stopped, with nothing lost; go on with: esper sweep --resume {out}"
-            raise Stopped(stopped.number, str(stopped) or how) from None
+            raise
         summaries, failures = sweep.tell()
     say(f"results: {out / SUMMARY}")
     if parent.run_id is None:
         say(f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}")
         return 1 if failures else 0
     try:
-        write_report(parent.uri, parent.run_id, out / "report")
+        write_report(read_sweeps(parent.uri, None, parent.run_id)[0], out / "report")
         say(f"report:  {out / 'report' / 'report.html'}")
     except UserError as error:
         say(f"no report: {error}")

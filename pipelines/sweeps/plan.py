@@ -5,11 +5,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from esper.pipelines.common.arguments import ResumableArguments
+from esper.pipelines.common.arguments import ResumableArguments, flag
 from esper.pipelines.sweeps.arms import (
     FOLLOWERS,
     LRPATH,
@@ -34,28 +32,19 @@ LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
 class SweepArguments(ResumableArguments):
     """Compare arms at an equal budget."""
 
-    arms: str = Field(
-        default="static,tamiyo",
-        title="A,B,C",
-        description=f"Arms, separated by commas, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: "
-        "static_final:tamiyo.",
+    arms: str = flag(
+        "static,tamiyo",
+        f"Arms, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: static_final:tamiyo.",
+        "A,B,C",
     )
-    sizes: Annotated[
-        str | None, Field(title="1,2,4", description="Layers of the static sizes; none: the preset's own only.")
-    ] = None
-    seeds: Annotated[int, Field(ge=1, le=1000, description="Test seeds of each arm: --seed and those after it.")] = 1
-    tuning_seeds: Annotated[
-        int, Field(ge=0, le=100, description="Other seeds, that sizes, schedules and rates are chosen on.")
-    ] = 2
-    grid: list[str] = Field(
-        default=[], title="KEY=A,B", description="Compare at each of these values; may be given for several keys."
-    )
-    tune_lr: Annotated[bool, Field(description="Find the learning rate of each static size, on tuning seeds.")] = False
-    policy: Path | None = Field(default=None, description="For ppo: a trained policy; without one it is trained first.")
-    train_on: Annotated[
-        TrainedOn, Field(description="Where no --policy is given: on text, or on loss laws fitted to static runs.")
-    ] = "text"
-    schedule: Annotated[Path | None, Field(title="FILE", description="For schedule: a JSON list of grafts.")] = None
+    sizes: str | None = flag(None, "Layers of the static sizes; none: the preset's own only.", "1,2,4")
+    seeds: int = flag(1, "Test seeds of each arm: --seed and those after it.", ge=1, le=1000)
+    tuning_seeds: int = flag(2, "Other seeds, that sizes, schedules and rates are chosen on.", ge=0, le=100)
+    grid: tuple[str, ...] = flag((), "Compare at each of these values; may be given for several keys.", "KEY=A,B")
+    tune_lr: bool = flag(False, "Find the learning rate of each static size, on tuning seeds.")
+    policy: Path | None = flag(None, "For ppo: a trained policy; without one it is trained first.")
+    train_on: TrainedOn = flag("text", "Where no --policy is given: on text, or on loss laws fitted to static runs.")
+    schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
 
 
 @dataclass(frozen=True)

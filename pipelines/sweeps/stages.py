@@ -141,7 +141,7 @@ class PointStages:
         how = {"parent": self._log.parent, "check": self._log.check}
         try:
             if (out / PLAN).exists():
-                with RunFolder.reopen(out, "ppo", Frozen) as (own, _):
+                with RunFolder.reopen(out, "ppo") as own:
                     own.check()
                     if not own.ended:
                         train_controller(own, **how)
@@ -151,7 +151,7 @@ class PointStages:
                     spec = self._with_laws(spec)
                 values = {"out": out, "spec": spec, "data": None if laws else self._folder.data, "key": uuid4().hex}
                 own = self._folder.model_copy(update={**values, "seed": TRAINING_SEED + self._folder.seed})
-                with own.begin("ppo", Frozen()):
+                with own.begin("ppo"):
                     train_controller(own, **how)
             summary = read_json(out / SUMMARY, str(out / SUMMARY), "the summary of a controller's training")
             known = {"checkpoint": summary["checkpoint"], "trained_on": plan.train_on, "spent": summary["spent"]}

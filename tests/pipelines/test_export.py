@@ -12,7 +12,7 @@ import torch
 from esper.pipelines import prepare, train
 from esper.pipelines.export import main
 from esper.platform import checkpoint
-from esper.platform.spec import saved_spec
+from esper.platform.spec import load_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.export import load_native, load_native_tokenizer
@@ -47,7 +47,7 @@ def test_a_grown_run_in_both_formats_and_without_its_text(trained, tmp_path, cap
     assert f"host = load_native('{tmp_path / 'native'}')" in printed
     assert f"AutoTokenizer.from_pretrained('{tmp_path / 'gpt2'}')" in printed
 
-    idx, run = torch.arange(16)[None], GrowthRun(saved_spec(trained / "spec.json"), data)
+    idx, run = torch.arange(16)[None], GrowthRun(load_spec(trained / "spec.json"), data)
     run.load(*checkpoint.read(trained / "checkpoints" / "run.safetensors"))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     with torch.no_grad():
@@ -90,8 +90,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capfd):
         ("damaged --out out", "is damaged"),
         ("run --out run", "--out run already holds another run"),
         ("run --out run/checkpoints/run.safetensors", "is a file"),
-        ("run", "--out is missing"),
-        ("run --out out --format gguf", "must be one of gpt2, native"),
+        ("run", "out is missing"),
+        ("run --out out --format gguf", "input should be 'native' or 'gpt2'"),
         ("run --out out --format gpt2", "layer h0 has 3 head(s)"),
         ("--out out", "the following arguments are required: run"),
     ):

@@ -80,7 +80,7 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, n
     assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:
         assert f"go on with: esper train --resume {out}" in printed
-        step = printed.split("saved at optimizer step ")[1].split(";")[0]
+        step = printed.split("saved at optimizer step ")[1].split()[0]
 
     plan.unlink()  # the run has its own
     assert main(["--resume", str(out)]) == 0

@@ -44,7 +44,7 @@ def summary(out: Path, trial: str) -> dict:
 def children(store: MlflowClient, out: Path) -> dict:
     """The sweep's trials in MLflow, by name."""
     experiment = store.get_experiment_by_name("esper-stories").experiment_id
-    [parent] = store.search_runs([experiment], f"tags.`esper.key` = '{read(out, 'inputs/plan.json')['folder']['key']}'")
+    [parent] = store.search_runs([experiment], f"tags.`esper.key` = '{read(out, 'inputs/plan.json')['key']}'")
     runs = store.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     assert len({run.info.run_name for run in runs}) == len(runs)
     return {run.info.run_name: run for run in runs}
@@ -314,7 +314,7 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
         (["--arms", "schedule"], "needs a schedule"),
         (["--arms", "ppo", "--policy", "/nowhere"], "policy /nowhere"),
         (["--arms", "static,openloop"], "give --policy CHECKPOINT"),
-        (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", "0"], "seeds is '0'"),
         (["--tune-lr", "--tuning-seeds", "0"], "--tuning-seeds is 0: give at least 1"),
         (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as --sizes 1,2,4"),
         (["--grid", "budget.amont=1,2"], "budget.amont"),

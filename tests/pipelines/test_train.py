@@ -8,7 +8,7 @@ import json
 import pytest
 
 from esper.pipelines.train import main
-from esper.platform.spec import saved_spec
+from esper.platform.spec import load_spec
 
 SUMMARY = (
     "arm seed preset val_loss perplexity parameters parameters_non_embedding tokens flops seconds wall_seconds "
@@ -36,7 +36,7 @@ def test_a_run_leaves_its_summary_spec_and_mlflow_run(tiny, client, tmp_path, ca
     assert len(summary["val_curve"]) == 9
     assert set(POINT.split()) <= set(summary["val_curve"][0])
     assert summary["val_curve"][0]["budget_fraction"] == 0
-    assert saved_spec(out / "spec.json").budget.decisions == 8
+    assert load_spec(out / "spec.json").budget.decisions == 8
     printed = capfd.readouterr().err
     for part in (
         "GPT of 1 layer, 2 heads",

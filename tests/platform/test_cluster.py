@@ -1,6 +1,6 @@
 """A local Ray cluster comes and goes with its session, listens on 127.0.0.1 only, and does not die without a word.
 
-Each test runs a driver of its own, as a user would.
+Each test runs a driver of its own, as a user would, in an unrelated folder with the clone on its PYTHONPATH.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.mlflow_servers import free_port
 ROOT = Path(__file__).parents[2]
 
 SESSION = """
-import os, subprocess, sys, urllib.error, urllib.request
+import os, subprocess, sys
 import esper.pipelines
 from esper.platform import cluster
 from esper.platform.errors import UserError
@@ -34,13 +34,11 @@ class Actor:
 with cluster.session(cpus=3):
     actor = Actor.remote()
     print(cluster.cores(), *ray.get(actor.see.remote()))
-    with cluster.session():  # one inside another neither starts nor ends anything
-        pass
-    print(ray.is_initialized())
     try:
-        cluster.connect(gpus=99)
+        with cluster.session(gpus=99):  # one inside another neither starts nor ends anything
+            pass
     except UserError as error:
-        print(error)
+        print(ray.is_initialized(), error)
     me = psutil.Process()
     listening = [
         connection.laddr
@@ -54,63 +52,50 @@ with cluster.session(cpus=3):
     for _ in "ab":
         done = subprocess.run([sys.executable, "-c", inner], env=env, capture_output=True, text=True)
         print(done.stdout.strip(), done.stderr.strip())
-print(ray.is_initialized(), cluster.cores() == len(os.sched_getaffinity(0)))
+print(ray.is_initialized())
 """
 
 
-def environment(*paths: Path, **more: str) -> dict[str, str]:
-    """That of a driver in an unrelated folder, the clone on its PYTHONPATH."""
+def driver(code: str, *arguments: str, paths: tuple[Path, ...] = (), **more: str) -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return env | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *paths])), **more}
-
-
-def drive(code: str, *paths: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
-    env = environment(*paths, **more)
-    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=200, check=False)
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *paths])), **more}
+    command, pipe = [sys.executable, "-c", code, *arguments], subprocess.PIPE
+    return subprocess.Popen(command, cwd="/", env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_a_session_starts_a_cluster_on_this_machine_alone_shares_it_and_ends_it(tmp_path: Path):
     (tmp_path / "only_here.py").write_text("VALUE = 'found'\n")
-    done = drive(SESSION, tmp_path, HOME="/proc/nothing")
-    assert done.returncode == 0, done.stderr
-    seen, inside, refused, listening, *attached, after = done.stdout.splitlines()
+    with driver(SESSION, paths=(tmp_path,), HOME="/proc/nothing") as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    seen, refused, listening, *attached, after = out.splitlines()
     assert seen == f"3 found {os.uname().sysname} {ROOT}/esper/platform/errors.py"
-    assert inside == "True"
-    assert refused.startswith("99 GPUs asked for, but the Ray cluster has 0: ")
+    assert refused.startswith("True 99 GPUs asked for, but the Ray cluster has 0: ")
     count, _, addresses = listening.partition(" ")
     assert int(count) >= 6
     assert addresses == "{'127.0.0.1'}"
-    for line in attached:
-        assert line.startswith("3 Ray: attached to 127.0.0.1:")
-        assert line.endswith(", 3 cores")
     assert len(attached) == 2
-    assert after == "False True"
-    assert done.stderr == "Ray: local cluster, 3 cores\n"  # and nothing of Ray's own
+    assert all(line.startswith("3 Ray: attached to 127.0.0.1:") for line in attached)
+    assert after == "False"
+    assert err == "Ray: local cluster, 3 cores\n"  # and nothing of Ray's own
 
 
-@pytest.mark.parametrize(
-    ("address", "sentence"),
-    [
-        ("127.0.0.1:PORT", "leads to no Ray cluster (["),
-        ("nonsense", "leads to no Ray cluster (Invalid address format: nonsense): start one with `ray start --head`"),
-        ("http://127.0.0.1:8265", "is a dashboard's address, not a cluster's: submit with `ray job submit --address"),
-    ],
-)
-def test_a_wrong_ray_address_is_one_sentence_at_once(address: str, sentence: str):
+@pytest.mark.parametrize("address", ["127.0.0.1:PORT", "nonsense", "http://127.0.0.1:PORT"])
+def test_a_wrong_ray_address_is_one_sentence_at_once(address: str):
     code = """
 from esper.platform import cluster
 from esper.platform.errors import UserError
 try:
-    cluster.connect()
+    with cluster.session():
+        pass
 except UserError as error:
     print(error)
 """
     address = address.replace("PORT", str(free_port()))
-    done = drive(code, RAY_ADDRESS=address)
-    assert done.stdout.startswith(f"RAY_ADDRESS={address} {sentence}"), done.stderr
-    assert done.stdout.count("\n") == 1
-    assert done.stderr == ""
+    with driver(code, RAY_ADDRESS=address) as process:
+        out, err = process.communicate(timeout=60)
+    assert out.startswith(f"RAY_ADDRESS={address} leads to no Ray cluster ("), err
+    assert (out.count("\n"), err) == (1, "")
 
 
 WORK = """
@@ -149,19 +134,17 @@ with cluster.session(cpus=1):
 
 @pytest.mark.parametrize(("server", "kind"), [("gcs_server", "stops"), ("raylet", "hangs")])
 def test_a_server_of_ray_s_that_is_killed_is_told_and_ends_the_driver_with_all_that_is_its(server: str, kind: str):
-    command, pipe = [sys.executable, "-c", WORK, kind], subprocess.PIPE
-    with subprocess.Popen(command, cwd="/", env=environment(), stdout=pipe, stderr=pipe, text=True) as driver:
-        assert driver.stdout
-        assert driver.stderr
-        assert driver.stdout.readline() == "works\n"
-        family = psutil.Process(driver.pid).children(recursive=True)
-        killed = next(process for process in family if process.name() == server)
+    with driver(WORK, kind) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "works\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+        killed = next(child for child in family if child.name() == server)
         killed.send_signal(signal.SIGKILL)
         began = time.monotonic()
-        assert driver.wait(60) == 1
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
         assert time.monotonic() - began < 30
-        said = driver.stderr.read()
     assert f"error: Ray's {server} (process {killed.pid}) has died, killed or out of memory: this stops here" in said
     assert ("stopped, with nothing lost" in said) == (kind == "stops")
     _, left = psutil.wait_procs(family, timeout=20)
-    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]

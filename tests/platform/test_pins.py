@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from esper.platform import pins
 from esper.platform.errors import UserError
 from esper.platform.pins import check_pins, pin
-from esper.platform.spec import RunSpec, saved_spec
+from esper.platform.spec import RunSpec, load_spec
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_what_is_the_same_goes_on_with_the_copies(begun: Path, tiny_spec):
     (begun.parent / "plan.json").write_text("[2]")  # the user's own file is read no more
     copies = check_pins(begun, data="f00d")
     assert copies["schedule"].read_text() == "[1]"
-    assert saved_spec(begun / "spec.json") == tiny_spec
+    assert load_spec(begun / "spec.json") == tiny_spec
     assert pin(begun, tiny_spec, data="f00d", inputs=copies) == copies  # begun again, from its own copies
 
 

@@ -13,7 +13,7 @@ import torch
 
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction
-from esper.platform.spec import saved_spec
+from esper.platform.spec import load_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 
@@ -100,7 +100,7 @@ def same_telemetry(one, other):
 
 def main(spec: Path, shards: Path, folder: Path) -> None:
     """See above."""
-    run = GrowthRun(saved_spec(spec), TokenData.open(shards))
+    run = GrowthRun(load_spec(spec), TokenData.open(shards))
     with CheckpointStore(folder) as checkpoints:
         if folder.is_dir() and any(folder.glob("[!.]*")):
             run.load(*checkpoints.find("run"))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esper.platform.budget import DecisionClock
+from esper.platform.clock import DecisionClock
 from esper.platform.contracts import Instance
 from esper.platform.spec import RunSpec
 from esper.workers.candidates import within_caps

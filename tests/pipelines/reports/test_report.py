@@ -153,7 +153,7 @@ def test_the_command_says_the_verdict_on_each_grid_point(store: str, capsys: pyt
     assert f"results: {out}/report.html" in printed.err
     assert "already holds" in refused(capsys)
     (out / "report.html").unlink()
-    report.write_report(store, ids["parent"], out)  # over the older one
+    report.write_report(report.read_sweeps(store, None, ids["parent"])[0], out)  # over the older one
     text = (out / "report.html").read_text(encoding="utf-8")
     assert "What the controller cost" not in text
     verdicts = json.loads((out / "report.json").read_text(encoding="utf-8"))["verdicts"]

@@ -1,10 +1,12 @@
 """The decision clock and the ledger: boundaries, overshoot, merged decisions, totals that add up."""
 
+from dataclasses import asdict
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.platform.budget import DecisionClock
+from esper.platform.clock import DecisionClock
 from esper.platform.ledger import AXES, Ledger
 
 
@@ -12,14 +14,12 @@ from esper.platform.ledger import AXES, Ledger
 def test_every_run_passes_each_boundary_and_ends(decisions, amount, step, jump):
     """Steps of any size, one jump (a graft's cost) of any size: decisions only go up, and end at K exactly."""
     clock = DecisionClock(amount, decisions)
-    per_step = step * clock.slice
     reading, seen = jump * clock.slice, 0
     while not clock.spent:
         boundary = clock.boundary
-        while True:  # at least one step, as training does
-            reading += per_step
-            if reading >= boundary:
-                break
+        reading += step * clock.slice  # at least one, as training does
+        while reading < boundary:
+            reading += step * clock.slice
         clock.advance(reading)
         seen += 1
         assert clock.passed >= seen
@@ -28,17 +28,11 @@ def test_every_run_passes_each_boundary_and_ends(decisions, amount, step, jump):
     assert reading >= amount * (1 - 1e-6)
 
 
-def test_overshoot_is_carried_and_a_cost_past_a_boundary_merges_decisions():
+def test_overshoot_is_carried_a_cost_past_a_boundary_merges_decisions_and_rounding_is_forgiven():
     clock = DecisionClock(100, 10)
-    clock.advance(10.4)
-    assert (clock.passed, clock.boundary) == (1, 20)
-    clock.advance(47)
-    assert (clock.passed, clock.boundary) == (4, 50)
-    clock.advance(47)
-    assert clock.passed == 4
-
-
-def test_a_reading_short_by_rounding_counts_as_there():
+    for reading, passed in ((10.4, 1), (47, 4), (47, 4)):
+        clock.advance(reading)
+        assert (clock.passed, clock.boundary) == (passed, 10 * (passed + 1))
     clock = DecisionClock(0.3, 3)
     clock.advance(0.1 + 0.1 + 0.1 - 1e-16)
     assert clock.passed == 3
@@ -46,18 +40,16 @@ def test_a_reading_short_by_rounding_counts_as_there():
 
 @given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(0, 10), st.integers(0, 5)), max_size=20))
 def test_the_ledger_adds_up(charges):
-    ledger = Ledger()
+    ledger, copies = Ledger(), Ledger(steps=7)
     for parameters, seconds, steps in charges:
-        ledger.charge(
-            seconds=seconds,
-            wall_seconds=2 * seconds,
-            parameters=parameters,
-            parameters_non_embedding=parameters // 2,
-            steps=steps,
-            tokens=8 * steps,
-            flops=64.0 * steps,
-        )
+        began = Ledger(**asdict(ledger))
+        amounts = {"steps": steps, "tokens": 8 * steps, "flops": 64.0 * steps}
+        sizes = {"parameters": parameters, "parameters_non_embedding": parameters // 2}
+        ledger.charge(seconds=seconds, wall_seconds=2 * seconds, **sizes, **amounts)
+        copies.add(ledger.less(began))
     assert ledger.parameter_seconds == pytest.approx(sum(n * s for n, s, _ in charges))
     assert ledger.tokens == 8 * ledger.steps
     assert ledger.wall_seconds == pytest.approx(2 * ledger.seconds)
-    assert all(ledger.read(axis) == ledger.as_dict()[axis] for axis in AXES)
+    assert [getattr(copies, axis) for axis in AXES] == pytest.approx(
+        [getattr(ledger, axis) + 7 * (axis == "steps") for axis in AXES]
+    )
