@@ -249,7 +249,7 @@ def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
 
 def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     out = tmp_path / "sweep"
-    slow = [*tiny, "--set", "budget.amount=20000", "--set", "budget.cooldowns=[0.3]", "--set", "host.n_embd=64"]
+    slow = [*tiny, "--set", "budget.amount=8000", "--set", "budget.cooldowns=[0.3]", "--set", "host.n_embd=64"]
     process = command(out, "--arms", "static,lag", *slow)
     try:
         wait_for(lambda: len(trial_processes(process.pid)) == 2 and list(out.glob("saves/*")))

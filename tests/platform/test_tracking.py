@@ -283,7 +283,7 @@ def test_a_store_that_is_not_there_is_one_sentence_for_all_runs_and_the_journal_
         child.log(point(0), 0)
         assert child.run_id is None
         assert child.where == "not tracked"
-        assert [tracker.close(seconds=1.5) for tracker in (child, parent)] == [False, False]
+        assert [child.close(seconds=1), parent.close(seconds=0.1)] == [False, False]
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(f"takes nothing .*({says})", said)

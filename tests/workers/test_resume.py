@@ -154,10 +154,10 @@ def test_an_odd_state_is_a_run_that_goes_on_or_a_sentence(stopped, tokens, seed)
         run.step(choose(run.telemetry))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_ends_the_same(spec, shards, tmp_path, kills):
     """SIGKILL; each time the next process goes on from what lies on the disk."""
-    spec = changed(spec, budget={"amount": 100 * kills, "decisions": 60})
+    spec = changed(spec, budget={"amount": 150 * kills, "decisions": 60})
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
     folder = tmp_path / "checkpoints"
     command = [sys.executable, growing_run.__file__, str(tmp_path / "spec.json"), str(shards), str(folder)]
