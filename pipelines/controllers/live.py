@@ -1,18 +1,15 @@
 """Progress of a controller's training: a live view in a terminal, else a line per iteration.
 
-Only the view's thread writes to the terminal: what others say meanwhile is queued. Errors while drawing are shown in
-the view's place and never end the training. The cursor stays visible.
+What is said meanwhile stands above the view. Neither an error while drawing, which is shown in the view's place, nor a
+terminal that has gone ends the training. The cursor stays visible.
 """
 
-import io
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Self
+from contextlib import ExitStack, suppress
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,10 +18,6 @@ from rich.text import Text
 
 from esper.platform.console import Eta, duration, said_to, say
 
-if TYPE_CHECKING:  # it imports Ray
-    from esper.policies.simic.dispatcher import WorkerView
-
-REFRESH_SECONDS = 0.25
 COURSE, BLOCKS = 16, "▁▂▃▄▅▆▇█"  # iterations that a sparkline shows, and with what
 SHOWN = {  # metric → format
     "return_mean": "+.3f",
@@ -43,17 +36,17 @@ COLUMNS |= {"parameters": ",d", "seconds": ".3g", "action": ""}  # a worker's fi
 
 
 class TrainingView:
-    """A context manager around the iterations; `workers` returns a snapshot of the workers, from any thread."""
+    """A context manager around the iterations; `workers` says what each does, from any thread and without a lock."""
 
-    def __init__(self, iterations: int, begin: int, workers: "Callable[[], list[WorkerView]]") -> None:
+    def __init__(self, iterations: int, begin: int, workers: Callable[[], list[dict[str, Any]]]) -> None:
         self._iterations, self._begin, self._number, self._workers = iterations, begin, begin, workers
         self._eta, self._started, self._left = Eta(), time.monotonic(), "?"
         self._history: list[dict[str, float]] = []
-        self._console = Console(file=sys.stderr, highlight=False)
-        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-        self._said: SimpleQueue[str] = SimpleQueue()
-        self._stop, self._exit = threading.Event(), ExitStack()
-        self._thread = threading.Thread(target=self._refresh, name="training-view", daemon=True)
+        terminal: Any = _Terminal()
+        self._console = Console(file=terminal, highlight=False)
+        results = sys.stdout.isatty()  # elsewhere they go untouched
+        self._live = Live(console=self._console, get_renderable=self.drawing, redirect_stdout=results)
+        self._exit = ExitStack()
 
     def iteration(self, number: int, metrics: dict[str, float]) -> None:
         """Record an iteration: its number, from 1, and `iteration_metrics`."""
@@ -65,53 +58,23 @@ class TrainingView:
 
     def __enter__(self) -> Self:
         if self._console.is_interactive:  # a terminal that can be drawn on
-            with suppress(OSError, ValueError):
-                self._live.start()
-                self._console.show_cursor(True)
-            self._exit.enter_context(said_to(self._said.put))
-            self._exit.enter_context(redirect_stderr(_Lines(self._said.put)))
-            if sys.stdout.isatty():  # results that go elsewhere go there untouched
-                self._exit.enter_context(redirect_stdout(_Lines(self._said.put)))
-            self._thread.start()
+            self._exit.enter_context(self._live)
+            # Unbroken: it is copied whole.
+            self._exit.enter_context(said_to(lambda message: self._console.print(Text(message), soft_wrap=True)))
+            self._console.show_cursor(True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._console.is_interactive:
-            return
-        self._stop.set()
+        self._workers = list  # the picture that stays is without them
+        self._exit.close()
+
+    def drawing(self) -> RenderableType:
+        """The current view, or what is wrong with it; rich crops it to the terminal."""
         try:
-            self._thread.join(timeout=2)  # it may wait for the workers' lock: then it is left to itself
-            with suppress(OSError, ValueError):
-                self._show(self.drawing(self._console, []))
-                self._live.stop()
-        finally:
-            self._exit.close()
-            with suppress(OSError, ValueError):
-                while not self._said.empty():  # said meanwhile
-                    say(self._said.get())
-
-    def drawing(self, console: Console, workers: "list[WorkerView]") -> RenderableType:
-        """The current view, at least a line shorter than the terminal."""
-        head = Group(self._head(), *([_metrics(self._history)] if self._history else []))
-        return Group(head, *_workers(workers, console.height - 1 - len(console.render_lines(head))))
-
-    def _refresh(self) -> None:
-        while not self._stop.is_set():
-            try:
-                drawing = self.drawing(self._console, self._workers())
-            except Exception as error:
-                drawing = Text(" ".join(f"live view: {type(error).__name__}: {error}".split()))
-            with suppress(OSError, ValueError):
-                if not self._stop.is_set():
-                    self._show(drawing)
-            self._stop.wait(REFRESH_SECONDS)
-
-    def _show(self, drawing: RenderableType) -> None:
-        """Print what was said above the view, and draw that."""
-        with suppress(Empty):
-            while True:
-                self._console.print(Text(self._said.get_nowait()), soft_wrap=True)  # unbroken: it is copied whole
-        self._live.update(drawing, refresh=True)
+            metrics = [_metrics(self._history)] if self._history else []
+            return Group(self._head(), *metrics, *_workers(self._workers(), self._console.height))
+        except Exception as error:
+            return Text(" ".join(f"live view: {type(error).__name__}: {error}".split()))
 
     def _done(self) -> float:
         return (self._number - self._begin) / max(1, self._iterations - self._begin)
@@ -121,20 +84,29 @@ class TrainingView:
         decisions = sum(metrics.get("decisions", 0) for metrics in self._history)
         rate = f"{decisions / max(1e-9, elapsed):.3g} decisions/s" if decisions else "first episodes under way"
         told = f" {self._done():.0%}, {duration(elapsed)}, {self._left} left, {rate}"
-        return Text(f"iteration {self._number}/{self._iterations}", "bold", no_wrap=True).append(told, "not bold")
+        return _line(f"iteration {self._number}/{self._iterations}", "bold").append(told, "not bold")
 
 
-class _Lines(io.TextIOBase):
-    """A file whose lines are handed on."""
+class _Terminal:
+    """Standard error as it is now, for rich: once it has gone, what is written to it is lost."""
 
-    def __init__(self, hand_on: Callable[[str], None]) -> None:
-        self._hand_on, self._part = hand_on, ""
+    def __init__(self) -> None:
+        self._file = sys.stderr
 
-    def write(self, text: str) -> int:
-        *whole, self._part = (self._part + text).split("\n")
-        for line in whole:
-            self._hand_on(line)
-        return len(text)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._file.flush()
+
+
+def _line(text: str, style: str) -> Text:
+    return Text(text, style, no_wrap=True, overflow="crop")
 
 
 def _told(metrics: dict[str, float]) -> dict[str, str]:
@@ -151,22 +123,17 @@ def _metrics(history: list[dict[str, float]]) -> Table:
     return grid
 
 
-def _workers(workers: "list[WorkerView]", room: int) -> list[RenderableType]:
-    """A table of the first that fit into `room` lines, and a line that sums up all if some do not."""
-    if not workers or room < 3:
-        return []
+def _workers(workers: list[dict[str, Any]], most: int) -> list[RenderableType]:
+    """A line that sums up all, and a table of the first."""
+    states = ", ".join(f"{count:,} {state}" for state, count in Counter(one["state"] for one in workers).items())
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, form in COLUMNS.items():
         justify = "right" if form else "left"
         table.add_column(name.replace("_", " "), justify=justify, no_wrap=True, overflow="crop")
-    shown = workers if len(workers) < room else workers[: room - 2]
-    for one in shown:
-        values = {name: getattr(one, name) for name in COLUMNS}
-        cells = [Text("" if value in (None, -1) else f"{value:{COLUMNS[name]}}") for name, value in values.items()]
-        table.add_row(*cells, style="dim" if one.state == "resting" else None)
-    states = ", ".join(f"{count:,} {state}" for state, count in Counter(one.state for one in workers).items())
-    rest = Text(f"and {len(workers) - len(shown):,} more; of all {len(workers):,}: {states}", "dim", no_wrap=True)
-    return [table] if len(shown) == len(workers) else [table, rest]
+    for one in workers[:most]:
+        cells = ["" if one.get(name) is None else f"{one[name]:{form}}" for name, form in COLUMNS.items()]
+        table.add_row(*map(Text, cells))
+    return [_line(f"workers: {states}", "dim"), table] if workers else []
 
 
 def sparkline(values: list[float]) -> str:

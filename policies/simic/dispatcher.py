@@ -26,10 +26,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,21 +73,6 @@ class Progress(BaseModel, extra="forbid"):
     spent: dict[str, dict[str, float]] = {"learned": {}, "dropped": {}}  # of each ledger axis
 
 
-@dataclass(frozen=True)
-class WorkerView:
-    """A worker at a moment, for displays; None: unknown, or does not apply."""
-
-    worker: int  # from 0; -1 of one that has no number yet
-    state: Literal["starting", "training", "resting"]  # its process starts, it has an episode, it has none
-    episode: int | None = None
-    decision: int | None = None  # how many actions of the episode have been chosen
-    budget_used: float | None = None  # fraction
-    loss: float | None = None  # validation loss at the last decision, nats per token
-    parameters: int | None = None
-    action: str | None = None  # the last one, in words
-    seconds: float | None = None  # that the last decision took
-
-
 class Dispatcher:
     """Serves the workers of `fleet`, by the rules of the module."""
 
@@ -109,19 +94,17 @@ class Dispatcher:
         self._weights_seq_no = 0
         self._limits, self._instances = limits or FleetSpec(), instances or (lambda number: None)
         self.progress = start or Progress()
-        self.begun = self._oldest = self.progress.learned  # number of the next episode; of the oldest under way
-        self.ready = 0  # decisions of ended episodes before which none is under way
-        self.waiting = 0  # decisions of the other ended ones
+        self.begun = self.progress.learned  # number of the next episode
+        self.ready = self.waiting = 0  # decisions of ended episodes before which none is under way, and of the others
         self._losses = self._drops = 0  # orders since the last good reply; episodes since the last that ended
         self._longest = 0  # decisions of an episode
         self._untaken: dict[int, InFlight] = {}  # that have begun, by number, in order
         self._orphaned: deque[InFlight] = deque()  # without a worker
         self._workers: dict[int, InFlight | None] = {}  # worker → whose order it has
-        self._free: deque[int] = deque()  # workers without an order
         self._most = 1  # workers that were there at once
         self._ratios: deque[float] = deque(maxlen=KNOWN)  # seconds worked over those expected
         self._busy = self._there = 0.0  # worker-seconds with an order, and in all, since `busy_fraction`
-        self._looked = self._counted = time.monotonic()  # for late workers; until when those seconds are counted
+        self._counted = time.monotonic()  # until when those seconds are counted
         self._changed = threading.Condition()  # held for all of the above, which the learner's thread reads too
         self._error: BaseException | None = None
         self._stopped = False
@@ -154,10 +137,10 @@ class Dispatcher:
             while sum(map(len, taken)) < decisions:
                 number = next(iter(self._untaken))
                 episode = self._untaken.pop(number)
-                self.ready -= episode.done
                 _add(self.progress.spent["learned"], episode.used)
                 taken.append(episode.played(self._space))
             self.progress.learned = next(iter(self._untaken), self.begun)
+            self._settle()
         self._fleet.wake()
         return taken
 
@@ -194,11 +177,10 @@ class Dispatcher:
         with self._changed:
             return list(self._untaken)
 
-    def workers(self) -> list[WorkerView]:
-        """A line per worker, for the live view; from any thread."""
-        with self._changed:
-            there = [_view(worker, self._workers[worker]) for worker in sorted(self._workers)]
-            return there + [WorkerView(-1, "starting")] * self._fleet.starting()
+    def workers(self) -> list[dict[str, Any]]:
+        """What each worker does, for the live view. Lockless: who draws has the terminal, which `say` here wants."""
+        there = [{"worker": worker} | _doing(episode) for worker, episode in sorted(self._workers.items())]
+        return there + [{"state": "starting"}] * self._fleet.starting()
 
     def stop(self) -> None:
         """End the thread and the workers; a journal keeps the episodes under way."""
@@ -221,9 +203,10 @@ class Dispatcher:
         """Give orders to free workers, and book what has come of earlier ones."""
         with self._changed:
             self._count_time()
-            while self._free and (self._orphaned or not self._resting()):
-                episode = self._orphaned.popleft() if self._orphaned else self._begin(self.begun)
-                self._send(self._free.popleft(), episode)
+            for worker in [worker for worker, episode in self._workers.items() if episode is None]:
+                if not self._orphaned and self._resting():
+                    break
+                self._send(worker, self._orphaned.popleft() if self._orphaned else self._begin())
         events = self._fleet.ready(LOOK)
         with self._changed:
             self._count_time()
@@ -233,30 +216,28 @@ class Dispatcher:
                     self._lose(worker, event, "failures")
                 elif worker not in self._workers:  # it has started
                     self._workers[worker] = None
-                    self._free.append(worker)
                     self._most = max(self._most, len(self._workers))
                 elif (episode := self._receive(worker, event)) is not None:
                     asking.append((worker, episode))
             if asking:
                 self._decide(asking)
-            if (now := self._counted) > self._looked + LOOK:
-                self._looked = now
-                late = [(worker, each) for worker, each in self._workers.items() if each and now > each.deadline]
-                for worker, episode in late:
-                    self._lose(worker, TimeoutError(f"no answer in {now - episode.since:,.0f} s"), "late")
+            for worker, episode in list(self._workers.items()):
+                if episode is not None and self._counted > episode.deadline:
+                    self._lose(worker, TimeoutError(f"no answer in {self._counted - episode.since:,.0f} s"), "late")
+            self._changed.notify_all()
 
     def _count_time(self) -> None:
         now = time.monotonic()
         self._there += (now - self._counted) * len(self._workers)
-        self._busy += (now - self._counted) * (len(self._workers) - len(self._free))
+        self._busy += (now - self._counted) * sum(episode is not None for episode in self._workers.values())
         self._counted = now
 
     def _resting(self) -> bool:
         overtaking = OVERTAKING * self._most * self._longest  # rule 8
         return self.ready >= self._ahead or self.ready + self.waiting >= self._ahead + overtaking
 
-    def _begin(self, number: int) -> InFlight:
-        self.begun = max(self.begun, number + 1)
+    def _begin(self) -> InFlight:
+        number, self.begun = self.begun, self.begun + 1
         episode = InFlight(number, derive(self._seed, "episode", number), self._instances(number))
         self._untaken[number] = episode
         return episode
@@ -299,9 +280,8 @@ class Dispatcher:
         if self._journal is not None:
             self._journal.note(episode)
         self._workers[worker] = None
-        self._free.append(worker)
         self._drops = 0
-        self._settle(episode)
+        self._settle()
         return None
 
     def _decide(self, asking: list[tuple[int, InFlight]]) -> None:
@@ -354,52 +334,43 @@ class Dispatcher:
         self.progress.dropped.append(episode.number)
         _add(self.progress.spent["dropped"], episode.used)
         del self._untaken[episode.number]
-        self._settle(episode)
+        self._settle()
         self._drops += 1
         if self._drops >= enough:
             raise _given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
 
-    def _settle(self, episode: InFlight) -> None:
-        """Book that an episode has ended or is given up: those before which none is under way are ready."""
-        if episode.ended:
-            self._longest = max(self._longest, episode.done)
-            self.waiting += episode.done
-        while self._oldest < self.begun:
-            oldest = self._untaken.get(self._oldest)  # None: it was given up
-            if oldest is not None:
-                if not oldest.ended:
-                    break
-                self.waiting -= oldest.done
-                self.ready += oldest.done
-            self._oldest += 1
-        self._changed.notify_all()
+    def _settle(self) -> None:
+        """Count what has ended: episodes before which none is under way are ready."""
+        ended = [episode.done for episode in self._untaken.values() if episode.ended]
+        self.ready = sum(episode.done for episode in takewhile(lambda each: each.ended, self._untaken.values()))
+        self.waiting = sum(ended) - self.ready
+        self._longest = max([self._longest, *ended])
 
     def _take_up(self, journal: EpisodeJournal) -> None:
         """Go on with the journal's episodes; those between that it lacks begin anew."""
         dropped = self.progress.dropped
-        with self._changed:
-            for number in range(self.begun, max([*journal.numbers(), *dropped], default=-1) + 1):
-                if number in dropped:
-                    self.begun = number + 1
-                    continue
-                episode = self._begin(number)
-                episode.decisions = journal.read(number)
-                if episode.ended:
-                    self._settle(episode)
-                else:
-                    self._orphaned.append(episode)
-            journal.keep_only(self._untaken)
+        last = max([*journal.numbers(), *dropped], default=-1)
+        while self.begun <= last:
+            if self.begun in dropped:
+                self.begun += 1
+                continue
+            episode = self._begin()
+            episode.decisions = journal.read(episode.number)
+            if not episode.ended:
+                self._orphaned.append(episode)
+        self._settle()
+        journal.keep_only(self._untaken)
 
 
-def _view(worker: int, episode: InFlight | None) -> WorkerView:
+def _doing(episode: InFlight | None) -> dict[str, Any]:
     if episode is None:
-        return WorkerView(worker, "resting")
-    if not episode.decisions:
-        return WorkerView(worker, "training", episode.number, 0)
-    now = episode.decisions[-1]
-    used, loss, parameters = (now.reached.get(key) for key in ("budget_fraction", "val_loss", "parameters"))
-    decision = len(episode.actions)
-    return WorkerView(worker, "training", episode.number, decision, used, loss, parameters, now.doing, now.worked)
+        return {"state": "resting"}  # it has no episode
+    row = {"state": "training", "episode": episode.number, "decision": len(episode.actions)}
+    if episode.decisions:
+        now = episode.decisions[-1]
+        row |= {"action": now.doing, "seconds": now.worked, "budget_used": now.reached.get("budget_fraction")}
+        row |= {"loss": now.reached.get("val_loss"), "parameters": now.reached.get("parameters")}
+    return row
 
 
 def _add(total: dict[str, float], used: Mapping[str, float]) -> None:

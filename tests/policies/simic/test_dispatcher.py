@@ -287,7 +287,7 @@ def test_workers_rest_when_the_learner_is_behind_and_go_on(make):
     dispatcher = make(local(ToyRun, 3, lockstep=False), ahead=5 * DECISIONS)
     dispatcher.collect(DECISIONS)
     # Between two episodes a worker rests for a moment, so that alone does not tell.
-    resting = lambda: all(worker.state == "resting" for worker in dispatcher.workers())  # noqa: E731
+    resting = lambda: all(worker["state"] == "resting" for worker in dispatcher.workers())  # noqa: E731
     wait_until(lambda: dispatcher.ready >= 5 * DECISIONS and resting())
     assert dispatcher.ready < (5 + 3) * DECISIONS
     assert dispatcher.waiting == 0
@@ -352,16 +352,16 @@ def test_workers_join_and_leave(make, local_ray):
     dispatcher.collect(DECISIONS)
     assert len(dispatcher.workers()) == 1
     wanted[0] = 2
-    wait_until(lambda: [w.state for w in dispatcher.workers()] == ["training"] * 2)
+    wait_until(lambda: [w["state"] for w in dispatcher.workers()] == ["training"] * 2)
     wanted[0] = 1
     local_ray.kill(fleet._actors[0])  # its node is gone, say
     wait_until(lambda: dispatcher.progress.counts["failures"] > 0)
     found = numbers(dispatcher.collect(dispatcher.ready + 2 * DECISIONS))
     assert found == list(range(1, 1 + len(found)))  # the one that it was at is not missing
-    assert [w.worker for w in dispatcher.workers()] == [1]
+    assert [w["worker"] for w in dispatcher.workers()] == [1]
     wanted[0] = 2
     local_ray.kill(fleet._actors[1])
-    wait_until(lambda: {w.worker for w in dispatcher.workers()} == {2, 3})  # others in its place
+    wait_until(lambda: {w.get("worker") for w in dispatcher.workers()} == {2, 3})  # others in its place
 
 
 def test_workers_that_cannot_start_are_reported_in_their_own_words(make, local_ray, monkeypatch):
