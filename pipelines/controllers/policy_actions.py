@@ -1,7 +1,6 @@
 """The actions of `esper policy`: info, evaluate, distill."""
 
 import hashlib
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.controllers.evaluation import Evaluation, Summaries, as_json
 from esper.pipelines.policy import ARMS
-from esper.platform.console import duration, say
+from esper.platform.console import say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec
@@ -55,9 +54,8 @@ def info(arguments: "InfoArguments") -> None:
 
 def evaluate(arguments: "EvaluateArguments") -> None:
     """Compare a policy with other arms, and write and print the result."""
-    file = policy_file(arguments.checkpoint)
-    policy, on_text, schedules = SimicPolicy.load(file), arguments.data is not None, {}
-    spec = spec_for(arguments, file, on_text=on_text)
+    file, on_text, schedules = policy_file(arguments.checkpoint), arguments.data is not None, {}
+    policy, spec = SimicPolicy.load(file), spec_for(arguments, file, on_text=on_text)
     if arguments.schedule is not None:
         inputs = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
         make_policy("schedule", inputs)  # refuses what cannot be played
@@ -69,7 +67,12 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     here, where = Evaluation(spec, chosen, make_run, arguments.seed), "text" if on_text else "loss laws"
     write_json(place.out / "spec.json", spec.model_dump(mode="json"))
     say(f"policy  {file}, on {len(chosen)} {arguments.instances} instances, {where}")
-    played, bounds = _play(arms, policy, here, schedules)
+    choose(arms, policy, here, schedules)
+    played = {}
+    for arm in (*[arm for arm in arms if arm != BOUND], TRAINED):
+        played[arm] = here.play(arm, partial(_player, arm, policy, schedules))
+        say(f"  {arm}: played")
+    bounds = here.bounds() if BOUND in arms else None
     reference = next((arm for arm in ("schedule", "static") if arm in played), None)
     found = rows(played, bounds, reference)
     record = {
@@ -97,24 +100,14 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     say(f"results: {place.out / 'evaluation.json'}")
 
 
-def _play(
-    arms: list[str], policy: SimicPolicy, here: Evaluation, schedules: dict[str, list[Entry]]
-) -> tuple[dict[str, Summaries], np.ndarray | None]:
-    """Each arm's summaries, and the bounds if asked for; `schedules` that lack are chosen on training instances."""
-    played, bounds = {}, None
+def choose(arms: list[str], policy: SimicPolicy, here: Evaluation, schedules: dict[str, list[Entry]]) -> None:
+    """Choose, on training instances, the arms' schedules that lack."""
     training = replace(here, instances=instance_set("train", here.spec))
-    for arm in (*arms, TRAINED):
-        begun = time.perf_counter()
-        if arm in ("schedule", "openloop") and arm not in schedules:
+    for arm in ("schedule", "openloop"):
+        if arm in arms and arm not in schedules:
             say(f"  {arm}: choosing on {len(training.instances)} training instances")
-            chosen = training.best_schedule() if arm == "schedule" else training.median_schedule(policy)[0]
-            schedules[arm] = chosen
-        if arm == BOUND:
-            bounds = here.bounds()
-        else:
-            played[arm] = here.play(arm, partial(_player, arm, policy, schedules))
-        say(f"  {arm}: {duration(time.perf_counter() - begun)}")
-    return played, bounds
+            best = training.best_schedule() if arm == "schedule" else training.median_schedule(policy)[0]
+            schedules[arm] = best
 
 
 def _player(arm: str, policy: SimicPolicy, schedules: Mapping[str, list[Entry]], seed: int) -> GrowthPolicy:
@@ -188,13 +181,11 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
     here = [arm for arm in ARMS if not on_text or arm in given or arm not in ON_LAWS_ONLY]
     if names is None:
         return here
-    arms = list(dict.fromkeys(ALIASES.get(name.strip(), name.strip()) for name in names.split(",") if name.strip()))
-    if not arms:
-        raise UserError(f"--arms names no arm: give one or more of {', '.join(ARMS)}.")
+    arms = [ALIASES.get(name.strip(), name.strip()) for name in names.split(",")]
     for arm in arms:
         if arm not in (*here, TRAINED):
             raise unknown("arm on text (schedule: with --schedule FILE)" if on_text else "arm", arm, [*here, TRAINED])
-    return [arm for arm in arms if arm != TRAINED]
+    return [arm for arm in dict.fromkeys(arms) if arm != TRAINED]
 
 
 def spec_for(arguments: CommonArguments, file: Path, *, on_text: bool) -> RunSpec:

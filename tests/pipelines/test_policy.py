@@ -172,7 +172,6 @@ def test_the_gap_closed_is_between_the_reference_and_the_bound():
         ("info .", "policy . holds no trained policy"),
         ("evaluate {run} --instances tset", "instances is 'tset': input should be 'train' or 'test'"),
         ("evaluate {run} --arms static,tamio", "unknown arm 'tamio'"),
-        ("evaluate {run} --arms ,", "--arms names no arm"),
         ("evaluate {run} --episodes 65", "the test set has 64 instances"),
         ("evaluate {run} --preset tinystory", "unknown preset 'tinystory'"),
         ('evaluate {run} --set growth.blueprints={{"blok":{{}}}}', "unknown blueprint 'blok'"),
