@@ -11,6 +11,7 @@ A known bias: the host's rate falls as a seed warms up, so the largest graft mos
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -21,21 +22,14 @@ from esper.policies.budget_rules import decision, trainable_grafts, trial_cost
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Lag's numbers."""
+class LagPolicy:
+    """The rules above; keeps no state."""
 
     steps: int = 100  # optimizer steps that each copy trains for
     tail: float = 0.5  # fraction of them, at the end, over which the loss is averaged
     patience: float = 0.12  # fraction of the decisions between two trials
     cost: float = 0.05  # fraction of the budget that one trial may use: of 24 decisions little more than one
     tokens_per_parameter: float = 50.0  # over the rest of the budget, per non-embedding one after a graft; Tamiyo's
-
-
-class LagPolicy:
-    """The rules above; keeps no state."""
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
         """The best graft tried, or WAIT with the reason; a UserError without a probe."""
@@ -44,35 +38,31 @@ class LagPolicy:
                 "lag tries grafts on copies of the run, and was given no probe to try them through: play it where "
                 "there is a run to copy, as under `esper train lag`."
             )
-        limit = self.limits
-
-        def wait(reason: str) -> GraftAction:
-            return GraftAction(0, telemetry.sequence, reason)
-
+        wait = partial(GraftAction, 0, telemetry.sequence)
         if not telemetry.get("slopes_measured"):
             return wait("no slope yet")
         number, decisions = decision(telemetry)
-        every = max(1, math.ceil(limit.patience * decisions - 1e-9))
+        every = max(1, math.ceil(self.patience * decisions - 1e-9))
         if number % every:
             return wait(f"tries every {every} decisions")
-        grafts = trainable_grafts(telemetry, limit.tokens_per_parameter)
+        grafts = trainable_grafts(telemetry, self.tokens_per_parameter)
         if not grafts:
             return wait("no graft that the rest of the budget can train")
         rows = [0, *grafts]
-        cost = trial_cost(telemetry, rows, limit.steps)
-        if cost > limit.cost:
-            return wait(f"trying {len(grafts)} grafts would cost {cost:.1%} of the budget > {limit.cost:.1%}")
+        cost = trial_cost(telemetry, rows, self.steps)
+        if cost > self.cost:
+            return wait(f"trying {len(grafts)} grafts would cost {cost:.1%} of the budget > {self.cost:.1%}")
         if cost >= telemetry.get("growth_left"):
             return wait("the rate would decay before the trial ends")
-        losses = probe.twins([GraftAction(row, telemetry.sequence, "tried") for row in rows], limit.steps)
-        means = losses[:, -max(1, round(limit.tail * limit.steps)) :].mean(axis=1)
+        losses = probe.twins([GraftAction(row, telemetry.sequence, "tried") for row in rows], self.steps)
+        means = losses[:, -max(1, round(self.tail * self.steps)) :].mean(axis=1)
         means[~np.isfinite(means)] = math.inf
         best = int(means.argmin())
         if best == 0:
-            return wait(f"none of {len(grafts)} grafts tried is ahead after {limit.steps} steps")
+            return wait(f"none of {len(grafts)} grafts tried is ahead after {self.steps} steps")
         return GraftAction(
             rows[best],
             telemetry.sequence,
             f"best of {len(grafts)} tried: {1e3 * (means[0] - means[best]):.2f} millinats ahead of waiting after "
-            f"{limit.steps} steps, for {cost:.1%} of the budget",
+            f"{self.steps} steps, for {cost:.1%} of the budget",
         )

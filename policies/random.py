@@ -6,17 +6,17 @@ from esper.platform.contracts import GraftAction, Probe
 from esper.platform.seeding import stream
 from esper.platform.telemetry import Telemetry
 
+RATE = 0.2
+
 
 class RandomPolicy:
-    """Grafts by draws keyed by (seed, decision), with probability `rate` at each.
+    """Grafts by draws keyed by (seed, decision), with probability `RATE` at each.
 
     With `matched` instead those blueprints, once per mention, in random order, at random sites, before the rate decays.
     """
 
-    def __init__(self, seed: int = 0, *, rate: float = 0.2, matched: Sequence[str] | None = None) -> None:
-        self._seed = seed
-        self._rate = rate
-        self._matched = matched
+    def __init__(self, seed: int = 0, *, matched: Sequence[str] | None = None) -> None:
+        self._seed, self._matched = seed, matched
         self._pending: list[str] = []
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
@@ -26,7 +26,7 @@ class RandomPolicy:
             self._pending = list(random.permutation(list(self._matched)))
         grafts = [i for i in telemetry.legal() if telemetry.actions[i].operation == "graft"]
         if self._matched is None:
-            wanted, chance = grafts, self._rate
+            wanted, chance = grafts, RATE
         else:
             nxt = self._pending[0] if self._pending else None
             wanted = [i for i in grafts if telemetry.actions[i].blueprint == nxt]

@@ -7,6 +7,7 @@
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from esper.platform.contracts import GraftAction, Probe
 from esper.platform.telemetry import Telemetry
@@ -16,35 +17,24 @@ PREFERENCE = ("layer", "width", "heads")
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """Tamiyo's numbers."""
+class TamiyoPolicy:
+    """The rules above; keeps no state."""
 
     flat: float = 0.3  # relative loss drop still to be had at the current slope, below which the loss counts as flat
     patience: float = 0.12  # fraction of the decisions to wait after a graft
     tokens_per_parameter: float = 50.0  # over the rest of the budget, per non-embedding one after the graft
 
-
-class TamiyoPolicy:
-    """The rules above; keeps no state."""
-
-    def __init__(self, thresholds: Thresholds | None = None) -> None:
-        self.thresholds = thresholds or Thresholds()
-
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
         """One legal graft, or WAIT with the reason."""
-        limit = self.thresholds
-
-        def wait(reason: str) -> GraftAction:
-            return GraftAction(0, telemetry.sequence, reason)
-
+        wait = partial(GraftAction, 0, telemetry.sequence)
         if not telemetry.get("slopes_measured"):
             return wait("no slope yet")
         still = telemetry.get("slope_fast") * telemetry.get("growth_left")
-        if still > limit.flat:
-            return wait(f"still falling: {still:.2f} to be had > {limit.flat}")
-        if telemetry.get("since_graft") < limit.patience:
+        if still > self.flat:
+            return wait(f"still falling: {still:.2f} to be had > {self.flat}")
+        if telemetry.get("since_graft") < self.patience:
             return wait("the last graft is young")
-        kept = trainable_grafts(telemetry, limit.tokens_per_parameter)
+        kept = trainable_grafts(telemetry, self.tokens_per_parameter)
         for kind in PREFERENCE:
             of_kind = [i for i in kept if telemetry.candidate_column(f"adds_{kind}")[i]]
             if of_kind:

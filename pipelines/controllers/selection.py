@@ -35,20 +35,19 @@ def held_out(spec: RunSpec, data: Path | None, out: Path, seed: int, check: Call
     """
     number = spec.ppo.held_out
     instances = [Instance()] * number if data else list(islice(instance_set("tuning", spec).values(), number))
-    policies = {int(path.name): SimicPolicy.load(path) for path in checkpoints(out)}
-    tasks: dict[Key, Task] = {
-        (iteration, i): (spec, data, policy, instance, derive(seed, "held out", i))
-        for iteration, policy in policies.items()
-        for i, instance in enumerate(instances)
-    }
     journal = Journal(out / FILE)
-    played = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
+    played: dict[Key, dict[str, Any]] = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
+    tasks: dict[Key, Task] = {}
+    for path in checkpoints(out):
+        policy = SimicPolicy.load(path)
+        for i, instance in enumerate(instances):
+            tasks[int(path.name), i] = (spec, data, policy, instance, derive(seed, "held out", i))
     missing = {key: task for key, task in tasks.items() if key not in played}
     if missing:
-        say(f"choose  {len(policies)} policies play {len(instances)} held-out episodes each")
+        say(f"choose  {len(tasks) // number} policies play {number} held-out episodes each")
     for (iteration, episode), reached in _played(missing, check):
-        entry = played[iteration, episode] = {"iteration": iteration, "episode": episode, **reached}
-        journal.add(entry)
+        played[iteration, episode] = {"iteration": iteration, "episode": episode, **reached}
+        journal.add(played[iteration, episode])
     journal.close()
     return [played[key] for key in tasks]
 
@@ -73,15 +72,15 @@ def _played(tasks: Mapping[Key, Task], check: Callable[[], None]) -> Iterator[tu
     import ray
 
     under_way = {}
-    for key, task in tasks.items():
-        spec, data, *_ = task
-        if data is None:
-            check()
-            yield key, _episode(*task)
-        else:
-            remote = ray.remote(_episode).options(num_cpus=spec.fleet.cpus, num_gpus=spec.fleet.gpus)
-            under_way[remote.remote(*task)] = key
     try:
+        for key, task in tasks.items():
+            spec, data, *_ = task
+            if data is None:
+                check()
+                yield key, _episode(*task)
+            else:
+                remote = ray.remote(_episode).options(num_cpus=spec.fleet.cpus, num_gpus=spec.fleet.gpus)
+                under_way[remote.remote(*task)] = key
         while under_way:
             check()
             for reference in ray.wait(list(under_way), timeout=WAIT)[0]:

@@ -113,8 +113,9 @@ def train_controller(
         if not surrogate:
             with CheckpointStore(storage) as saves:
                 saves.keep_only(map(save_name, left["in_flight"]))
-        summary = _conclude(out, reached, mean_losses(played), left | _spent({} if surrogate else spent))
-        for iteration, loss in mean_losses(played).items():
+        losses = mean_losses(played)
+        summary = _conclude(out, reached, losses, left | _spent({} if surrogate else spent))
+        for iteration, loss in losses.items():
             tracker.log({"held_out_loss": loss}, iteration)
         for name in KEPT:
             tracker.artifact(out / name)

@@ -28,6 +28,8 @@ class Panel(NamedTuple):
     mark: float | None = None  # a level to compare with
 
 
+STYLE = {"font.size": 8, "axes.titlesize": 10, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.3}
+STYLE |= {"lines.linewidth": 1.4, "lines.marker": ".", "lines.markersize": 3}
 PANELS = (
     Panel("return of an episode", "nats", {"return_mean": "mean", "return_min": "least", "return_max": "most"}, False),
     Panel("final validation loss", "nats per token", {"val_loss": "episodes", "held_out_loss": "held-out"}, False),
@@ -57,28 +59,19 @@ def training_picture(history: list[dict[str, float]], path: Path) -> None:
         return
     columns = min(COLUMNS, len(panels))
     lines = math.ceil(len(panels) / columns)
-    width, height = 3.6 * columns, 2.5 * lines  # inches
-    figure, grid = plt.subplots(lines, columns, figsize=(width, height), squeeze=False)
-    figure.subplots_adjust(  # matplotlib's own layouts take as long as all the drawing
-        left=0.65 / width, right=1 - 0.1 / width, bottom=0.5 / height, top=1 - 0.3 / height, wspace=0.3, hspace=0.4
-    )
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        for name, label in panel.lines.items():
-            if name in known:
-                axes.plot(known["iteration"], known[name], linewidth=1.4, label=label, marker=".", markersize=3)
-        if panel.mark is not None:
-            axes.axhline(panel.mark, color="grey", linewidth=0.8, linestyle=":")
-        if panel.zero:
-            axes.set_ylim(bottom=0)
-        axes.set_title(panel.title, fontsize=10)
-        axes.set_ylabel(panel.unit, fontsize=8)
-        axes.set_xlabel("iteration", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        axes.grid(alpha=0.3)
-        if any(panel.lines.values()):
-            axes.legend(fontsize=7, framealpha=0.7)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        size = (3.6 * columns, 2.5 * lines)  # inches
+        figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for name in [name for name in panel.lines if name in known]:
+                axes.plot(known["iteration"], known[name], label=panel.lines[name])
+            if panel.mark is not None:
+                axes.axhline(panel.mark, color="grey", linewidth=0.8, linestyle=":", marker="")
+            axes.set(title=panel.title, ylabel=panel.unit, xlabel="iteration", ylim=(0, None) if panel.zero else None)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+            if any(panel.lines.values()):
+                axes.legend()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)

@@ -18,8 +18,8 @@ from esper.platform import cluster
 from esper.platform.contracts import Order, Worker
 
 LOOK = 5.0  # seconds between two looks at how many workers there should be
-PATIENCE = 300.0  # seconds that a worker has to start; doubles each time that one did not
-PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds before the next start once a worker could not start; doubles in a row
+PATIENCE = 900.0  # seconds that a worker has to start
+PAUSE = 5.0  # seconds before the next start once a worker could not start: such a fleet must not start hundreds
 
 Events = list[tuple[int, object]]  # (worker, what came of it)
 
@@ -39,7 +39,6 @@ class RayFleet:
         self._actors: dict[int, Any] = {}
         self._starting: dict[int, float] = {}  # worker → since when
         self._started = self._joined = 0
-        self._failed_starts = 0  # in a row
         self._look_at = 0.0
         self._look()
 
@@ -88,13 +87,10 @@ class RayFleet:
         """Start wanted actors; end those that wait in vain for a lost node."""
         now = time.monotonic()
         self._look_at, wanted = now + LOOK, self._wanted()
-        patience = PATIENCE * 2**self._failed_starts
-        stuck = [worker for worker, since in self._starting.items() if now - since > patience]
+        stuck = [worker for worker, since in self._starting.items() if now - since > PATIENCE]
         for worker in stuck or sorted(self._starting, reverse=True)[: max(0, len(self._actors) - wanted)]:
             del self._starting[worker]
             ray.kill(self._actors.pop(worker))
-        if stuck:  # hung, or still without a node: another asks for one anew
-            self._failed_starts += 1
         at_once = max(1, cluster.cores()) if self._joined else 1
         while len(self._actors) < wanted and len(self._starting) < at_once:
             worker, self._started = self._started, self._started + 1
@@ -109,16 +105,14 @@ class RayFleet:
         error = future.exception()
         starting = self._starting.pop(worker, None) is not None
         if not isinstance(error, Exception):
-            self._failed_starts = 0
             if starting:
                 self._joined += 1
                 self._look()
             return future.result()
         if process_lost(error):
             ray.kill(self._actors.pop(worker))  # it may be unreachable, not dead
-            if starting:  # a fleet that cannot start must not start hundreds
-                self._look_at = time.monotonic() + min(LONGEST_PAUSE, PAUSE * 2**self._failed_starts)
-                self._failed_starts += 1
+            if starting:
+                self._look_at = time.monotonic() + PAUSE
             else:
                 self._look()
         return error

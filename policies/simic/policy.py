@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from esper.platform import checkpoint
 from esper.platform.contracts import GraftAction, Probe
@@ -60,10 +59,10 @@ def likeliest(chances: np.ndarray) -> int:
 
 
 class SimicPolicy:
-    """Chooses the `likeliest` legal candidate, or with `rng` draws one."""
+    """Chooses the `likeliest` legal candidate."""
 
-    def __init__(self, net: ControllerNet, *, rng: np.random.Generator | None = None, card: Card | None = None) -> None:
-        self.net, self._rng = net.eval(), rng
+    def __init__(self, net: ControllerNet, *, card: Card | None = None) -> None:
+        self.net = net.eval()
         card = card or Card(format=FORMAT, telemetry_version=VERSION, hidden=net.hidden, extra={})
         self.card = card.model_dump(mode="json")
 
@@ -71,10 +70,8 @@ class SimicPolicy:
         """One legal candidate, with its probability as the reason."""
         inputs = {name: torch.from_numpy(array)[None] for name, array in observation(telemetry).items()}
         with torch.no_grad():
-            logits = self.net.logits(inputs)[0]
-        chances = logits.softmax(dim=-1).numpy()
-        drawn = None if self._rng is None else draw(logits.numpy(), telemetry.mask, self._rng.random())
-        index = likeliest(chances) if drawn is None else int(drawn)
+            chances = self.net.logits(inputs)[0].softmax(dim=-1).numpy()
+        index = likeliest(chances)
         return GraftAction(index, telemetry.sequence, f"p {chances[index]:.2f}, wait {chances[0]:.2f}")
 
     def save(self, path: Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -91,24 +88,15 @@ class SimicPolicy:
             if (found := getattr(card, what)) != ours:
                 what = what.replace("_", " ")
                 raise UserError(f"policy {file} has {what} {found!r}, but this code reads {ours!r}: train it again.")
-        net = _net(tensors, card.hidden)
-        if net is None:
+        usable = all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
+        try:
+            if not usable or tensors["score.2.weight"].numel() != card.hidden:  # before the network is allocated
+                raise KeyError
+            net = ControllerNet(card.hidden)
+            net.load_state_dict(tensors)
+        except (KeyError, RuntimeError):
             raise UserError(
                 f"policy {file} holds another network than one of width {card.hidden}, all float32 and finite: "
                 "train it again."
-            )
+            ) from None
         return cls(net, card=card)
-
-
-def _net(tensors: dict[str, Tensor], hidden: int) -> ControllerNet | None:
-    last = tensors.get("score.2.weight")
-    if last is None or last.shape != (1, hidden):  # before anything of that size is allocated
-        return None
-    net = ControllerNet(hidden)
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in net.state_dict().items()}
-    if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != shapes:
-        return None
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        return None
-    net.load_state_dict(tensors)
-    return net

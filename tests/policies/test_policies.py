@@ -35,22 +35,19 @@ def kinds(grafts):
     return [graft["blueprint"] for graft in grafts]
 
 
-def test_static_never_grows(spec):
-    assert play(spec, StaticPolicy())["grafts"] == []
-
-
-def test_random_is_seeded(spec):
+def test_random_is_seeded_and_static_never_grows(spec):
     first, again, other = (play(spec, RandomPolicy(seed))["grafts"] for seed in (1, 1, 2))
     assert first == again != other
     assert first
+    assert play(spec, StaticPolicy())["grafts"] == []
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_random_matches_another_run_by_its_summary(spec, tmp_path, seed):
+def test_random_matches_another_run_by_its_summary(spec, tmp_path):
     wanted, path = ["attention", "block", "ffn", "ffn"], tmp_path / "summary.json"
     path.write_text(json.dumps({"grafts": [{"blueprint": kind} for kind in wanted]}))
-    policy = make_policy("random", ArmInputs(seed=seed, match=path))
-    assert sorted(kinds(play(spec, policy)["grafts"])) == wanted
+    for seed in range(3):
+        policy = make_policy("random", ArmInputs(seed=seed, match=path))
+        assert sorted(kinds(play(spec, policy)["grafts"])) == wanted
 
 
 def test_schedule_grafts_when_and_where_it_says(spec):
@@ -91,7 +88,6 @@ def test_named_schedules_graft_all_that_they_name(spec, name):
         ('[{"at": 0.0, "blueprint": "ffn", "site": "h7.ffn"}]', "unknown site"),
         ('[{"at": 1.5, "blueprint": "ffn"}]', "less than or equal to 1"),
         ('[{"when": 0.5, "blueprint": "ffn"}]', "at"),
-        ("{", "--schedule"),
         ("{}", "--schedule"),
         (None, "--schedule"),
     ],

@@ -17,24 +17,18 @@ class ToyRun:
 
     Rewards: 1 for the row that pays, −1 for the other, 0.2 for WAIT. Best return 8; always WAIT 1.6.
 
-    Args:
-        seconds: how long a decision takes.
-        fail_at: the decision at which it raises.
-        break_at: the decision at which its telemetry holds a NaN.
-        error: what it raises.
-        expected: how long it says that a decision should take.
+    `expected`: what it says that a decision takes; `fail_at`: the decision at which it raises `error`.
     """
 
     def __init__(
         self,
         seconds: float = 0.0,
         fail_at: int | None = None,
-        break_at: int | None = None,
         error: Exception | None = None,
         expected: float | None = None,
     ) -> None:
         self._expected = expected or seconds or 1e-3
-        self._seconds, self._fail_at, self._break_at = seconds, fail_at, break_at
+        self._seconds, self._fail_at = seconds, fail_at
         self._error = error or RuntimeError("the toy broke")
 
     def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
@@ -79,8 +73,6 @@ class ToyRun:
         rows[0, CANDIDATE.index("is_wait")] = 1
         rows[1:3, CANDIDATE.index("is_graft")] = 1
         rows[1, CANDIDATE.index("adds_heads")] = rows[2, CANDIDATE.index("adds_width")] = 1
-        if self.k == self._break_at:
-            arrays["globals"][0] = np.nan
         self.mask = np.array([True, True, True, False, False])
         actions = (WAIT, Candidate("graft", "a", "heads"), Candidate("graft", "b", "width"))
         arrays.pop("mask")

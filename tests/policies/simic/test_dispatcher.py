@@ -141,46 +141,26 @@ class Poisoned(EpisodeWorker):
         return reply
 
 
-def other_telemetry(**changes):
+def other(reply, **changes):
     """A reply with another observation in it."""
-
-    def spoil(reply):
-        made = {name: change(getattr(reply.telemetry, name)) for name, change in changes.items()}
-        return replace(reply, answer=replace(reply.answer, telemetry=replace(reply.telemetry, **made)))
-
-    return spoil
-
-
-def other_answer(**changes):
-    return lambda reply: replace(reply, answer=replace(reply.answer, **changes))
-
-
-def first(value):
-    """An array whose first element is another."""
-    return lambda array: np.concatenate([[value], array.flat[1:]]).reshape(array.shape).astype(array.dtype)
+    made = {name: change(getattr(reply.telemetry, name)) for name, change in changes.items()}
+    return replace(reply, answer=replace(reply.answer, telemetry=replace(reply.telemetry, **made)))
 
 
 POISON = {
-    "not finite": other_telemetry(globals=first(np.nan)),
-    "shape": other_telemetry(sites=lambda sites: sites[:-1]),
-    "objects": other_telemetry(globals=lambda globals: globals.astype(object)),
-    "version": other_telemetry(version=lambda version: version + 1),
-    "older request": other_telemetry(sequence=lambda sequence: 2),
-    "wait is not legal": other_telemetry(mask=first(False)),
-    "no actions": other_telemetry(actions=lambda actions: ()),
-    "actions without a name": other_telemetry(actions=lambda actions: (None,) * len(actions)),
-    "no arrays": other_telemetry(mask=lambda mask: None),
-    "reward": other_answer(reward=np.nan),
-    "no reward": other_answer(reward=None),
-    "no info": other_answer(info=None),
-    "no observation": other_answer(telemetry=None),
+    "not finite": lambda reply: other(reply, globals=lambda values: values * np.nan),
+    "shape": lambda reply: other(reply, sites=lambda sites: sites[:-1]),
+    "objects": lambda reply: other(reply, globals=lambda values: values.astype(object)),
+    "version": lambda reply: other(reply, version=lambda version: version + 1),
+    "older request": lambda reply: other(reply, sequence=lambda sequence: 2),
+    "wait is not legal": lambda reply: other(reply, mask=lambda mask: ~mask),
+    "actions without a name": lambda reply: other(reply, actions=lambda actions: (None,) * len(actions)),
+    "no info": lambda reply: replace(reply, answer=replace(reply.answer, info=None)),
+    "reward": lambda reply: replace(reply, answer=replace(reply.answer, reward=np.nan)),
     "no outcome": lambda reply: replace(reply, answer=reply.telemetry),
     "another episode": lambda reply: replace(reply, episode=0),
-    "no duration": lambda reply: replace(reply, expected=np.inf),
     "redone": lambda reply: replace(reply, redone="x"),
-    "worked": lambda reply: replace(reply, worked=None),
-    "no reply": lambda reply: "done",
-    "nothing": lambda reply: None,
+    "no reply": lambda reply: None,
 }
 
 
@@ -196,20 +176,16 @@ def test_poison_is_refused_counted_and_never_learned_from(make, how, capfd):
     assert "refused" in capfd.readouterr().err
 
 
-def test_an_episode_that_stays_poisoned_is_dropped_and_listed(make):
-    Poisoned.left, Poisoned.how = 3, "no info"
-    dispatcher = make(LocalFleet(lambda: Poisoned(ToyRun), 2))
-    assert numbers(dispatcher.collect(6 * DECISIONS)) == [0, *range(2, 7)]
-    assert dispatcher.progress.dropped == [1]
-    assert dispatcher.progress.counts["refused"] == 3
-
-
-def test_a_run_that_raises_is_done_again_by_another(make):
+def test_a_run_that_raises_is_done_again_by_another_and_at_last_dropped(make):
     runs = count()
     dispatcher = make(local(lambda: ToyRun(fail_at=2 if next(runs) == 0 else None), 2))
     assert numbers(dispatcher.collect(4 * DECISIONS)) == [0, 1, 2, 3]
     assert dispatcher.progress.counts["failures"] == 1
     assert dispatcher.progress.counts["redone"] == 2  # what the run without a save had done before
+    Poisoned.left, Poisoned.how = 3, "no info"
+    dispatcher = make(LocalFleet(lambda: Poisoned(ToyRun), 2))
+    assert numbers(dispatcher.collect(6 * DECISIONS)) == [0, *range(2, 7)]
+    assert dispatcher.progress.dropped == [1]
 
 
 def test_gives_up_when_nothing_but_failure_happens(make):
@@ -257,7 +233,7 @@ class Simulated(LocalFleet):
 BATCH = 64
 
 
-@pytest.mark.parametrize("n", [2, 64, 256])
+@pytest.mark.parametrize("n", [2, 256])
 def test_what_is_learned_is_what_has_begun_and_no_older_than_stated(make, n):
     """Two of three episodes take three times as long: of what ends first, few would be slow."""
     slow = np.random.default_rng(0).random(10_000) < 0.67
@@ -283,23 +259,16 @@ def test_workers_at_one_to_eight_are_kept_busy(make):
     assert fleet.worked / (8 * fleet.clock) > 0.9
 
 
-def test_workers_rest_when_the_learner_is_behind_and_go_on(make):
-    dispatcher = make(local(ToyRun, 3, lockstep=False), ahead=5 * DECISIONS)
+def test_workers_go_on_alone_rest_when_the_learner_is_behind_and_stop(make):
+    dispatcher = make(local(lambda: ToyRun(seconds=0.005), 3, lockstep=False), ahead=5 * DECISIONS)
     dispatcher.collect(DECISIONS)
     # Between two episodes a worker rests for a moment, so that alone does not tell.
     resting = lambda: all(worker["state"] == "resting" for worker in dispatcher.workers())  # noqa: E731
-    wait_until(lambda: dispatcher.ready >= 5 * DECISIONS and resting())
+    wait_until(lambda: dispatcher.ready >= 5 * DECISIONS and resting())  # this thread, the learner's, does nothing
     assert dispatcher.ready < (5 + 3) * DECISIONS
     assert dispatcher.waiting == 0
     for _ in range(4):
         assert sum(map(len, dispatcher.collect(5 * DECISIONS))) == 5 * DECISIONS
-
-
-def test_workers_are_served_while_the_learner_is_busy(make):
-    dispatcher = make(local(lambda: ToyRun(seconds=0.005), 2, lockstep=False))
-    dispatcher.collect(DECISIONS)
-    before = dispatcher.ready
-    wait_until(lambda: dispatcher.ready >= before + 4 * DECISIONS)  # this thread, the learner's, does nothing
     assert 0.0 < dispatcher.busy_fraction() <= 1.0
     dispatcher.stop()
     assert not any(thread.name == "simic-dispatcher" for thread in threading.enumerate())
@@ -390,7 +359,7 @@ def kept(make, tmp_path):
     return dispatcher
 
 
-@pytest.mark.parametrize("turns", [1, 3, 2 * DECISIONS, 3 * DECISIONS + 5])
+@pytest.mark.parametrize("turns", [1, 3 * DECISIONS + 5])
 def test_a_driver_that_dies_anywhere_is_gone_on_with(kept, turns):
     kept(turns)
     assert_equal(kept().collect(9 * DECISIONS), kept(journal=None).collect(9 * DECISIONS))
@@ -417,16 +386,15 @@ def test_a_last_line_that_was_not_finished_is_cut_off(kept, tmp_path):
     assert_equal(kept().collect(3 * DECISIONS), kept(journal=None).collect(3 * DECISIONS))
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [('"version":3', '"version":2'), ('"observation":"', '"observation":"!!'), ("{", "[")],
-)
-def test_damage_before_the_last_line_is_told_of(kept, tmp_path, old, new):
+def test_damage_before_the_last_line_is_told_of(kept, tmp_path):
     kept(4)
     path = tmp_path / "000000001.jsonl"
-    path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(UserError, match=r"the episode in .*000000001.jsonl is damaged.*delete that file"):
-        kept()
+    for old, new in (('"version":3', '"version":2'), ('"observation":"', '"observation":"!!'), ("{", "[")):
+        whole = path.read_text()
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(UserError, match=r"000000001.jsonl is damaged.*delete"):
+            kept()
+        path.write_text(whole)
 
 
 def test_a_full_disk_is_told_of_once_and_what_was_written_is_gone_on_with(kept, tmp_path, capfd, files_of_at_most):

@@ -20,12 +20,8 @@ def inputs(b: int, s: int, a: int, *, sites: int | None = None, legal: int | Non
     candidates[:, 0, CANDIDATE.index("is_wait")] = 1
     mask = torch.zeros(b, a)
     mask[:, : 1 + (a - 1 if legal is None else legal)] = 1
-    return {
-        "globals": torch.randn(b, len(GLOBALS), generator=random),
-        "sites": rows,
-        "candidates": candidates,
-        "mask": mask,
-    }
+    states = torch.randn(b, len(GLOBALS), generator=random)
+    return {"globals": states, "sites": rows, "candidates": candidates, "mask": mask}
 
 
 @pytest.fixture
@@ -46,32 +42,24 @@ def test_order_of_sites_does_not_matter_and_that_of_candidates_is_the_logits(net
     torch.testing.assert_close(net.value(y), net.value(x))
 
 
-@pytest.mark.parametrize(("s", "a"), [(4, 6), (9, 6), (4, 50), (100, 200)])
-def test_padding_changes_nothing(net: ControllerNet, s: int, a: int):
-    x = inputs(2, 4, 6)
+def test_padding_changes_nothing(net: ControllerNet):
+    x, pad = inputs(2, 4, 6), torch.nn.functional.pad
     y = {
         "globals": x["globals"],
-        "sites": torch.nn.functional.pad(x["sites"], (0, 0, 0, s - 4)),
-        "candidates": torch.nn.functional.pad(x["candidates"], (0, 0, 0, a - 6)),
-        "mask": torch.nn.functional.pad(x["mask"], (0, a - 6)),
+        "sites": pad(x["sites"], (0, 0, 0, 96)),
+        "candidates": pad(x["candidates"], (0, 0, 0, 194)),
+        "mask": pad(x["mask"], (0, 194)),
     }
     torch.testing.assert_close(net.logits(y)[:, :6], net.logits(x))
     assert (net.logits(y)[:, 6:] == ILLEGAL).all()
     torch.testing.assert_close(net.value(y), net.value(x))
 
 
-def test_a_row_is_independent_of_its_batch(net: ControllerNet):
-    x = inputs(7, 4, 6, legal=3)
-    logits, values = net(x)
-    for row in range(7):
-        alone = net({name: array[row : row + 1] for name, array in x.items()})
-        torch.testing.assert_close(alone[0][0], logits[row])
-        torch.testing.assert_close(alone[1][0], values[row])
-
-
 def test_no_sites_and_no_grafts_are_fine(net: ControllerNet):
     logits, values = net(inputs(2, 4, 6, sites=0, legal=0))
     assert torch.isfinite(values).all()
+    (entropy(logits).sum() + logits.log_softmax(-1)[:, 1].sum() + values.sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
     np.testing.assert_array_equal(logits.softmax(-1).detach().numpy(), np.eye(6)[[0, 0]])
 
 
@@ -91,9 +79,3 @@ def test_wait_starts_at_its_prior(legal: int):
     torch.manual_seed(0)
     chance = ControllerNet(64).logits(inputs(50, 4, 41, legal=legal)).softmax(-1)[:, 0]
     np.testing.assert_allclose(chance.detach().numpy(), WAIT_PRIOR, atol=0.02)
-
-
-def test_gradients_are_finite_under_the_mask(net: ControllerNet):
-    logits, values = net(inputs(4, 4, 6, sites=0, legal=2))
-    (entropy(logits).sum() + logits.log_softmax(-1)[:, 1].sum() + values.sum()).backward()
-    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)

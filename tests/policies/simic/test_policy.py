@@ -20,17 +20,13 @@ from esper.policies.simic.policy import FILE, SimicPolicy, likeliest
 TELEMETRY = ToyRun().reset(None, 3)
 
 
-def make() -> SimicPolicy:
+@pytest.fixture(scope="module")
+def policy() -> SimicPolicy:
     torch.manual_seed(0)
     net = ControllerNet(16)
     with torch.no_grad():
         net.score[-1].weight.normal_()
     return SimicPolicy(net)
-
-
-@pytest.fixture
-def policy() -> SimicPolicy:
-    return make()
 
 
 def test_acting_competes_with_waiting_as_a_whole(policy: SimicPolicy):
@@ -40,16 +36,6 @@ def test_acting_competes_with_waiting_as_a_whole(policy: SimicPolicy):
     assert action == policy.act(TELEMETRY)
     assert TELEMETRY.mask[action.index]
     assert (action.sequence, bool(action.reason)) == (TELEMETRY.sequence, True)
-
-
-def test_draws_repeat_with_their_generator(policy: SimicPolicy):
-    one, again = (
-        [SimicPolicy(policy.net, rng=rng).act(TELEMETRY).index for _ in range(50)]
-        for rng in (np.random.default_rng(1), np.random.default_rng(1))
-    )
-    assert one == again
-    assert len(set(one)) > 1
-    assert all(TELEMETRY.mask[i] for i in one)
 
 
 def test_save_and_load_whatever_is_named_without_ray(policy: SimicPolicy, tmp_path: Path):
@@ -76,12 +62,9 @@ def test_save_and_load_whatever_is_named_without_ray(policy: SimicPolicy, tmp_pa
         ({"hidden": 17}, {}, "another network"),
         ({"hidden": 10**9}, {}, "less than or equal to 4096"),
         ({"hidden": True}, {}, "hidden is True"),
-        ({"hidden": "wide"}, {}, "hidden is 'wide'"),
-        ({"extra": None}, {}, "extra is None"),
         ({"more": 1}, {}, "unknown key"),
         ({}, {"score.2.weight": torch.full((1, 16), torch.nan)}, "finite"),
         ({}, {"score.2.weight": torch.zeros(1, 16, dtype=torch.float64)}, "float32"),
-        ({}, {"score.2.weight": torch.zeros(16)}, "another network"),
         ({}, {"more": torch.zeros(1)}, "another network"),
     ],
 )
@@ -91,9 +74,7 @@ def test_what_is_no_policy_is_refused_in_one_sentence(policy: SimicPolicy, tmp_p
     with pytest.raises(UserError, match=says) as caught:
         SimicPolicy.load(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_there_is_none(tmp_path: Path):
+    (tmp_path / FILE).unlink()
     for path, says in ((tmp_path, "holds no trained policy"), (tmp_path / "nowhere", "does not exist")):
         with pytest.raises(UserError, match=says):
             SimicPolicy.load(path)
@@ -107,8 +88,10 @@ JSON = st.recursive(
 
 
 @given(data=st.data())
-def test_whatever_a_file_holds_it_loads_or_is_refused_in_a_sentence(tmp_path_factory, data: st.DataObject):
-    file, policy = tmp_path_factory.mktemp("fuzz") / FILE, make()
+def test_whatever_a_file_holds_it_loads_or_is_refused_in_a_sentence(
+    tmp_path_factory, policy: SimicPolicy, data: st.DataObject
+):
+    file = tmp_path_factory.mktemp("fuzz") / FILE
     if data.draw(st.booleans()):  # bytes changed, cut or added
         policy.save(file)
         content = bytearray(file.read_bytes())
