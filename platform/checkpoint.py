@@ -7,7 +7,6 @@ The metadata holds the state, the version, and the file's SHA-256, taken with 64
 import contextlib
 import hashlib
 import json
-import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -47,17 +46,15 @@ def unpack(data: bytes, name: str) -> Content:
     """State and tensors (CPU, own memory); raises UserError, with `name`, for another version or any changed byte."""
     try:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        version, digest = metadata["version"], metadata.get("sha256", "")
-        if version == VERSION:
-            if hashlib.sha256(_marked(data, digest, NO_DIGEST)).hexdigest() != digest:
-                raise ValueError("its checksum differs")
-            return json.loads(metadata["state"]), safetensors.torch.load(data)
+        if (version := metadata["version"]) != VERSION:
+            wanted = f"this code reads version {VERSION}, so go on with the Esper that wrote it"
+            raise ValueError(f"it is of version {clipped(version)} and {wanted}")
+        digest = metadata.get("sha256", "")
+        if hashlib.sha256(_marked(data, digest, NO_DIGEST)).hexdigest() != digest:
+            raise ValueError("its checksum differs")
+        return json.loads(metadata["state"]), safetensors.torch.load(data)
     except Exception as error:  # a reader of bytes raises what it likes
         raise _damaged(name, error) from None
-    raise UserError(
-        f"checkpoint {name} is of version {clipped(version)} and this code reads version {VERSION}: "
-        "go on with the Esper that wrote it, or start the run anew."
-    )
 
 
 def write(path: Path, state: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -104,7 +101,6 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
                 "URI such as s3://bucket/folder."
             ) from None
         self._newest: dict[str, Content | None] = {}  # by name, what is to be written; None stands for its removal
-        self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")  # joined at exit
 
     def save(self, name: str, state: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -150,16 +146,14 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
         return f"{self._folder.rstrip('/')}/{name}{SUFFIX}"
 
     def _queue(self, name: str, content: Content | None) -> None:
-        with self._lock:
-            queued = name in self._newest
-            self._newest[name] = content
-        if not queued:
-            self._thread.submit(self._take, name)
+        self._newest[name] = content
+        self._thread.submit(self._take, name)
 
     def _take(self, name: str) -> None:
-        """Write or remove what was queued last under a name."""
-        with self._lock:
-            content = self._newest.pop(name)
+        """Write or remove what was queued last under a name, unless an earlier call has done so."""
+        if name not in self._newest:
+            return
+        content = self._newest.pop(name)
         try:
             if content is None:
                 with contextlib.suppress(OSError):
@@ -171,12 +165,14 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
                     stream.write(pack(*content))
             self.failed = None
         except Exception as error:  # whatever it is, the run is worth more than its checkpoint
-            first = self.failed is None
-            self.failed = (
-                f"checkpoint {name} was not written to {self._place} ({reason(error)}): "
-                "mend that while the run goes on, and its next one is written."
+            known, self.failed = (
+                self.failed,
+                (
+                    f"checkpoint {name} was not written to {self._place} ({reason(error)}): "
+                    "mend that while the run goes on, and its next one is written."
+                ),
             )
-            if first:
+            if known is None:
                 say(self.failed)
 
 

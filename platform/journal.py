@@ -28,31 +28,29 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.entries, whole = _read(path)
         self._known = {identity(entry) for entry in self.entries} - {None}
-        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, whole)
+        self.file = path.open("ab", buffering=0)
+        self.file.truncate(whole)
 
     def add(self, entry: Entry) -> bool:
         """Append; False for a known identity or a closed journal. After an OSError nothing is written."""
         line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"  # NaN stays NaN: only Python reads this
         identity = self._identity(entry)
-        if self._file is None or identity in self._known:
+        if self.file.closed or identity in self._known:
             return False
         with naming(self.path):
-            before = os.fstat(self._file).st_size
+            before = os.fstat(self.file.fileno()).st_size
             try:
-                if os.write(self._file, line) < len(line):
+                if self.file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                os.ftruncate(self._file, before)
+                self.file.truncate(before)
                 raise
         self._known |= {identity} - {None}
         return True
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
-        if self._file is not None:
-            os.close(self._file)
-        self._file = None
+        """Close `file`. Idempotent."""
+        self.file.close()
 
 
 def read_entries(path: Path) -> list[Entry]:

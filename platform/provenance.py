@@ -1,21 +1,93 @@
-"""Where a result comes from: the commit, the machine, and the versions that were used."""
+"""Where a result comes from, and pins: hashes of what its numbers depend on, so that it is gone on with from the same.
+
+A run's folder holds `spec.json` (resolved), `inputs/` (copies of named files) and `pins.json`.
+"""
 
 import functools
+import hashlib
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
+from esper.platform.spec import RunSpec
+from esper.platform.storage import read_json, write_bytes, write_text
+
+PINS, SPEC, INPUTS = "pins.json", "spec.json", "inputs"  # in a run's folder
+CODE = ("platform", "workers", "policies")  # the folders that numbers depend on
 PACKAGES = ("torch", "ray", "mlflow", "numpy")
+
+
+class Pins(Frozen):
+    """`pins.json`; digests are SHA-256 in hexadecimal."""
+
+    files: dict[str, str]  # path in the run's folder → digest
+    inputs: dict[str, str]  # name of an input → path in the run's folder
+    data: str | None  # fingerprint of the text; None where there is none
+    code: str
+    torch: str
+    commit: str
+
+
+def pin(out: Path, spec: RunSpec, *, data: str | None, inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Copy spec and inputs into the run's folder, `pins.json` last; returns the copies, which the run must read."""
+    copies = {name: f"{INPUTS}/{name}{path.suffix}" for name, path in inputs.items()}
+    contents = {copies[name]: _content(path, f"the {name} {path}") for name, path in inputs.items()}
+    contents[SPEC] = (spec.model_dump_json(indent=2) + "\n").encode()
+    for name, content in contents.items():
+        write_bytes(out / name, content)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    pins = Pins(files=files, inputs=copies, data=data, code=code_digest(), torch=version("torch"), commit=commit())
+    write_text(out / PINS, pins.model_dump_json(indent=2) + "\n")
+    return {name: out / path for name, path in copies.items()}
+
+
+def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
+    """The copies of a run's inputs; raises UserError for the first thing that differs from its pins."""
+    pins = Pins.checked(read_json(out / PINS, str(out / PINS), "the folder of a run that was begun"), str(out / PINS))
+    for name, digest in pins.files.items():
+        if hashlib.sha256(_content(out / name, str(out / name))).hexdigest() != digest:
+            raise UserError(f"{out / name} was changed since the run began: restore it, or start the run anew.")
+    for what, was, found in (
+        ("text", pins.data, data),
+        ("torch", pins.torch, version("torch")),
+        (f"code, of commit {pins.commit} (this is {commit()}),", pins.code, code_digest()),
+    ):
+        if found != was:
+            raise UserError(
+                f"the run in {out} began with other {what} ({str(was)[:12]}) than there is now ({str(found)[:12]}), "
+                "which may give other numbers: go on with that one, or start the run anew."
+            )
+    return {name: out / path for name, path in pins.inputs.items()}
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the sources that numbers depend on."""
+    root, found = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (root / folder).rglob("*.py")):
+        found.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def provenance() -> dict[str, str]:
     """Tags of a run: `commit`, `hardware` (processor, usable cores, GPUs), `versions`."""
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    hardware = [f"{model[1] if model else platform.processor() or platform.machine()}, {cores} core(s)"]
+    if "torch" in sys.modules:
+        cuda = sys.modules["torch"].cuda
+        hardware += [cuda.get_device_name(i) for i in range(cuda.device_count())]
     versions = [f"Python {platform.python_version()}", *(f"{package} {version(package)}" for package in PACKAGES)]
-    return {"commit": commit(), "hardware": _hardware(), "versions": ", ".join(versions)}
+    return {"commit": commit(), "hardware": ", ".join(hardware), "versions": ", ".join(versions)}
 
 
 @functools.cache
@@ -32,12 +104,8 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def _hardware() -> str:
-    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*: (.*)$", known, re.MULTILINE)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [f"{model[1] if model else platform.processor() or platform.machine()}, {cores} core(s)"]
-    if "torch" in sys.modules:
-        cuda = sys.modules["torch"].cuda
-        parts += [cuda.get_device_name(i) for i in range(cuda.device_count())]
-    return ", ".join(parts)
+def _content(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror}): it must be a file that is there.") from None

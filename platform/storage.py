@@ -7,7 +7,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -83,37 +82,27 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file, released however the process ends; raises UserError where it is held and not `wait`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:  # closing it lets go of it
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only process in a folder, until this one ends it or itself; raises UserError where another is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:  # closing it lets go of it
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process works in {path.parent}: wait for its end, or stop it first.") from None
+            raise UserError(f"another process works in {folder}: wait for its end, or stop it first.") from None
         yield
-
-
-def alone(folder: Path) -> AbstractContextManager[None]:
-    """Be the only process in a folder; raises UserError where another is."""
-    return locked(folder / ".lock", wait=False)
 
 
 def check_unused(out: Path, *, file: bool = False) -> None:
     """Raise UserError unless `out` is new, or else an empty folder, and may be written."""
     parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if file and out.exists():
-        problem = "is there already"
-    elif not parent.is_dir():
-        problem = f"cannot be made, for {parent} is a file"
-    elif out.is_dir() and any(out.iterdir()):
-        problem = "already holds another run"
-    elif not os.access(parent, os.W_OK):
-        problem = f"cannot be made, for {parent} is read-only"
+    if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
+        problem = "is a file" if out.is_file() else "already holds another run"
+    elif not parent.is_dir() or not os.access(parent, os.W_OK):
+        problem = f"cannot be made, for {parent} is {'read-only' if parent.is_dir() else 'a file'}"
     else:
         return
-    what = "file" if file else "or empty folder"
-    raise UserError(f"--out {out} {problem}: name a new {what} where you may write.")
+    raise UserError(f"--out {out} {problem}: name a new {'file' if file else 'or empty folder'} where you may write.")
 
 
 def _beside(path: Path) -> Path:

@@ -27,7 +27,7 @@ from esper.platform.tracking_store import StoredRun, runs_page, tracking_uri
 
 JOURNAL, SENT = "tracking.jsonl", "tracking.sent.json"
 CONNECT_SECONDS, CALL_SECONDS = 60, 20  # the longest that one try to connect, or one request, may take
-PAUSE_SECONDS = 1  # between two tries
+LOOK_SECONDS, PAUSE_SECONDS = 0.1, 1  # between two looks for new entries; between two tries
 READY_SECONDS = 30  # the longest that anyone waits for a run's id: MLflow's import, a first migration
 CLOSE_SECONDS, AWAY_SECONDS = 60, 5  # likewise at a run's end; of a store that takes nothing
 SYNC_SECONDS = 60
@@ -60,12 +60,11 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         parent: "Tracker | None" = None,
         system_metrics: bool = False,
     ) -> None:
-        self.uri = tracking_uri()
+        self.uri, self._folder = tracking_uri(), folder.absolute()
         self._id = {"experiment": experiment, "key": key}
-        self._folder = folder.absolute()
         self._journal = Journal(folder / JOURNAL, _identity)
         self._entries = list(self._journal.entries)
-        self._lock, self._open, self._told = threading.Lock(), True, False
+        self._lock, self._told = threading.Lock(), False
         self._sender = _Sender(self._folder, self._entries, self.uri, system_metrics=system_metrics)
         described = {"name": run_name, "params": flatten(params or {}), "parent": parent and parent._id}
         texts = {name: str(value) for name, value in (tags or {}).items()}
@@ -92,10 +91,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._record("tag", key=key, value=str(value))
 
     def log_input(self, name: str, source: str, digest: str, profile: Mapping[str, Any]) -> None:
-        """Name the data set that the run reads: its path or address, a fingerprint of its content, what else is known.
-
-        MLflow takes 36 characters of the fingerprint.
-        """
+        """Name the data set that the run reads: its place, its fingerprint (MLflow cuts it), and what is known."""
         self._record("input", name=name, source=source, digest=digest, profile=dict(profile))
 
     def close(self, status: Status = "FINISHED", seconds: float | None = None, *, ended: int | None = None) -> bool:
@@ -103,12 +99,12 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
         Returns whether the store has had everything; nothing is said where it has not. A second call is idle.
         """
-        if self._open:
+        if not self._journal.file.closed:
             self._record("end", status=status, at=milliseconds() if ended is None else ended)
-            self._open = False
+            with self._lock:
+                self._journal.close()
             longest = AWAY_SECONDS if self.uri in _away else CLOSE_SECONDS
             self._sender.finish(longest if seconds is None else seconds)
-            self._journal.close()
         return self._sender.complete
 
     @property
@@ -120,8 +116,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
     @property
     def experiment_id(self) -> str | None:
         """MLflow's id of the experiment, likewise."""
-        self._sender.tried.wait(READY_SECONDS)
-        return self._sender.info and self._sender.info.experiment_id
+        return self.run_id and self._sender.info.experiment_id
 
     @property
     def where(self) -> str:
@@ -134,17 +129,16 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
             say(f"MLflow at {shown(self.uri)} has not had everything: what is left is sent when the run is resumed.")
 
     def _record(self, kind: str, **values: Any) -> None:
-        """Write an entry to the journal; MLflow has it from there."""
+        """Write an entry, and say once if it cannot be written; idle once closed."""
         entry = {"kind": kind, **values}
         with self._lock:
             try:
-                if self._open and self._journal.add(entry):
+                if self._journal.add(entry):
                     self._entries.append(entry)
             except OSError as error:
                 if not self._told:
                     say(f"{self._journal.path} cannot be written ({reason(error)}): make room, or MLflow lacks points.")
                 self._told = True
-        self._sender.more.set()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -190,8 +184,8 @@ class _Sender(threading.Thread):
 
     def __init__(self, folder: Path, entries: Sequence[Entry], uri: str, *, system_metrics: bool = False) -> None:
         super().__init__(name=f"tracking {folder.name}", daemon=True)
-        self.info = None  # MLflow's, once connected
-        self.tried, self.more = threading.Event(), threading.Event()  # to connect (in vain, twice); entries
+        self.info: Any = None  # MLflow's RunInfo, once connected
+        self.tried = threading.Event()  # to connect: in vain, twice
         self._folder, self._entries, self._uri = folder, entries, uri
         self._count = min(_sent(folder).get(shown(uri), 0), len(entries))
         self._stored: StoredRun | None = None  # while connected
@@ -206,15 +200,13 @@ class _Sender(threading.Thread):
     def finish(self, seconds: float) -> None:
         """There will be no more: let the thread end, once all is sent or `seconds` are over."""
         self._last.set()
-        self.more.set()
         self.join(seconds)
         self._over.set()
 
     def run(self) -> None:
         """Send, until there is no more to send."""
         failures = 0
-        while not self._over.is_set():
-            self.more.clear()
+        while not (self._over.is_set() or (self._last.is_set() and self.complete)):
             try:
                 whole, failures = self._send_all(), 0
             except Exception as error:
@@ -222,10 +214,8 @@ class _Sender(threading.Thread):
                 if failures > 1:
                     self.tried.set()
                     _tell(self._uri, error)
-            if self._last.is_set() and self.complete:
-                break
             if whole:
-                self.more.wait()
+                self._last.wait(LOOK_SECONDS)
             else:
                 self._over.wait(PAUSE_SECONDS)
         if self._monitor is not None:
@@ -275,10 +265,8 @@ def _sent(folder: Path) -> dict[str, int]:
 
 
 def _identity(entry: Entry) -> Hashable:
-    """What tells a point or an input from others; headers, tags, artifacts and ends count each time."""
+    """What tells a point from others; every other entry counts each time."""
     match entry:
         case {"kind": "point", "step": int(step), "metrics": dict(metrics)}:
             return step, frozenset(metrics)
-        case {"kind": "input", "name": str(name), "digest": str(digest)}:
-            return name, digest
     return None

@@ -5,6 +5,7 @@ it. Where the working directory does not last (`ray job submit --working-dir`), 
 is imported when it is first needed: that takes seconds.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING
 from esper.platform.console import say
 from esper.platform.errors import UserError, reason, shown
 from esper.platform.journal import Entry
-from esper.platform.storage import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,7 +85,9 @@ def connect(uri: str) -> "MlflowClient":
 
     file = sqlite_file(uri)
     if file is not None:
-        with locked(file.with_name(f"{file.name}.lock")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.with_name(f"{file.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists() or file.stat().st_size == 0:
                 partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
                 MlflowClient(f"sqlite:///{partial}")

@@ -18,8 +18,7 @@ def play(run: R, policy: GrowthPolicy, *, arm: str, on_decision: OnDecision[R] |
     while not run.ended:
         telemetry = run.telemetry
         if run.unfinished:  # restored from within a slice, whose action has been taken
-            action = GraftAction(0, telemetry.sequence)
-            transition = run.finish()
+            action, transition = GraftAction(0, telemetry.sequence), run.finish()
         else:
             action = policy.act(telemetry, run)
             transition = run.step(action)
@@ -47,13 +46,12 @@ def save(run: GrowthRun, policy: GrowthPolicy, store: CheckpointStore, name: str
 
 def unplayed(summary: Mapping[str, Any]) -> str | None:
     """What to say of planned grafts that have not been played; None where all have."""
-    grafts = summary["unplayed"]
-    if not grafts or summary["diverged"]:
+    if not summary["unplayed"] or summary["diverged"]:
         return None
     return (
-        f"planned and not played: {', '.join(grafts)}; a graft waits until it is legal, and for those before it: a "
-        "host may have growth.max_layers and max_parameters, a decision has to hold growth.min_optimizer_steps steps "
-        "after a graft (fewer decisions or a larger budget give it more), and none comes while the rate decays"
+        f"planned and not played: {', '.join(summary['unplayed'])}; a graft waits for those before it, and for "
+        "growth.max_layers, growth.max_parameters and growth.min_optimizer_steps to allow it (fewer decisions or a "
+        "larger budget help); none comes while the rate decays"
     )
 
 

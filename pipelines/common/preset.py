@@ -2,12 +2,12 @@
 
 from typing import Literal
 
+import psutil
 import torch
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.platform.console import counted
-from esper.platform.errors import unknown
-from esper.platform.memory import check_fits
+from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.candidates import telemetry_space
 from esper.workers.tolaria.data.sources import SOURCES
@@ -25,27 +25,33 @@ def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "la
         raise unknown("task", arguments.task, TASKS)
     gpu = torch.cuda.is_available()
     by_device = FLEET_ON_CPU if on == "fleet" and not gpu else TASKS[arguments.task]["cuda" if gpu else "cpu"]
-    preset = arguments.preset or (LAWS if on == "laws" else by_device)
     overrides = list(arguments.set)
     if arguments.data is not None:
         named = str(arguments.data) in [source.name for source in SOURCES]
         overrides.append(f"data.source={arguments.data if named else arguments.data.resolve()}")
-    spec = load_spec(preset, overrides)
+    spec = load_spec(arguments.preset or (LAWS if on == "laws" else by_device), overrides)
     if on != "laws" and spec.device != "cuda":
-        check_fits(training_bytes(spec), "training")
+        check_fits(spec)
     telemetry_space(spec)  # resolves the blueprints
     if on == "here":
         pick_device(spec)
     return spec
 
 
-def training_bytes(spec: RunSpec) -> int:
-    """About the least memory of training at the starting size, in bytes, without the vocabulary's part.
+def check_fits(spec: RunSpec) -> None:
+    """Raise UserError where training at the starting size needs more than the machine's memory.
 
-    Weights, gradients and AdamW's moments in float32; 12 activations of width C per token and layer.
+    Weights, gradients and AdamW's moments in float32, and 12 activations of width C per token and layer; the
+    vocabulary's part is left out.
     """
     shape, tokens = start_shape(spec, vocab_size=1), spec.data.batch_size * spec.host.block_size
-    return 16 * shape.parameters_count() + 4 * 12 * tokens * spec.host.n_embd * shape.depth()
+    needed = 16 * shape.parameters_count() + 4 * 12 * tokens * spec.host.n_embd * shape.depth()  # bytes
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"training needs about {needed / 2**30:,.0f} GiB of memory and this machine has {there / 2**30:,.0f}: "
+            "choose a smaller host, context or batch."
+        )
 
 
 def describe(spec: RunSpec) -> str:

@@ -21,7 +21,7 @@ from esper.pipelines.common.preset import describe
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.pins import INPUTS, PINS, SPEC, check_pins, pin
+from esper.platform.provenance import INPUTS, PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json
 from esper.platform.tracking import Tracker, synced
@@ -118,17 +118,17 @@ class RunFolder(Frozen):
         """Whether the work has been done to its end."""
         return (self.out / "summary.json").exists()
 
+    def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
+        """The tracker of its MLflow run, in `experiment` with the options of `Tracker`."""
+        named = {"experiment": self.experiment, "run_name": self.out.name, **options}
+        tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
+        return Tracker(self.out, key=self.key, tags=tags, params=self.spec.model_dump(mode="json"), **named)
+
     @property
     def experiment(self) -> str:
         """MLflow's experiment, named after the text: `esper-tinystories`."""
         text = self.task if self.data is None else Path(self.tokens.manifest.source).stem
         return "esper-" + re.sub(r"[^\w.-]+", "-", text)
-
-    def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:
-        """The tracker of its MLflow run, with the options of `Tracker`."""
-        named = {"experiment": self.experiment, "run_name": self.out.name, **options}
-        tags = {"seed": self.seed, "preset": self.spec.preset, **tags}
-        return Tracker(self.out, key=self.key, tags=tags, params=self.spec.model_dump(mode="json"), **named)
 
     def send(self, track: Callable[[], Tracker], files: Iterable[str]) -> bool:
         """Send MLflow what it lacks of ended work, or raise UserError; False where it lacks nothing."""
@@ -151,8 +151,8 @@ class RunFolder(Frozen):
                     "give more text, or set a smaller host.block_size."
                 )
         train, unseen = manifest.splits["train"].tokens, sum(split.unseen for split in manifest.splits.values())
-        say(f"data    {manifest.source}, {manifest.tokenizer}: {train:,} training tokens in {self.data}")
         epochs = budget_tokens(self.spec, start_shape(self.spec, manifest.vocab_size)) / train
+        say(f"data    {manifest.source}, {manifest.tokenizer}: {train:,} training tokens in {self.data}")
         if epochs > 1:
             say(f"        of which a run that stays at its starting size sees each {epochs:.1f} times (epochs)")
         if unseen:

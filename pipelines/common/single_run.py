@@ -1,5 +1,7 @@
 """One run under one arm: begun or taken up again, saved at every decision, tracked, and told of."""
 
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,12 +9,11 @@ from typing import Any
 from esper.pipelines.common.arguments import CommonArguments
 from esper.pipelines.common.play import metrics, play, save, take_up, unplayed
 from esper.pipelines.common.preset import resolve_spec
-from esper.pipelines.common.progress import RunProgress
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.platform import checkpoint
 from esper.platform.checkpoint import CheckpointStore
-from esper.platform.console import counted, duration, say
+from esper.platform.console import Eta, counted, duration, say
 from esper.platform.contracts import GraftAction, GrowthPolicy, Transition
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
@@ -24,6 +25,8 @@ from esper.workers.run import GrowthRun
 
 KEPT = ("summary.json", "spec.json")  # in MLflow
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
+REFRESH_SECONDS = 0.5
+CLEAR = "\r\033[K"  # the terminal's line
 
 
 def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
@@ -47,8 +50,7 @@ def resume(out: Path) -> int:
                 return 0
             raise UserError(f"the run in {out} has ended: its results are in {folder.out / 'summary.json'}.")
         policy = _policy(arm, folder.spec, folder.seed, folder.check())
-        growth = GrowthRun(folder.spec, folder.tokens)
-        saved = folder.out / CHECKPOINTS / f"{RUN}.safetensors"
+        growth, saved = GrowthRun(folder.spec, folder.tokens), folder.out / CHECKPOINTS / f"{RUN}.safetensors"
         kept = checkpoint.read(saved) if saved.exists() else None  # it may have been killed before its first decision
         take_up(growth, policy, kept, folder.seed)
         where = f"at optimizer step {growth.ledger.steps:,} ({growth.fraction():.0%} of the budget)"
@@ -58,7 +60,7 @@ def resume(out: Path) -> int:
 
 def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) -> int:
     """Play the run to its end, saving at every decision, and report; returns 1 if it was given up."""
-    out, progress = folder.out, RunProgress(growth.fraction())
+    out, progress = folder.out, _Progress(growth.fraction())
     with (
         stop_signals(f"stopped; go on with: esper train --resume {out}") as check,
         CheckpointStore(out / CHECKPOINTS) as checkpoints,
@@ -90,28 +92,61 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         write_json(out / "summary.json", summary)
         for name in KEPT:
             tracker.artifact(out / name)
-    report(summary, growth.fraction(), out)
+    _report(summary, growth.fraction())
+    say(f"results: {out / 'summary.json'}")
     say(f"compare: {tracker.where}")
     return 1 if summary["failure"] else 0
 
 
-def report(summary: Mapping[str, Any], fraction: float, out: Path) -> None:
+class _Progress:
+    """A line per decision, and between them one that is rewritten in a terminal."""
+
+    def __init__(self, done: float) -> None:
+        self._eta, self._live, self._shown_at = Eta(done), sys.stderr.isatty(), time.perf_counter()
+
+    def on_step(self, run: GrowthRun) -> None:
+        if self._live and time.perf_counter() - self._shown_at >= REFRESH_SECONDS:
+            self._shown_at = time.perf_counter()
+            print(CLEAR + self._line(run), end="", file=sys.stderr, flush=True)
+
+    def on_decision(self, run: GrowthRun, telemetry: Telemetry, action: GraftAction) -> None:
+        if self._live:
+            print(CLEAR, end="", file=sys.stderr)
+        chosen = telemetry.actions[action.index]
+        if chosen.operation != "wait":
+            say(f"  {chosen}: {action.reason}")
+        for rollback in run.rollbacks:
+            if rollback.decision == telemetry.sequence:
+                removed = f", {rollback.removed} removed" if rollback.removed else ""
+                say(f"  rolled back at step {rollback.optimizer_step:,}: {rollback.fault}{removed}")
+        say(f"{self._line(run)}, val loss {run.loss:.4f}")
+
+    def _line(self, run: GrowthRun) -> str:
+        fraction, ledger = run.fraction(), run.ledger
+        return (
+            f"{fraction:4.0%} of budget, step {ledger.steps:,}, {run.layout.parameters:,} parameters, "
+            f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} tokens/s, {self._eta.left(fraction)} left"
+        )
+
+
+def _report(summary: Mapping[str, Any], fraction: float) -> None:
     """Say what a run came to."""
     if summary["failure"]:
-        say(f"given up at {fraction:.0%} of the budget: {summary['failure']}; lower the learning rate.")
-        say(f"the last sound state is in {out / CHECKPOINTS}")
+        say(
+            f"given up at {fraction:.0%} of the budget: {summary['failure']}; the last sound state is in "
+            f"{CHECKPOINTS}/: lower the learning rate."
+        )
     say(
         f"{summary['arm']}: val loss {summary['val_loss']:.4f} nats per token (perplexity {summary['perplexity']:.2f})"
         f", {counted(summary['parameters'], 'parameter')}, {counted(len(summary['grafts']), 'graft')}, "
-        f"{counted(summary['steps'], 'step')}, "
-        f"{summary['parameter_seconds']:,.0f} parameter-seconds, {duration(summary['wall_seconds'])} of training"
+        f"{counted(summary['steps'], 'step')}, {summary['parameter_seconds']:,.0f} parameter-seconds, "
+        f"{duration(summary['wall_seconds'])} of training"
     )
-    if told := unplayed(summary):
-        say(told)
     for point in summary["annealed"]:
         loss = "not finite" if point["val_loss"] is None else f"{point['val_loss']:.4f}"
         say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {loss}")
-    say(f"results: {out / 'summary.json'}")
+    if told := unplayed(summary):
+        say(told)
 
 
 def _policy(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:

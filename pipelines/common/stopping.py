@@ -22,14 +22,13 @@ def stop_signals(how: str) -> Iterator[Callable[[], None]]:
     """
     asked: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise Stopped(number, "stopped at once; what was saved last is kept.")
-        asked.append(number)
-
     def check() -> None:
         if asked:
             raise Stopped(asked[0], how)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        check()
+        asked.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

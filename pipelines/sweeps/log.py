@@ -20,7 +20,7 @@ from esper.pipelines.sweeps.trials import Trial
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import Eta, counted, say
 from esper.platform.ledger import AXES
-from esper.platform.pins import SPEC
+from esper.platform.provenance import SPEC
 from esper.platform.storage import read_json, write_json, write_text
 from esper.platform.tracking import Tracker, sync, synced
 

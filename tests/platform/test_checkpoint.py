@@ -96,28 +96,16 @@ def test_bytes_of_any_kind_are_refused_with_a_sentence(data: st.DataObject):
     mutant = WHOLE[:begin] + piece + WHOLE[begin + data.draw(st.integers(0, 50)) :]
     if mutant != WHOLE:
         refusal(mutant)
-    refusal(piece[:-1])
 
 
 def test_another_version_a_file_of_another_and_one_with_a_fitting_checksum_are_refused(tmp_path: Path):
     other = safetensors.torch.save({}, {"version": "3"})
-    assert refusal(other).startswith("of version '3' and this code reads version 2: go on with the Esper")
-    assert "damaged" in refusal(safetensors.torch.save({"a": torch.ones(2)}))
-    assert "checksum" in refusal(safetensors.torch.save({}, {"version": "2", "state": "1"}))
+    assert "of version '3' and this code reads version 2, so go on with the Esper" in refusal(other)
     forged = safetensors.torch.save({}, {"version": "2", "state": "{", "sha256": "0" * 64})
-    forged = forged.replace(b"0" * 64, hashlib.sha256(forged).hexdigest().encode())
-    assert "damaged (Expecting" in refusal(forged)
-    with pytest.raises(UserError, match=rf"checkpoint {tmp_path}/no is not there: name the file of one, {NEW}"):
-        read(tmp_path / "no")
-    with pytest.raises(UserError, match="damaged"):
-        read(tmp_path)
-
-
-@pytest.fixture(params=["path", "uri"])
-def place(request, tmp_path) -> str:
-    """A folder as such, and as a filesystem that pyarrow reads and writes."""
-    folder = tmp_path / "a" / "store"
-    return str(folder) if request.param == "path" else folder.as_uri()
+    refusal(forged.replace(b"0" * 64, hashlib.sha256(forged).hexdigest().encode()))
+    for path, problem in ((tmp_path / "no", f"is not there: name the file of one, {NEW}"), (tmp_path, "damaged")):
+        with pytest.raises(UserError, match=problem):
+            read(path)
 
 
 def filled(number: int, size: int = 10) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -136,8 +124,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_newest_of_each_run_comes_back_and_nothing_else_is_there(place: str, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["path", "uri"])
+def test_the_newest_of_each_run_comes_back_and_nothing_else_is_there(kind: str, tmp_path: Path):
     before, folder = set(threading.enumerate()), tmp_path / "a" / "store"
+    place = str(folder) if kind == "path" else folder.as_uri()
     with CheckpointStore(place) as store:
         store.keep_only([])
         for number in range(5):
@@ -161,13 +151,9 @@ def test_the_newest_of_each_run_comes_back_and_nothing_else_is_there(place: str,
     assert names(folder) == ["run.safetensors"]
 
 
-@pytest.mark.parametrize("place", ["nonsense://there", "://"])
-def test_an_unknown_kind_of_place(place: str):
+def test_a_place_of_an_unknown_kind_and_one_below_another():
     with pytest.raises(UserError, match="checkpoints cannot be kept in"):
-        CheckpointStore(place)
-
-
-def test_a_place_below_another():
+        CheckpointStore("nonsense://there")
     assert below("s3://bucket/runs/?region=x", "one") == "s3://bucket/runs/one?region=x"
     assert below("/runs", "one") == "/runs/one"
 
@@ -193,26 +179,20 @@ def test_save_returns_at_once_and_only_the_newest_that_waits_is_written(tmp_path
 
 
 def test_a_failure_is_said_once_and_later_saves_are_tried_again(tmp_path: Path, capsys, files_of_at_most):
-    folder = tmp_path / "run"
-    folder.touch()  # a file in its place
-    with CheckpointStore(folder) as store:
-        for number in range(3):
-            store.save("one", *filled(number))
-            store.flush()
-            assert str(store.failed).startswith(f"checkpoint one was not written to {folder} (")
-        assert len(capsys.readouterr().err.splitlines()) == 1
-        folder.unlink()
+    with CheckpointStore(tmp_path / "run") as store:
         store.save("one", *filled(2))
-        assert number_of(store.find("one")) == 2
-        assert store.failed is None
         for number, size, why in ((3, 10**6, "File too large"), (float("nan"), 1, "not JSON compliant")):
             with files_of_at_most(2**20):
                 store.save("one", *filled(number, size))
                 store.flush()
+            assert str(store.failed).startswith(f"checkpoint one was not written to {tmp_path / 'run'} (")
             assert why in str(store.failed)
-            assert names(folder) == ["one.safetensors"]
+            assert names(tmp_path / "run") == ["one.safetensors"]
             assert number_of(store.find("one")) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+        store.save("one", *filled(4))
+        assert number_of(store.find("one")) == 4
+        assert store.failed is None
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "Path.replace"])

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.pipelines.common.preset import training_bytes
+from esper.pipelines.common.preset import check_fits
 from esper.platform.errors import UserError
-from esper.platform.memory import check_fits
 from esper.platform.spec import RunSpec, load_spec, presets
 
 
@@ -16,7 +15,7 @@ from esper.platform.spec import RunSpec, load_spec, presets
 def test_presets_load_fit_a_machine_and_survive_saving(name, tmp_path):
     spec = load_spec(name)
     assert spec.preset == name
-    check_fits(training_bytes(spec), "training")
+    check_fits(spec)
     path = tmp_path / "spec.json"
     path.write_text(spec.model_dump_json())
     assert load_spec(path) == spec
@@ -91,7 +90,7 @@ def test_an_unknown_preset_names_the_known():
 def test_what_no_machine_holds_is_refused_before_it_is_tried():
     spec = load_spec("demo", ["host.n_embd=65536", "host.n_layer=512", "growth.max_layers=512"])
     with pytest.raises(UserError, match="GiB of memory and this machine has"):
-        check_fits(training_bytes(spec), "training")
+        check_fits(spec)
 
 
 @given(data=st.data())

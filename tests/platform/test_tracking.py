@@ -4,6 +4,7 @@ Real stores: SQLite files, and servers, one of which dies.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -27,7 +28,6 @@ from mlflow.entities import Run
 from esper.platform import tracking
 from esper.platform.errors import UserError
 from esper.platform.journal import read_entries
-from esper.platform.storage import locked
 from esper.platform.tracking import JOURNAL, Tracker, flatten, sync, synced
 from tests.mlflow_servers import MlflowServer
 
@@ -112,7 +112,8 @@ def test_a_run_arrives_whole_and_goes_on_under_its_key_with_every_point_once(any
 
 
 def test_a_call_does_not_wait_and_its_keys_share_its_time(store: str, begin):
-    with locked(Path(store.removeprefix("sqlite:///") + ".lock")):  # nobody can connect while this is held
+    with Path(store.removeprefix("sqlite:///") + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody can connect while this is held
         tracker, before = begin("quick"), int(time.time() * 1000)
         for step in range(300):
             tracker.log(point(step), step)
