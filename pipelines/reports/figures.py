@@ -39,10 +39,9 @@ def looks(arms: Mapping[str, str]) -> dict[str, Look]:
     found: dict[str, Look] = {}
     for label in arms:
         kind, follows, of = label.partition(":")
-        color, line = colors[of or kind], "--" if label in static else "-"
-        found[label] = {"color": color, "marker": "o", "linestyle": line, "mfc": color}
-        if follows:
-            found[label] |= {"marker": MARKERS[kind], "linestyle": ":", "mfc": "white"}
+        color, line = colors[of or kind], ":" if follows else "--" if label in static else "-"
+        found[label] = {"color": color, "marker": MARKERS[kind] if follows else "o", "linestyle": line}
+        found[label]["mfc"] = "white" if follows else color
     return found
 
 

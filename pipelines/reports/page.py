@@ -25,9 +25,7 @@ COUNTED = {
     "tuning": "tuning runs",
     "controller": "the controller's training (with forks, and episodes dropped or in flight at its end)",
 }
-
-
-NUMBERS = [*AXES, "parameters", "layers", "grafts"]  # of a run, whose means are told
+MEANS = [*AXES, "parameters", "layers", "grafts"]  # of a run, whose means are told
 
 
 def as_dict(sweep: Sweep, verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def arm_table(verdict: Verdict) -> pd.DataFrame:
         row = {"arm": label, "seeds": len(runs), "diverged": sum(run.diverged for run in seeds.values())}
         row["final loss"] = str(Interval.of(np.array([run.loss for run in runs])))[1:] if runs else None
         row |= {f"minus {trials.best_static}": minus and str(minus), "": outcomes.get(label, "")}
-        means = pd.DataFrame([run.summary | {"grafts": run.grafts} for run in runs], columns=NUMBERS).mean()
+        means = pd.DataFrame([run.summary | {"grafts": run.grafts} for run in runs], columns=MEANS).mean()
         rows.append(row | means.rename(AXES).to_dict())
     return pd.DataFrame(rows)
 
@@ -92,28 +90,22 @@ def payback(trials: Trials) -> list[str]:
         loss, used = np.mean(ends, axis=0).tolist()
         if not len(costs) or losses[-1] > loss:
             then = "no static run ends as low: what a use saves cannot be said"
-        elif (needed := float(np.exp(np.interp(-loss, -losses, np.log(costs))))) <= used:  # linear in log cost
-            then = f"the best static sizes need {told(needed)} for that loss: a use saves nothing"
         else:
-            uses = counted(math.ceil(total / (needed - used)), "use")
-            then = f"the best static sizes need {told(needed)} for that loss: the cost is paid back after {uses}"
+            saved = float(np.exp(np.interp(-loss, -losses, np.log(costs)))) - used  # linear in log cost
+            uses = counted(math.ceil(total / saved), "use") if saved > 0 else ""
+            then = f"the best static sizes need {told(used + saved)} for that loss: "
+            then += f"the cost is paid back after {uses}" if uses else "a use saves nothing"
         sentences.append(f"{label} ends at {loss:.4f} after {told(used)} parameter-seconds; {then}.")
     return sentences
 
 
 def told(value: Any) -> str:
-    """A value in words: a dash for what is missing, and of numbers four digits, as 1.2300, 12.35, 1,234 or 1.02M."""
+    """A value in words: a dash for what is missing, and of numbers four decimals or none, as 1.2300 or 1,234."""
     if value is None or value != value:
         return "–"
     if isinstance(value, str):
         return value
-    number = float(value)
-    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(number) >= limit:
-            return f"{number / limit:.4g}{letter}"
-    if abs(number) < 10 and number % 1:
-        return f"{number:.4f}"
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+    return f"{float(value):.4f}" if abs(value) < 100 and value % 1 else f"{float(value):,.0f}"
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

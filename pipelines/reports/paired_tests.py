@@ -69,17 +69,14 @@ class PairedTest:
             few = f"{counted(len(self.differences), 'pair')}, and a test takes {PAIRS}"
             return "cannot say", self.doubt or "; ".join(filter(None, [few, self.left_out]))
         found = Interval.of(self.differences)
-        half = found.half or 0.0
-        if found.mean - half > 0:
+        low, high = found.mean - (found.half or 0.0), found.mean + (found.half or 0.0)
+        if low > 0:
             return "worse", "it was lower at a lower cost already" if self.beyond else self.left_out
         if self.beyond or self.doubt:
             return "cannot say", self.doubt or f"{self.against} was never trained that long"
-        if found.mean + half < 0 and self.p_holm <= 1 - CONFIDENCE:
-            return "better", self.left_out
-        if found.mean + half < 0:
-            scope = " and against every static size" if self.weakest else ""
-            return "tie", f"the interval alone lies below 0, but for all arms together{scope} p = {self.p_holm:.2g}"
-        return "tie", self.left_out
+        if high < 0 and self.p_holm > 1 - CONFIDENCE:
+            return "tie", f"p = {self.p_holm:.2g} for all arms together{' and every static size' * bool(self.weakest)}"
+        return "better" if high < 0 else "tie", self.left_out
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -93,8 +90,7 @@ def pair(arm: Seeds, other: Seeds, axis: str) -> PairedTest:
     diverged = ", ".join(f"{run.label} diverged on seed {seed}" for seed, run in arm.items() if run.diverged)
     differences, left_out, beyond = [], [], False
     for seed in sorted({*arm, *other}):
-        lacking = [runs for runs in (arm, other) if seed not in runs or not runs[seed].sound]
-        if lacking:
+        if lacking := [runs for runs in (arm, other) if seed not in runs or not runs[seed].sound]:
             left_out.append(f"{next(iter(lacking[0].values())).label} has no loss on seed {seed}")
             continue
         run, baseline = arm[seed], other[seed]
@@ -137,8 +133,9 @@ class Trials:
         self.idle = [label for label, arm in self.arms.items() if label not in grew and arm not in NOT_GROWN]
         self.statics, self.schedules = self._sound_runs([STATIC]), self._sound_runs(SCHEDULES)
         # Chosen on tuning seeds, else on the test seeds.
-        self.best_static = best(self.statics) if point["size"] is None else f"{STATIC}-{point['size']}"
-        self.schedule: str | None = best(self.schedules) if point["schedule"] is None else point["schedule"]
+        size, schedule = point.get("size"), point.get("schedule")
+        self.best_static = best(self.statics) if size is None else f"{STATIC}-{size}"
+        self.schedule: str | None = best(self.schedules) if schedule is None else schedule
 
     def _sound_runs(self, arms: Sequence[str]) -> dict[str, dict[int, Run]]:
         return {label: runs for label, arm in self.arms.items() if arm in arms and (runs := self.sound(label))}
@@ -168,8 +165,7 @@ class Trials:
             # The arm must beat every size: else an arm equal to the best wins 8 % of sweeps with 4 nearly equal sizes.
             pairs = {label: pair(mine, self.test[label], axis) for label in self.statics}
             equal = {label: test for label, test in pairs.items() if test.interval}
-            weakest = max((test.p for test in equal.values()), default=0.0)
-            against = self.best_static
+            weakest, against = max((test.p for test in equal.values()), default=0.0), self.best_static
             if axis != self.axis:
                 means = {label: np.mean(t.differences) for label, t in (equal or pairs).items() if len(t.differences)}
                 against = max(means, key=means.__getitem__, default=next(iter(pairs), None))
@@ -188,10 +184,8 @@ class Trials:
         # The label of the runs born in the arm's final shape: a static size where one fits, for its rate is tuned. The
         # layers of statics are alike: another shape has as many parameters only by coincidence.
         ends = {run.summary["parameters"] for run in self.sound(arm).values()}
-        for label, runs in self.statics.items():
-            if {run.summary["parameters"] for run in runs.values()} == ends:
-                return label
-        return f"static_final:{arm}"
+        fitting = (s for s, runs in self.statics.items() if {r.summary["parameters"] for r in runs.values()} == ends)
+        return next(fitting, f"static_final:{arm}")
 
 
 def best(candidates: Mapping[str, Seeds]) -> str | None:

@@ -59,14 +59,14 @@ class Run:
         return self.summary.get("diverged", False)
 
     @property
-    def loss(self) -> float:
-        """At its end, nats per token; NaN if it did not end or diverged."""
-        return math.nan if self.diverged or not self.summary else self.summary["val_loss"]
-
-    @property
     def sound(self) -> bool:
         """Whether it ran to its end and did not diverge; only such runs are compared."""
-        return math.isfinite(self.loss)
+        return bool(self.summary) and not self.diverged
+
+    @property
+    def loss(self) -> float:
+        """At its end, nats per token; NaN if it is not sound."""
+        return self.summary["val_loss"] if self.sound else math.nan
 
     @property
     def grafts(self) -> int:
@@ -113,15 +113,13 @@ def tables(runs: Iterable[Run]) -> Tables:
         summary = own.pop("summary")
         plain = {key: value for key, value in summary.items() if not isinstance(value, (dict, list))}
         counts = {key: len(summary.get(key, ())) for key in EVENTS}
-        finals.append(own | {"diverged": run.diverged} | plain | counts | own | {"val_loss": run.loss})
-        curves += [own | {"kind": "decision"} | point for point in summary.get("val_curve", ())]
-        curves += [own | {"kind": "annealed"} | point for point in run.annealed]
-        changes = [
-            {"event": event, "blueprint": change.get("removed")} | change
-            for key, event in EVENTS.items()
-            for change in summary.get(key, ())
-        ]
-        timeline += [own | change for change in sorted(changes, key=itemgetter("budget_fraction"))]
+        finals.append({**own, **plain, **counts, **own, "diverged": run.diverged, "val_loss": run.loss})
+        for kind, points in (("decision", summary.get("val_curve", ())), ("annealed", run.annealed)):
+            curves += [{**own, "kind": kind, **point} for point in points]
+        for key, event in EVENTS.items():
+            changes = summary.get(key, ())
+            timeline += [{**own, "event": event, "blueprint": c.get("removed"), **c} for c in changes]
+    timeline.sort(key=itemgetter("label", "seed", "name", "budget_fraction"))
     return Tables(pd.DataFrame(finals), pd.DataFrame(curves), pd.DataFrame(timeline))
 
 
@@ -144,35 +142,27 @@ def read_sweeps(uri: str | None, experiment: str | None, wanted: str | None, *, 
         UserError: the store is not there or does not answer, or holds no such sweep, or no trial has finished.
     """
     address = tracking_uri(uri)
-    if not _is_there(address):
+    folder, file = address.removeprefix("file://").removeprefix("file:"), sqlite_file(address)
+    is_there = "://" in folder or any(Path(folder).glob("*/meta.yaml"))
+    if not (is_there if file is None else file.is_file() and file.stat().st_size):  # MLflow would make a new one
         mend = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
         raise UserError(f"there is no MLflow store at {shown(address)}: {mend}")
-
-    def read() -> list[Sweep]:
-        return list(islice(_find_sweeps(connect(address), experiment, wanted), 1 if newest else None))
-
     try:
-        sweeps = within(SECONDS, read)
+        found = within(SECONDS, lambda: list(islice(_find_sweeps(address, experiment, wanted), 1 if newest else None)))
     except UserError:
         raise
     except Exception as error:  # whatever the driver of an address raises
         why = f"MLflow at {shown(address)} cannot be read ({reason(error)})"
         raise UserError(f"{why}: check --tracking-uri, or MLFLOW_TRACKING_URI.") from error
-    if not sweeps:
+    if not found:
         raise UserError(f"MLflow at {shown(address)} holds no such sweep with a sweep.json: run `esper sweep` first.")
-    if not any(run.summary for sweep in sweeps for run in sweep.runs):
+    if not any(run.summary for sweep in found for run in sweep.runs):
         raise UserError("no trial has finished: wait for one, or go on with the sweep (`esper sweep --resume`).")
-    return sweeps
+    return found
 
 
-def _is_there(address: str) -> bool:  # MLflow would make a new one
-    if (file := sqlite_file(address)) is not None:
-        return file.is_file() and file.stat().st_size > 0
-    folder = address.removeprefix("file://").removeprefix("file:")
-    return "://" in folder or any(Path(folder).glob("*/meta.yaml"))
-
-
-def _find_sweeps(client: "MlflowClient", experiment: str | None, wanted: str | None) -> Iterator[Sweep]:
+def _find_sweeps(address: str, experiment: str | None, wanted: str | None) -> Iterator[Sweep]:
+    client = connect(address)
     known = {found.experiment_id: found.name for found in client.search_experiments()}
     if experiment is not None and experiment not in known.values():
         raise unknown("experiment", experiment, known.values())
@@ -184,13 +174,14 @@ def _find_sweeps(client: "MlflowClient", experiment: str | None, wanted: str | N
     for run in named:
         if (record := _read_artifact(client, run, "sweep.json")) is None:
             continue
-        its = f"tags.kind = 'trial' AND tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-        trials = client.search_runs([run.info.experiment_id], its, max_results=MOST, order_by=order)
+        info, group = run.info, known[run.info.experiment_id]
+        its = f"tags.kind = 'trial' AND tags.`mlflow.parentRunId` = '{info.run_id}'"
+        trials = client.search_runs([info.experiment_id], its, max_results=MOST, order_by=order)
         with ThreadPoolExecutor(READERS) as pool:
             runs = list(pool.map(partial(_read_run, client), trials))
-        id, name, group = run.info.run_id, str(run.info.run_name), known[run.info.experiment_id]
-        where = f"{shown(client.tracking_uri)}, experiment {group}, parent run {id}, {run.info.status.lower()}"
-        yield Sweep(client, id, name, group, record, runs, {"MLflow": where, **run.data.tags})
+        where = f"{shown(address)}, experiment {group}, parent run {info.run_id}, {info.status.lower()}"
+        tags = {"MLflow": where, **run.data.tags}
+        yield Sweep(client, info.run_id, str(info.run_name), group, record, runs, tags)
 
 
 def _read_run(client: "MlflowClient", run: "MlflowRun") -> Run:

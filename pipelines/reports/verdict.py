@@ -86,27 +86,20 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
 
 def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
     """What this grid point cannot say; any caveat withholds the efficiency verdict."""
-    seeds, point, caveats = len(sweep["seeds"]), trials.point, []
+    seeds, tried, point, caveats = len(sweep["seeds"]), sweep["sizes"], trials.point, []
     if seeds < PAIRS:
         caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
-    caveats.append(_edge(trials, sweep["sizes"]))
+    chosen = {str(trials.best_static), str(best(trials.statics))}  # on tuning seeds, and on the test seeds
+    if "static-1" in chosen:
+        caveats.append("static-1 is the best static size, and the smallest there is: nothing has to grow here.")
+    elif edge := ", ".join(sorted(chosen & {f"static-{tried[0]}", f"static-{tried[-1]}"})):
+        caveats.append(f"{edge}, the best static size, is at the edge of those tried: one beyond may be better.")
     if not sweep["rates_tuned"]:
         caveats.append("The rates of the static sizes were not tuned, or the best was the last that was tried.")
-    unchosen = (point["size"] is None and trials.statics) or (point["schedule"] is None and trials.schedules)
-    if unchosen or not sweep["tuning_seeds"]:
+    unchosen = [key for key, runs in (("size", trials.statics), ("schedule", trials.schedules)) if runs]
+    if not sweep["tuning_seeds"] or any(point.get(key) is None for key in unchosen):
         caveats.append("The best static size or schedule was chosen on the test seeds, which flatters it.")
-    caveats += [_without_result(trials, sweep["trials"]), _unequal(trials)]
-    return [caveat for caveat in caveats if caveat]
-
-
-def _edge(trials: Trials, tried: Sequence[int]) -> str:
-    for label in dict.fromkeys([trials.best_static, best(trials.statics)]):  # as chosen, and on the test seeds
-        if label == "static-1":
-            return f"{label} is the best static size, and the smallest there is: nothing has to grow at this budget."
-        if label in (f"static-{tried[0]}", f"static-{tried[-1]}"):
-            sizes = ", ".join(map(str, tried))
-            return f"{label}, the best static size, is at the edge of those tried ({sizes}): one beyond may be better."
-    return ""
+    return [caveat for caveat in (*caveats, _without_result(trials, sweep["trials"]), _unequal(trials)) if caveat]
 
 
 def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:
@@ -133,4 +126,4 @@ def _unequal(trials: Trials) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    return f" ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})" if names else ""
+    return f" ({', '.join([*names[:NAMED], *(['…'] if len(names) > NAMED else [])])})" if names else ""

@@ -6,11 +6,9 @@ from typing import Literal
 
 from esper.platform.errors import UserError, unknown
 from esper.platform.frozen import Frozen
-from esper.platform.spec import RunSpec
 from esper.policies.arms import ALIASES, ARMS
 from esper.policies.named_schedules import NAMED
 
-TrainedOn = Literal["text", "laws"]  # a controller: on GPTs, or on loss laws fitted to the sweep's static runs
 CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it names nobody, if they take part
 
 
@@ -57,9 +55,7 @@ class Arm(Frozen):
     @property
     def label(self) -> str:
         """How tables call it: `static-2`, `random:tamiyo`."""
-        if self.name == STATIC:
-            return f"static-{self.size}"
-        return self.name if self.of is None else f"{self.name}:{self.of}"
+        return f"static-{self.size}" if self.name == STATIC else f"{self.name}:{self.of}" if self.of else self.name
 
 
 def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
@@ -83,10 +79,8 @@ def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
     return list(dict.fromkeys([*static, *(Arm(name=name) for name in leaders), *followers]))
 
 
-def parse_sizes(text: str | None, spec: RunSpec) -> list[int]:
-    """The static sizes that `--sizes` names, smallest first; the preset's own for None."""
-    if text is None:
-        return [spec.host.n_layer]
+def parse_sizes(text: str) -> list[int]:
+    """The static sizes that `--sizes` names, smallest first."""
     sizes = [part.strip() for part in text.split(",") if part.strip()]
     if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise UserError(f"--sizes {text!r} is not a list of layers: write it as 1,2,4.")

@@ -1,17 +1,16 @@
 """Running a sweep in its folder: what is missing, and no more; then the report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
+from esper.pipelines.reports.page import arm_table
 from esper.pipelines.reports.runs import read_sweeps
 from esper.pipelines.sweeps.arms import PPO
 from esper.pipelines.sweeps.chart_view import curve_names, share_view
@@ -22,12 +21,19 @@ from esper.pipelines.sweeps.tune import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
 from esper.platform.provenance import provenance
 from esper.platform.storage import read_json, write_json
 from esper.platform.tracking import SYNC_SECONDS, Tracker
 from esper.policies.simic.policy import policy_file
 
 STATE = "sweep.json"
+
+
+class State(Frozen, extra="ignore"):
+    """What a resumed sweep needs of its `sweep.json`."""
+
+    points: list[Settled]
 
 
 def begin(arguments: SweepArguments, name: str = "sweep") -> int:
@@ -65,18 +71,19 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
         except Stopped:
             parent.close("KILLED", TRIAL_SECONDS)
             raise
-        summaries, failures = sweep.tell()
+        summaries, failed = sweep.tell()
     say(f"results: {out / SUMMARY}")
     if parent.run_id is None:
         say(f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}")
-        return 1 if failures else 0
+        return int(failed)
     try:
-        write_report(read_sweeps(parent.uri, None, parent.run_id)[0], out / "report")
+        for verdict in write_report(read_sweeps(parent.uri, None, parent.run_id)[0], out / "report"):
+            say(f"{verdict.trials.title}\n{arm_table(verdict).iloc[:, :6].to_string(index=False)}".lstrip())
         say(f"report:  {out / 'report' / 'report.html'}")
     except UserError as error:
         say(f"no report: {error}")
     say(f"compare: {share_view(parent, folder.spec.budget.axis, summaries) or parent.where}")
-    return 1 if failures else 0
+    return int(failed)
 
 
 class Sweep:
@@ -88,22 +95,19 @@ class Sweep:
         self._folder, self._plan, self._parent = folder, plan, parent
         points, path = plan.points(folder.spec), folder.out / STATE
         curves = curve_names(point.row(arm) for point in points for arm in plan.arms)
-        self._log = SweepLog(folder, parent, curves, check)
-        settled: Any = [{} for _ in points]
+        self._log, settled = SweepLog(folder, parent, curves, check), [Settled() for _ in points]
         if path.exists():
-            state = read_json(path, str(path), "the state of a sweep")
-            settled = state.get("settled") if isinstance(state, dict) else None
-        if not isinstance(settled, list) or len(settled) != len(points):
+            settled = State.checked(read_json(path, str(path), "the state of a sweep"), str(path)).points
+        if len(settled) != len(points):
             raise UserError(f"{path} is not what this sweep wrote: restore it, or start the sweep anew.")
         self._points = [
-            PointStages(folder, plan, point, Settled.checked(before, str(path)), inputs, self._log)
+            PointStages(folder, plan, point, before, inputs, self._log)
             for point, before in zip(points, settled, strict=True)
         ]
 
     def run(self) -> None:
         """Run everything that is missing, all grid points side by side, and send MLflow the rest."""
-        out = self._folder.out
-        self._parent.artifact(out / "spec.json")
+        self._parent.artifact(self._folder.out / "spec.json")
         seconds, sent = TRIAL_SECONDS, False  # where the sweep is stopped
         try:
             for batches in zip_longest(*(point.batches() for point in self._points)):
@@ -118,61 +122,45 @@ class Sweep:
             sent = self._log.close([stages.controller for stages in self._points], seconds)
             self._keep()
         if not sent:
-            say(f"MLflow has not had everything: send the rest with: esper sweep --resume {out}")
+            say(f"MLflow has not had everything: send the rest with: esper sweep --resume {self._folder.out}")
 
-    def tell(self) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        """Write and print the test runs' summaries; returns them, and each failed trial's reason by name."""
+    def tell(self) -> tuple[list[dict[str, Any]], bool]:
+        """Write and print the test runs' summaries; returns them, and whether a trial failed."""
         tests = [trial for trial in self._log.trials.values() if trial.purpose == "test"]
         found = [(trial, self._log.summary(trial)) for trial in tests]
         summaries = [{**summary, "arm": trial.point.row(trial.arm)} for trial, summary in found if summary is not None]
         write_json(self._folder.out / SUMMARY, summaries)
         self._parent.artifact(self._folder.out / SUMMARY)
-        if summaries:
-            say(arm_table(summaries))
-        failures = {name: error for name in self._log.trials if (error := self._state(name)["error"])}
+        failures = {name: trial["error"] for name, trial in self._trials().items() if trial["error"]}
         for name, why in failures.items():
             say(f"failed  {name}: {why}")
-        return summaries, failures
+        return summaries, bool(failures)
 
     def _keep(self) -> None:
         """Write `sweep.json`: the report and a resumed sweep read it."""
-        points = [
-            {
-                "grid": stages.point.grid,
-                "budget": stages.point.spec.budget.model_dump(mode="json", include={"axis", "amount"}),
-                "spec": stages.point.spec.model_dump(mode="json"),
-                "spent": stages.spent(),
-                **Settled.model_validate(stages.settled).model_dump(mode="json"),
-            }
-            for stages in self._points
-        ]
+        points: list[dict[str, Any]] = []
+        for stages in self._points:
+            spec = stages.point.spec.model_dump(mode="json")
+            budget = {key: spec["budget"][key] for key in ("axis", "amount")}
+            point = {"grid": stages.point.grid, "budget": budget, "spec": spec, "spent": stages.spent()}
+            points.append(point | stages.settled)
         state = {
             **self._plan.model_dump(mode="json", include={"sizes", "seeds", "tuning_seeds", "command"}),
             "arms": [arm.label for arm in self._plan.arms],
-            "rates_tuned": all(point["bracketed"] for point in points),
+            "rates_tuned": all(point.get("bracketed") for point in points),
             "points": points,
-            "controller": points[0]["controller"],
-            "settled": [stages.settled for stages in self._points],
-            "trials": {name: self._state(name) for name in self._log.trials},
+            "controller": points[0].get("controller"),
+            "trials": self._trials(),
         }
         write_json(self._folder.out / STATE, state)
         self._parent.artifact(self._folder.out / STATE)
 
-    def _state(self, name: str) -> dict[str, Any]:
-        trial, error = self._log.trials[name], self._log.failures.get(name)
-        told = {key: value for key, value in trial.tags().items() if key not in ("kind", "preset")}
-        if self._log.summary(trial) is not None:
-            return {**told, "status": "done", "error": None}
-        return {**told, "status": "failed" if error else "missing", "error": error or "it has not been run to its end"}
-
-
-def arm_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row per arm: means over its seeds, and the loss's sample standard deviation where there are several."""
-    runs: Any = pd.DataFrame(summaries).assign(grafts=lambda frame: frame["grafts"].map(len))
-    by_arm, whole = runs.groupby("arm", sort=False), "{:,.0f}"
-    styles = {"val_loss": "{:.4f}", "perplexity": "{:.2f}", "parameters": whole, "parameter_seconds": whole}
-    styles |= {"tokens": whole, "grafts": "{:.1f}"} | ({"diverged": "{:.0%}"} if runs["diverged"].any() else {})
-    table = pd.DataFrame({key: by_arm[key].mean().map(style.format) for key, style in styles.items()})
-    table.insert(1, "± sd", [f"{sd:.4f}" if sd == sd else "" for sd in by_arm["val_loss"].std()])
-    table.insert(0, "seeds", by_arm.size())
-    return table.rename_axis(None).to_string()
+    def _trials(self) -> dict[str, dict[str, Any]]:
+        """By name: tags, whether done, failed or missing, and why."""
+        found = {}
+        for name, trial in self._log.trials.items():
+            error = self._log.failures.get(name)
+            status = {"status": "failed" if error else "missing", "error": error or "it has not been run to its end"}
+            done = self._log.summary(trial) is not None
+            found[name] = trial.tags() | ({"status": "done", "error": None} if done else status)
+        return found

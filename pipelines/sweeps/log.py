@@ -25,7 +25,6 @@ from esper.platform.storage import read_json, write_json, write_text
 from esper.platform.tracking import Tracker, sync, synced
 
 SUMMARY = "summary.json"
-SHOWN = 0.1  # of the work under way, between two lines of progress
 TRIAL_SECONDS = 2.0  # that MLflow has to take the last of a trial while others run, which wait meanwhile
 
 
@@ -48,7 +47,7 @@ class SweepLog(tune.Callback):
         self._summaries: dict[str, dict[str, Any]] = {}  # as read: one is never written twice
         self._fractions: dict[str, float] = {}
         self._open: dict[str, Tracker] = {}
-        self._stage, self._shown, self._eta = "", 0.0, Eta()
+        self._stage, self._shown, self._eta = "", 0, Eta()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy beside its own files, for a restore that nobody asks for
@@ -70,7 +69,7 @@ class SweepLog(tune.Callback):
         self.failures |= {trial.name: trial.impossible for trial in trials if trial.impossible}
         missing = [t for t, wanted in trials.items() if wanted and not t.impossible and self.summary(t) is None]
         if missing:
-            self._stage, self._shown, self._eta = stage, 0.0, Eta()
+            self._stage, self._shown, self._eta = stage, 0, Eta()
             self._fractions = {trial.name: 0.0 for trial in missing}
             labels = ", ".join(dict.fromkeys(trial.arm.label for trial in missing))
             say(f"{stage:<7} {counted(len(missing), 'trial')}: {labels}")
@@ -111,19 +110,19 @@ class SweepLog(tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Keep the points; at the end, the summary."""
-        planned = self.trials[trial.config["trial"]]
+        planned, summary = self.trials[trial.config["trial"]], result.get("summary")
         if "error" in result:
             self._fail(planned, result["error"])
             return
-        self._fractions[planned.name] = min(0.999, result["curve"][-1]["budget_fraction"])
-        if "summary" in result:
-            self._fractions[planned.name] = 1.0
-            write_json(self.folder(planned) / SUMMARY, result["summary"])
+        self._fractions[planned.name] = 1.0 if summary else min(0.999, result["curve"][-1]["budget_fraction"])
+        if summary:
+            write_json(self.folder(planned) / SUMMARY, summary)
             self._store.drop(planned.name)
-            self._finish(planned, result["summary"], TRIAL_SECONDS)
+            self._finish(planned, summary, TRIAL_SECONDS)
         else:
             _log_curve(self._open[planned.name], planned, result["curve"])
-        self._show(planned, result)
+        for told in self._news(planned, result):
+            say(f"  {told}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process has died, and Tune is going to start it again."""
@@ -135,16 +134,10 @@ class SweepLog(tune.Callback):
         self._fail(self.trials[trial.config["trial"]], f"{text.splitlines()[-1]} (log in {trial.local_path})")
 
     def _track(self, trial: Trial) -> Tracker:
-        tracker = Tracker(
-            self.folder(trial),
-            self._folder.experiment,
-            trial.name,
-            tags=trial.tags() | {CURVE: self._curves.get(trial.point.row(trial.arm), "")},
-            params=trial.spec.model_dump(mode="json"),
-            parent=self.parent,
-            key=f"{self._folder.key}/{trial.name}",
-        )
-        manifest = self._folder.tokens.manifest
+        manifest, key = self._folder.tokens.manifest, f"{self._folder.key}/{trial.name}"
+        own = self._folder.model_copy(update={"out": self.folder(trial), "spec": trial.spec, "key": key})
+        tags = {**trial.tags(), "kind": "trial", CURVE: self._curves.get(trial.point.row(trial.arm), "")}
+        tracker = own.track(tags, run_name=trial.name, parent=self.parent)
         sizes = {name: split.tokens for name, split in manifest.splits.items()}
         tracker.log_input(Path(manifest.source).stem, manifest.source, manifest.fingerprint(), {"tokens": sizes})
         return tracker
@@ -169,12 +162,13 @@ class SweepLog(tune.Callback):
         if trial.name in self._open:  # its process may never have come up
             self._open.pop(trial.name).close("FAILED", TRIAL_SECONDS)
 
-    def _show(self, trial: Trial, result: dict[str, Any]) -> None:
+    def _news(self, trial: Trial, result: dict[str, Any]) -> Iterable[str]:
+        """What to say of a trial's result."""
         if result.get("action", "wait") != "wait":
             size = result["curve"][-1]["parameters"]
-            say(f"  {trial.name}: {result['action']} at {result['at']:.0%}, {size:,} parameters")
+            yield f"{trial.name}: {result['action']} at {result['at']:.0%}, {size:,} parameters"
         if result.get("unsaved"):
-            say(f"  {trial.name}: {result['unsaved']}")
+            yield f"{trial.name}: {result['unsaved']}"
         done, ended = fmean(self._fractions.values()), sum(fraction >= 1 for fraction in self._fractions.values())
         left = f", {self._eta.left(done)} left" if done < 1 else ""
         progress = f"{self._stage}: {done:.0%}, {ended} of {len(self._fractions)} done{left}"
@@ -182,12 +176,12 @@ class SweepLog(tune.Callback):
             loss = "given up" if summary["diverged"] else f"val loss {summary['val_loss']:.4f}"
             grafts = counted(len(summary["grafts"]), "graft") if summary["grafts"] else "it did not grow"
             grown = f", {grafts}" if trial.arm.kind.grows else ""
-            say(f"  {trial.name}: {loss}, {summary['parameters']:,} parameters{grown} ({progress})")
+            yield f"{trial.name}: {loss}, {summary['parameters']:,} parameters{grown} ({progress})"
             if told := unplayed(summary):
-                say(f"  {trial.name}: {told}")
-        elif done - self._shown >= SHOWN:
-            self._shown = done
-            say(f"  {progress}")
+                yield f"{trial.name}: {told}"
+        elif int(10 * done) > self._shown:
+            self._shown = int(10 * done)
+            yield progress
 
 
 def _log_curve(tracker: Tracker, trial: Trial, curve: Sequence[dict[str, float]]) -> None:

@@ -5,21 +5,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from esper.pipelines.common.arguments import ResumableArguments, flag
-from esper.pipelines.sweeps.arms import (
-    FOLLOWERS,
-    LRPATH,
-    NAMES,
-    OPENLOOP,
-    PPO,
-    STATIC,
-    Arm,
-    TrainedOn,
-    parse_arms,
-    parse_sizes,
-)
+from esper.pipelines.sweeps.arms import FOLLOWERS, LRPATH, NAMES, OPENLOOP, PPO, Arm, parse_arms, parse_sizes
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec, value_of
@@ -27,6 +16,7 @@ from esper.policies.arms import ArmInputs, make_policy
 
 TUNING_SEEDS = 2_000_000  # tuning seeds start here, far from any test seed
 LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
+TrainedOn = Literal["text", "laws"]  # a controller: on GPTs, or on loss laws fitted to the sweep's static runs
 
 
 class SweepArguments(ResumableArguments):
@@ -78,7 +68,6 @@ class SweepPlan(Frozen):
     tuning_seeds: tuple[int, ...]  # that everything is chosen on
     grid: tuple[dict[str, Any], ...]  # each point's values by dotted key
     tune_lr: bool
-    trains: bool  # a controller, first
     train_on: TrainedOn
     own: tuple[str, ...]  # keys that the user has set
     command: tuple[str, ...]
@@ -86,16 +75,15 @@ class SweepPlan(Frozen):
     @classmethod
     def settled(cls, arguments: SweepArguments, spec: RunSpec) -> "SweepPlan":
         """Read the command line. Raises UserError where an arm, size or grid is not allowed or lacks what it needs."""
-        sizes, seed = parse_sizes(arguments.sizes, spec), arguments.seed
-        arms = parse_arms(arguments.arms, sizes)
+        seed, tuning = arguments.seed, TUNING_SEEDS + arguments.seed
+        sizes = [spec.host.n_layer] if arguments.sizes is None else parse_sizes(arguments.sizes)
         plan = cls(
-            arms=tuple(arms),
+            arms=tuple(parse_arms(arguments.arms, sizes)),
             sizes=tuple(sizes),
             seeds=tuple(range(seed, seed + arguments.seeds)),
-            tuning_seeds=tuple(range(TUNING_SEEDS + seed, TUNING_SEEDS + seed + arguments.tuning_seeds)),
+            tuning_seeds=tuple(range(tuning, tuning + arguments.tuning_seeds)),
             grid=tuple(parse_grid(arguments.grid)),
             tune_lr=arguments.tune_lr,
-            trains=arguments.policy is None and Arm(name=PPO) in arms,
             train_on=arguments.train_on,
             own=tuple(override.partition("=")[0] for override in arguments.set),
             command=tuple(sys.argv),
@@ -107,36 +95,27 @@ class SweepPlan(Frozen):
         """The grid's."""
         return [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
 
-    def statics(self) -> list[Arm]:
-        """The static sizes."""
-        return [Arm(name=STATIC, size=size) for size in self.sizes]
-
     def _check(self, policy: Path | None, schedule: Path | None, spec: RunSpec) -> None:
         names, needs = {arm.name for arm in self.arms}, {arm.kind.needs for arm in self.arms}
-        laws, tunes = self.train_on == "laws", bool(self.tuning_seeds)
-        few = "needs tuning seeds, and --tuning-seeds is 0: give at least 1"
-        for sentence, wrong in {
-            "no arm of --arms uses --policy: leave it out, or add ppo": policy and "policy" not in needs,
-            "no arm of --arms uses --schedule: leave it out, or add schedule": schedule and "schedule" not in needs,
-            "no arm of --arms uses --train-on laws: leave it out, or add ppo": laws and not self.trains,
-            f"arm {OPENLOOP!r} replays what a trained policy did: give --policy CHECKPOINT, or add ppo to --arms, "
-            "which trains one first": "policy" in needs and not policy and not self.trains,
-            f"--tune-lr {few}": self.tune_lr and not tunes,
-            f"arm {OPENLOOP!r} {few}": OPENLOOP in names and not tunes,
-            f"--train-on laws {few}": laws and not tunes,
-            f"arm {LRPATH!r} with several sizes {few}": LRPATH in names and len(self.sizes) > 1 and not tunes,
-            f"--train-on laws fits them to {LAW_SIZES} static sizes or more, and --sizes names {len(self.sizes)}: give "
-            "more, such as --sizes 1,2,4": laws and len(self.sizes) < LAW_SIZES,
-        }.items():
+        laws, trains = self.train_on == "laws", policy is None and PPO in names
+        unused = {"policy": policy and "policy" not in needs, "schedule": schedule and "schedule" not in needs}
+        untuned = {"--tune-lr": self.tune_lr, "--train-on laws": laws, f"arm {OPENLOOP!r}": OPENLOOP in names}
+        untuned[f"arm {LRPATH!r} with several sizes"] = LRPATH in names and len(self.sizes) > 1
+        for flag_name, wrong in {**unused, "train-on laws": laws and not trains}.items():
             if wrong:
-                raise UserError(f"{sentence}.")
+                raise UserError(f"no arm of --arms uses --{flag_name}: leave it out, or add an arm that does.")
+        for what, wanted in untuned.items():
+            if wanted and not self.tuning_seeds:
+                raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
+        if "policy" in needs and not policy and not trains:
+            raise UserError(f"arm {OPENLOOP!r} replays a trained policy: give --policy CHECKPOINT, or add arm ppo.")
+        if laws and len(self.sizes) < LAW_SIZES:
+            raise UserError(f"--train-on laws needs {LAW_SIZES} static sizes: give more, such as --sizes 1,2,4.")
         for point in self.points(spec):
             inputs = ArmInputs(policy=policy, schedule=schedule, blueprints=tuple(point.spec.growth.blueprints))
             for arm in self.arms:
-                if arm.kind.needs != "policy":
-                    make_policy(arm.kind.plays, inputs)
-                elif policy is not None:
-                    make_policy(PPO, inputs)
+                if arm.kind.needs != "policy" or policy is not None:
+                    make_policy(PPO if arm.kind.needs == "policy" else arm.kind.plays, inputs)
 
 
 def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:

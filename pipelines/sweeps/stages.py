@@ -11,6 +11,7 @@ failed: a new choice would change under runs that rest on it.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,18 +23,8 @@ from esper.pipelines.sweeps.arms import FINAL, LRPATH, OPENLOOP, PPO, SCHEDULES,
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepPlan
 from esper.pipelines.sweeps.rates import ROUNDS, best_rate, bracketed, next_rates
-from esper.pipelines.sweeps.trials import (
-    Purpose,
-    Trial,
-    cost,
-    final_spec,
-    lrpath_spec,
-    size_parameters,
-    static_spec,
-    with_cooldowns,
-    with_rates,
-)
-from esper.platform.console import counted, say
+from esper.pipelines.sweeps.trials import Purpose, Trial, born, cost, lrpath_spec, size_parameters, with_rates
+from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.ledger import AXES
@@ -47,12 +38,12 @@ from esper.workers.tolaria.rate import stable_rate
 
 Inputs = Mapping[str, Path]  # the files that were given
 Batch = tuple[str, list[Trial], bool]  # a stage, its trials, and whether to run missing ones: not once it is settled
-Summaries = list[dict[str, Any]]
 TRAINING_SEED = 1_000_000  # controllers are trained on seeds that no arm is compared on
+COOLDOWNS = (0.3, 0.6)  # budget fractions of the annealed losses that baselines need on other axes than the budget's
 
 
-class Settled(Frozen):
-    """What is settled for a grid point; a field that has not been set is open."""
+class Settled(Frozen, extra="ignore"):
+    """What is settled for a grid point (its entry in `sweep.json`); a field that has not been set is open."""
 
     rates: dict[int, float] | None = None  # best rate by static size
     bracketed: bool = False  # each of them lies between two others that were tried
@@ -73,6 +64,7 @@ class PointStages:
         self.controller = folder.out / (f"ppo-{point.index}" if point.several else "ppo")  # where it is trained
         self._folder, self._plan, self._inputs, self._log = folder, plan, inputs, log
         self._openloop = folder.out / f"openloop-{point.index}.json"
+        self._statics = [Arm(name=STATIC, size=size) for size in plan.sizes]
         if "policy" in inputs:
             self.settled["controller"] = {"checkpoint": str(inputs["policy"]), "trained_on": "given"}
 
@@ -82,7 +74,7 @@ class PointStages:
         if self._plan.tune_lr:
             yield from self._find_rates()
         yield from self._choose()
-        if self._plan.trains and "controller" not in self.settled:
+        if Arm(name=PPO) in arms and "controller" not in self.settled:
             self._train_controller()
         if Arm(name=OPENLOOP) in arms:
             yield from self._distill()
@@ -115,44 +107,40 @@ class PointStages:
         if still_open:
             self.settled["rates"] = {size: best_rate(losses) for size, losses in tried.items()}
             self.settled["bracketed"] = all(map(bracketed, tried.values()))
-        found = [f"{rate:g} at {counted(size, 'layer')}" for size, rate in self.settled["rates"].items()]
-        say(f"rates   {self.point}{', '.join(found)}")
+        say(f"rates   {self.point}by layers: {self.settled['rates']}")
 
     def _choose(self) -> Iterator[Batch]:
-        sizes, schedules = self._plan.statics(), [arm for arm in self._plan.arms if arm.name in SCHEDULES]
-        tuned = [arm for group in (sizes, schedules) if len(group) > 1 for arm in group]
-        trials = self._trials(tuned, "tuning")
+        schedules = [arm for arm in self._plan.arms if arm.name in SCHEDULES]
+        trials = self._trials(
+            [arm for group in (self._statics, schedules) if len(group) > 1 for arm in group], "tuning"
+        )
         if trials:
             yield "tuning", trials, "size" not in self.settled
         if "size" not in self.settled:
-            losses = {arm: fmean(self._losses([t for t in trials if t.arm == arm])) for arm in tuned if trials}
-            size, schedule = _best(sizes, losses), _best(schedules, losses)
+            size, schedule = self._best(self._statics, trials), self._best(schedules, trials)
             self.settled |= {"size": size and size.size, "schedule": schedule and schedule.label}
         if trials:
             size, schedule = self.settled["size"], self.settled["schedule"]
-            found = "every size failed" if size is None else counted(size, "layer")
-            say(f"tuning  {self.point}best: {found}" + (f", schedule {schedule}" if schedule else ""))
+            say(f"tuning  {self.point}best static size: {size}" + (f", schedule: {schedule}" if schedule else ""))
 
     def _train_controller(self) -> None:
         """Train it, resume it or take the one there: on text, or in minutes on loss laws (zero-shot on text then)."""
         from esper.pipelines.controllers.training import ON_LAWS, train_controller  # RLlib takes seconds to import
 
         out, plan, spec, laws = self.controller, self._plan, self._spec, self._plan.train_on == "laws"
-        how = {"parent": self._log.parent, "check": self._log.check}
         try:
-            if (out / PLAN).exists():
-                with RunFolder.reopen(out, "ppo") as own:
-                    own.check()
-                    if not own.ended:
-                        train_controller(own, **how)
-            else:
+            if not (out / PLAN).exists():
                 if laws:
                     spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in plan.own})
                     spec = self._with_laws(spec)
                 values = {"out": out, "spec": spec, "data": None if laws else self._folder.data, "key": uuid4().hex}
                 own = self._folder.model_copy(update={**values, "seed": TRAINING_SEED + self._folder.seed})
                 with own.begin("ppo"):
-                    train_controller(own, **how)
+                    pass  # pinned
+            with RunFolder.reopen(out, "ppo") as own:
+                own.check()
+                if not own.ended:
+                    train_controller(own, parent=self._log.parent, check=self._log.check)
             summary = read_json(out / SUMMARY, str(out / SUMMARY), "the summary of a controller's training")
             known = {"checkpoint": summary["checkpoint"], "trained_on": plan.train_on, "spent": summary["spent"]}
             self.settled["controller"] = known
@@ -161,12 +149,10 @@ class PointStages:
             say(f"ppo     {self.point}no controller: {error}")
 
     def _with_laws(self, spec: RunSpec) -> RunSpec:
-        runs = self._summaries(self._trials(self._plan.statics(), "tuning"))
+        runs = self._summaries(self._trials(self._statics, "tuning"))
         fit = fit_laws(spec, [point for run in runs for point in points_of(run)])
-        law = fit.law
-        size, data = f"{law.size:.3f}·n^-{law.size_exponent:.2f}", f"{law.data:.3f}·d^-{law.data_exponent:.2f}"
-        say(f"laws    {law.floor:.3f} + {size} + {data} nats at n layers, d of what one layer sees in the budget")
-        say(f"        off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
+        law = ", ".join(f"{name} {value:.3g}" for name, value in asdict(fit.law).items())
+        say(f"laws    {law}; off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
         return spec.model_copy(update={"laws": fit.laws})
 
     def _distill(self) -> Iterator[Batch]:
@@ -183,9 +169,9 @@ class PointStages:
         self.settled["openloop"] = bool(played)
 
     def _rate_trials(self, size: int, rate: float) -> list[Trial]:
-        spec = with_rates(static_spec(self.point.spec, size), {size: rate})
-        arm, note = Arm(name=STATIC, size=size), f"rate{rate:g}"
-        return [Trial(arm, "rates", seed, self.point, spec, note=note) for seed in self._plan.tuning_seeds]
+        spec, arm = with_rates(born(self.point.spec, size), {size: rate}), Arm(name=STATIC, size=size)
+        seeds = self._plan.tuning_seeds
+        return [Trial(arm, "rates", seed, self.point, spec, note=f"rate{rate:g}") for seed in seeds]
 
     def _trials(self, arms: Sequence[Arm], purpose: Purpose) -> list[Trial]:
         seeds = self._plan.seeds if purpose == "test" else self._plan.tuning_seeds
@@ -197,8 +183,8 @@ class PointStages:
             spec, files = self._needs(arm, purpose, seed)
         except UserError as why:
             impossible = str(why)
-        if arm.kind.anneals:
-            spec = with_cooldowns(spec)
+        if arm.kind.anneals and not spec.budget.cooldowns:
+            spec = spec.overridden({"budget.cooldowns": COOLDOWNS})
         inputs = ArmInputs(seed, blueprints=tuple(spec.growth.blueprints), **files)
         return Trial(arm, purpose, seed, self.point, spec, inputs, impossible=impossible)
 
@@ -213,9 +199,9 @@ class PointStages:
             if arm.kind.grows:
                 return spec, {"match": self._log.folder(followed) / SUMMARY}
         if arm.size is not None:
-            return static_spec(spec, arm.size), {}
+            return born(spec, arm.size), {}
         if arm.name == FINAL:
-            return final_spec(spec, leader["shape"]), {}
+            return born(spec, leader["layers"], leader["shape"]), {}
         if arm.name == LRPATH:
             if self.settled["size"] is None:
                 raise UserError("which static size is best is not known: it takes tuning seeds")
@@ -234,15 +220,15 @@ class PointStages:
     def _spec(self) -> RunSpec:
         return with_rates(self.point.spec, self.settled.get("rates"))
 
-    def _summaries(self, trials: Sequence[Trial]) -> Summaries:
+    def _summaries(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         return [summary for trial in trials if (summary := self._log.summary(trial)) is not None]
 
     def _losses(self, trials: Sequence[Trial]) -> list[float]:
         runs = [self._log.summary(trial) for trial in trials]
         return [math.inf if run is None or run["diverged"] else run["val_loss"] for run in runs]
 
-
-def _best(arms: Sequence[Arm], losses: Mapping[Arm, float]) -> Arm | None:
-    """The arm with the lowest loss; a single arm needs no loss to be chosen."""
-    sound = [arm for arm in arms if math.isfinite(losses.get(arm, math.inf))]
-    return min(sound, key=lambda arm: losses[arm], default=arms[0] if len(arms) == 1 else None)
+    def _best(self, arms: Sequence[Arm], trials: Sequence[Trial]) -> Arm | None:
+        """The arm with the lowest mean loss; a single arm needs no loss to be chosen."""
+        losses = {arm: self._losses([trial for trial in trials if trial.arm == arm]) for arm in arms}
+        means = {arm: fmean(own) for arm, own in losses.items() if own and math.isfinite(sum(own))}
+        return min(means, key=means.__getitem__, default=arms[0] if len(arms) == 1 else None)

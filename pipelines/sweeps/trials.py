@@ -18,8 +18,6 @@ from esper.workers.tolaria.rate import rate, stable_rate
 
 Purpose = Literal["rates", "tuning", "test"]
 
-COOLDOWNS = (0.3, 0.6)  # budget fractions of the annealed losses that baselines need on other axes than the budget's
-
 
 @dataclass(frozen=True, eq=False)
 class Trial:
@@ -42,30 +40,25 @@ class Trial:
 
     def tags(self) -> dict[str, Any]:
         """What MLflow's UI filters and groups by."""
-        arm, spec = self.arm, self.spec
-        whose = {"arm": arm.name, "label": arm.label, "size": spec.host.n_layer, "seed": self.seed}
-        return {**whose, "purpose": self.purpose, "grid": self.point.grid, "preset": spec.preset, "kind": "trial"}
+        whose = {"arm": self.arm.name, "label": self.arm.label, "size": self.spec.host.n_layer, "seed": self.seed}
+        return {**whose, "purpose": self.purpose, "grid": self.point.grid}
 
 
-def static_spec(spec: RunSpec, size: int) -> RunSpec:
-    """With so many layers from the start."""
-    return _born(spec, {"host.n_layer": size, "host.layers": None})
+def born(spec: RunSpec, size: int, shape: Sequence[dict[str, Any]] | None = None, **optimizer: Any) -> RunSpec:
+    """With so many layers from the start, all alike or in a shape that a run ended with (its summary's `shape`)."""
+    values = {"host.n_layer": size, "host.layers": shape, "growth.max_layers": max(size, spec.growth.max_layers)}
+    return spec.overridden({**values, **{f"optimizer.{key}": value for key, value in optimizer.items()}})
 
 
 def size_parameters(spec: RunSpec, size: int) -> int:
     """Non-embedding parameters of a static size."""
-    return start_shape(static_spec(spec, size), vocab_size=1).parameters_count(non_embedding=True)
+    return start_shape(born(spec, size), vocab_size=1).parameters_count(non_embedding=True)
 
 
 def with_rates(spec: RunSpec, rates: Mapping[int, float] | None) -> RunSpec:
     """With the stable rates of static sizes (layers → rate), which any run has while it has that size."""
     pairs = sorted((size_parameters(spec, size), rate) for size, rate in (rates or {}).items())
     return spec.overridden({"optimizer.rates": pairs}) if pairs else spec
-
-
-def final_spec(spec: RunSpec, shape: Sequence[dict[str, Any]]) -> RunSpec:
-    """Born in a shape that a run ended with (its summary's `shape`)."""
-    return _born(spec, {"host.n_layer": len(shape), "host.layers": list(shape)})
 
 
 def lrpath_spec(spec: RunSpec, size: int, curve: Iterable[dict[str, float]]) -> RunSpec:
@@ -76,12 +69,7 @@ def lrpath_spec(spec: RunSpec, size: int, curve: Iterable[dict[str, float]]) -> 
         share = rate(spec.optimizer, fraction, 1) / stable_rate(spec.optimizer, 1)  # that warm-up and decay leave
         if share > 0 and fraction >= spec.optimizer.warmup:
             path.append([fraction, point["learning_rate"] / share])
-    return _born(spec, {"host.n_layer": size, "host.layers": None, "optimizer.rate_path": path})
-
-
-def with_cooldowns(spec: RunSpec) -> RunSpec:
-    """With annealed losses on the way, unless the spec has its own."""
-    return spec if spec.budget.cooldowns else spec.overridden({"budget.cooldowns": COOLDOWNS})
+    return born(spec, size, rate_path=path)
 
 
 def cost(spec: RunSpec, summary: Mapping[str, Any]) -> dict[str, float]:
@@ -92,7 +80,3 @@ def cost(spec: RunSpec, summary: Mapping[str, Any]) -> dict[str, float]:
         start = next(point for point in summary["val_curve"] if point["budget_fraction"] >= begun)
         used = {axis: used[axis] + fork[axis] - start[axis] for axis in AXES}
     return used
-
-
-def _born(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
-    return spec.overridden({**values, "growth.max_layers": max(values["host.n_layer"], spec.growth.max_layers)})

@@ -47,10 +47,8 @@ def run_trials(stage: str, trials: Sequence[Trial], folder: RunFolder, log: Swee
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": fleet.cpus, "gpu": fleet.gpus}),
         param_space={"trial": tune.grid_search(list(by_name))},
-        tune_config=tune.TuneConfig(
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
-            reuse_actors=True,  # to start a process and import torch takes seconds
+        tune_config=tune.TuneConfig(  # processes are reused: to start one and import torch takes seconds
+            trial_name_creator=_name, trial_dirname_creator=_name, reuse_actors=True
         ),
         run_config=tune.RunConfig(
             name=f"{stage}-{time.time_ns()}",

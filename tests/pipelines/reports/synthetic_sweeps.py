@@ -15,6 +15,7 @@ from esper.pipelines.reports.runs import AXES, Run
 
 BUDGET = 1e6
 PROVENANCE = {"commit": "abc1234", "hardware": "AMD EPYC, 2 core(s)", "versions": "torch 2.13.0", "data": "stories"}
+FAILED: dict[str, Any] = {"failed": True}
 
 
 @dataclass
@@ -50,11 +51,12 @@ class SyntheticSweep:
 
     def runs(self, noise: float = 1e-4) -> list[Run]:
         """Its runs, each with its own noise (standard deviation, nats)."""
-        runs, rng = [], np.random.default_rng(0)
-        for label, truth in self.truths().items():
-            for seed in (*self.seeds, *(self.tuning_seeds if "static_final" not in label else ())):
-                runs.append(self._run(label, seed, truth + float(rng.normal(0, noise or 1e-99))))
-        return runs
+        rng = np.random.default_rng(0)
+        return [
+            self._run(label, seed, truth + float(rng.normal(0, noise or 1e-99)))
+            for label, truth in self.truths().items()
+            for seed in (*self.seeds, *(self.tuning_seeds if "static_final" not in label else ()))
+        ]
 
     def _run(self, label: str, seed: int, end: float) -> Run:
         size = int(label[-1]) if label.startswith("static-") else None
@@ -68,11 +70,10 @@ class SyntheticSweep:
         summary |= {"grafts": [graft()] if grows else [], "annealed": points[:-1]}
         summary["val_curve"] = [point | {"val_loss": point["val_loss"] + 0.1} for point in points]
         edits = [self.edits[key] for key in (label, (label, seed)) if test and key in self.edits]
-        failed = FAILED in edits
         for edit in edits:
-            summary = {} if failed else summary | edit
+            summary |= edit
         purpose, name, arm = "test" if test else "tuning", f"{label}-{seed}", label.split(":")[0].split("-")[0]
-        status = "FAILED" if failed else "FINISHED"
+        status, summary = ("FAILED", {}) if FAILED in edits else ("FINISHED", summary)
         return Run(name, "s", name, label, arm, seed, purpose, self.grid, status, summary, size)
 
     def point(self, **changes: Any) -> dict[str, Any]:
@@ -86,9 +87,6 @@ class SyntheticSweep:
         own = {"arms": list(self.truths()), "sizes": list(self.statics), "points": [self.point()], "trials": {}}
         own |= {"seeds": list(self.seeds), "tuning_seeds": list(self.tuning_seeds), "rates_tuned": True}
         return own | {"command": ["esper", "sweep", "--arms", "static,ppo & more"]} | changes
-
-
-FAILED: dict[str, Any] = {"failed": True}
 
 
 def graft(**changes: Any) -> dict[str, Any]:

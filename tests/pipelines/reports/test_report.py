@@ -190,14 +190,14 @@ def paid(spent: dict[str, Any] | None, ppo: float, budgets: float = 1, **point: 
 @pytest.mark.parametrize(
     ("ppo", "budgets", "told"),
     [
-        (1.3, 4, r"need 2\.\d+M for that loss: the cost is paid back after 3 uses"),
+        (1.3, 4, r"need 2,\d+,\d+ for that loss: the cost is paid back after 3 uses"),
         (1.1, 1, "no static run ends as low: what a use saves cannot be said"),
         (1.5, 1, "a use saves nothing"),
     ],
 )
 def test_after_how_many_uses_the_controller_has_paid(ppo, budgets, told):
     cost, one = paid(SPENT, ppo, budgets)
-    assert "cost 3M parameter-seconds that no arm's budget contains: 1M for the search for rates, 500,000" in cost
+    assert "cost 3,000,000 parameter-seconds that no arm's budget contains: 1,000,000 for the search for rates" in cost
     assert "forks, and episodes dropped or in flight" in cost
     assert re.search(told, one), one
 

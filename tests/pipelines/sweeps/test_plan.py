@@ -43,12 +43,11 @@ def test_arms_that_cannot_be(arms, sentence):
         parse_arms(arms, [1])
 
 
-def test_sizes(tiny_spec):
-    assert parse_sizes("4, 1,2,1", tiny_spec) == [1, 2, 4]
-    assert parse_sizes(None, tiny_spec) == [1]
+def test_sizes():
+    assert parse_sizes("4, 1,2,1") == [1, 2, 4]
     for text in ("", "0", "1,x", "-1"):
         with pytest.raises(UserError, match="is not a list of layers"):
-            parse_sizes(text, tiny_spec)
+            parse_sizes(text)
 
 
 def test_a_grid_spans_every_combination_also_of_lists_and_objects():

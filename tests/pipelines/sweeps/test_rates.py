@@ -42,7 +42,7 @@ def test_a_run_that_failed_is_never_the_best_and_of_equal_rates_it_is_the_lowest
     assert best_rate({0.2: [1.0], 0.1: [1.0]}) == 0.1
 
 
-@given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(1e-6, 1)), min_size=1, unique_by=lambda pair: pair[0]))
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-6, 1)), min_size=1, unique_by=lambda pair: pair[0]))
 def test_a_listed_size_has_exactly_its_own_rate_and_others_lie_between(pairs):
     spec = OptimizerSpec(rates=tuple(sorted(pairs)), rate_exponent=0.5)
     for size, rate in spec.rates:

@@ -6,9 +6,9 @@ from esper.pipelines.sweeps.arms import Arm
 from esper.pipelines.sweeps.plan import Point
 from esper.pipelines.sweeps.trials import (
     Trial,
+    born,
     lrpath_spec,
     size_parameters,
-    static_spec,
     with_rates,
 )
 from esper.platform.contracts import GraftAction
@@ -40,7 +40,7 @@ def test_names_tell_trials_apart(tiny_spec):
 
 
 def test_a_static_size_may_be_larger_than_growing_may_get_and_has_its_own_rate(tiny_spec):
-    spec = with_rates(static_spec(tiny_spec, 5), {5: 0.02, 1: 0.03})
+    spec = with_rates(born(tiny_spec, 5), {5: 0.02, 1: 0.03})
     assert (spec.host.n_layer, spec.growth.max_layers) == (5, 5)
     assert rate(spec.optimizer, 0.5, size_parameters(tiny_spec, 5)) == 0.02
     assert rate(spec.optimizer, 0.5, size_parameters(tiny_spec, 1)) == 0.03
