@@ -1,4 +1,4 @@
-"""The picture of a report: loss over the budget, final losses and growth, and below them loss over all other costs.
+"""The picture of a report: loss over the budget, final losses, and loss over all other costs.
 
 A label has one colour everywhere: greys for static sizes; followers (`static_final:tamiyo`) are hollow and dotted.
 """
@@ -14,18 +14,17 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter
 
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.paired_tests import Trials, draw_envelope
-from esper.pipelines.reports.runs import AXES, tables
+from esper.pipelines.reports.runs import AXES
 
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),  # Okabe–Ito without black and yellow
     *("#332288", "#882255", "#999933", "#AA4499", "#117733", "#661100"),  # Tol's muted ones that are unlike these
 )
 MARKERS = {"static_final": "s", "static_lrpath": "h", "random": "D"}  # of those that follow an arm
-EVENTS = {"graft": "^", "prune": "X", "rollback": "<"}
 STYLE: dict[Any, Any] = {"axes.grid": True, "axes.axisbelow": True, "legend.frameon": False, "svg.hashsalt": "esper"}
 Look = dict[str, Any]  # color, marker, linestyle and markerfacecolor, as matplotlib's `plot` takes them
 
@@ -92,33 +91,18 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
     axes.invert_yaxis()
 
 
-def draw_growth(axes: Axes, trials: Trials) -> None:
-    """When each test run changed its network."""
-    handles: dict[str, Any] = {}
-    for change in tables(trials.test_runs()).timeline.to_dict("records"):
-        what, row = f"{change['event']} {change['blueprint']}", f"{change['label']}, seed {change['seed']}"
-        color = handles[what].get_color() if what in handles else PALETTE[len(handles) % len(PALETTE)]
-        [handles[what]] = axes.plot(change["budget_fraction"], row, EVENTS[change["event"]], color=color)
-    axes.legend(handles.values(), handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, fontsize=8)
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set(xlim=(0, 1), xlabel="budget spent")
-    axes.invert_yaxis()
-
-
 def save_picture(points: Sequence[Trials], file: Path | IO[bytes], kind: str) -> None:
     """All of it, two rows per grid point, as `png` or `svg`."""
-    tallest = max(len(trials.test_runs()) for trials in points)
     with plt.rc_context(STYLE):
-        size = (17, (8 + 0.1 * tallest) * len(points))
-        figure, rows = plt.subplots(2 * len(points), 3, figsize=size, layout="constrained")
-        for trials, first, second in zip(points, rows[::2], rows[1::2], strict=True):
-            draw_losses(first[0], trials, trials.axis)
-            draw_differences(first[1], trials)
-            draw_growth(first[2], trials)
-            first[0].set_title(trials.title)
-            for axes, axis in zip(second, [axis for axis in AXES if axis != trials.axis], strict=True):
+        figure, rows = plt.subplots(2 * len(points), 3, figsize=(17, 9 * len(points)), layout="constrained")
+        for trials, cells in zip(points, rows.reshape(len(points), 6), strict=True):
+            draw_differences(cells[1], trials)
+            others = [axis for axis in AXES if axis != trials.axis]
+            for axes, axis in zip((cells[0], *cells[2:5]), (trials.axis, *others), strict=True):
                 draw_losses(axes, trials, axis)
-        figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+            cells[0].set_title(trials.title)
+            cells[5].legend(*cells[0].get_legend_handles_labels(), loc="center left")
+            cells[5].set_axis_off()
         figure.savefig(file, dpi=100, format=kind, metadata={"Date": None} if kind == "svg" else None)
         plt.close(figure)
 

@@ -32,7 +32,7 @@ def test_a_loss_is_that_of_its_points_and_between_them_within_the_bound(axis):
     assert run.loss_at(axis, 1.01 * last) == run.loss  # within the tolerance
 
 
-def test_the_envelope_is_the_lowest_mean_of_any_size_at_every_cost():
+def test_the_envelope_is_the_lowest_mean_of_any_size_at_every_cost_and_never_rises():
     """By their laws the small size is lower up to 0.7e12 FLOPs, the large one from there."""
     crossing = 1.2 + 0.3 * 0.7**-0.5 * (2**0.5 - 1)
     cost = {"static-1": {"flops": 1e12}, "static-2": {"flops": 2e12}}
@@ -44,14 +44,10 @@ def test_the_envelope_is_the_lowest_mean_of_any_size_at_every_cost():
         run = statics[f"static-{size}"][1]
         np.testing.assert_allclose(losses[mine], run.loss_at("flops", costs[mine]), rtol=1e-12)
     assert draw_envelope([], "flops")[0].size == 0
-
-
-def test_the_envelope_never_rises():
-    """A size that overshoots the budget ends last, and higher than another one has ended."""
+    # A size that overshoots the budget ends last, and higher than another one has ended.
     sweep = SyntheticSweep(statics={1: 1.2, 2: 1.4}, cost={"static-2": {"parameter_seconds": 1.1 * BUDGET}})
     costs, losses = draw_envelope(trials(sweep).statics.values(), "parameter_seconds")
-    assert costs[-1] == pytest.approx(1.1 * BUDGET)
-    assert losses[-1] == pytest.approx(1.2, abs=0.01)
+    assert (costs[-1], losses[-1]) == (pytest.approx(1.1 * BUDGET), pytest.approx(1.2, abs=0.01))
     assert (np.diff(losses) <= 0).all()
 
 

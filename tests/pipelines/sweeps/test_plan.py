@@ -1,25 +1,22 @@
-"""A sweep's arms, sizes and grid, as its command line names them."""
+"""A sweep's arms, sizes and grid, as its command line names them; and its trials' names and specs."""
 
 import pytest
 
-from esper.pipelines.sweeps.arms import FOLLOWERS, NOT_GROWN, parse_arms, parse_sizes
+from esper.pipelines.sweeps.arms import FOLLOWERS, NOT_GROWN, Arm, parse_arms, parse_sizes
 from esper.pipelines.sweeps.plan import Point, parse_grid
+from esper.pipelines.sweeps.trials import Trial, born, lrpath_spec, size_parameters, with_rates
+from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
-
-
-def labels(text: str, sizes=(1, 2)) -> list[str]:
-    return [arm.label for arm in parse_arms(text, sizes)]
+from esper.workers.run import GrowthRun
+from esper.workers.tolaria.rate import rate
 
 
 def test_static_arms_come_first_one_for_each_size_and_followers_last():
+    def labels(text: str) -> list[str]:
+        return [arm.label for arm in parse_arms(text, (1, 2))]
+
     assert labels("random,tamiyo,baseline,onejump") == ["static-1", "static-2", "tamiyo", "onejump", "random:tamiyo"]
-    assert (*NOT_GROWN, *FOLLOWERS) == (
-        *("static", "static_final", "static_lrpath"),
-        *("random", "static_final", "static_lrpath"),
-    )
-
-
-def test_whom_a_follower_follows():
+    assert (*NOT_GROWN, *FOLLOWERS[1:]) == ("static", *2 * ("static_final", "static_lrpath"))
     assert labels("onejump,tamiyo,ppo,static_final")[-1] == "static_final:ppo"
     assert labels("gradual,onejump,static_lrpath")[-1] == "static_lrpath:gradual"
     both = labels("tamiyo,ppo,static_final:heuristic,static_final:ppo")
@@ -28,29 +25,31 @@ def test_whom_a_follower_follows():
 
 
 @pytest.mark.parametrize(
-    ("arms", "sentence"),
+    ("parse", "text", "sentence"),
     [
-        (" , ", "names no arm"),
-        ("static,tamio", "Did you mean 'tamiyo'"),
-        ("static,static_final", "--arms names none such: add one, such as tamiyo"),
-        ("static,tamiyo,static_final:ppo", "'static_final:ppo' cannot be"),
-        ("tamiyo,static_final:random", "--arms names tamiyo"),
-        ("tamiyo,lag:tamiyo", "'lag:tamiyo' cannot be"),
+        (parse_arms, " , ", "names no arm"),
+        (parse_arms, "static,tamio", "Did you mean 'tamiyo'"),
+        (parse_arms, "static,static_final", "--arms names none such: add one, such as tamiyo"),
+        (parse_arms, "static,tamiyo,static_final:ppo", "'static_final:ppo' cannot be"),
+        (parse_arms, "tamiyo,static_final:random", "--arms names tamiyo"),
+        (parse_arms, "tamiyo,lag:tamiyo", "'lag:tamiyo' cannot be"),
+        (parse_sizes, "", "is not a list of layers"),
+        (parse_sizes, "1,0", "is not a list of layers"),
+        (parse_sizes, "1,x", "is not a list of layers"),
+        (parse_grid, "budget.amount", "is not of the form"),
+        (parse_grid, "budget.amount=", "is not of the form"),
+        (parse_grid, "budget.amount=1 budget.amount=2", "twice"),
+        (parse_grid, "data.tokenizer=char,bpe:64", "would change the text"),
+        (parse_grid, "fleet.cpus=1,2", "changes no number of a run"),
     ],
 )
-def test_arms_that_cannot_be(arms, sentence):
+def test_what_cannot_be(parse, text, sentence):
     with pytest.raises(UserError, match=sentence):
-        parse_arms(arms, [1])
+        parse(*([text, [1]] if parse is parse_arms else [text.split()] if parse is parse_grid else [text]))
 
 
-def test_sizes():
+def test_sizes_and_a_grid_that_spans_every_combination_also_of_lists_and_objects(tiny_spec):
     assert parse_sizes("4, 1,2,1") == [1, 2, 4]
-    for text in ("", "0", "1,x", "-1"):
-        with pytest.raises(UserError, match="is not a list of layers"):
-            parse_sizes(text)
-
-
-def test_a_grid_spans_every_combination_also_of_lists_and_objects():
     points = parse_grid(["budget.amount=20,40", "host.n_head=1,2,4"])
     assert len(points) == 6
     assert points[1] == {"budget.amount": 20, "host.n_head": 2}
@@ -58,22 +57,43 @@ def test_a_grid_spans_every_combination_also_of_lists_and_objects():
     assert [p["budget.cooldowns"] for p in parse_grid(["budget.cooldowns=[],[0.3,0.5]"])] == [[], [0.3, 0.5]]
     kinds = parse_grid(['growth.blueprints={"ffn": {}},{"ffn": {}, "block": {}}'])
     assert [list(point["growth.blueprints"]) for point in kinds] == [["ffn"], ["ffn", "block"]]
-
-
-@pytest.mark.parametrize(
-    ("grid", "sentence"),
-    [
-        (["budget.amount"], "is not of the form"),
-        (["budget.amount="], "is not of the form"),
-        (["budget.amount=1", "budget.amount=2"], "twice"),
-        (["data.tokenizer=char,bpe:64"], "would change the text"),
-        (["fleet.cpus=1,2"], "changes no number of a run"),
-    ],
-)
-def test_grids_that_cannot_be(grid, sentence):
-    with pytest.raises(UserError, match=sentence):
-        parse_grid(grid)
-
-
-def test_a_point_is_told_by_its_values(tiny_spec):
     assert Point(0, {"b": 1, "a": 2}, tiny_spec).grid == '{"a": 2, "b": 1}'
+
+
+def test_names_tell_trials_apart(tiny_spec):
+    arm = Arm(name="random", of="tamiyo")
+    trials = [
+        Trial(arm, purpose, seed, Point(index, {}, tiny_spec, several=True), tiny_spec, note=note)
+        for purpose, note in (("test", ""), ("rates", "rate0.1"), ("rates", "rate0.2"))
+        for seed in (0, 1)
+        for index in (0, 1)
+    ]
+    assert len({trial.name for trial in trials}) == len(trials)
+    assert trials[1].name == "random.of.tamiyo-seed0-point1"
+    assert trials[1].tags()["label"] == "random:tamiyo"
+
+
+def test_a_static_size_may_be_larger_than_growing_may_get_and_has_its_own_rate(tiny_spec):
+    spec = with_rates(born(tiny_spec, 5), {5: 0.02, 1: 0.03})
+    assert (spec.host.n_layer, spec.growth.max_layers) == (5, 5)
+    assert rate(spec.optimizer, 0.5, size_parameters(tiny_spec, 5)) == 0.02
+    assert rate(spec.optimizer, 0.5, size_parameters(tiny_spec, 1)) == 0.03
+
+
+def test_a_static_size_under_another_runs_rate(tiny_spec, tokens):
+    def rates(spec, graft_at: int) -> list[float]:
+        run = GrowthRun(spec, tokens)
+        run.reset(seed=0)
+        while not run.ended:
+            number = run.telemetry.sequence
+            run.step(GraftAction(run.telemetry.legal()[-1] if number == graft_at else 0, number))
+        curves.append(run.summary()["val_curve"])
+        return [point["learning_rate"] for point in run.curve if point["budget_fraction"] >= spec.optimizer.warmup]
+
+    changes = {"optimizer.rate_exponent": 0.5, "optimizer.rate_parameters": 3000, "growth.probation_steps": 8}
+    curves, spec = [], tiny_spec.overridden(changes)
+    grown = rates(spec, 2)
+    followed = lrpath_spec(spec, 1, curves[0])
+    assert followed.host.n_layer == 1
+    assert rates(followed, -1) == pytest.approx(grown, rel=1e-6)
+    assert grown[0] > 1.1 * grown[5]  # the graft has lowered it

@@ -12,28 +12,27 @@ from esper.platform.spec import OptimizerSpec
 from esper.workers.tolaria.rate import stable_rate
 
 
-def search(start: float, best: float) -> tuple[dict[float, list[float]], int]:
-    """Rates tried, and rounds, where the loss is a parabola in the logarithm with its bottom at `best`."""
+def search(start: float, best: float) -> dict[float, list[float]]:
+    """Rates tried, where the loss is a parabola in the logarithm with its bottom at `best`."""
     losses: dict[float, list[float]] = {}
-    for rounds in range(ROUNDS):
+    for _ in range(ROUNDS):
         rates = next_rates(start, losses)
-        if not rates:
-            return losses, rounds
         losses |= {rate: [math.log(rate / best) ** 2 + 1, math.log(rate / best) ** 2 + 1.1] for rate in rates}
-    return losses, ROUNDS
+    return losses
 
 
 @given(st.floats(1e-5, 0.1), st.floats(-4.4, 4.4))
 def test_it_ends_within_half_a_factor_of_the_best_which_lies_between_two_others(start, powers):
     best = start * FACTOR**powers
-    losses, _ = search(start, best)
+    losses = search(start, best)
     assert abs(math.log(best_rate(losses) / best)) <= math.log(FACTOR) * 0.51 + 0.01  # 0.01: rates are rounded
     assert bracketed(losses)
+    assert next_rates(start, losses) == []
 
 
 def test_it_stops_after_some_rounds_where_the_best_is_far_away():
-    losses, rounds = search(1e-3, 1.0)
-    assert (rounds, len(losses)) == (ROUNDS, 3 + ROUNDS - 1)
+    losses = search(1e-3, 1.0)
+    assert len(losses) == 3 + ROUNDS - 1
     assert not bracketed(losses)
 
 
