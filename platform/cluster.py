@@ -13,11 +13,12 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from esper.platform.console import counted, say
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, reason
 
 LOCAL = {  # read by Ray when it is imported; what the user has set stays
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's way to say: one machine only, so listen on 127.0.0.1
@@ -54,7 +55,12 @@ def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
 
     with contextlib.ExitStack() as ending:
         if not ray.is_initialized():
-            where = _attach(os.environ["RAY_ADDRESS"]) if attached() else _start(cpus)
+            quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+            if attached():
+                where = _attach(os.environ["RAY_ADDRESS"], quiet)
+            else:  # never a cluster that happens to be recorded in /tmp/ray
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                where = "local cluster"
             ending.enter_context(_watched())
             say(f"Ray: {where}, {counted(cores(), 'core')}" + (f", {counted(_gpus(), 'GPU')}" if _gpus() else ""))
         if gpus is not None and gpus > _gpus():
@@ -70,9 +76,15 @@ def attached() -> bool:
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
-def cores() -> int:
-    """Cores of the connected cluster."""
-    return _have("CPU")
+def cores(resource: str = "CPU") -> int:
+    """Cores of the connected cluster, or how many it has of another resource."""
+    import ray
+
+    return int(ray.cluster_resources().get(resource, 0))
+
+
+def _gpus() -> int:
+    return cores("GPU")
 
 
 def room(cpus: float, gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
@@ -91,37 +103,18 @@ def fit(cpus: float, gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
     )
 
 
-def _gpus() -> int:
-    return _have("GPU")
-
-
-def _have(resource: str) -> int:
-    import ray
-
-    return int(ray.cluster_resources().get(resource, 0))
-
-
-def _start(cpus: int | None) -> str:
-    import ray
-
-    quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
-    ray.init(address="local", num_cpus=cpus, **quiet)  # never a cluster that happens to be recorded in /tmp/ray
-    return "local cluster"
-
-
-def _attach(address: str) -> str:
+def _attach(address: str, options: dict[str, Any]) -> str:
     import ray
 
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host and port.isdigit():
             socket.create_connection((host, int(port)), PROBE_SECONDS).close()
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address=address, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise UserError(
-            f"RAY_ADDRESS={address} leads to no Ray cluster ({reason}): start one with `ray start --head`, whose "
-            "host:6379 it takes (not the dashboard's address), or unset RAY_ADDRESS to run on this machine."
+            f"RAY_ADDRESS={address} leads to no Ray cluster ({reason(error)}): start one with `ray start --head`, "
+            "whose host:6379 it takes (not the dashboard's address), or unset RAY_ADDRESS to run on this machine."
         ) from error
     return f"attached to {ray.get_runtime_context().gcs_address}"
 

@@ -24,23 +24,13 @@ class Ledger:
     parameter_seconds_non_embedding: float = 0.0
     validation_seconds: float = 0.0  # wall; not part of any budget
 
-    def charge(
-        self,
-        *,
-        seconds: float,
-        wall_seconds: float,
-        parameters: int,
-        parameters_non_embedding: int,
-        steps: int = 0,
-        tokens: int = 0,
-        flops: float = 0.0,
-    ) -> None:
-        """Add a training step's cost, or a graft's (no steps and tokens), at the size it was done at."""
-        self.steps += steps
-        self.tokens += tokens
-        self.flops += flops
-        self.seconds += seconds
-        self.wall_seconds += wall_seconds
+    def charge(self, *, seconds: float, parameters: int, parameters_non_embedding: int, **amounts: float) -> None:
+        """Add a training step's cost, or a graft's (no steps and tokens), at the size it was done at.
+
+        `amounts` are of `wall_seconds`, `steps`, `tokens` and `flops`.
+        """
+        for name, amount in {"seconds": seconds, **amounts}.items():
+            setattr(self, name, getattr(self, name) + amount)
         self.parameter_seconds += parameters * seconds
         self.parameter_seconds_non_embedding += parameters_non_embedding * seconds
 

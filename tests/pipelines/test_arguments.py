@@ -92,35 +92,27 @@ def test_the_help_names_flags_placeholders_and_defaults(capsys):
         assert part in words
 
 
-@pytest.mark.parametrize(
-    ("outcome", "code", "said"),
-    [
-        (None, 0, ""),
-        (3, 3, ""),
-        (UserError("the plant is dry: water it."), 2, "error: the plant is dry: water it.\n"),
-        (KeyboardInterrupt(), 130, "interrupted: stopped before it was done.\n"),
-        (KeyboardInterrupt("saved in runs/1."), 130, "interrupted: saved in runs/1.\n"),
-    ],
-)
-def test_a_run_ends_in_its_exit_code(outcome, code: int, said: str, capsys):
-    def run(arguments: Toy) -> int | None:
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
+def test_a_run_ends_in_its_exit_code_and_a_bug_keeps_its_traceback(tmp_path, files_of_at_most, capsys):
+    def ends(outcome: BaseException | int | None) -> tuple[int, str]:
+        def run(arguments: Toy) -> int | None:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            with files_of_at_most(10):
+                write_text(tmp_path / "summary.json", "x" * (outcome or 0))
+            return outcome
 
-    assert command(run, Toy, "esper toy")([]) == code
-    assert capsys.readouterr().err == said
+        return command(run, Toy, "esper toy")([]), capsys.readouterr().err
 
-
-def test_a_full_disk_is_a_sentence_and_a_bug_keeps_its_traceback(tmp_path, files_of_at_most, capsys):
-    def run(arguments: Toy) -> None:
-        with files_of_at_most(10):
-            write_text(tmp_path / "summary.json", "x" * 100)
-
-    assert command(run, Toy, "esper toy")([]) == 2
-    assert f"{tmp_path / 'summary.json'} cannot be written or read (File too large)" in capsys.readouterr().err
+    assert ends(None) == (0, "")
+    assert ends(3) == (3, "")
+    assert ends(UserError("the plant is dry: water it.")) == (2, "error: the plant is dry: water it.\n")
+    assert ends(KeyboardInterrupt()) == (130, "interrupted: stopped before it was done.\n")
+    assert ends(KeyboardInterrupt("saved in runs/1.")) == (130, "interrupted: saved in runs/1.\n")
+    code, said = ends(11)
+    assert code == 2
+    assert f"{tmp_path / 'summary.json'} cannot be written or read (File too large)" in said
     with pytest.raises(ZeroDivisionError):
-        command(lambda arguments: 1 // 0, Toy, "esper toy")([])
+        ends(ZeroDivisionError())
 
 
 def test_esper_runs_the_command_it_is_given(monkeypatch, capsys):

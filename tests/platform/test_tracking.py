@@ -4,7 +4,6 @@ Real stores: SQLite files, and servers, one of which dies.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from mlflow.entities import Run
 from esper.platform import tracking
 from esper.platform.errors import UserError
 from esper.platform.journal import read_entries
-from esper.platform.tracking import JOURNAL, Tracker, flatten, sync, synced
+from esper.platform.tracking import JOURNAL, Tracker, sync, synced
 from tests.mlflow_servers import MlflowServer
 
 ROOT = Path(__file__).parents[2]
@@ -111,30 +110,13 @@ def test_a_run_arrives_whole_and_goes_on_under_its_key_with_every_point_once(any
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tracking ")]
 
 
-def test_a_call_does_not_wait_and_its_keys_share_its_time(store: str, begin):
-    with Path(store.removeprefix("sqlite:///") + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # nobody can connect while this is held
-        tracker, before = begin("quick"), int(time.time() * 1000)
-        for step in range(300):
-            tracker.log(point(step), step)
-        after = int(time.time() * 1000)
-        assert not tracker._sender.tried.is_set()
-    assert tracker.close() is True
-    histories = [MlflowClient(store).get_metric_history(str(tracker.run_id), key) for key in point(0)]
-    one, other = ([(metric.step, metric.timestamp) for metric in history] for history in histories)
-    assert one == other
-    assert len(one) == 300
-    assert all(before <= at <= after for _, at in one)  # of the call, although it was sent later
-
-
 def test_a_child_names_its_parent_and_the_status_tells_how_it_ended(store: str, begin):
     with begin("sweep") as parent:
         for error in (ValueError, KeyboardInterrupt):
             with contextlib.suppress(error), begin(error.__name__, "kids", parent=parent):
                 raise error
-    children = runs_of(store, "kids")
-    assert {run.info.status for run in children} == {"FAILED", "KILLED"}
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.run_id}
+    found = {(run.info.status, run.data.tags["mlflow.parentRunId"]) for run in runs_of(store, "kids")}
+    assert found == {("FAILED", parent.run_id), ("KILLED", parent.run_id)}
 
 
 RACER = """
@@ -179,18 +161,15 @@ def test_a_run_that_was_killed_is_made_whole_by_sync_in_any_store(store: str, tm
     with journal.open("ab") as file:
         file.write(b'{"kind": "point", "st')  # what a death may leave
     assert not synced(out, store)  # it has no end: there is something to go on with
-    began = journal.stat()
     for sent in (None, "{nonsense"):  # sent again, there once
         if sent is not None:
             (out / "tracking.sent.json").write_text(sent)
         assert sync(out, store) is True
         assert len(steps_of(store, run_id)) >= len(told)
         assert steps_of(store, run_id) == list(range(len(steps_of(store, run_id))))
-    assert journal.stat() == began
     other = f"sqlite:///{shutil.copy(template, tmp_path / 'other.db')}"
     assert sync(out, other) is True
-    [run] = runs_of(other, "garden")
-    assert steps_of(other, run.info.run_id) == steps_of(store, run_id)
+    assert steps_of(other, runs_of(other, "garden")[0].info.run_id) == steps_of(store, run_id)
 
 
 def test_a_store_that_is_deleted_in_mid_run_is_made_anew_with_everything(store: str, begin, tmp_path, capfd):
@@ -269,8 +248,6 @@ def test_a_server_that_drips_or_is_silent_holds_nobody(answer, begin, tmp_path: 
     [
         ("http://me:secret@REFUSING", "401"),
         ("http://me:secret@127.0.0.1:1", "Connection refused"),
-        ("http://me:secret@no-such-host.invalid:5000", "not known|name resolution"),
-        ("garden://nowhere", "unsupported URI"),
         ("sqlite:////proc/nowhere/mlflow.db", "No such file"),
     ],
 )
@@ -355,18 +332,14 @@ def test_the_machine_is_watched_without_a_word_and_no_longer_than_the_run(server
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["a%41b", "what?"])
-def test_a_folder_that_mlflow_cannot_name_is_refused(name: str, begin, tmp_path: Path, monkeypatch):
-    (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / name)
+def test_odd_names_are_tracked_or_refused_and_a_lost_artifact_is_left_out(tmp_path, monkeypatch, template, capsys):
+    odd, refused = tmp_path / "a #b ü+&", tmp_path / "a%41b?"
+    for folder in (odd, refused):
+        folder.mkdir()
+    monkeypatch.chdir(refused)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="work in a folder without them, or set MLFLOW_TRACKING_URI"):
-        begin("trial")
-
-
-def test_odd_names_are_tracked_and_an_artifact_that_is_gone_is_left_out(tmp_path, monkeypatch, template, capsys):
-    odd = tmp_path / "a #b ü+&"
-    odd.mkdir()
+        Tracker(odd / "run", "x", "y", key="z")
     uri = f"sqlite:///{shutil.copy(template, odd / 'mlflow.db')}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     (odd / "file").write_text("x")
@@ -397,8 +370,3 @@ def test_a_mutated_journal_is_a_sentence(data: st.DataObject, tmp_path_factory, 
     with contextlib.suppress(UserError):
         sync(folder, f"sqlite:///{shutil.copy(template, folder)}", seconds=0.5)
         Tracker(folder, "x", "n", key="k").close(seconds=0.01)
-
-
-def test_nested_params_become_dotted_texts_within_mlflows_limits():
-    nested = {"a": {"b": {"c": 1}}, "d": None, "e": "x" * 7000, "f": True}
-    assert flatten(nested) == {"a.b.c": "1", "d": "null", "e": "x" * 6000, "f": "true"}
