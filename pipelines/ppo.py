@@ -62,16 +62,15 @@ def resume(arguments: PPOArguments, out: Path) -> None:
                 f"{' and '.join(OTHERS)} may change, such as ppo.iterations, and ppo.hidden, the network's own, not."
             )
     with RunFolder.reopen(out, "ppo") as folder:
-        inputs = folder.check()
-        spec, reached = load_spec(str(folder.out / "spec.json"), arguments.set), Reached.of(folder)
-        if folder.ended and reached.iterations >= spec.ppo.iterations:
+        inputs, reached = folder.check(), Reached.of(folder)
+        folder = folder.model_copy(update={"spec": load_spec(folder.out / "spec.json", arguments.set)})
+        if folder.ended and reached.iterations >= folder.spec.ppo.iterations:
             if not arguments.set and folder.send(lambda: track(folder), KEPT):
                 return
             raise UserError(
                 f"--resume {out} has its {reached.iterations} iterations: ask for more, such as "
                 f"--set ppo.iterations={2 * reached.iterations}."
             )
-        folder = folder.model_copy(update={"spec": spec})
         if arguments.set:
             folder.pin(inputs)
         done = f"{reached.iterations} iterations, {reached.episodes:.0f} episodes, {reached.decisions:.0f} decisions"

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 _listener: Callable[[str], None] | None = None
 
@@ -34,11 +35,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: `8s`, `2m05s`, `1h12m`."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    """Seconds as hours, minutes and seconds: `1:02:05`."""
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
 class Eta:

@@ -97,16 +97,15 @@ def command(run: Callable[[T], int | None], model_class: type[T], prog: str) -> 
 def choose(prog: str, what: str, commands: Mapping[str, tuple[str, Command]], argv: list[str] | None) -> int:
     """Run the command (name → summary, command) that a line names with the other arguments; else list all."""
     line = sys.argv[1:] if argv is None else argv
-    name = line[0] if line else "--help"
-    if name in ("-h", "--help"):
+    if not line or line[0] in ("-h", "--help"):
         lines = [f"  {name:<{max(map(len, commands))}}  {summary}" for name, (summary, _) in commands.items()]
-        end = f"`{prog} {what.upper()} --help` lists what one of them takes."
-        print("\n".join([f"usage: {prog} {what.upper()} [ARGUMENTS]", "", *lines, "", end]))
+        usage, end = f"{prog} {what.upper()}", f"`{prog} {what.upper()} --help` lists what one of them takes."
+        print("\n".join([f"usage: {usage} [ARGUMENTS]", "", *lines, "", end]))
         return 0
-    if name not in commands:
-        say(f"error: {unknown(what, name, commands)}")
+    if line[0] not in commands:
+        say(f"error: {unknown(what, line[0], commands)}")
         return 2
-    return commands[name][1](line[1:])
+    return commands[line[0]][1](line[1:])
 
 
 class _Parser(ArgumentParser):

@@ -1,7 +1,5 @@
 """One run under one arm: begun or taken up again, saved at every decision, tracked, and told of."""
 
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,6 @@ from esper.workers.run import GrowthRun
 
 KEPT = ("summary.json", "spec.json")  # in MLflow
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
-REFRESH_SECONDS = 0.5
-CLEAR = "\r\033[K"  # the terminal's line
 
 
 def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
@@ -60,23 +56,19 @@ def resume(out: Path) -> int:
 
 def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) -> int:
     """Play the run to its end, saving at every decision, and report; returns 1 if it was given up."""
-    out, progress = folder.out, _Progress(growth.fraction())
+    out, eta = folder.out, Eta(growth.fraction())
     with (
         stop_signals(f"stopped; go on with: esper train --resume {out}") as check,
         CheckpointStore(out / CHECKPOINTS) as checkpoints,
         folder.track({"arm": arm}) as tracker,
     ):
 
-        def on_step(growth: GrowthRun) -> None:
-            progress.on_step(growth)
-            check()
-
         def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
-            progress.on_decision(growth, telemetry, action)
+            _say_decision(growth, telemetry, action, eta)
             tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
             save(growth, policy, checkpoints, RUN)
 
-        growth.on_step = on_step
+        growth.on_step = lambda growth: check()
         try:
             summary = play(growth, policy, arm=arm, on_decision=on_decision)
         except Stopped:
@@ -98,35 +90,21 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
     return 1 if summary["failure"] else 0
 
 
-class _Progress:
-    """A line per decision, and between them one that is rewritten in a terminal."""
-
-    def __init__(self, done: float) -> None:
-        self._eta, self._live, self._shown_at = Eta(done), sys.stderr.isatty(), time.perf_counter()
-
-    def on_step(self, run: GrowthRun) -> None:
-        if self._live and time.perf_counter() - self._shown_at >= REFRESH_SECONDS:
-            self._shown_at = time.perf_counter()
-            print(CLEAR + self._line(run), end="", file=sys.stderr, flush=True)
-
-    def on_decision(self, run: GrowthRun, telemetry: Telemetry, action: GraftAction) -> None:
-        if self._live:
-            print(CLEAR, end="", file=sys.stderr)
-        chosen = telemetry.actions[action.index]
-        if chosen.operation != "wait":
-            say(f"  {chosen}: {action.reason}")
-        for rollback in run.rollbacks:
-            if rollback.decision == telemetry.sequence:
-                removed = f", {rollback.removed} removed" if rollback.removed else ""
-                say(f"  rolled back at step {rollback.optimizer_step:,}: {rollback.fault}{removed}")
-        say(f"{self._line(run)}, val loss {run.loss:.4f}")
-
-    def _line(self, run: GrowthRun) -> str:
-        fraction, ledger = run.fraction(), run.ledger
-        return (
-            f"{fraction:4.0%} of budget, step {ledger.steps:,}, {run.layout.parameters:,} parameters, "
-            f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} tokens/s, {self._eta.left(fraction)} left"
-        )
+def _say_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, eta: Eta) -> None:
+    """What was decided, and where the run stands now."""
+    chosen = telemetry.actions[action.index]
+    if chosen.operation != "wait":
+        say(f"  {chosen}: {action.reason}")
+    for rollback in run.rollbacks:
+        if rollback.decision == telemetry.sequence:
+            removed = f", {rollback.removed} removed" if rollback.removed else ""
+            say(f"  rolled back at step {rollback.optimizer_step:,}: {rollback.fault}{removed}")
+    fraction, ledger = run.fraction(), run.ledger
+    say(
+        f"{fraction:4.0%} of budget, step {ledger.steps:,}, {run.layout.parameters:,} parameters, "
+        f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} tokens/s, {eta.left(fraction)} left, "
+        f"val loss {run.loss:.4f}"
+    )
 
 
 def _report(summary: Mapping[str, Any], fraction: float) -> None:
