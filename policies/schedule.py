@@ -70,12 +70,11 @@ class SchedulePolicy:
 
     @staticmethod
     def _rows(telemetry: Telemetry, entry: Entry) -> list[int]:
+        """The rows of an entry's graft, at any site where it names none."""
         grafts = [(i, action) for i, action in enumerate(telemetry.actions) if action.operation == "graft"]
-        known = {action.blueprint for _, action in grafts if action.blueprint}
-        if entry.blueprint not in known:
-            raise unknown("blueprint in the schedule", entry.blueprint, known)
-        rows = [i for i, action in grafts if action.blueprint == entry.blueprint and entry.site in (None, action.site)]
-        if not rows:
-            sites = {action.site for _, action in grafts if action.site and action.blueprint == entry.blueprint}
-            raise unknown(f"site for {entry.blueprint} in the schedule", entry.site, sites)
-        return rows
+        sites = {action.site: i for i, action in grafts if action.blueprint == entry.blueprint}
+        if not sites:
+            raise unknown("blueprint in the schedule", entry.blueprint, {str(each.blueprint) for _, each in grafts})
+        if entry.site not in (None, *sites):
+            raise unknown(f"site for {entry.blueprint} in the schedule", entry.site, map(str, sites))
+        return list(sites.values()) if entry.site is None else [sites[entry.site]]

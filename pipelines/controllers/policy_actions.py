@@ -43,12 +43,11 @@ def info(arguments: "InfoArguments") -> None:
     """Print a checkpoint's card."""
     file = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(file)
-    extra = policy.card["extra"]
     known = {name: policy.card[name] for name in ("format", "telemetry_version", "hidden")}
     known["parameters"] = sum(p.numel() for p in policy.net.parameters())
-    known |= {name: value for name, value in extra.items() if isinstance(value, int | float | str)}
-    known["weights"] = f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
-    for name, value in (known | {"file": file.absolute()}).items():
+    known |= {name: value for name, value in policy.card["extra"].items() if isinstance(value, int | float | str)}
+    known |= {"weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}", "file": file.absolute()}
+    for name, value in known.items():
         print(f"{name.replace('_', ' '):<18} {value}")
 
 
@@ -129,16 +128,17 @@ def rows(
     found = []
     for arm, reached in (losses if bounds is None else losses | {BOUND: bounds}).items():
         runs = played.get(arm, [])
-        row = {
-            "arm": arm,
-            "loss": float(reached.mean()),
-            "to_bound": None if bounds is None or arm == BOUND else float((reached - bounds).mean()),
-            "difference": None if base is None or arm == reference else Interval.of(reached - base),
-            "closed": float((base - reached).mean()) / gap if base is not None and gap > 0 else None,
-            "grafts": float(np.mean([len(run["grafts"]) for run in runs])) if runs else None,
-            "diverged": sum(run["diverged"] for run in runs),
-        }
-        found.append(row)
+        found.append(
+            {
+                "arm": arm,
+                "loss": float(reached.mean()),
+                "to_bound": None if bounds is None or arm == BOUND else float((reached - bounds).mean()),
+                "difference": None if base is None or arm == reference else Interval.of(reached - base),
+                "closed": float((base - reached).mean()) / gap if base is not None and gap > 0 else None,
+                "grafts": float(np.mean([len(run["grafts"]) for run in runs])) if runs else None,
+                "diverged": sum(run["diverged"] for run in runs),
+            }
+        )
     return found
 
 

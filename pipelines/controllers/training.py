@@ -107,14 +107,13 @@ def train_controller(
         finally:
             training.stop()
         played = held_out(spec, folder.data, out, folder.seed, check)
-        dispatcher = training.dispatcher
-        spent = {**dispatcher.spent(), "held_out": {axis: sum(entry[axis] for entry in played) for axis in AXES}}
+        dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
         if not surrogate:
+            spent = {**dispatcher.spent(), "held_out": {axis: sum(entry[axis] for entry in played) for axis in AXES}}
             with CheckpointStore(storage) as saves:
                 saves.keep_only(map(save_name, left["in_flight"]))
-        losses = mean_losses(played)
-        summary = _conclude(out, reached, losses, left | _spent({} if surrogate else spent))
+        summary = _conclude(out, reached, losses, left | _spent(spent))
         for iteration, loss in losses.items():
             tracker.log({"held_out_loss": loss}, iteration)
         for name in KEPT:
@@ -147,13 +146,11 @@ def _iterate(
         while reached.iterations < iterations:
             metrics = training.iterate()
             reached = reached.after(metrics)
-            checkpoint = _checkpoint(out, reached.iterations)
             try:
-                training.save(checkpoint, reached.model_dump(mode="json"))
+                training.save(_checkpoint(out, reached.iterations), reached.model_dump(mode="json"))
             except OSError as error:
                 raise UserError(
-                    f"checkpoint {checkpoint} cannot be written ({error.strerror or error}): make room, and go on with "
-                    f"`esper ppo --resume {out}`."
+                    f"no checkpoint can be written ({error}): make room, and go on with `esper ppo --resume {out}`."
                 ) from error
             for path in checkpoints(out)[:-1]:
                 if int(path.name) % every:

@@ -28,7 +28,13 @@ class Panel(NamedTuple):
     mark: float | None = None  # a level to compare with
 
 
-STYLE = {"font.size": 8, "axes.titlesize": 10, "legend.fontsize": 7, "axes.grid": True, "grid.alpha": 0.3}
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 10,
+    "legend.fontsize": 7,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
 STYLE |= {"lines.linewidth": 1.4, "lines.marker": ".", "lines.markersize": 3}
 PANELS = (
     Panel("return of an episode", "nats", {"return_mean": "mean", "return_min": "least", "return_max": "most"}, False),

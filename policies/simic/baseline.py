@@ -21,7 +21,6 @@ RIDGE = 1e-3  # relative to the number of decisions
 VISIT = 0.8  # of what an instance's earlier episodes saw, at each later one
 DOUBT = 0.5  # how many episodes say, before any has been seen, that an instance is like the others
 KEPT = ("gram", "moment", "weights", "left")  # arrays of its state
-MOST = 50_000  # decisions of instances that are remembered, those seen last
 
 
 class Baseline:
@@ -72,10 +71,13 @@ class Baseline:
             left = self._left_of(episodes)
         self._left = DECAY * self._left + np.array([len(left), left @ left])
         self.scale = float(np.sqrt(max(self._left[1] / self._left[0], 1e-8)))
-        for episode in episodes:
-            if episode.instance is not None:
-                rows = np.column_stack([_features(episode.states[:-1]), episode.to_come])
-                self._remember(episode.instance, rows)
+        for episode in [each for each in episodes if each.instance is not None]:
+            rows = np.column_stack([_features(episode.states[:-1]), episode.to_come])
+            old = self._seen.get(str(episode.instance), rows[:0])
+            merged = np.zeros((max(len(rows), len(old)), rows.shape[1]))
+            merged[: len(old)] = old
+            merged[: len(rows)] = rows + VISIT * merged[: len(rows)]
+            self._seen[str(episode.instance)] = merged
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON values, and tensors by name, for a checkpoint."""
@@ -97,15 +99,6 @@ class Baseline:
 
     def _left_of(self, episodes: Sequence[Played]) -> np.ndarray:  # G − Φ at every decision
         return np.concatenate([e.to_come - self.potential(e.states[:-1], e.instance) for e in episodes])
-
-    def _remember(self, instance: str, rows: np.ndarray) -> None:
-        old = self._seen.pop(instance, rows[:0])
-        merged = np.zeros((max(len(rows), len(old)), rows.shape[1]))
-        merged[: len(old)] = old
-        merged[: len(rows)] = rows + VISIT * merged[: len(rows)]
-        self._seen[instance] = merged
-        while sum(map(len, self._seen.values())) > MOST:
-            del self._seen[next(iter(self._seen))]
 
 
 def _features(states: np.ndarray) -> np.ndarray:

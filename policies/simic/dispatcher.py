@@ -24,7 +24,7 @@ A lockstep fleet has no thread: `collect()` turns the loop, and equal seeds give
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -58,7 +58,7 @@ COUNTS = (
     "redone",  # decisions trained again
     "unsaved",  # replies of workers whose last checkpoint was not written
 )
-GIVE_UP = 6  # times as many losses as workers, with nothing between them; pauses give a fleet half a minute
+GIVE_UP = 6  # times as many losses in a row as workers
 OVERTAKING = 2  # episodes a worker that may end before one that began before them
 LOOK = 1.0  # seconds between two looks for late workers
 KNOWN = 64  # latest replies that tell how much longer than expected a decision takes
@@ -96,7 +96,7 @@ class Dispatcher:
         self.progress = start or Progress()
         self.begun = self.progress.learned  # number of the next episode
         self.ready = self.waiting = 0  # decisions of ended episodes before which none is under way, and of the others
-        self._losses = self._drops = 0  # orders since the last good reply; episodes since the last that ended
+        self._in_a_row = Counter[str]()  # lost `orders` since the last good reply, `episodes` since one ended
         self._longest = 0  # decisions of an episode
         self._untaken: dict[int, InFlight] = {}  # that have begun, by number, in order
         self._orphaned: deque[InFlight] = deque()  # without a worker
@@ -266,7 +266,7 @@ class Dispatcher:
         except ValueError as error:
             self._lose(worker, ValueError(f"its reply was refused: {error}"), "refused")
             return None
-        self._losses = 0
+        self._in_a_row["orders"] = 0
         self.progress.counts["redone"] += reply.redone
         if reply.unsaved is not None:
             if not self.progress.counts["unsaved"]:  # said once, for all workers
@@ -280,7 +280,7 @@ class Dispatcher:
         if self._journal is not None:
             self._journal.note(episode)
         self._workers[worker] = None
-        self._drops = 0
+        self._in_a_row["episodes"] = 0
         self._settle()
         return None
 
@@ -313,31 +313,32 @@ class Dispatcher:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, UserError):
             raise cause
-        self._losses += 1
-        episode = self._workers.pop(worker, None)
+        self._in_a_row["orders"] += 1
+        episode, told = self._workers.pop(worker, None), sentence(error)
         self._fleet.replace(worker)
-        enough = max(GIVE_UP * max(self._most, self._fleet.starting()), DEATHS + 1)
-        if self._losses >= enough:
-            raise _given_up(f"{self._losses} orders in a row were lost", error)
         if episode is None:
-            say(f"worker {worker} is gone: {sentence(error)}")
-            return
-        kind, most = ("deaths", DEATHS) if process_lost(error) or count == "late" else ("tries", TRIES)
-        episode.lost[kind] += 1
-        where = f"episode {episode.number}, decision {len(episode.actions)}"
-        if episode.lost[kind] < most:
-            say(f"worker {worker} lost {where} ({sentence(error)}): another takes it up")
-            self._orphaned.append(episode)
-            return
-        say(f"{where} was lost {episode.lost[kind]} times ({sentence(error)}): the episode is given up")
-        self.progress.counts["dropped"] += 1
-        self.progress.dropped.append(episode.number)
-        _add(self.progress.spent["dropped"], episode.used)
-        del self._untaken[episode.number]
-        self._settle()
-        self._drops += 1
-        if self._drops >= enough:
-            raise _given_up(f"{self._drops} episodes in a row were lost and none was finished", error)
+            say(f"worker {worker} is gone: {told}")
+        else:
+            kind, most = ("deaths", DEATHS) if process_lost(error) or count == "late" else ("tries", TRIES)
+            episode.lost[kind] += 1
+            where = f"worker {worker} lost episode {episode.number}, decision {len(episode.actions)} ({told})"
+            if episode.lost[kind] < most:
+                say(f"{where}: another takes it up")
+                self._orphaned.append(episode)
+            else:
+                say(f"{where}, as {most - 1} before it: the episode is given up")
+                self.progress.counts["dropped"] += 1
+                self.progress.dropped.append(episode.number)
+                _add(self.progress.spent["dropped"], episode.used)
+                del self._untaken[episode.number]
+                self._settle()
+                self._in_a_row["episodes"] += 1
+        if max(self._in_a_row.values()) >= max(GIVE_UP * max(self._most, self._fleet.starting()), DEATHS + 1):
+            lost = " and ".join(f"{number} {what}" for what, number in self._in_a_row.items() if number)
+            raise UserError(
+                f"{lost} in a row were lost; the last one by {told.rstrip('.')}: mend that, and try one run with "
+                "`esper train`."
+            )
 
     def _settle(self) -> None:
         """Count what has ended: episodes before which none is under way are ready."""
@@ -376,9 +377,3 @@ def _doing(episode: InFlight | None) -> dict[str, Any]:
 def _add(total: dict[str, float], used: Mapping[str, float]) -> None:
     for axis, amount in used.items():
         total[axis] = total.get(axis, 0.0) + amount
-
-
-def _given_up(what: str, error: Exception) -> UserError:
-    return UserError(
-        f"{what}; the last one by {sentence(error).rstrip('.')}: mend that, and try one run with `esper train`."
-    )

@@ -124,12 +124,9 @@ class LocalFleet:
     lockstep = True
 
     def __init__(self, make_worker: Callable[[], Worker], n: int) -> None:
-        self._make_worker = make_worker
-        self._workers: dict[int, Worker] = {}
-        self._events: Events = []
-        self._started = 0
-        for _ in range(n):
-            self._start()
+        self._workers = {worker: make_worker() for worker in range(n)}
+        self._make_worker, self._started = make_worker, n
+        self._events: Events = [(worker, None) for worker in self._workers]
 
     def submit(self, worker: int, order: Order) -> None:
         """Carry the order out and keep its answer."""
@@ -147,7 +144,9 @@ class LocalFleet:
     def replace(self, worker: int) -> None:
         """Start another worker."""
         if self._workers.pop(worker, None) is not None:
-            self._start()
+            self._workers[self._started] = self._make_worker()
+            self._events.append((self._started, None))
+            self._started += 1
 
     def starting(self) -> int:
         """None: they start at once."""
@@ -159,11 +158,6 @@ class LocalFleet:
     def close(self) -> None:
         """Drop the workers."""
         self._workers.clear()
-
-    def _start(self) -> None:
-        worker, self._started = self._started, self._started + 1
-        self._workers[worker] = self._make_worker()
-        self._events.append((worker, None))
 
 
 Fleet = RayFleet | LocalFleet

@@ -41,31 +41,27 @@ class EpisodeJournal:
 
     def note(self, episode: InFlight) -> None:
         """Add an episode's last decision; after a failed write nothing is added, and episodes would resume there."""
-        if self._full:
-            return
+        number = episode.number
         try:
-            if episode.number not in self._open:
-                self._open[episode.number] = Journal(self._path(episode.number))
-            self._open[episode.number].add(episode.decisions[-1].model_dump(mode="json"))
+            if not self._full:
+                journal = self._open.get(number) or self._open.setdefault(number, Journal(self._path(number)))
+                journal.add(episode.decisions[-1].model_dump(mode="json"))
         except OSError as error:
             self._full = True
             say(
                 f"the journal in {self._folder} cannot be written ({error.strerror}): the training goes on; make room, "
                 "and resume it, for what is not written there is trained again after a death of this process."
             )
-        if episode.ended:
-            self._close(episode.number)
+        if episode.ended and number in self._open:
+            self._open.pop(number).close()
 
     def keep_only(self, numbers: Container[int]) -> None:
         """Delete the journals of all other episodes."""
         for number in self.numbers():
             if number not in numbers:
-                self._close(number)
+                if number in self._open:
+                    self._open.pop(number).close()
                 self._path(number).unlink(missing_ok=True)
-
-    def _close(self, number: int) -> None:
-        if number in self._open:
-            self._open.pop(number).close()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:09d}.jsonl"

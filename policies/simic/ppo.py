@@ -1,6 +1,6 @@
 """PPO (Schulman et al. 2017, 1707.06347) by RLlib's learners, on a dispatcher's episodes: settings, checkpoints.
 
-A checkpoint is a folder of `learner.safetensors`, to go on from, and `policy.safetensors`, which needs no Ray.
+A checkpoint is a folder of `policy.safetensors`, which needs no Ray, and `learner.safetensors`, the rest to go on from.
 """
 
 import ctypes
@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,22 +142,17 @@ class PPOTraining:
 
     def policy(self) -> SimicPolicy:
         """A copy of the policy as learned so far."""
-        net = ControllerNet(self._net.hidden)
-        net.load_state_dict(self._net.state_dict())
-        return SimicPolicy(net)
+        return SimicPolicy(deepcopy(self._net))
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Write a checkpoint; `extra` is JSON for the policy's card. A UserError where `folder` holds one already."""
         if (folder / FILE).exists():
             raise UserError(f"checkpoint {folder} exists already: name a new folder, or delete it first.")
-        learner = self._state()
-        [optimizer] = learner[COMPONENT_OPTIMIZER].values()
+        [optimizer] = self._state()[COMPONENT_OPTIMIZER].values()
         values, baseline = self.baseline.state()
-        module = learner[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
-        tensors = {f"module.{name}": torch.tensor(array) for name, array in module.items()}
+        tensors = {f"baseline.{name}": tensor for name, tensor in baseline.items()}
         for index, moments in optimizer["state"]["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.tensor(array) for name, array in moments.items()}
-        tensors |= {f"baseline.{name}": tensor for name, tensor in baseline.items()}
         state = LearnerState(
             updates=self._updates,
             kl_coefficient=self._kl_coefficient,
@@ -184,14 +180,14 @@ class PPOTraining:
         self._net.load_state_dict({name.removeprefix("net."): torch.tensor(array) for name, array in module.items()})
         self.dispatcher.set_weights(self._net.state_dict(), self._updates)
 
-    def _load(self, state: LearnerState, tensors: dict[str, Tensor]) -> None:
+    def _load(self, state: LearnerState, tensors: dict[str, Tensor], net: ControllerNet) -> None:
         [(name, optimizer)] = self._state()[COMPONENT_OPTIMIZER].items()
         moments: dict[int, dict[str, Any]] = {}
         for key, tensor in _below("optimizer", tensors).items():
             index, moment = key.split(".")
             moments.setdefault(int(index), {})[moment] = tensor.numpy()
         optimizer["state"]["state"] = moments
-        module = {key: tensor.numpy() for key, tensor in _below("module", tensors).items()}
+        module = {f"net.{name}": tensor.numpy() for name, tensor in net.state_dict().items()}
         learner = {
             WEIGHTS_SEQ_NO: state.updates,
             COMPONENT_RL_MODULE: {DEFAULT_MODULE_ID: module},
@@ -258,14 +254,12 @@ def _shaped(played: Played, rewards: np.ndarray) -> SingleAgentEpisode:
     )
 
 
-def _read(folder: Path, hidden: int) -> tuple[LearnerState, dict[str, Tensor]]:
+def _read(folder: Path, hidden: int) -> tuple[LearnerState, dict[str, Tensor], ControllerNet]:
     values, tensors = checkpoint.read(folder / STATE)
-    state = LearnerState.checked(values, f"checkpoint {folder}")
-    wanted = {f"module.net.{name}": tensor.shape for name, tensor in ControllerNet(hidden).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("module.")}
-    if found != wanted:
+    state, net = LearnerState.checked(values, f"checkpoint {folder}"), SimicPolicy.load(folder / FILE).net
+    if net.hidden != hidden:
         raise UserError(f"checkpoint {folder} does not fit ppo.hidden {hidden}: use the spec that it was made with.")
-    return state, tensors
+    return state, tensors, net
 
 
 def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -41,33 +41,17 @@ def nodes():
     cluster.shutdown()
 
 
-class Killer(threading.Thread):
-    """Kills a random worker's process each time the journal has grown by `every` decisions, until told to stop."""
-
-    def __init__(self, folder: Path, every: int) -> None:
-        super().__init__(daemon=True)
-        self._folder, self._every, self._over = folder, every, threading.Event()
-        self.killed = 0
-
-    def run(self) -> None:
-        chance, last = random.Random(0), 0
-        while not self._over.wait(0.05):
-            if len(lines(self._folder)) >= last + self._every and (pids := worker_pids()):
-                os.kill(chance.choice(pids), signal.SIGKILL)
-                last = len(lines(self._folder))
-                self.killed += 1
-
-    def stop(self) -> int:
-        self._over.set()
-        self.join()
-        return self.killed
-
-
-def worker_pids() -> list[int]:
-    """Processes of the cluster's actors that are up."""
+def kill_workers(folder: Path, every: int, over: threading.Event, killed: list[int]) -> None:
+    """Kill a random worker's process each time the journal has grown by `every` decisions."""
     from ray._private.state import actors
 
-    return [actor["Pid"] for actor in actors().values() if actor["State"] == "ALIVE" and actor["Pid"]]
+    chance, last = random.Random(0), 0
+    while not over.wait(0.05):
+        pids = [actor["Pid"] for actor in actors().values() if actor["State"] == "ALIVE" and actor["Pid"]]
+        if len(lines(folder)) >= last + every and pids:
+            killed.append(chance.choice(pids))
+            os.kill(killed[-1], signal.SIGKILL)
+            last = len(lines(folder))
 
 
 def lines(folder: Path) -> list[str]:
@@ -85,11 +69,12 @@ def wait_until_ended(folder: Path, episodes: int) -> None:
 def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, tiny_spec, shards, tokens, tmp_path):
     spec = tiny_spec.overridden({"budget.amount": 400})  # decisions of half a second
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    arguments = [nodes.address, str(tmp_path / "spec.json"), str(shards), str(tmp_path), str(DECISIONS)]
+    arguments = [nodes.address, str(shards), str(tmp_path), str(DECISIONS)]
     command = [sys.executable, chaos_driver.__file__, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     driver = subprocess.Popen(command, env=environment)
-    killer = Killer(tmp_path, every=12)
+    over, killed = threading.Event(), []
+    killer = threading.Thread(target=kill_workers, args=(tmp_path, 12, over, killed), daemon=True)
     killer.start()
     try:
         wait_until_ended(tmp_path, 1)
@@ -102,15 +87,15 @@ def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, tiny_spec
         driver = subprocess.Popen(command, env=environment)
         assert driver.wait(timeout=900) == 0
     finally:
-        killed = killer.stop()
+        over.set()
+        killer.join()
         driver.kill()
-    assert killed >= 2
+    assert len(killed) >= 2
     result = json.loads((tmp_path / "returns.json").read_text())
     found = {int(number): value for number, value in result["returns"].items()}
     assert len(found) == DECISIONS // 8
     assert sorted({*found, *result["in_flight"]}) == list(range(len(found) + len(result["in_flight"])))
     one_worker = LocalFleet(lambda: EpisodeWorker(lambda: GrowthRun(spec, tokens)), 1)
-    undisturbed = chaos_driver.dispatcher(spec, one_worker, None).collect(8 * (max(found) + 1))
-    expected = chaos_driver.returns(undisturbed)
+    expected, _ = chaos_driver.collect(spec, one_worker, None, 8 * (max(found) + 1))
     assert len(set(expected.values())) == len(expected)
     assert found == {number: expected[number] for number in found}

@@ -1,12 +1,12 @@
 """The live view of a training as a person sees it in a terminal, and plain lines elsewhere."""
 
+import contextlib
 import io
 import re
 import sys
 import threading
 import time
 
-import pytest
 from rich.console import Console
 
 from esper.pipelines.controllers.live import TrainingView, sparkline
@@ -108,14 +108,9 @@ def test_in_a_terminal_everything_said_stands_above_one_view(monkeypatch):
 
 def test_ctrl_c_leaves_the_terminal_sane(monkeypatch):
     screen = open_terminal(monkeypatch)
-
-    def interrupted():
-        with TrainingView(4, 0, list):
-            say("last")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    with contextlib.suppress(KeyboardInterrupt), TrainingView(4, 0, list):
+        say("last")
+        raise KeyboardInterrupt
     assert screen.cursor
     assert [line.split()[0] for line in screen.seen()] == ["last", "iteration"]
     assert sys.stderr is screen

@@ -6,7 +6,6 @@ Alone: `pytest tests/pipelines/test_policy.py`.
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -17,7 +16,6 @@ from scipy import stats
 
 from esper.pipelines import policy as pipeline
 from esper.pipelines.common.play import play
-from esper.pipelines.controllers.policy_actions import rows
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import SchedulePolicy
@@ -25,15 +23,7 @@ from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import FILE, SimicPolicy
 from esper.workers.run import GrowthRun
 
-EXTRA = {
-    "preset": "tinystories-char",
-    "iterations": 2,
-    "episodes": 30.0,
-    "decisions": 1240.0,
-    "seed": 7,
-    "surrogate": True,
-}
-SCALE = 3.0  # of its scores: at the start all are about 0, and WAIT has 0.7
+EXTRA = {"preset": "tinystories-char", "iterations": 2, "episodes": 30.0, "decisions": 1240.0, "seed": 7}
 FEW = ["--set", "budget.decisions=8", "--episodes", "6"]
 
 
@@ -46,7 +36,7 @@ def trained(tmp_path, monkeypatch):
     for iteration in (1, 2):
         net = ControllerNet(16)
         with torch.no_grad():
-            net.score[-1].weight.normal_(0, SCALE)  # pyright: ignore[reportCallIssue]
+            net.score[-1].weight.normal_(0, 3.0)  # pyright: ignore[reportCallIssue]
         SimicPolicy(net).save(run / "checkpoints" / f"{iteration:06d}" / FILE, {**EXTRA, "iterations": iteration})
     (run / "spec.json").write_text(load_spec("tinystories-char").model_dump_json())
     return run
@@ -56,9 +46,11 @@ def evaluation_of(folder):
     return json.loads((folder / "evaluation.json").read_text())
 
 
-def test_info_says_what_it_is(trained, capsys):
-    assert pipeline.main(["info", str(trained)]) == 0
-    told = dict(re.split(r" {2,}", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+def test_info_says_what_it_is_without_ray(trained):
+    code = "import sys; from esper.pipelines.policy import main; sys.exit(main(sys.argv[1:]) or 'ray' in sys.modules)"
+    command = [sys.executable, "-W", "error", "-c", code, "info", str(trained)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    told = dict(re.split(r" {2,}", line, maxsplit=1) for line in done.stdout.splitlines())
     file = trained / "checkpoints" / "000002" / FILE
     assert told == {
         "format": "simic-3",
@@ -69,23 +61,6 @@ def test_info_says_what_it_is(trained, capsys):
         "weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
         "file": str(file),
     }
-
-
-def test_a_checkpoint_loads_in_a_plain_process_whichever_folder_is_named(trained):
-    """No Ray, no training config: the policy's folder may even lie somewhere else."""
-    newest = trained / "checkpoints" / "000002"
-    elsewhere = trained.parent / "elsewhere"
-    shutil.copyfile(newest / FILE, elsewhere)
-    code = (
-        "import sys; from esper.pipelines.policy import main\n"
-        "assert not any(main(['info', path]) for path in sys.argv[1:])\n"
-        "assert 'ray' not in sys.modules and 'mlflow' not in sys.modules"
-    )
-    paths = [str(path) for path in (trained, newest, newest / FILE, elsewhere)]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *paths], check=True, capture_output=True, text=True
-    )
-    assert done.stdout.count("iterations         2") == 4
 
 
 def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
@@ -151,37 +126,18 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
     assert "is there already" in capfd.readouterr().err
 
 
-def test_the_gap_closed_is_between_the_reference_and_the_bound():
-    def played(*losses):
-        return [{"val_loss": loss, "grafts": [], "diverged": False} for loss in losses]
-
-    arms, bounds = {"schedule": played(2.0, 4.0), "ppo": played(1.5, 3.25)}, np.array([1.0, 2.0])
-    found = rows(arms, bounds, "schedule")
-    assert [row["closed"] for row in found] == pytest.approx([0, 1.25 / 3, 1])
-    assert [row["to_bound"] for row in found] == pytest.approx([1.5, 0.875, None])
-    assert [row["closed"] for row in rows(arms, np.array([2.0, 4.0]), "schedule")] == [None] * 3  # no gap
-    assert [row["difference"] for row in rows(arms, None, None)] == [None, None]
-
-
 @pytest.mark.parametrize(
     ("command", "says"),
     [
         ("inform {run}", "unknown action 'inform': it must be one of distill, evaluate, info. Did you mean 'info'?"),
-        ("info", "arguments are required: checkpoint"),
         ("info nowhere", "policy nowhere does not exist"),
-        ("info .", "policy . holds no trained policy"),
         ("evaluate {run} --instances tset", "instances is 'tset': input should be 'train' or 'test'"),
         ("evaluate {run} --arms static,tamio", "unknown arm 'tamio'"),
         ("evaluate {run} --episodes 65", "the test set has 64 instances"),
-        ("evaluate {run} --preset tinystory", "unknown preset 'tinystory'"),
         ('evaluate {run} --set growth.blueprints={{"blok":{{}}}}', "unknown blueprint 'blok'"),
-        ("evaluate {run} --schedule nowhere.json", "nowhere.json cannot be read"),
         ("evaluate {run} --data text.txt --arms bound", "unknown arm on text (schedule: with --schedule FILE) 'bound'"),
-        ("evaluate {run} --data text.txt --arms schedule", "with --schedule FILE"),
         ("distill {run}", "out is missing"),
         ("distill {run} --out text.txt", "is there already"),
-        ("distill {run} --out text.txt/plan.json", "text.txt is a file"),
-        ("distill {run} --out plan.json --episodes 129", "the train set has 128 instances"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(trained, tmp_path, capsys, command, says):

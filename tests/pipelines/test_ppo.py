@@ -102,7 +102,6 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     (out / "summary.json").unlink()  # as if it had died right at its end
     assert ppo.main(["--resume", str(out)]) == 0
     assert summary_of(out)["history"] == after["history"]
-
     assert train.main(["ppo", *tiny, "--policy", str(out), "--out", str(tmp_path / "played")]) == 0
     assert summary_of(tmp_path / "played")["arm"] == "ppo"
 
@@ -110,25 +109,21 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
 def test_resumed_it_is_the_same_to_the_bit(laws):
     """Weights, optimizer, KL coefficient and metrics; whatever lies in the folder, nothing of it is unpickled."""
     straight, resumed = laws(4, "straight"), laws(2, "resumed")
-    planted = pickle.dumps(Bomb(resumed / "exploded"))
-    for path in (*resumed.rglob("000002"), *resumed.rglob("000002/*")):
-        if path.is_dir():
-            for name in ("algorithm_state.pkl", "class_and_ctor_args.pkl", "state.pkl"):
-                (path / name).write_bytes(planted)
+    for name in ("algorithm_state.pkl", "class_and_ctor_args.pkl", "state.pkl"):
+        (resumed / "checkpoints" / "000002" / name).write_bytes(pickle.dumps(Bomb(resumed / "exploded")))
     assert ppo.main(["--resume", str(resumed), *more(4)]) == 0
     assert not (resumed / "exploded").exists()
     for name in ("policy", "learner"):
-        states = [
-            checkpoint.read(out / "checkpoints" / "000004" / f"{name}.safetensors") for out in (straight, resumed)
-        ]
-        (_, tensors), (_, others) = states
-        assert all(torch.equal(tensors[key], others[key]) for key in tensors)
-        assert tensors.keys() == others.keys()
+        path = Path("checkpoints") / "000004" / f"{name}.safetensors"
+        one, other = (checkpoint.read(out / path)[1] for out in (straight, resumed))
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
     timed = {"time", "sample_seconds", "learn_seconds", "episode_seconds", "episode_seconds_max"}
-    histories = [summary_of(out)["history"] for out in (straight, resumed)]
-    assert "kl_coefficient" in histories[0][0]
-    for one, other in zip(*histories, strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    one, other = (
+        [{k: v for k, v in metrics.items() if k not in timed} for metrics in summary_of(out)["history"]]
+        for out in (straight, resumed)
+    )
+    assert one == other
+    assert "kl_coefficient" in one[0]
 
 
 class Bomb:
@@ -200,7 +195,7 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, tm
 
     def noting(self, *arguments):
         episodes = collect(self, *arguments)
-        learned.extend((episode.number, k) for episode in episodes for k in range(len(episode)))
+        learned.extend(episode.number for episode in episodes)
         return episodes
 
     monkeypatch.setattr(workers, "RayFleet", Deadly)
@@ -214,18 +209,15 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, tm
     assert summary["iterations"] == len(summary["history"]) == 2
     assert last["failures"] == 1
     assert last["dropped"] == last["refused"] == 0
-    assert len(learned) == len(set(learned)) == summary["decisions"]
-    numbers = {number for number, _ in learned}
-    assert learned == [(number, k) for number in dict.fromkeys(number for number, _ in learned) for k in range(8)]
-    assert sorted({*numbers, *summary["in_flight"]}) == list(range(len(numbers) + len(summary["in_flight"])))
+    assert 8 * len(learned) == summary["decisions"]
+    assert [*learned, *summary["in_flight"]] == list(range(len(learned) + len(summary["in_flight"])))
     assert 0 < last["busy"] <= 1
     assert 0 < last["waiting"] < 1
 
     # What it spent is all of it: whole episodes of 200 steps, those in flight, and a held-out one for each policy.
     parts = summary["spent_on"]
-    assert parts["learned"]["steps"] == 200 * len(numbers)
+    assert parts["learned"]["steps"] == 200 * len(learned)
     assert parts["held_out"]["steps"] == 200 * len(summary["held_out_losses"])
-    assert 0 < parts["in_flight"]["steps"] < 200 * max(1, len(summary["in_flight"])) + 1 or not summary["in_flight"]
     assert summary["spent"]["steps"] == sum(part["steps"] for part in parts.values())
 
 
@@ -292,10 +284,9 @@ def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, 
     assert checkpoints() == [2, 4, 6, 8]
 
 
-def test_killed_before_its_first_checkpoint_it_begins_anew(tiny, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def test_killed_before_its_first_checkpoint_it_begins_anew(laws, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ppo, "train", lambda folder: None)
-        assert ppo.main(["--surrogate", *tiny[:2], *SMALL, *more(1), "--out", str(out)]) == 0
+        out = laws(1)
     assert ppo.main(["--resume", str(out)]) == 0
     assert summary_of(out)["iterations"] == 1

@@ -79,15 +79,3 @@ def test_which_instance_is_played_is_taken_out(baseline: Baseline):
     )
     assert (left * np.sign(gains)).mean() == pytest.approx(0.3, abs=0.05)
     assert np.abs(blind - gains).mean() > 3 * np.abs(left - gains).mean()
-
-
-def test_state_goes_on(baseline: Baseline):
-    random = np.random.default_rng(1)
-    baseline.update([episode(random, f"i{i}") for i in range(3)])
-    other = Baseline()
-    other.load(*baseline.state())
-    more = [episode(random, f"i{i}") for i in range(4)]
-    for made in (baseline, other):
-        made.update(more)
-    assert other.state()[0] == baseline.state()[0]
-    np.testing.assert_array_equal(other.shaped(more), baseline.shaped(more))
