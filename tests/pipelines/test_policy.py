@@ -123,7 +123,7 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
     assert {graft["blueprint"] for graft in grafts} == {entry.blueprint for entry in entries}
 
     assert pipeline.main(["distill", str(trained), "--out", str(plan)]) == 2
-    assert "is there already" in capfd.readouterr().err
+    assert "is a file: name a new file" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
         ('evaluate {run} --set growth.blueprints={{"blok":{{}}}}', "unknown blueprint 'blok'"),
         ("evaluate {run} --data text.txt --arms bound", "unknown arm on text (schedule: with --schedule FILE) 'bound'"),
         ("distill {run}", "out is missing"),
-        ("distill {run} --out text.txt", "is there already"),
+        ("distill {run} --out text.txt", "is a file"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(trained, tmp_path, capsys, command, says):
