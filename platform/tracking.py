@@ -9,6 +9,7 @@ carries its own time stamp, so that it is there once however often it is sent.
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -82,9 +83,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     def artifact(self, path: Path) -> None:
         """Keep a file with the run."""
-        whole = path.absolute()
-        kept = whole.relative_to(self._folder) if whole.is_relative_to(self._folder) else whole
-        self._record("artifact", path=str(kept))
+        self._record("artifact", path=os.path.relpath(path, self._folder))
 
     def tag(self, key: str, value: object) -> None:
         """Set a tag that is known only now, such as the outcome."""

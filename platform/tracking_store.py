@@ -105,20 +105,12 @@ class StoredRun:
 
     @classmethod
     def find(cls, uri: str, header: Entry) -> "StoredRun | None":
-        """The run of a journal's first entry; None while its parent is not there.
-
-        Raises MlflowException where the experiment has been deleted.
-        """
-        from mlflow.exceptions import MlflowException
-
+        """The run of a journal's first entry; None while its parent is not there."""
         client, name, file = connect(uri), header["experiment"], sqlite_file(uri)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:  # should another process make it now, the next try finds it
             folder = None if file is None else (file.parent / "mlruns").as_uri()
             experiment = client.get_experiment(client.create_experiment(name, folder))
-        if experiment.lifecycle_stage == "deleted":
-            restore = f"`mlflow experiments restore -x {experiment.experiment_id}`"
-            raise MlflowException.invalid_parameter_value(f"experiment {name} is deleted; {restore} brings it back")
         if (run := _with_key(client, name, header["key"])) is not None:
             return cls(client, run.info, made=False)
         tags = {KEY: header["key"]}
@@ -150,9 +142,11 @@ class StoredRun:
                 client.set_tag(run_id, entry["key"], entry["value"])
             case "artifact":
                 try:
-                    client.log_artifact(run_id, str(folder / entry["path"]))
+                    client.log_artifact(run_id, os.path.normpath(folder / entry["path"]))
                 except (FileNotFoundError, PermissionError) as error:  # of the file, or of a store's folder here
-                    say(f"MLflow artifact {folder / entry['path']} was left out ({error.filename}: {reason(error)}).")
+                    say(
+                        f"MLflow artifact {os.path.normpath(folder / entry['path'])} was left out ({error.filename}: {reason(error)})."
+                    )
             case "input":
                 source, profile = json.dumps({"uri": entry["source"]}), json.dumps(entry["profile"])
                 data = Dataset(entry["name"], entry["digest"][:DIGEST_LENGTH], "local", source, profile=profile)

@@ -76,19 +76,6 @@ def test_ray_accepts_the_cluster_whose_nodes_have_what_exists_and_the_same_token
         assert_ray_start_knows(command.partition("ray start")[2].split())
 
 
-@pytest.mark.parametrize("name", [*CLUSTERS, "Dockerfile"])
-def test_the_line_that_lists_the_dependencies_lists_them(name: str, tmp_path: Path):
-    """The real command, from the file, in a folder that holds what the node or image has by then."""
-    if name == "Dockerfile":
-        [command] = [rest.split("&&")[0] for word, rest in INSTRUCTIONS if word == "RUN" and "tomllib" in rest]
-    else:
-        [line] = [line for line in yaml.safe_load(TEXTS[name])["setup_commands"] if "tomllib" in line]
-        command = line.split("&&")[1].replace(".venv/bin/python", "python")
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=os.environ | {"PATH": BIN}, check=True)
-    assert (tmp_path / "requirements.txt").read_text(encoding="utf-8").splitlines() == PROJECT["dependencies"]
-
-
 def test_the_image_has_an_allowed_python_a_user_of_its_own_and_commands_that_ray_knows():
     assert (IMAGE["FROM"], IMAGE["USER"]) == ("${BASE}", "1000:1000")
     assert INSTRUCTIONS[0] == ("ARG", f"BASE=python:{PYTHON}-slim-bookworm")

@@ -70,46 +70,28 @@ def test_a_grown_run_in_both_formats_and_without_its_text(trained, tmp_path, cap
         shutil.rmtree(tmp_path / "shards", ignore_errors=True)
 
 
-@pytest.fixture
-def folders(tiny_spec, tokens, tmp_path, monkeypatch):
-    """Folders of runs: `run`, whose heads GPT-2's layout cannot have, and one whose checkpoint is damaged."""
+def test_bad_input_is_one_sentence_and_leaves_nothing(tiny, tiny_spec, tokens, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    host = tiny_spec.host.model_copy(update={"n_head": 3, "head_dim": 8})
+    host = tiny_spec.host.model_copy(update={"n_head": 3, "head_dim": 8})  # which GPT-2's layout cannot have
     growth = GrowthRun(tiny_spec.model_copy(update={"host": host}), tokens)
     growth.reset()
     for name in ("run", "damaged"):
         checkpoint.write(tmp_path / name / "checkpoints" / "run.safetensors", *growth.state())
     (tmp_path / "damaged" / "checkpoints" / "run.safetensors").write_bytes(b"")
-
-
-@pytest.mark.usefixtures("folders")
-def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capfd):
-    before = sorted(path.name for path in tmp_path.iterdir())
-    for arguments, sentence in (
-        ("nowhere --out out", "nowhere/checkpoints/run.safetensors is not there"),
-        ("damaged --out out", "is damaged"),
-        ("run --out run", "--out run already holds another run"),
-        ("run --out run/checkpoints/run.safetensors", "is a file"),
-        ("run", "out is missing"),
-        ("run --out out --format gguf", "input should be 'native' or 'gpt2'"),
-        ("run --out out --format gpt2", "layer h0 has 3 head(s)"),
-        ("--out out", "the following arguments are required: run"),
+    before, flags = sorted(path.name for path in tmp_path.iterdir()), " ".join(tiny)
+    for command, arguments, sentence in (
+        (main, "nowhere --out out", "nowhere/checkpoints/run.safetensors is not there"),
+        (main, "damaged --out out", "is damaged"),
+        (main, "run --out run", "--out run already holds another run"),
+        (main, "run --out run/checkpoints/run.safetensors", "is a file"),
+        (main, "run", "out is missing"),
+        (main, "run --out out --format gguf", "input should be 'native' or 'gpt2'"),
+        (main, "run --out out --format gpt2", "layer h0 has 3 head(s)"),
+        (prepare.main, f"{flags} --out out --data /nowhere.txt", "unknown source '/nowhere.txt': it must be one of"),
+        (prepare.main, f"{flags} --out out --tokenizer words", "unknown tokenizer 'words'"),
     ):
-        assert main(arguments.split()) == 2
+        assert command(arguments.split()) == 2
         errors = capfd.readouterr().err.splitlines()
         assert sentence in errors[-1]
         assert len([line for line in errors if line.startswith("error:")]) == 1
         assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--data", "/nowhere.txt"], "unknown source '/nowhere.txt': it must be one of an existing file or folder"),
-        (["--tokenizer", "words"], "unknown tokenizer 'words'"),
-    ],
-)
-def test_bad_text_leaves_nothing(tiny, tmp_path, capfd, arguments, sentence):
-    assert prepare.main([*tiny, *arguments, "--out", str(tmp_path / "out")]) == 2
-    assert sentence in capfd.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -43,12 +43,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes):
     for open_it in (read_entries, Journal):
         with pytest.raises(UserError, match=r"points\.jsonl is damaged in line 2: restore"):
             open_it(path)
-
-
-def test_no_file_is_no_entries_and_a_folder_is_told_of(tmp_path: Path):
     assert read_entries(tmp_path / "nothing") == []
-    with pytest.raises(UserError, match="cannot be read"):
-        read_entries(tmp_path)
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_not_half_a_line(tmp_path: Path, files_of_at_most):
