@@ -141,8 +141,9 @@ class StoredRun:
             case "tag":
                 client.set_tag(run_id, entry["key"], entry["value"])
             case "artifact":
+                file = os.path.normpath(folder / entry["path"])
                 try:
-                    client.log_artifact(run_id, os.path.normpath(folder / entry["path"]))
+                    client.log_artifact(run_id, file)
                 except (FileNotFoundError, PermissionError) as error:  # of the file, or of a store's folder here
                     say(
                         f"MLflow artifact {os.path.normpath(folder / entry['path'])} was left out ({error.filename}: {reason(error)})."
