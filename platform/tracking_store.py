@@ -145,9 +145,7 @@ class StoredRun:
                 try:
                     client.log_artifact(run_id, file)
                 except (FileNotFoundError, PermissionError) as error:  # of the file, or of a store's folder here
-                    say(
-                        f"MLflow artifact {os.path.normpath(folder / entry['path'])} was left out ({error.filename}: {reason(error)})."
-                    )
+                    say(f"MLflow artifact {file} was left out ({error.filename}: {reason(error)}).")
             case "input":
                 source, profile = json.dumps({"uri": entry["source"]}), json.dumps(entry["profile"])
                 data = Dataset(entry["name"], entry["digest"][:DIGEST_LENGTH], "local", source, profile=profile)
