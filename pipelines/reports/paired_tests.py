@@ -131,14 +131,13 @@ class Trials:
         self.grown = [label for label, arm in self.arms.items() if label in grew and arm != RANDOM]
         self.controls = [label for label, arm in self.arms.items() if label in grew and arm == RANDOM]
         self.idle = [label for label, arm in self.arms.items() if label not in grew and arm not in NOT_GROWN]
-        self.statics, self.schedules = self._sound_runs([STATIC]), self._sound_runs(SCHEDULES)
+        sound = {label: own for label in self.test if (own := self.sound(label))}
+        self.statics = {label: own for label, own in sound.items() if self.arms[label] == STATIC}
+        self.schedules = {label: own for label, own in sound.items() if self.arms[label] in SCHEDULES}
         # Chosen on tuning seeds, else on the test seeds.
         size, schedule = point.get("size"), point.get("schedule")
         self.best_static = best(self.statics) if size is None else f"{STATIC}-{size}"
         self.schedule: str | None = best(self.schedules) if schedule is None else schedule
-
-    def _sound_runs(self, arms: Sequence[str]) -> dict[str, dict[int, Run]]:
-        return {label: runs for label, arm in self.arms.items() if arm in arms and (runs := self.sound(label))}
 
     def sound(self, label: str | None) -> dict[int, Run]:
         """A label's sound test runs by seed; empty if it has none."""

@@ -65,21 +65,11 @@ def _state(parent: str, axis: str, summaries: Iterable[Mapping[str, Any]]) -> di
     curves = [summary["val_curve"] for summary in summaries]
     losses = [point["val_loss"] for curve in curves for point in curve if point["budget_fraction"] >= SETTLED]
     scale = {"yMin": 0.98 * min(losses), "yMax": 1.02 * max(losses)} if losses else {}  # MLflow's own starts at 0
-    charts = [
-        {
-            "uuid": kind,
-            "metricSectionId": "sweep",
-            "type": "LINE",
-            "metricKey": f"{kind}/val_loss",
-            "xAxisKey": "metric",
-            "selectedXAxisMetricKey": f"{kind}/{axis}",
-            "range": scale,
-            "useGlobalLineSmoothing": False,
-            "lineSmoothness": 0,
-            "runsCountToCompare": 1000,
-        }
-        for kind in ("grid", "annealed")
-    ]
+    charts: list[dict[str, Any]] = []
+    for kind in ("grid", "annealed"):
+        axes = {"metricKey": f"{kind}/val_loss", "xAxisKey": "metric", "selectedXAxisMetricKey": f"{kind}/{axis}"}
+        look = {"range": scale, "useGlobalLineSmoothing": False, "lineSmoothness": 0, "runsCountToCompare": 1000}
+        charts.append({"uuid": kind, "metricSectionId": "sweep", "type": "LINE", **axes, **look})
     hidden = ("Model metrics", "grid", "annealed", "System metrics")  # where MLflow's own charts lie, one a metric
     return {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}' AND tags.purpose = 'test'",

@@ -169,9 +169,9 @@ class PointStages:
         self.settled["openloop"] = bool(played)
 
     def _rate_trials(self, size: int, rate: float) -> list[Trial]:
-        spec, arm = with_rates(born(self.point.spec, size), {size: rate}), Arm(name=STATIC, size=size)
-        seeds = self._plan.tuning_seeds
-        return [Trial(arm, "rates", seed, self.point, spec, note=f"rate{rate:g}") for seed in seeds]
+        arm, spec = Arm(name=STATIC, size=size), with_rates(born(self.point.spec, size), {size: rate})
+        note = f"rate{rate:g}"
+        return [Trial(arm, "rates", seed, self.point, spec, note=note) for seed in self._plan.tuning_seeds]
 
     def _trials(self, arms: Sequence[Arm], purpose: Purpose) -> list[Trial]:
         seeds = self._plan.seeds if purpose == "test" else self._plan.tuning_seeds

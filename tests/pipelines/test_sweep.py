@@ -107,8 +107,7 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     runs = check_tracked(store, out)
     run = runs["static_final.of.onejump-seed0"]
     tags = {"arm": "static_final", "label": "static_final:onejump", "size": str(ended["onejump"]["layers"])}
-    tags |= {"seed": "0", "purpose": "test", "grid": "{}", "preset": "tiny"}
-    assert {key: run.data.tags[key] for key in tags} == tags
+    assert run.data.tags.items() >= {**tags, "seed": "0", "purpose": "test", "grid": "{}", "preset": "tiny"}.items()
     assert len({key for run in runs.values() for key in run.data.metrics}) <= 25
     assert run.inputs.dataset_inputs[0].dataset.name == "stories"
     assert {entry.path for entry in store.list_artifacts(run.info.run_id)} == {"summary.json", "spec.json"}
@@ -155,9 +154,6 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, client, tmp_path
     assert read(out)["trials"]["static_final.of.schedule-seed0"]["status"] == "failed"
 
 
-# -- What a sweep rests on -------------------------------------------------------------------------------------------
-
-
 def test_a_resumed_sweep_goes_on_from_the_same_text_spec_and_files_only(tiny, tmp_path, shards, capfd, monkeypatch):
     data, other, out, plan = (tmp_path / name for name in ("data", "other", "sweep", "plan.json"))
     shutil.copytree(shards, data)
@@ -184,11 +180,10 @@ def test_a_resumed_sweep_goes_on_from_the_same_text_spec_and_files_only(tiny, tm
     refused("the text has changed")
     shutil.rmtree(data)
     (tmp_path / "same").rename(data)
-    for file in ("spec.json", "inputs/schedule.json"):
-        before = (out / file).read_text()
-        (out / file).write_text(before + " ")
-        refused(f"{out / file} was changed")
-        (out / file).write_text(before)
+    before = (out / "inputs/schedule.json").read_text()
+    (out / "inputs/schedule.json").write_text(before + " ")
+    refused(f"{out / 'inputs/schedule.json'} was changed")
+    (out / "inputs/schedule.json").write_text(before)
     plan.write_text("[]")  # the sweep has a copy
     assert sweep.main(["--resume", str(out)]) == 0
     assert len(summary(out, "schedule-seed0")["grafts"]) == 1
@@ -201,9 +196,6 @@ def test_a_trial_opens_no_other_text_than_the_sweeps(tiny_spec, shards, tmp_path
     tune._trial({"trial": "it"}, {"it": trial}, shards, "the fingerprint of another", str(tmp_path))
     assert len(told) == 1
     assert "has been changed since the sweep began" in told[0]["error"]
-
-
-# -- Deaths ----------------------------------------------------------------------------------------------------------
 
 
 def command(out: Path, *flags: str) -> subprocess.Popen:
@@ -264,9 +256,6 @@ def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     wait_for(lambda: not any(map(psutil.pid_exists, trials)), 5)
     assert f"go on with: esper sweep --resume {out}" in (tmp_path / "stderr").read_text()
     assert {run.info.status for run in children(client(), out).values()} == {"KILLED"}
-
-
-# -- MLflow ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):

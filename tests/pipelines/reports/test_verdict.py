@@ -74,21 +74,6 @@ def test_no_arm_that_equals_the_best_static_wins_more_often_than_it_may(sizes):
     assert controls <= 0.05 * SWEEPS
 
 
-def test_clear_winners_win_losers_lose_and_equals_tie():
-    """Four standard deviations of the paired difference below the best size, at it, and as far above it."""
-    clear = 4 * NOISE * 2**0.5
-    arms = {"ppo": 1.2 - clear, "tamiyo": 1.2, "lag": 1.2, "random:ppo": 1.2, "openloop": 1.2 + clear}
-    won = lost = tied = 0
-    for trials in simulate(SyntheticSweep(grown=arms | {"onejump": NO_MATCH}), NOISE, SWEEPS):
-        tests = trials.tests(trials.axis)
-        outcomes = {t.arm: t.outcome[0] for t in tests if t.baseline == "best static"}
-        won += efficiency(trials, tests, []).outcome == "met" and outcomes["ppo"] == "better"
-        lost += outcomes["openloop"] == "worse"
-        tied += outcomes["tamiyo"] == "tie"
-    assert min(won, lost) > 0.9 * SWEEPS
-    assert tied > 0.95 * SWEEPS
-
-
 def test_holm_and_p_are_the_fields():
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(holm([0.9, 0.8]), [1, 1])
@@ -122,12 +107,7 @@ def ending(loss: float, cost: float, axis: str = "seconds") -> SyntheticSweep:
 
 EVEN = {f"static-{n}": {"tokens": 1e9} for n in (1, 2, 3, 4)} | {"tamiyo": {"tokens": 0.75e9}}
 SHAPE = {"tamiyo": {"parameters": 2000}, "static_final:tamiyo": FAILED}  # that of static-2
-BEST, SECONDS, FINAL, SCHEDULE = (
-    ("best static", OWN),
-    ("best static", "seconds"),
-    ("final size", OWN),
-    ("best schedule", OWN),
-)
+BEST, SECONDS = ("best static", OWN), ("best static", "seconds")
 # The sweep; the baseline and the axis; what stands for it, what is said of tamiyo, and why.
 PAIRED = [
     (wins(seeds=4), BEST, "static-2: cannot say: 4 pairs, and a test takes 5"),
@@ -150,9 +130,9 @@ PAIRED = [
     (wins({("tamiyo", 3): FAILED}, seeds=6), BEST, "static-2: better: tamiyo has no loss on seed 3"),
     (wins({("tamiyo", 3): {"grafts": []}}), BEST, "static-2: cannot say: it grew on 4 seeds only, and a test takes 5"),
     # A shape that is a static size on every seed is held against that size.
-    (wins(SHAPE), FINAL, "static-2: better: $"),
-    (wins(SHAPE | {("tamiyo", 1): {"parameters": 9}}), FINAL, "static_final:tamiyo: cannot say: 0 pairs"),
-    (wins(grown={"tamiyo": 1.0}), SCHEDULE, "None: cannot say: it was not trained"),
+    (wins(SHAPE), ("final size", OWN), "static-2: better: $"),
+    (wins(SHAPE | {("tamiyo", 1): {"parameters": 9}}), ("final size", OWN), "static_final:tamiyo: cannot say: 0 pairs"),
+    (wins(grown={"tamiyo": 1.0}), ("best schedule", OWN), "None: cannot say: it was not trained"),
     # At another cost another size is the best.
     (wins(statics={1: 1.5, 2: 1.3, 3: 1.2}, cost=EVEN), ("best static", "tokens"), "static-3: better: $"),
 ]
@@ -215,16 +195,13 @@ def test_a_caveat_is_said_when_it_holds_alone_and_withholds_the_verdict(said, po
     assert (mechanics.outcome, mechanics.withheld) == ("met", ())
 
 
-def test_nothing_is_withheld_when_nothing_is_wrong():
+def test_what_withholds_nothing():
+    """Trials of another grid point or that ended; and measured budgets, if they give nearly equal work."""
     elsewhere = {"lag-9": LAG | {"grid": '{"budget.amount": 1}'}, "tamiyo-1": LAG | {"status": "done"}}
-    assert judged(SyntheticSweep(grown=WINS), trials=elsewhere).criteria[0].outcome == "met"
-
-
-def test_measured_budgets_are_equal_only_if_they_give_equal_work():
-    truth = SyntheticSweep(grown=WINS, edits={("static-2", 4): {"steps": 94}})
-    [caveat] = judged(truth).criteria[0].withheld
+    truth = SyntheticSweep(grown=WINS, edits={("static-2", 4): {"steps": 96}})
+    assert judged(truth, trials=elsewhere).criteria[0].outcome == "met"
+    [caveat] = judged(replace(truth, edits={("static-2", 4): {"steps": 94}})).criteria[0].withheld
     assert "Equal measured budgets gave static-2 from 94 to 100 steps, more than 5% apart" in caveat
-    assert judged(replace(truth, edits={("static-2", 4): {"steps": 96}})).criteria[0].outcome == "met"
 
 
 def test_un_annealed_points_and_other_runs_change_nothing():

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.pipelines.sweeps.rates import FACTOR, ROUNDS, best_rate, bracketed, next_rates
-from esper.platform.errors import UserError
 from esper.platform.spec import OptimizerSpec
 from esper.workers.tolaria.rate import stable_rate
 
@@ -50,9 +49,3 @@ def test_a_listed_size_has_exactly_its_own_rate_and_others_lie_between(pairs):
     assert stable_rate(spec, 1e12) == pytest.approx(spec.rates[-1][1])
     for (size, rate), (larger, other) in zip(spec.rates, spec.rates[1:], strict=False):
         assert stable_rate(spec, math.sqrt(size * larger)) == pytest.approx(math.sqrt(rate * other), rel=1e-6)
-
-
-@pytest.mark.parametrize("rates", [[[2, 0.1], [1, 0.1]], [[1, 0.1], [1, 0.2]], [[1, 0]], [[0, 0.1]]])
-def test_rates_that_cannot_be(rates):
-    with pytest.raises(UserError, match="rates"):
-        OptimizerSpec.checked({"rates": rates}, "the spec")
