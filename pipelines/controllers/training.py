@@ -106,6 +106,7 @@ def train_controller(
             reached = _iterate(training, spec.ppo.iterations, out, reached, partial(_note, history, tracker))
         finally:
             training.stop()
+            history.close()
         played = held_out(spec, folder.data, out, folder.seed, check)
         dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
