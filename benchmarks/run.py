@@ -21,9 +21,9 @@ from esper.platform.spec import DataSpec, load_spec
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import LocalFleet
 from esper.policies.simic.net import ControllerNet
-from esper.workers.candidates import telemetry_space
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.observe import telemetry_space
 from esper.workers.tolaria.data import TokenData, ensure
 from esper.workers.tolaria.model.transformer import TransformerHost
 from esper.workers.tolaria.trainer import Trainer

@@ -1,7 +1,8 @@
 """Errors that a user can mend: one sentence saying what was wrong, what is allowed and how to mend it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -15,6 +16,17 @@ def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
     close = get_close_matches(str(name)[:100], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UserError(f"unknown {what} {clipped(name)}: it must be one of {', '.join(names)}.{hint}")
+
+
+@contextmanager
+def in_a_sentence(wrong: str, mend: str) -> Iterator[None]:
+    """Turn whatever an odd file leads to inside a `with` block into a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{wrong} ({type(error).__name__}: {reason(error)}): {mend}.") from None
 
 
 def clipped(value: object) -> str:

@@ -6,7 +6,7 @@ seconds = base + layer·depth + FLOPs/rate      (non-negative least squares over
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -18,24 +18,16 @@ from esper.platform.spec import RunSpec
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.data import TokenData
-from esper.workers.tolaria.device import synchronize
-from esper.workers.tolaria.trainer import Trainer
+from esper.workers.tolaria.trainer import Trainer, synchronize
 
 BURN_IN = 5  # steps left out: allocator, caches, lazy initialisation
 
 
-class Measurement(NamedTuple):
-    """One shape, timed."""
-
-    layers: int
-    mlp_width: int
-    flops: float  # of an optimizer step
-    wall: float  # median seconds
-    predicted: float  # seconds by the fitted formula
-    error: float  # (predicted − wall) / wall
+# Of each shape timed: FLOPs of an optimizer step; its median seconds, and by the formula; (predicted − wall) / wall.
+COLUMNS = ("layers", "mlp_width", "flops", "wall", "predicted", "error")
 
 
-def calibrate(spec: RunSpec, data: TokenData, *, steps: int) -> tuple[ClockSpec, list[Measurement]]:
+def calibrate(spec: RunSpec, data: TokenData, *, steps: int) -> tuple[ClockSpec, list[dict[str, float]]]:
     """Fit this device's clock for the spec's batches; shapes take turns, so speed drift affects all alike."""
     width, deepest = spec.host.mlp_width or 4 * spec.host.n_embd, spec.growth.max_layers
     shapes = [(n, factor * width) for n in sorted({1, 2, (1 + deepest) // 2, deepest}) for factor in (1, 2)]
@@ -55,8 +47,8 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int) -> tuple[ClockSpec,
         **_growth_costs(spec, data, steps),
         measured_on=f"{trainers[0].device.type}, {spec.threads} thread(s), {spec.dtype}, `esper calibrate`",
     )
-    columns = np.stack([flops, wall, predicted, predicted / wall - 1], axis=1).tolist()
-    return clock, [Measurement(*shape, *measured) for shape, measured in zip(shapes, columns, strict=True)]
+    columns = (*zip(*shapes, strict=True), *map(np.ndarray.tolist, (flops, wall, predicted, predicted / wall - 1)))
+    return clock, [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float]:

@@ -25,11 +25,11 @@ from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData
 
 Instances = Mapping[int, Instance] | str  # by id, or the name of a set of `workers/instances.py`
-
+Observation = dict[str, np.ndarray]
 SEEDS = 2**32  # episodes draw their seeds below this
 
 
-class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
+class GrowthEnv(gym.Env[Observation, np.int64]):
     """An environment that owns a run.
 
     Info: `instance_id` and `val_loss` (nats per token); after a step also `action` (text) and `illegal` (the row was
@@ -41,15 +41,13 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     def __init__(self, run: Episode, instances: Instances) -> None:
         self.run = run
         self.instance_set = dict(instance_set(instances, run.spec) if isinstance(instances, str) else instances)
-        if not self.instance_set:
-            raise UserError("the instance set is empty: give at least one instance.")
         self.inst_id: int | None = None  # the current instance's
         self.observation_space = observation_space(run.space)
         self.action_space = action_space(run.space)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    ) -> tuple[Observation, dict[str, Any]]:
         """Start the next instance by id, cyclically, or the one that `options={"instance_id": …}` names.
 
         A `seed` draws the place in that order and is the episode's own; without it the episode's seed is drawn.
@@ -67,7 +65,7 @@ class GrowthEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         self.inst_id = wanted
         return observation(self.run.telemetry), self._info()
 
-    def step(self, action: np.int64 | int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take a row of the candidates and train to the next decision."""
         if not self.action_space.contains(action):
             raise UserError(f"action {action!r} is not in {self.action_space}: choose a row of the candidates.")

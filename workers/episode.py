@@ -7,21 +7,84 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from esper.platform.clock import DecisionClock
 from esper.platform.contracts import GraftAction, HostShape, Instance, Transition
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, in_a_sentence
+from esper.platform.frozen import Frozen
 from esper.platform.ledger import AXES, Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
-from esper.workers.kasmina.registry import Planted
+from esper.workers.kasmina.registry import Natural, Planted
 from esper.workers.observe import Measured, Observer, batch_tokens
-from esper.workers.records import Change, EpisodeState, Graft, Point, Rollback
 from esper.workers.tolaria.hosts import start_shape
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Point = dict[str, Any]  # of the loss curve, in JSON values: budget fraction, ledger axes, parameters, validation loss
+SavedPoints = list[dict[str, int | Finite | None]]
+
+
+@dataclass
+class Change:
+    """A change of the host, as in `summary.json`."""
+
+    budget_fraction: Finite
+    decision: Natural  # number of the observation that it answered
+    optimizer_step: Natural
+    site: str
+    blueprint: str
+    parameters_before: Natural
+    parameters_after: Natural
+    val_loss_before: Finite
+    reason: str
+    val_loss_after: Finite | None = None  # nats per token; None until it is evaluated, and where it was not finite
+
+
+@dataclass
+class Graft(Change):
+    """A graft; it has an outcome once the run has ended."""
+
+    outcome: Literal["kept", "pruned", "rolled back", "on probation"] | None = None
+
+
+@dataclass
+class Rollback:
+    """A fault that was undone, and the graft removed for it."""
+
+    budget_fraction: Finite
+    decision: Natural
+    optimizer_step: Natural
+    fault: str
+    removed: str | None
+
+
+class EpisodeState(Frozen):
+    """An episode without its host: `Episode`'s attributes of the same names; callers may add keys."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    spec: RunSpec
+    instance: Instance
+    seed: int
+    ledger: Ledger
+    passed: Natural  # boundaries
+    loss: Annotated[float, Field(gt=0)]
+    curve: SavedPoints
+    grafts: list[Graft]
+    prunes: list[Change]
+    rollbacks: list[Rollback]
+    annealed: SavedPoints
+    failure: str | None
+    grafted: list[tuple[Natural, str]]
+    lockout: list[tuple[str, str, int]]
+    unfinished: bool
+    paid: Annotated[float, Field(ge=0)]
+    sequence: Natural
 
 
 class Episode(ABC):
@@ -41,31 +104,22 @@ class Episode(ABC):
         self.telemetry: Telemetry  # the last observation
 
     @abstractmethod
-    def _start(self) -> None:
-        """Make the host of `self.instance` from `self.seed`."""
-
+    def _start(self) -> None: ...  # make the host of `self.instance` from `self.seed`
     @abstractmethod
-    def _change(self, candidate: Candidate) -> None:
-        """Graft, or prune a site's newest seed, and charge the ledger; WAIT changes nothing."""
-
+    def _change(self, candidate: Candidate) -> None: ...  # graft, or prune a site's newest seed; charge the ledger
+    # Train one step or more until `boundary`; returns the validation loss in nats, sets `failure` to give up.
     @abstractmethod
-    def _train(self, boundary: float) -> float:
-        """Train one step or more until `boundary`; returns the validation loss in nats, sets `failure` to give up."""
-
+    def _train(self, boundary: float) -> float: ...
     @abstractmethod
-    def _evaluate(self) -> float:
-        """Validation loss on the fixed held-out set, nats per token."""
-
+    def _evaluate(self) -> float: ...  # validation loss on the fixed held-out set, nats per token
     @abstractmethod
-    def _measured(self) -> Measured:
-        """What the last slice measured."""
-
+    def _measured(self) -> Measured: ...  # in the last slice
+    # The losses of each action's copy, (steps,), and its ledger.
     @abstractmethod
-    def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[Any, Ledger]]:
-        """The losses of each action's copy, (steps,), and its ledger."""
+    def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[Any, Ledger]]: ...
 
-    def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:  # noqa: B027  (may be empty)
-        """Restore what `State` does not hold."""
+    def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restore what `State` does not hold, if anything."""
 
     def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
         """Start an episode; returns the first observation, at budget fraction 0."""
@@ -105,8 +159,7 @@ class Episode(ABC):
         return self.finish()
 
     @property
-    def ended(self) -> bool:
-        """Whether the budget is spent or the run was given up."""
+    def ended(self) -> bool:  # the budget is spent, or the run was given up
         return self.clock.spent or self.failure is not None
 
     def finish(self) -> Transition:
@@ -156,9 +209,7 @@ class Episode(ABC):
             "clock": self.spec.clock.kind,
             "budget": {"axis": self.spec.budget.axis, "amount": self.clock.amount},
             "decisions": self.sequence,
-            "grafts": [asdict(graft) for graft in self.grafts],
-            "prunes": [asdict(prune) for prune in self.prunes],
-            "rollbacks": [asdict(rollback) for rollback in self.rollbacks],
+            **{name: [asdict(each) for each in getattr(self, name)] for name in ("grafts", "prunes", "rollbacks")},
             "annealed": list(self.annealed),
             "val_curve": list(self.curve),
         }
@@ -173,20 +224,21 @@ class Episode(ABC):
         state = self.State.checked(values, "the checkpoint")
         if state.spec != self.spec:
             raise UserError("the checkpoint is of a run of another spec: go on with the spec that it was saved with.")
-        self._begin(state.instance, state.seed)
-        for name in self.State.model_fields.keys() - {"spec", "passed"}:
-            setattr(self, name, getattr(state, name))
-        self.clock.passed = state.passed
-        self._restore(values, tensors)
-        self._resized()
-        self.telemetry = self._look()
+        with in_a_sentence("the checkpoint's parts do not fit together", "restore an older copy of it"):
+            if (state.instance.n_layer or 1) > self.spec.growth.max_layers or len(state.curve) != state.sequence + 1:
+                raise ValueError("records of no run that could be")
+            self._begin(state.instance, state.seed)
+            for name in self.State.model_fields.keys() - {"spec", "passed"}:
+                setattr(self, name, getattr(state, name))
+            self.clock.passed = state.passed
+            self._restore(values, tensors)
+            self._resized()
+            self.telemetry = self._look()
 
-    def reading(self) -> float:
-        """The amount used on the budget's axis."""
+    def reading(self) -> float:  # the amount used on the budget's axis
         return self.ledger.read(self.spec.budget.axis)
 
     def fraction(self) -> float:
-        """Fraction of the budget spent."""
         return min(1.0, self.reading() / self.clock.amount)
 
     def expected_seconds(self) -> float:
@@ -206,34 +258,21 @@ class Episode(ABC):
         if self.ended:
             raise UserError("the episode has ended: call reset before step.")
         if action.sequence != self.sequence:
-            raise UserError(
-                f"the action answers observation {action.sequence}, but the last one is {self.sequence}: "
-                "a late reply is refused."
-            )
+            raise UserError(f"a late reply: it answers observation {action.sequence}, the last is {self.sequence}.")
         if not (0 <= action.index < len(self.telemetry.actions) and self.telemetry.mask[action.index]):
             legal = ", ".join(str(self.telemetry.actions[i]) for i in self.telemetry.legal())
             raise UserError(f"action {action.index} is not legal here: the legal ones are {legal}.")
         return self.telemetry.actions[action.index]
 
     def _apply(self, candidate: Candidate, reason: str) -> None:
-        there = self.planted
-        values: dict[str, Any] = {
-            "budget_fraction": self.fraction(),
-            "decision": self.sequence,
-            "optimizer_step": self.ledger.steps,
-            "site": candidate.site,
-            "blueprint": candidate.blueprint,
-            "parameters_before": self.layout.parameters,
-            "val_loss_before": self.loss,
-            "reason": reason,
-        }
+        there, before, at = self.planted, self.layout.parameters, (self.fraction(), self.sequence, self.ledger.steps)
         self._change(candidate)
-        values["parameters_after"] = self.layout.parameters
+        values: Any = (*at, candidate.site, candidate.blueprint, before, self.layout.parameters, self.loss, reason)
         if candidate.operation == "graft":
             self.grafted.append((self.clock.passed, candidate.site or ""))
-            self.grafts.append(Graft(**values))
+            self.grafts.append(Graft(*values))
         else:
-            self.prunes.append(Change(**values))
+            self.prunes.append(Change(*values))
             for number in there.keys() - self.planted.keys():  # the seed, and those inside it
                 self.grafts[number].outcome = "pruned"
 

@@ -1,19 +1,19 @@
-"""Computes every field of Telemetry from a run's records."""
+"""Telemetry: every candidate action at a shape, and every field, from the registry and a run's records."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from esper.platform.contracts import HostShape, InjectionSpec
 from esper.platform.spec import RunSpec
-from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, Candidate, Telemetry
-from esper.workers.candidates import Option, options, telemetry_space, within_caps
-from esper.workers.kasmina.registry import Planted, make_blueprints
+from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, WAIT, Candidate, Telemetry, TelemetrySpace
+from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
+from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import rate
 
 SEGMENTS = ("heads", "width")  # kinds of growth that are segments of the host's own matrices
@@ -33,6 +33,15 @@ class Measured:
 
     globals: Mapping[GlobalMeasured, float] = field(default_factory=dict)
     sites: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # site id → field → value
+
+
+class Option(NamedTuple):
+    """A candidate and what it leads to."""
+
+    candidate: Candidate
+    site: int  # index of its site among the shape's; −1 for WAIT
+    adds: str  # one of `telemetry.GROWTH_KINDS`; empty for WAIT
+    after: HostShape | None  # the shape it leads to; None where the blueprint's own limit forbids it
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: a cheap cache key
@@ -91,10 +100,7 @@ class Observer:
             non_embedding=shape.parameters_count(non_embedding=True),
             flops_per_token=shape.flops_per_token(),
             step_seconds=seconds,
-            size={
-                "size_vs_start": math.log(parameters / start.parameters_count()),
-                "size_vs_cap": parameters / most,
-            },
+            size={"size_vs_start": math.log(parameters / start.parameters_count()), "size_vs_cap": parameters / most},
             axis_per_step=per_step,
             least_steps=least_steps,
             site_of=np.array([option.site for option in found[1:]], dtype=np.int64),
@@ -149,6 +155,36 @@ class Observer:
             "last_graft_outcome": outcome or 0.0,
             "last_graft_outcome_measured": float(outcome is not None),
         }
+
+
+def options(shape: HostShape, blueprints: Iterable[Blueprint], newest: Iterable[Planted] = ()) -> tuple[Option, ...]:
+    """WAIT, then per site from input to output each accepted blueprint and the prune of the newest seed."""
+    found = [Option(WAIT, -1, "", shape)]
+    seeds = {seed.site: seed for seed in newest}
+    by_name = {blueprint.name: blueprint for blueprint in blueprints}
+    for i, site in enumerate(shape.injection_specs()):
+        for blueprint in by_name.values():
+            if blueprint.name in site.blueprints:
+                after = blueprint.resized(shape, site.id) if blueprint.allowed(shape, site.id) else None
+                found.append(Option(Candidate("graft", site.id, blueprint.name), i, blueprint.adds, after))
+        if seed := seeds.get(site.id):
+            blueprint = by_name[seed.blueprint]
+            after = blueprint.pruned(shape, seed)
+            found.append(Option(Candidate("prune", site.id, seed.blueprint), i, blueprint.adds, after))
+    return tuple(found)
+
+
+def within_caps(shape: HostShape, max_layers: int, max_parameters: int | None) -> bool:
+    """Whether `GrowthSpec`'s caps allow this shape."""
+    return shape.depth() <= max_layers and (max_parameters is None or shape.parameters_count() <= max_parameters)
+
+
+def telemetry_space(spec: RunSpec) -> TelemetrySpace:
+    """A spec's fixed telemetry sizes: those of its deepest shape, with a prune row per site."""
+    blueprints = make_blueprints(spec.growth.blueprints).values()
+    deepest = start_shape(spec, vocab_size=1).deepened(spec.growth.max_layers)  # the vocabulary changes no count
+    sites = len(deepest.injection_specs())
+    return TelemetrySpace(sites=sites, candidates=len(options(deepest, blueprints)) + sites)
 
 
 def batch_tokens(spec: RunSpec) -> int:

@@ -20,15 +20,13 @@ from esper.platform.frozen import Frozen
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate
-from esper.workers.episode import Episode
+from esper.workers.episode import Episode, EpisodeState, Finite, Point, Rollback
 from esper.workers.kasmina.governor import CHECK_EVERY, fault
 from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import GlobalMeasured, Measured, norm_fields
-from esper.workers.records import EpisodeState, Finite, Point, Rollback
 from esper.workers.tolaria.data import TokenData
-from esper.workers.tolaria.device import synchronize
 from esper.workers.tolaria.rate import rate
-from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, within
+from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, synchronize, within
 
 CONTRIBUTION_SHARE = 0.02  # of a slice's steps that measuring contributions may cost
 STRIKES = 3  # faults in a row, without a sound decision between them, that end a run
@@ -75,10 +73,8 @@ class GrowthRun(Episode):
         """An independent copy in memory over the same text, which calls this run's `on_step` with this run."""
         own, self.on_step = self.on_step, None
         never_changed = (self._data, self._good, self.spec, self.observer, self.layout)
-        try:
-            fork = copy.deepcopy(self, {id(kept): kept for kept in never_changed})
-        finally:
-            self.on_step = own
+        fork = copy.deepcopy(self, {id(kept): kept for kept in never_changed})
+        self.on_step = own
         fork.on_step = lambda _: self._pause()
         return fork
 
@@ -95,7 +91,6 @@ class GrowthRun(Episode):
         return {**fork._point(), "val_loss": loss if wrong is None and math.isfinite(loss) else None}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """As `Episode.state` says."""
         snapshots = {"now": self.trainer.state(), "good": self._good} if self.unfinished else {"now": self._good}
         trainers = {place: snapshot[0] for place, snapshot in snapshots.items()}
         trained = Trained(data=self._data.manifest.fingerprint(), **trainers)
@@ -105,12 +100,10 @@ class GrowthRun(Episode):
     def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         saved = Trained.checked(values, "the checkpoint")
         if saved.data != self._data.manifest.fingerprint():
-            raise UserError(
-                "the checkpoint was saved over other text or another tokenizer than the data given: give it the same."
-            )
+            raise UserError("the checkpoint is of a run on other text or another tokenizer: give it the same.")
         now, good = saved.now, saved.good or saved.now
         if not good.grafts <= now.grafts == len(self.grafts) or self.strikes > len(self.rollbacks):
-            raise UserError("the checkpoint's trainer is not that of its episode: restore an older copy of it.")
+            raise ValueError("the trainer is not that of the episode")
         self._good = good, within("good/" if saved.good else "now/", tensors)
         self.trainer.load(*self._good)  # also to check that a rollback can
         if saved.good:
@@ -128,12 +121,10 @@ class GrowthRun(Episode):
         self._decay: tuple[float, float] | None = None  # of a cooldown fork: where its rate starts and ends to fall
         self._good: Snapshot = self.trainer.state()  # as the slice under way began, before its action
         self._resized()
-        axis, clock, step = self.spec.budget.axis, self.spec.clock, float(self.layout.axis_per_step[0])
-        if self.clock.amount < step and (clock.kind == "reference" or axis in ("steps", "tokens", "flops")):
-            raise UserError(
-                f"the budget is {self.clock.amount:g} {axis}, and one optimizer step uses {step:,.6g}: "
-                "set a larger budget.amount, or a smaller host or batch."
-            )
+        axis, step = self.spec.budget.axis, float(self.layout.axis_per_step[0])
+        if self.clock.amount < step and (self.spec.clock.kind == "reference" or axis in ("steps", "tokens", "flops")):
+            what = f"the budget is {self.clock.amount:g} {axis}, and one optimizer step uses {step:,.6g}"
+            raise UserError(f"{what}: set a larger budget.amount, or a smaller host or batch.")
 
     def _resized(self) -> None:
         host, seeds = self.trainer.host, self.trainer.kasmina.seeds
@@ -145,11 +136,11 @@ class GrowthRun(Episode):
         return {**super()._point(), "learning_rate": self._rate()}
 
     def _change(self, candidate: Candidate) -> None:
-        begun, site = time.perf_counter(), candidate.site or ""
-        if candidate.operation == "graft":
-            self.trainer.kasmina.graft(site, candidate.blueprint or "")
-        elif candidate.operation == "prune":
+        begun, site = time.perf_counter(), candidate.site
+        if site is not None and candidate.operation == "prune":
             self.trainer.kasmina.prune(site)
+        elif site is not None:
+            self.trainer.kasmina.graft(site, candidate.blueprint or "")
         else:
             return
         self._resized()
@@ -193,18 +184,16 @@ class GrowthRun(Episode):
     def _train_soundly(self, boundary: float) -> float:
         """Train to a reading and return the loss there; faults are rolled back, `STRIKES` in a row end the run."""
         while self.strikes < STRIKES:
-            wrong, loss = self._train_to(boundary), math.nan
-            if wrong is None:
-                loss = self._evaluate()
-                if math.isfinite(loss):
-                    if not self.rollbacks or self.rollbacks[-1].decision != self.sequence:
-                        self.strikes = 0
-                    return loss
+            wrong = self._train_to(boundary)
+            loss = math.nan if wrong else self._evaluate()
+            if math.isfinite(loss):
+                if not self.rollbacks or self.rollbacks[-1].decision != self.sequence:
+                    self.strikes = 0
+                return loss
             self._roll_back(wrong or "the validation loss was not finite")
         self._good = self.trainer.state()
-        loss = self._evaluate()
         self.failure = f"{self.rollbacks[-1].fault}, {STRIKES} times in a row"
-        return loss
+        return self._evaluate()
 
     def _train_to(self, boundary: float) -> str | None:
         """Train to a reading, at least one step; returns the governor's fault, if any."""
@@ -307,15 +296,14 @@ class GrowthRun(Episode):
             for number in self.planted:
                 if self.grafts[number].outcome == "pruned":
                     self.grafts[number].outcome = None
-        removed = None
         if suspect is not None:
-            removed = f"{suspect.blueprint} at {suspect.site}"
             if suspect.number in self.planted:  # older than the slice
                 self.trainer.kasmina.prune(suspect.site)
                 self._good = self.trainer.state()
             self.grafts[suspect.number].outcome = "rolled back"
             until = self.clock.passed + 1 + self.spec.growth.lockout_decisions
             self.lockout.append((suspect.site, suspect.blueprint, until))
+        removed = None if suspect is None else f"{suspect.blueprint} at {suspect.site}"
         self.rollbacks.append(Rollback(self.fraction(), self.sequence, self.ledger.steps, wrong, removed))
         self._next_slice()
         self._resized()

@@ -29,8 +29,7 @@ class EpisodeWorker:
         self._at: Order | None = None  # the last order carried out; None if the run is unusable
         self._answered = time.perf_counter()
 
-    def up(self) -> None:
-        """Answer once the worker is constructed."""
+    def up(self) -> None: ...  # answers once the worker is constructed
 
     def advance(self, order: Order) -> Reply:
         """Carry out an order; RuntimeError where a replayed action is illegal, as the wall clock can make it."""
@@ -81,20 +80,17 @@ class EpisodeWorker:
         name = save_name(order.episode)
         found = self.store.find(name) if order.actions and not order.fresh else None
         kept = found[0].get(KEY) if found else None
-        if not (found and kept and kept["seed"] == order.seed and _begins(kept["actions"], order.actions)):
+        done = kept["actions"] if kept else []
+        if not (found and kept and kept["seed"] == order.seed and list(order.actions[: len(done)]) == done):
             self.store.drop(name)  # of other actions, or damaged
             return None
         self._run.load(*found)
         telemetry, outcome = self._run.telemetry, kept["outcome"]
-        return len(kept["actions"]), telemetry if outcome is None else Transition(telemetry, **outcome)
+        return len(done), telemetry if outcome is None else Transition(telemetry, **outcome)
 
 
 # The Ray actor. No restarts: Ray would hold calls until it has room; the fleet starts a new actor instead.
 GrowthWorker = ray.remote(max_restarts=0)(EpisodeWorker)
-
-
-def _begins(done: list[int], actions: tuple[int, ...]) -> bool:
-    return list(actions[: len(done)]) == done
 
 
 def save_name(episode: int) -> str:

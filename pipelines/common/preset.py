@@ -9,10 +9,10 @@ from esper.pipelines.common.arguments import CommonArguments
 from esper.platform.console import counted
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, load_spec
-from esper.workers.candidates import telemetry_space
+from esper.workers.observe import telemetry_space
 from esper.workers.tolaria.data.sources import SOURCES
-from esper.workers.tolaria.device import pick_device
 from esper.workers.tolaria.hosts import start_shape
+from esper.workers.tolaria.trainer import pick_device
 
 TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}  # task → device → preset
 LAWS = "tinystories-char"  # on loss laws

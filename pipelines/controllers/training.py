@@ -28,8 +28,8 @@ from esper.platform.tracking import Tracker, milliseconds
 from esper.policies.simic.health import Health
 from esper.policies.simic.policy import CHECKPOINTS, FILE, SimicPolicy, checkpoints
 from esper.policies.simic.ppo import PPOTraining
-from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
+from esper.workers.observe import telemetry_space
 from esper.workers.worker import save_name
 
 CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest

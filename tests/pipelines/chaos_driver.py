@@ -17,7 +17,7 @@ from esper.platform.spec import FleetSpec, RunSpec
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.fleet import Fleet, RayFleet
 from esper.policies.simic.net import ControllerNet
-from esper.workers.candidates import telemetry_space
+from esper.workers.observe import telemetry_space
 from esper.workers.worker import GrowthWorker
 
 

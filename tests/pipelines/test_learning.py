@@ -20,9 +20,9 @@ from esper.policies.simic.fleet import LocalFleet
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import SimicPolicy
 from esper.policies.simic.ppo import PPOTraining
-from esper.workers.candidates import telemetry_space
 from esper.workers.instances import instance_set
 from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.observe import telemetry_space
 from esper.workers.worker import EpisodeWorker
 
 WORKERS = 64

@@ -1,21 +1,10 @@
-"""What the tests of runs share: actions by name, and a run whose actions depend on its telemetry's own numbers.
-
-As a program, `python growing_run.py SPEC SHARDS FOLDER`: train from the checkpoint in FOLDER, or from the start, save
-at every decision, and write the outcome beside it. For tests that kill it.
-"""
-
-import json
-import sys
-from pathlib import Path
+"""What the tests of runs share: actions by name, and a run whose actions depend on its telemetry's own numbers."""
 
 import numpy as np
 import torch
 
-from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction
-from esper.platform.spec import load_spec
 from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import TokenData
 
 CLOCKS = ("wall_seconds", "validation_seconds")  # measured, and so never equal
 
@@ -98,19 +87,15 @@ def same_telemetry(one, other):
     return one.actions == other.actions and all(np.array_equal(a, b) for a, b in pairs)
 
 
-def main(spec: Path, shards: Path, folder: Path) -> None:
-    """See above."""
-    run = GrowthRun(load_spec(spec), TokenData.open(shards))
-    with CheckpointStore(folder) as checkpoints:
-        if folder.is_dir() and any(folder.glob("[!.]*")):
-            run.load(*checkpoints.find("run"))
+def odd(value, chance):
+    """A copy of a JSON value in which one leaf or branch is something else."""
+    if isinstance(value, dict | list) and value and chance.random() < 0.95:
+        copy = value.copy()
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if chance.random() < 0.1:
+            del copy[key]
         else:
-            run.reset(seed=5)
-        while not run.ended:
-            run.step(choose(run.telemetry))
-            checkpoints.save("run", *run.state())
-    (folder.parent / "outcome.json").write_text(json.dumps(outcome(run)))
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+            copy[key] = odd(value[key], chance)
+        return copy
+    numbers = [value - 1, value + 1, value * 2] if isinstance(value, int) else []
+    return chance.choice([None, -1, 0, 10**12, 0.5, "x", "h0.ffn", [], {}, True, [[]], {"a": 1}, *numbers])

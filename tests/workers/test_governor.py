@@ -129,18 +129,6 @@ def test_after_a_rollback_the_run_is_the_one_that_never_grafted(spec, tokens):
     assert same_weights(run, never.trainer.host.state_dict())
 
 
-def test_a_graft_of_an_earlier_decision_is_removed_while_it_is_on_probation(spec, tokens):
-    run = started(spec, tokens)
-    act(run, "ffn")
-    assert run.trainer.kasmina.seeds[0].on_probation
-    poison(run.trainer.host.ln_f.weight)
-    act(run)
-    assert run.rollbacks[-1].removed == "ffn at h0.ffn"
-    assert not run.trainer.kasmina.seeds
-    act(run)
-    assert len(run.rollbacks) == 1
-
-
 def test_a_graft_that_has_left_probation_is_kept(spec, tokens):
     run = started(spec, tokens)
     act(run, "ffn")

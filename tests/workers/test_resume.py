@@ -1,15 +1,7 @@
-"""A run that is stopped, saved and restored goes on to the same numbers, to the bit; odd states are refused.
-
-Killed at random moments, too. Alone: `pytest tests/workers/test_resume.py`.
-"""
+"""A run that is stopped, saved and restored goes on to the same numbers, to the bit; odd states are refused."""
 
 import contextlib
-import json
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -22,8 +14,7 @@ from esper.platform.errors import UserError
 from esper.platform.spec import DataSpec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
-from tests.workers import growing_run
-from tests.workers.growing_run import act, begun, changed, choose, finish, outcome, same_telemetry, same_weights
+from tests.workers.growing_run import act, begun, changed, choose, finish, odd, outcome, same_telemetry, same_weights
 
 INSTANCE = Instance(data=(0.1, 0.9))
 
@@ -83,15 +74,6 @@ def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, token
     assert same_weights(restored, expected.trainer.host.state_dict())
 
 
-def test_saving_changes_nothing(spec, tokens):
-    run, other = begun(spec, tokens), begun(spec, tokens)
-    while not run.ended:
-        _, tensors = run.state()
-        assert {name.split("/")[0] for name in tensors} == {"now"}  # between decisions one snapshot, not two
-        run.step(choose(run.telemetry))
-    assert outcome(run) == finish(other)
-
-
 def test_other_text_and_another_spec_are_refused(spec, tokens, tmp_path):
     state = begun(spec, tokens).state()
     with pytest.raises(UserError, match="another spec"):
@@ -117,20 +99,6 @@ def stopped(spec, tokens):
     return run
 
 
-def odd(value, chance):
-    """A copy of a JSON value in which one leaf or branch is something else."""
-    if isinstance(value, dict | list) and value and chance.random() < 0.95:
-        copy = value.copy()
-        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        if chance.random() < 0.1:
-            del copy[key]
-        else:
-            copy[key] = odd(value[key], chance)
-        return copy
-    numbers = [value - 1, value + 1, value * 2] if isinstance(value, int) else []
-    return chance.choice([None, -1, 0, 10**12, 0.5, "x", "h0.ffn", [], {}, True, [[]], {"a": 1}, *numbers])
-
-
 def odd_tensors(tensors, chance):
     """The tensors with one missing, of another shape, of other numbers, or under another name."""
     name = chance.choice(sorted(tensors))
@@ -152,24 +120,3 @@ def test_an_odd_state_is_a_run_that_goes_on_or_a_sentence(stopped, tokens, seed)
         run.finish()
     while not run.ended and run.sequence < 8:
         run.step(choose(run.telemetry))
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_the_same(spec, shards, tmp_path, kills):
-    """SIGKILL; each time the next process goes on from what lies on the disk."""
-    spec = changed(spec, budget={"amount": 150 * kills, "decisions": 60})
-    (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    folder = tmp_path / "checkpoints"
-    command = [sys.executable, growing_run.__file__, str(tmp_path / "spec.json"), str(shards), str(folder)]
-    saved, draws = folder / "run.safetensors", random.Random(0)
-    for _ in range(kills):
-        before = saved.stat().st_ino if saved.exists() else None
-        process = subprocess.Popen(command)
-        while (saved.stat().st_ino if saved.exists() else None) == before and process.poll() is None:
-            time.sleep(0.005)
-        time.sleep(draws.uniform(0, 0.3))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True)
-    undisturbed = begun(spec, TokenData.open(shards), seed=5)
-    assert json.loads((tmp_path / "outcome.json").read_text()) == finish(undisturbed)

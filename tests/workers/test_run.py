@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.workers.run import GrowthRun
 from tests.workers.growing_run import act, begun, changed, outcome, play, same_telemetry
@@ -48,14 +47,6 @@ def test_it_learns_and_grows(tiny_spec, tokens):
     assert [[t.get(n) for n in names] for t in (seen[0], seen[1])] == [[0, 0, 0], [1, 1, 1]]
     assert seen[1].site_column("norms_measured").all()
     assert not seen[1].site_column("contribution_measured").any()
-
-
-def test_the_stage_of_a_seed_is_told(tiny_spec, tokens):
-    _, seen = played(changed(tiny_spec, growth={"probation_steps": 12}), tokens, {1: "ffn"})
-    site = seen[0].site_ids.index("h0.ffn")
-    stages = [(t.site_column("on_probation")[site], t.site_column("established")[site]) for t in seen]
-    assert stages[:4] == [(0, 0), (0, 0), (1, 0), (1, 0)]  # 5 and 10 steps old
-    assert stages[4:] == [(0, 1)] * (len(stages) - 4)
 
 
 def test_every_graft_ends_with_an_outcome(tiny_spec, tokens):
@@ -115,13 +106,6 @@ def test_a_wall_clock_charges_what_was_measured(tiny_spec, tokens):
     run, _ = played(changed(tiny_spec, clock={"kind": "wall"}), tokens, PLAN)
     assert run.ledger.seconds == run.ledger.wall_seconds
     assert run.ledger.validation_seconds > 0
-
-
-def test_instances(tiny_spec, tokens):
-    run = begun(tiny_spec, tokens, instance=Instance(n_layer=2, data=(0.5, 1.0)))
-    assert run.trainer.host.shape.depth() == 2
-    assert run.telemetry.get("size_vs_start") == 0
-    assert run.trainer.batches.low == int(0.5 * tokens.tokens("train"))
 
 
 def test_a_text_shorter_than_the_context_is_refused(tiny_spec, tokens):

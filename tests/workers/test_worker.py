@@ -101,21 +101,6 @@ def test_an_episode_that_is_over_leaves_no_save(saved, done, tmp_path):
     assert [path.stem for path in tmp_path.iterdir()] == [save_name(4)]
 
 
-def test_a_full_disk_costs_nothing_but_the_save(make, done, tmp_path, files_of_at_most):
-    worker = make(saves=True)
-    with files_of_at_most(2**10):
-        replies = [worker.advance(order) for order, _ in done[:3]]
-        worker.store.flush()
-        replies.append(worker.advance(done[3][0]))
-    for reply, (_, expected) in zip(replies, done, strict=False):
-        equal(reply, expected)
-    assert "was not written" in replies[-1].unsaved
-    assert str(tmp_path) in replies[-1].unsaved
-    worker.advance(done[4][0])
-    worker.store.flush()
-    assert worker.advance(done[5][0]).unsaved is None  # there is room again
-
-
 def test_an_action_that_is_not_legal_when_done_again_is_no_user_error(make):
     with pytest.raises(RuntimeError, match="could not be done again: action 999 is not legal"):
         make().advance(Order(0, 0, None, (999,)))

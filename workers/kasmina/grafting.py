@@ -38,27 +38,22 @@ class Seed:
 
     @property
     def site(self) -> str:
-        """Id of the site it was grafted at."""
         return self.planted.site
 
     @property
     def blueprint(self) -> str:
-        """Its blueprint's name."""
         return self.planted.blueprint
 
     @property
     def fused(self) -> bool:
-        """Whether it has become the host's own."""
         return not self.groups
 
     @property
     def on_probation(self) -> bool:
-        """Whether its rate is still warming up."""
         return self.age < self.probation
 
     @property
     def scale(self) -> float:
-        """Its rate over the host's."""
         return min(1.0, (self.age + 1) / self.probation) ** 2
 
 
@@ -129,7 +124,6 @@ class Kasmina:
 
     @property
     def due(self) -> list[Seed]:
-        """The seeds that are old enough to be fused."""
         return [seed for seed in self.seeds if not seed.fused and seed.age >= seed.fuse_age]
 
     def prune(self, site_id: str) -> Seed:
@@ -142,15 +136,16 @@ class Kasmina:
         for change in swaps:
             surgery.swap(self.optimizer, change)
         surgery.drop(self.optimizer, gone)
-        sites = self._sites()
+        sites, part = self._sites(), self.host.part
         # Units grafted inside a pruned layer go with it; a layer grafted behind it stays.
-        left = [other for other in self.seeds if other is not seed and (other.site in sites or self._part_of(other))]
+        left = [
+            other for other in self.seeds if other is not seed and (other.site in sites or part(other.planted.part))
+        ]
         self._follow_on([other for other in self.seeds if other not in left])
         self.seeds = left
         return seed
 
     def newest(self, site_id: str) -> Seed | None:
-        """The newest seed at a site."""
         return next((seed for seed in reversed(self.seeds) if seed.site == site_id), None)
 
     @contextmanager
@@ -182,11 +177,9 @@ class Kasmina:
 
     def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Clip the host and each seed on probation apart; returns the host's norm and the seeds' sum (None without)."""
-        young = [seed.groups for seed in self.seeds if seed.on_probation]
-        apart = {id(group) for groups in young for group, _ in groups}
-        seeds = [
-            nn.utils.clip_grad_norm_([p for group, _ in groups for p in group["params"]], max_norm) for groups in young
-        ]
+        young = [[group for group, _ in seed.groups] for seed in self.seeds if seed.on_probation]
+        apart = {id(group) for groups in young for group in groups}
+        seeds = [nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], max_norm) for groups in young]
         host = [p for group in self.optimizer.param_groups if id(group) not in apart for p in group["params"]]
         return nn.utils.clip_grad_norm_(host, max_norm), torch.stack(seeds).sum() if seeds else None
 
@@ -200,39 +193,36 @@ class Kasmina:
         return [replace(seed, groups=[(index[id(g)], index[id(f)]) for g, f in seed.groups]) for seed in self.seeds]
 
     def load(self, seeds: Sequence[Seed], grafts: int) -> None:
-        """Restore what `saved` gave, after host and optimizer; UserError where the seeds are not this host's."""
-        groups = self.optimizer.param_groups
+        """Restore what `saved` gave, after host and optimizer; ValueError where the seeds are not this host's."""
+        groups, sites = self.optimizer.param_groups, self._sites()
         pairs = [pair for seed in seeds for pair in seed.groups]
         parts = [seed.planted.part for seed in seeds if seed.planted.part]
         numbers = [seed.number for seed in seeds]
         if not (
-            all(self._could_hold(seed.planted) for seed in seeds)
+            all(self._could_hold(seed.planted, sites.get(seed.site)) for seed in seeds)
+            and all(self._segments_are_those_of(seeds, site) for site in sites.values() if site.units)
             and all(0 <= follows < own < len(groups) for own, follows in pairs)
             and len(dict(pairs)) == len(pairs)
             and len(set(parts)) == len(parts)
-            and numbers == sorted(set(numbers))
-            and all(number < grafts for number in numbers)
-            and all(self._segments_are_those_of(seeds, site.id, site.units) for site in self._sites().values())
+            and numbers == sorted(set(numbers) & set(range(grafts)))
         ):
-            raise UserError("the checkpoint's seeds and its host do not fit together: restore an older copy of it.")
+            raise ValueError("the seeds are not this host's")
         self.seeds = [replace(seed, groups=[(groups[i], groups[j]) for i, j in seed.groups]) for seed in seeds]
         self.grafts = grafts
 
-    def _could_hold(self, planted: Planted) -> bool:
-        blueprint, site = self.blueprints.get(planted.blueprint), self._sites().get(planted.site)
+    def _could_hold(self, planted: Planted, site: Any) -> bool:
+        blueprint = self.blueprints.get(planted.blueprint)
         if blueprint is None or blueprint.units != planted.units or bool(planted.units) == bool(planted.part):
             return False
-        there = self.host.part(planted.part) is not None if planted.part else site is not None
-        return there and (site is None or blueprint.name in site.blueprints)  # the site of a part may be gone
+        there = self.host.part(planted.part) if planted.part else site
+        return there is not None and (site is None or blueprint.name in site.blueprints)  # a part's site may be gone
 
-    def _segments_are_those_of(self, seeds: Sequence[Seed], site_id: str, units: int) -> bool:
-        here = [seed for seed in seeds if seed.site == site_id and seed.planted.units]
+    def _segments_are_those_of(self, seeds: Sequence[Seed], site: Any) -> bool:
+        here = [seed for seed in seeds if seed.site == site.id and seed.planted.units]
         young = [seed.planted.units for seed in here if not seed.fused]
-        if not units:
-            return not here
-        incoming, outgoing = self.host.linears(site_id)
-        return sum(seed.planted.units for seed in here) < units and all(
-            linear.young_sizes() == [each * features // units for each in young]
+        incoming, outgoing = self.host.linears(site.id)
+        return sum(seed.planted.units for seed in here) < site.units and all(
+            linear.young_sizes() == [each * features // site.units for each in young]
             for linear, features in ((incoming, incoming.out_features), (outgoing, outgoing.in_features))
         )
 
@@ -258,6 +248,3 @@ class Kasmina:
                 while id(follows) in ahead:
                     follows = ahead[id(follows)]
                 seed.groups[i] = group, follows
-
-    def _part_of(self, seed: Seed) -> Any:
-        return seed.planted.part and self.host.part(seed.planted.part)

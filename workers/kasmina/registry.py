@@ -41,33 +41,26 @@ class Blueprint(ABC):
         """How many times the usual warm-up a seed needs at a site of this host."""
         return 1
 
+    # Whether the site may take one more of these.
     @abstractmethod
-    def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Whether the site may take one more of these."""
-
+    def allowed(self, shape: HostShape, site_id: str) -> bool: ...
+    # The shape after one more graft; its cost is the difference of the two shapes' closed forms.
     @abstractmethod
-    def resized(self, shape: Any, site_id: str) -> HostShape:
-        """The shape after one more graft; its cost is the difference of the two shapes' closed forms."""
-
+    def resized(self, shape: Any, site_id: str) -> HostShape: ...
     @abstractmethod
-    def pruned(self, shape: Any, seed: Planted) -> HostShape:
-        """The shape without a seed."""
-
+    def pruned(self, shape: Any, seed: Planted) -> HostShape: ...  # the shape without a seed
+    # Add the seed to the host: (the part's name or "", pairs of new parameter and sibling).
     @abstractmethod
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple[Any, Any]]]:
-        """Add the seed to the host: (the part's name or "", pairs of new parameter and sibling)."""
-
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]: ...
+    # Views of the newest seed's outgoing side: zero at birth, and the seed has no effect while zero.
     @abstractmethod
-    def outgoing(self, host: HostProtocol, seed: Planted) -> list[torch.Tensor]:
-        """Views of the newest seed's outgoing side: zero at birth, and the seed has no effect while zero."""
-
+    def outgoing(self, host: HostProtocol, seed: Planted) -> list[torch.Tensor]: ...
+    # Make the seed's tensors the host's own; returns what changed.
     @abstractmethod
-    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
-        """Make the seed's tensors the host's own; returns what changed."""
-
+    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]: ...
+    # Remove a site's newest seed: (swaps, removed parameters).
     @abstractmethod
-    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
-        """Remove a site's newest seed; returns the swaps and the removed parameters."""
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]: ...
 
 
 _KINDS: dict[str, type[Blueprint]] = {}
@@ -86,10 +79,8 @@ def names_for(site_kind: SiteKind) -> tuple[str, ...]:
 
 def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Blueprint]:
     """Blueprints by name, with these settings or, for None, all with defaults; UserError for an invalid setting."""
-    if settings is None:
-        settings = {name: {} for name in _KINDS}
     made: dict[str, Blueprint] = {}
-    for name, values in settings.items():
+    for name, values in ({kind: {} for kind in _KINDS} if settings is None else settings).items():
         if name not in _KINDS:
             raise unknown("blueprint", name, _KINDS)
         known = {field.name: field for field in fields(_KINDS[name])}  # pyright: ignore[reportArgumentType]
@@ -100,8 +91,6 @@ def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> 
             made[name] = TypeAdapter(_KINDS[name]).validate_python(dict(values))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            rule = first["msg"].removeprefix("Input should be ")
-            raise UserError(
-                f"growth.blueprints.{name}.{first['loc'][0]} is {first['input']!r}: it must be {rule}."
-            ) from None
+            what, rule = f"growth.blueprints.{name}.{first['loc'][0]}", first["msg"].removeprefix("Input should be ")
+            raise UserError(f"{what} is {first['input']!r}: it must be {rule}.") from None
     return made

@@ -40,16 +40,26 @@ def swap(optimizer: Optimizer, change: Swap) -> None:
     new, old, young = change.new, change.old, change.young
     group = next(group for group in optimizer.param_groups if any(held is old for held in group["params"]))
     group["params"] = [new if held is old else held for held in group["params"]]
-    state = optimizer.state.pop(old, {})
-    other = None
+    state, other = optimizer.state.pop(old, {}), {}
     if young is not None:
         other = optimizer.state.pop(young, {})
         drop(optimizer, [young])
-    if state or other:
-        optimizer.state[new] = {
-            key: _joined(key, value, state, other, group, change) for key, value in (state or other or {}).items()
-        }
-    new.grad = _like(old.grad, None if young is None else young.grad, change)
+    joined: dict[str, Any] = {}
+    for key, value in (state or other).items():
+        if not isinstance(value, Tensor) or value.dim() == 0:  # a step count
+            joined[key] = value
+            continue
+        first, second = state.get(key, torch.zeros_like(old)), None
+        if young is not None:
+            second = other.get(key, torch.zeros_like(young))
+        if key in CORRECTED and state and other:
+            beta = group["betas"][CORRECTED[key]]
+            second = second * ((1 - beta ** float(state["step"])) / (1 - beta ** float(other["step"])))
+        joined[key] = _like(first, second, change)
+    if joined:
+        optimizer.state[new] = joined
+    if old.grad is not None and (young is None or young.grad is not None):
+        new.grad = _like(old.grad, None if young is None else young.grad, change)
 
 
 def drop(optimizer: Optimizer, parameters: Iterable[Any]) -> None:
@@ -66,22 +76,7 @@ def move(optimizer: Optimizer, source: Group, target: Group) -> None:
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group is not source]
 
 
-def _joined(key: str, value: Any, state: dict, other: dict | None, group: Group, change: Swap) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0:  # a step count
-        return value
-    if change.young is None:
-        return _like(state.get(key), None, change)
-    old = state[key] if state else torch.zeros_like(change.old)
-    young = other[key] if other else torch.zeros_like(change.young)
-    if key in CORRECTED and state and other:
-        beta = group["betas"][CORRECTED[key]]
-        young = young * ((1 - beta ** float(state["step"])) / (1 - beta ** float(other["step"])))
-    return _like(old, young, change)
-
-
-def _like(old: Tensor | None, young: Tensor | None, change: Swap) -> Tensor | None:
-    if old is None or (change.young is not None and young is None):
-        return None
+def _like(old: Tensor, young: Any, change: Swap) -> Tensor:
     if young is None:
         return old.narrow(change.axis, 0, change.new.shape[change.axis]).clone()
     return torch.cat([old, young], change.axis)

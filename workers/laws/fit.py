@@ -55,12 +55,10 @@ class LawFit(NamedTuple):
 
 def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
     """The annealed losses (cooldowns and last) in a static run's summary; empty if it diverged."""
-    ends = [] if summary["diverged"] else [*summary["annealed"], summary]
-    return [
-        StaticPoint(summary["layers"], end["tokens"], end["val_loss"], summary["seed"])
-        for end in ends
-        if end["val_loss"] is not None
-    ]
+    found = (
+        [] if summary["diverged"] else [end for end in (*summary["annealed"], summary) if end["val_loss"] is not None]
+    )
+    return [StaticPoint(summary["layers"], end["tokens"], end["val_loss"], summary["seed"]) for end in found]
 
 
 def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
@@ -72,9 +70,8 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
     if not _enough(points):
         sizes = ", ".join(map(str, sorted({point.layers for point in points}))) or "none"
         raise UserError(
-            f"laws are fitted to static runs of {SIZES} sizes or more, each with losses of 0 to {START:.2f} nats at "
-            f"two numbers of tokens or more, and the sizes here are (layers): {sizes}: run static with more sizes, "
-            "and with cooldowns, --set budget.cooldowns=[0.25,0.5]."
+            f"laws are fitted to {SIZES} sizes or more, with losses below {START:.2f} nats at two token counts each, "
+            f"and the sizes here are (layers): {sizes}: run more, with --set budget.cooldowns=[0.25,0.5]."
         )
     middles = {name: math.sqrt(math.prod(getattr(spec.laws, name))) for name in ("heads", "width", "layer")}
     fixed = {name: (value, value) for name, value in (dict.fromkeys(BOUNDS, 1.0) | middles).items()}
@@ -103,7 +100,7 @@ def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
         return np.append((weights * np.log(ends / losses))[kept], pull)
 
     def search(begin: np.ndarray, kept: np.ndarray) -> Any:
-        robust = {"loss": "huber", "f_scale": TOLERANCE, "max_nfev": 500}
+        robust: Any = {"loss": "huber", "f_scale": TOLERANCE, "max_nfev": 500}
         return least_squares(residuals, begin, bounds=tuple(bounds), args=(kept,), **robust)
 
     found = [search(start(alpha, beta), seeds == seeds) for alpha, beta in product(STARTS, STARTS)]
@@ -132,9 +129,8 @@ def predicted(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> 
 
 def _places(spec: RunSpec, points: Sequence[StaticPoint]) -> tuple[np.ndarray, np.ndarray]:
     """By `size_of`, float64 (3, points), and tokens, float64 (points,)."""
-    return size_of(*(start_shape(spec, VOCABULARY, point.layers) for point in points)), np.array(
-        [point.tokens for point in points], float
-    )
+    shapes = [start_shape(spec, VOCABULARY, point.layers) for point in points]
+    return size_of(*shapes), np.array([point.tokens for point in points], float)
 
 
 def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:
@@ -145,7 +141,6 @@ def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:
         ranges[name] = max(lowest, value / factor), min(highest, value * factor)
     level, top = law.floor + law.size, ranges["floor"][1] + ranges["size"][1]
     kept = min(1.0, (ROOM * START - level) / (top - level))
-    for name in ("floor", "size"):
-        value = getattr(law, name)
+    for name, value in (("floor", law.floor), ("size", law.size)):
         ranges[name] = ranges[name][0], value + kept * (ranges[name][1] - value)
     return ranges

@@ -14,10 +14,9 @@ import numpy as np
 from esper.platform.clock import DecisionClock
 from esper.platform.contracts import Instance
 from esper.platform.spec import RunSpec
-from esper.workers.candidates import within_caps
 from esper.workers.kasmina.registry import Blueprint, make_blueprints
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
-from esper.workers.observe import SEGMENTS, batch_tokens
+from esper.workers.observe import SEGMENTS, batch_tokens, within_caps
 from esper.workers.tolaria.hosts import start_shape
 
 NONE = -1

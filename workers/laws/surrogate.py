@@ -18,11 +18,10 @@ from esper.platform.ledger import Ledger
 from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate
-from esper.workers.episode import Episode
+from esper.workers.episode import Episode, EpisodeState
 from esper.workers.kasmina.registry import Planted
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
 from esper.workers.observe import Layout, Measured, norm_fields
-from esper.workers.records import EpisodeState
 from esper.workers.tolaria.model.shape import TransformerShape
 
 LOSS_NOISE = 0.003  # nats, of a validation loss as seen
@@ -84,8 +83,7 @@ class SurrogateRun(Episode):
         fraction, passed = super().fraction(), self.clock.passed / self.clock.decisions
         return passed if math.isclose(fraction, passed, rel_tol=1e-9) else fraction
 
-    def seen(self) -> list[tuple[float, float]]:
-        """With noise."""
+    def seen(self) -> list[tuple[float, float]]:  # with noise
         return [(at, loss + float(error)) for (at, loss), error in zip(super().seen(), self._loss_noise, strict=False)]
 
     def _change(self, candidate: Candidate) -> None:
@@ -100,8 +98,8 @@ class SurrogateRun(Episode):
             seed = self.planted[number]
             self.shape = self.blueprints[seed.blueprint].pruned(before, seed)
             there = {site.id for site in self.shape.injection_specs()} | {f"h{each.uid}" for each in self.shape.layers}
-            left = {n: each for n, each in self.planted.items() if each.site in there or each.part in there}
-            self.planted = {n: each for n, each in left.items() if n != number}
+            left = {n: each for n, each in self.planted.items() if n != number}
+            self.planted = {n: each for n, each in left.items() if each.site in there or each.part in there}
         else:
             return
         self._resized()

@@ -1,34 +1,36 @@
-"""Exports a trained host as a folder: Esper's format, for any shape, or Hugging Face's GPT-2 layout.
+"""Exports a trained host as a folder: Esper's format, for any shape, or Hugging Face's GPT-2 layout and tokenizer.
 
 C embedding, H heads, D head dimension, W MLP neurons.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
+import tokenizers
 import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from esper.platform import checkpoint
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, in_a_sentence
 from esper.platform.spec import HostSpec, RunSpec
-from esper.platform.storage import check_unused, new_folder, write_json
+from esper.platform.storage import check_unused, new_folder, write_json, write_text
 from esper.workers.tolaria.data import Tokenizer, tokenizer
-from esper.workers.tolaria.export_tokenizer import save_hugging_face
+from esper.workers.tolaria.data.tokenizer import END, BytePairs, byte_symbols
 from esper.workers.tolaria.model.shape import TransformerShape
 from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 from esper.workers.tolaria.trainer import within
 
 MODEL = "model.safetensors"  # the name that transformers expects
+UNSEEN = "<|unseen|>"  # several characters, so none of the text's
 
 
 def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformerHost:
     """The host in a state of `GrowthRun`, on the CPU in evaluation mode; UserError where there is none."""
     state = within("now/host/", tensors)
-    with _said("the checkpoint holds no host that is in training", "name one of `esper train`"):
+    with in_a_sentence("the checkpoint holds no host that is in training", "name one of `esper train`"):
         spec = RunSpec.checked(values["spec"], "the checkpoint").host
         spec = spec.model_copy(update={"attention": "sdpa"})  # flash needs the run's machine
         layout = Layout.checked(values["now"]["layout"], "the checkpoint")
@@ -38,8 +40,8 @@ def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transfo
 def load_native(folder: Path) -> TransformerHost:
     """The host that `export` wrote, on the CPU in evaluation mode; UserError where it cannot be read."""
     values, tensors = checkpoint.read(Path(folder) / MODEL)
-    with _said(f"{folder} holds no exported host", "export it again"):
-        spec = HostSpec.checked(values["config"], "its config")
+    with in_a_sentence(f"{folder} holds no exported host", "export it again"):
+        spec = HostSpec.checked(values["config"], f"{folder} holds no exported host")
         shape = TransformerShape.of(spec, values["vocab_size"])
         layout = Layout(layers=shape.layers, young={}, next_uid=shape.born.uid)
         return TransformerHost.rebuilt(spec, values["vocab_size"], layout, tensors).eval()
@@ -51,16 +53,6 @@ def load_native_tokenizer(folder: Path) -> Tokenizer:
     if values["tokenizer"] is None:
         raise UserError(f"{folder} was exported without a tokenizer: load the one in the folder of its prepared text.")
     return tokenizer.load(values["tokenizer"], Path(folder))
-
-
-@contextmanager
-def _said(wrong: str, mend: str) -> Iterator[None]:
-    """Turn whatever an odd state leads to into a sentence."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{wrong} ({type(error).__name__}: {reason}): {mend}.") from None
 
 
 def export(
@@ -86,7 +78,7 @@ def export(
             (partial / MODEL).write_bytes(data)
             write_json(partial / "config.json", _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
             if tokenizer is not None:
-                save_hugging_face(tokenizer, partial, context=host.spec.block_size)
+                _save_tokenizer(tokenizer, partial, host.spec.block_size)
             return
         born = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
         config, name = born.model_dump(mode="json", exclude={"attention"}), None
@@ -139,9 +131,6 @@ def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), host.spec.dropout)
-    # As in GPT-2, a document's end stands before the next one's start.
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), end_id)
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -155,6 +144,42 @@ def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
         "layer_norm_epsilon": host.ln_f.eps,
         "tie_word_embeddings": host.spec.tied,
         "dtype": str(host.wte.weight.dtype).removeprefix("torch."),
-        **dropout,
-        **ends,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), host.spec.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_id),  # as in GPT-2, an end stands before the next start
     }
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Hugging Face's files, for the same ids; but `<|endoftext|>` in a text is one token there, and so is `UNSEEN`."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
+    config |= {"model_max_length": context, "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, BytePairs):
+        converted = _byte_pairs(tokenizer)
+        converted.add_special_tokens([END])
+    else:
+        texts = [UNSEEN, *(tokenizer.decode([id]) for id in range(1, tokenizer.vocab_size))]
+        vocabulary = {text: id for id, text in enumerate(texts)}
+        converted = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNSEEN))
+        converted.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        converted.decoder = decoders.Fuse()
+        converted.add_special_tokens([UNSEEN, END])
+        config["unk_token"] = UNSEEN
+    write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def _byte_pairs(tokenizer: BytePairs) -> tokenizers.Tokenizer:
+    """Lists every pair whose join is a token, by the join's rank: tiktoken joins by that rank alone."""
+    ranks, symbols = tokenizer.ranks, byte_symbols()
+    spelled = {token: "".join(symbols[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in ranks:
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(left, right) for left, right in halves if left in ranks and right in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
+    converted = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+    converted.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits as GPT-2 does
+    converted.decoder = decoders.ByteLevel()
+    return converted

@@ -1,9 +1,13 @@
-"""The training engine: one host, its optimizer and its text. The caller gives the learning rate of each step."""
+"""The training engine: one host, its optimizer, its text and its device. The caller gives each step's learning rate.
+
+B sequences, T block size, V vocabulary.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -12,16 +16,15 @@ from torch import Tensor
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.seeding import derive, torch_stream
+from esper.platform.seeding import derive, stream, torch_stream
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina import Kasmina, Seed
 from esper.workers.kasmina.registry import Blueprint, Natural
-from esper.workers.tolaria.batches import Batches, held_out
 from esper.workers.tolaria.data import TokenData
-from esper.workers.tolaria.device import pick_device
 from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
 EVAL_TOKENS_AT_ONCE = 16384
+STEPS_AT_ONCE = 256  # whose batches are drawn at once, as seeding costs more than drawing
 CONTRIBUTION_BATCHES = 2  # training batches' worth of held-out text that contributions are measured on
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -48,6 +51,54 @@ class TrainerState(Frozen):
 Snapshot = tuple[TrainerState, dict[str, Tensor]]  # never changed once taken
 
 
+class Batches:
+    """Random windows of `part`, fractions of the training tokens, by seed and step alone: no cursor is saved."""
+
+    def __init__(
+        self, spec: RunSpec, data: TokenData, seed: int, part: tuple[float, float], device: torch.device
+    ) -> None:
+        self._data, self._seed, self._device = data, seed, device
+        self._batch_size, self._block_size = spec.data.batch_size, spec.host.block_size
+        self.low, high = (int(fraction * data.tokens("train")) for fraction in part)
+        self._high = high - self._block_size
+        self._drawn = (-1, np.empty((0, self._batch_size), dtype=np.int64))  # (block of steps, their positions)
+        if self._high <= self.low:
+            raise _too_short("training", high - self.low, self._block_size)
+
+    def at(self, optimizer_step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step, int64 (B, T) each."""
+        block, row = divmod(optimizer_step, STEPS_AT_ONCE)
+        if block != self._drawn[0]:
+            size = (STEPS_AT_ONCE, self._batch_size)
+            self._drawn = block, stream(self._seed, "data", block).integers(self.low, self._high, size)
+        windows = self._data.windows("train", self._drawn[1][row], self._block_size + 1)
+        batch = torch.from_numpy(windows)  # (B, T + 1)
+        if self._device.type == "cuda":
+            batch = batch.pin_memory().to(self._device, non_blocking=True)
+        return batch[:, :-1], batch[:, 1:]
+
+
+def held_out(
+    data: TokenData, n: int, block_size: int, device: torch.device, *, last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The first or last `n` whole validation windows, or all there are, at least one: inputs, targets int64 (n, T)."""
+    whole = (data.tokens("valid") - 1) // block_size
+    first = max(0, whole - n) if last else 0
+    n = min(n, whole - first)
+    if n < 1:
+        raise _too_short("validation", data.tokens("valid"), block_size)
+    starts = (first + np.arange(n)) * block_size
+    windows = torch.from_numpy(data.windows("valid", starts, block_size + 1)).to(device)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def _too_short(which: str, tokens: int, block_size: int) -> UserError:
+    return UserError(
+        f"the {which} text has {tokens} tokens, too few for a context of {block_size}: "
+        "give more text, or set a smaller host.block_size."
+    )
+
+
 class Trainer:
     """Trains one `host` by its `optimizer`; `kasmina` grows both."""
 
@@ -56,11 +107,8 @@ class Trainer:
     ) -> None:
         self.device = pick_device(spec)
         torch.set_num_threads(spec.threads)
-        self._spec = spec
-        self._born = spec.host.starting_with(instance.n_layer)
-        self._vocab_size = data.manifest.vocab_size
-        self._blueprints = blueprints
-        self._seed = seed
+        self._spec, self._blueprints, self._seed = spec, blueprints, seed
+        self._born, self._vocab_size = spec.host.starting_with(instance.n_layer), data.manifest.vocab_size
         block = spec.host.block_size
         self.batches = Batches(spec, data, seed, instance.data, self.device)
         self._held_out = held_out(data, spec.data.eval_tokens // block, block, self.device)
@@ -94,7 +142,6 @@ class Trainer:
         )
 
     def step(self, rate: float) -> None:
-        """One optimizer step at the host's learning rate `rate`."""
         if self._spec.host.dropout > 0:
             torch.manual_seed(derive(self._seed, "dropout", self.steps))
         inputs, targets = self.batches.at(self.steps)
@@ -133,11 +180,9 @@ class Trainer:
 
     @property
     def unread(self) -> int:
-        """Number of rows that `measured` has."""
         return len(self._measured)
 
     def forget(self) -> None:
-        """Drop the measured rows."""
         self._measured = []
 
     def site_norms(self) -> dict[str, tuple[float, float]]:
@@ -173,22 +218,17 @@ class Trainer:
         return values, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def load(self, state: TrainerState, tensors: Mapping[str, Tensor]) -> None:
-        """Restore a state, copying its tensors. Raises UserError where state and tensors do not fit together."""
+        """Restore a state, copying its tensors; all kinds of errors where the two do not fit together."""
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in within("host/", tensors).items()}
         host = TransformerHost.rebuilt(self._born, self._vocab_size, state.layout, own)
-        try:
-            self.take(host, state.groups)
-            named, moments = dict(self.host.named_parameters()), self.optimizer.state
-            for name, tensor in within("optimizer/", tensors).items():
-                owner, _, key = name.rpartition("/")
-                moments[named[owner]][key] = tensor.to(self.device, copy=True)
-            rows = tensors["measured"]
-            if rows.shape[1:] != (3,) or not all(_fit(parameter, kept) for parameter, kept in moments.items()):
-                raise ValueError("tensors of other shapes")
-        except (LookupError, ValueError):
-            raise UserError(
-                "the checkpoint's optimizer and its host do not fit together: restore an older copy of it."
-            ) from None
+        self.take(host, state.groups)
+        named, moments = dict(self.host.named_parameters()), self.optimizer.state
+        for name, tensor in within("optimizer/", tensors).items():
+            owner, _, key = name.rpartition("/")
+            moments[named[owner]][key] = tensor.to(self.device, copy=True)
+        rows = tensors["measured"]
+        if rows.shape[1:] != (3,) or not all(_fit(parameter, kept) for parameter, kept in moments.items()):
+            raise ValueError("the optimizer's tensors have other shapes")
         self.kasmina.load(state.seeds, state.grafts)
         self.steps = state.steps
         self._measured = list(rows.to(self.device, copy=True).unbind())
@@ -242,3 +282,18 @@ def _update(state: dict, parameter: Tensor, group: dict) -> Tensor:
 
 def _norm(tensors: Iterator[Tensor]) -> Tensor:
     return torch.stack([tensor.float().square().sum() for tensor in tensors]).sum().sqrt()
+
+
+def pick_device(spec: RunSpec) -> torch.device:
+    """The spec's device; `auto` prefers a GPU. UserError where CUDA is asked for but absent."""
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but this machine shows no CUDA GPU: use --set device=cpu or device=auto.")
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(spec.device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work, before reading a clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

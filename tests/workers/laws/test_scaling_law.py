@@ -1,6 +1,6 @@
 """Which laws are drawn: from the spec's ranges, and by default those that results were measured on."""
 
-from dataclasses import astuple, fields
+from dataclasses import astuple
 
 import pytest
 
@@ -12,8 +12,6 @@ from esper.workers.laws.scaling_law import ScalingLaw
 DEFAULT = {
     0: "1.3623587062315965 0.460694791683833 0.0746366423558637 0.8877552805242819 "
     "2.2003743634970974 0.2524956663510089 5722.77186182663 16925.14767330669",
-    1: "1.6556192557058296 0.6525985809077879 0.20742731937913794 0.7224918329393084 "
-    "0.15491376309423355 0.13806684648065198 3936.3753147215675 5768.2177810357625",
     1_000_003: "1.430686145781546 0.6605807821966968 0.0822012232335667 0.7987411960541011 "
     "0.17827426425846288 4.2959357867127395 602.1055734473289 38586.67210222287",
 }
@@ -34,13 +32,6 @@ def test_ranges_are_set_by_key_and_every_draw_lies_in_its_own():
         values = [getattr(law, name) for law in drawn]
         assert low <= min(values) < low + 0.3 * (high - low)
         assert high >= max(values) > high - 0.3 * (high - low)
-
-
-def test_one_range_changes_no_other_draw():
-    plain, other = load_spec("tinystories-char"), load_spec("tinystories-char", ["laws.floor=[0.9,1.0]"])
-    for seed in range(5):
-        one, two = ScalingLaw.drawn(seed, plain), ScalingLaw.drawn(seed, other)
-        assert [f.name for f in fields(ScalingLaw) if getattr(one, f.name) != getattr(two, f.name)] == ["floor"]
 
 
 @pytest.mark.parametrize("between", ["[1.0,0.9]", "[0,1]", "[-1,1]"])

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
@@ -22,7 +21,7 @@ from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import tokenizer
 from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
 from esper.workers.tolaria.model.transformer import TransformerHost
-from tests.workers.growing_run import act
+from tests.workers.growing_run import act, odd
 
 DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
 LETTERS = sorted({*"".join(DOCUMENTS), *"'sl  \n\r\u00a0\u2028xé\u0301🦄"})
@@ -76,26 +75,11 @@ def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fuse
     assert loaded.shape == host.shape.with_layer("h2.stream")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_native_keeps_the_dtype(tmp_path, dtype):
-    host, _ = grown(EVERY_KIND)
-    balance = host.part("h1.e0").balance
-    host.to(dtype)
-    host.part("h1.e0").balance = balance  # which stays float32 in a host of any dtype
-    export(host, tmp_path / "host")
-    loaded = load_native(tmp_path / "host")
-    assert {p.dtype for p in loaded.parameters()} == {dtype}
-    assert torch.equal(loaded.part("h1.e0").balance, balance)
-    assert torch.equal(logits(loaded), logits(host))
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: {},
         lambda state: [],
         lambda state: {**state, "vocab_size": 10**12},
-        lambda state: {**state, "config": {**state["config"], "layers": []}},
         lambda state: {**state, "config": {**state["config"], "block_size": 17}},
         lambda state: {**state, "config": {**state["config"], "n_embd": 10**30}},
     ],
@@ -129,18 +113,6 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
     with torch.no_grad():
         difference = (model(TEXT).logits - expected).abs().max()
     assert difference <= 1e-5 * max(1, expected.abs().max())
-
-
-@pytest.mark.parametrize(("to", "grafts"), [("native", EVERY_KIND), ("gpt2", FOR_GPT2)])
-def test_fusing_changes_no_bit(tmp_path, to, grafts):
-    host, kasmina = grown(grafts)
-    export(host, tmp_path / "split", to=to)
-    for seed in list(kasmina.seeds):
-        kasmina.fuse(seed)
-    export(host, tmp_path / "fused", to=to)
-    split, fused = (load_file(tmp_path / name / "model.safetensors") for name in ("split", "fused"))
-    assert split.keys() == fused.keys()
-    assert all(torch.equal(tensor, fused[name]) for name, tensor in split.items())
 
 
 @pytest.mark.parametrize(
@@ -224,16 +196,6 @@ def test_the_host_of_a_saved_run_is_the_runs(run):
     assert host.shape == run.trainer.host.shape
 
 
-def mutated(value, chance):
-    """A copy of a JSON value in which one leaf is something else."""
-    if isinstance(value, dict | list) and value:
-        copy = value.copy()
-        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        copy[key] = mutated(value[key], chance)
-        return copy
-    return chance.choice([None, -1, 10**12, 10**30, 0.5, "x", [], {}, True, [[]], {"a": 1}])
-
-
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_an_odd_state_is_a_host_or_a_sentence(run, seed):
@@ -241,4 +203,4 @@ def test_an_odd_state_is_a_host_or_a_sentence(run, seed):
     layout = values["now"]["layout"]
     kept = {"spec": values["spec"], "now": {"layout": layout}}
     with contextlib.suppress(UserError):
-        host_of(mutated(kept, chance), tensors)
+        host_of(odd(kept, chance), tensors)

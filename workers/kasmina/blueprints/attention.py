@@ -28,5 +28,4 @@ class AttentionSeed(Units):
 
     @property
     def units(self) -> int:
-        """Heads."""
         return self.heads

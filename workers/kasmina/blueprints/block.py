@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
-from esper.workers.kasmina.blueprints.part import Part
-from esper.workers.kasmina.blueprints.units import drawn_like
+from esper.workers.kasmina.blueprints.units import Part, drawn_like
 from esper.workers.kasmina.registry import register
 
 
@@ -39,16 +38,13 @@ class ResidualSeed(Part):
         return min(4, math.ceil(max(sizes.values()) / max(sizes[site_id], 1e-12)))
 
     def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Always: the run caps layers."""
-        return True
+        return True  # the run caps layers
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
-        """With a layer put in."""
         return shape.with_layer(site_id)
 
     @torch.no_grad()
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
-        """Put the layer in; every output projection is zero."""
         name, pairs = host.insert(site_id, self.resized(host.shape, site_id))
         block = host.part(name)
         siblings = {id(new): sibling for new, sibling in pairs}

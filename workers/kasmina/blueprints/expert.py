@@ -14,8 +14,7 @@ import torch
 from pydantic import Field
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
-from esper.workers.kasmina.blueprints.part import Part
-from esper.workers.kasmina.blueprints.units import drawn_like
+from esper.workers.kasmina.blueprints.units import Part, drawn_like
 from esper.workers.kasmina.registry import Count, register
 
 
@@ -33,16 +32,13 @@ class ExpertSeed(Part):
     limit: Count = 64
 
     def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Up to `limit` experts."""
         return shape.experts() < self.limit
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
-        """With the expert added."""
         return shape.with_expert(site_id, self.width, self.share)
 
     @torch.no_grad()
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
-        """Put the expert in; its second matrix is zero."""
         name, pairs = host.insert(site_id, self.resized(host.shape, site_id))
         siblings = {id(new): sibling for new, sibling in pairs}
         for key, parameter in host.part(name).named_parameters():

@@ -27,5 +27,4 @@ class FFNSeed(Units):
 
     @property
     def units(self) -> int:
-        """Neurons."""
         return self.width

@@ -1,4 +1,6 @@
-"""Units (heads, neurons) between two linear layers: rows of the incoming one, columns of the outgoing one.
+"""What blueprints share: units (heads, neurons) between two linear layers, and parts, put in and taken out whole.
+
+A unit is rows of the incoming layer and columns of the outgoing one:
 
     y = V·φ(U·x)   →   y' = [V 0]·φ([U; U⁺]·x) = V·φ(U·x) + 0·φ(U⁺·x) = y
 
@@ -26,15 +28,12 @@ class Units(Blueprint):
     limit: int
 
     def allowed(self, shape: HostShape, site_id: str) -> bool:
-        """Up to `limit` units in all."""
         return _units_at(shape, site_id) + self.units <= self.limit
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
-        """With the units added."""
         return shape.with_units(site_id, self.units)
 
     def pruned(self, shape: Any, seed: Planted) -> HostShape:
-        """Without a seed's units."""
         return shape.with_units(seed.site, -seed.units)
 
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
@@ -46,22 +45,37 @@ class Units(Blueprint):
         return "", incoming.add(weight, torch.zeros(self.units * rows)) + outgoing.add(zeros)
 
     def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
-        """The last columns of the outgoing matrix."""
         _, columns = _per_unit(host, seed.site)
         return [host.linears(seed.site)[1].tail(seed.units * columns)]
 
     def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
-        """Join the oldest young segments of both matrices to the host's tensors."""
         return [change for linear in host.linears(seed.site) for change in linear.fuse()]
 
     def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
-        """Drop the last rows and columns."""
         swaps, gone = [], []
         for linear, size in zip(host.linears(seed.site), _per_unit(host, seed.site), strict=True):
             changed, lost = linear.cut(seed.units * size)
             swaps += changed
             gone += lost
         return swaps, gone
+
+
+class Part(Blueprint):
+    """What every blueprint of a part shares."""
+
+    units = 0
+
+    def pruned(self, shape: HostShape, seed: Planted) -> HostShape:
+        return shape.without(seed.part)
+
+    def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
+        return host.part(seed.part).outgoing()
+
+    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
+        return []
+
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
+        return [], host.remove(seed.part)
 
 
 def _units_at(shape: HostShape, site_id: str) -> int:

@@ -93,12 +93,7 @@ class TokenData:
     def __reduce__(self) -> tuple:
         return partial(TokenData.open, verify=False), (self.path,)
 
-    def __deepcopy__(self, memo: dict) -> Self:
-        """The same object: it does not change."""
-        return self
-
     def tokens(self, split: Split) -> int:
-        """Number of tokens of a split."""
         return len(self.ids[split])
 
     def windows(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:

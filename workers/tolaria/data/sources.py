@@ -1,8 +1,11 @@
 """Sources of text: files and folders, TinyStories on the hub, the installed Python; and what of them is held out."""
 
+import ast
 import hashlib
 import os
 import sys
+import sysconfig
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +20,6 @@ import pyarrow.parquet as pq
 from esper.platform.console import say
 from esper.platform.deadline import within
 from esper.platform.errors import UserError, unknown
-from esper.workers.tolaria.data import pydocs
 
 TINYSTORIES = "roneneldan/TinyStories"
 HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can read, and a minute or two to fetch
@@ -25,6 +27,8 @@ HUB_VALID_BYTES = 2_000_000
 PROBE_SECONDS = 4.0  # the hub's own client retries for minutes when nothing answers
 SEPARATOR = "<|endoftext|>"
 PIECE_CHARACTERS = 2000
+# Of the installed Python: some distributions leave out the test suites; the rest is not English.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "pydoc_data"}
 
 TABLES = {  # how a table is read whole
     ".parquet": lambda path: pq.ParquetFile(path).read(),
@@ -51,7 +55,7 @@ def _tinystories() -> Documents:
 
 SOURCES = (
     Source("tinystories", _tinystories, max_bytes=HUB_TRAIN_BYTES),
-    Source("python-docs", lambda: (pydocs.read(), None), fingerprint=sys.version),
+    Source("python-docs", lambda: (python_docs(), None), fingerprint=sys.version),
 )
 
 
@@ -102,6 +106,42 @@ def hub_texts(repo: str, split: str) -> Iterator[str]:
             f"{repo} ({split}) could not be read from the hub ({type(error).__name__}: {error}): "
             "try again, or name a text file, a folder or python-docs."
         ) from None
+
+
+def python_docs() -> Iterator[str]:
+    """The installed Python's language reference and docstrings, 2 MB, by hash: any prefix is a fair sample."""
+    from pydoc_data.topics import topics  # half a megabyte, needed here alone
+
+    documents = [topic.strip() for topic in topics.values()]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if SKIPPED.isdisjoint(parts[:-1]):
+            documents += module_docs(path, ".".join(parts).removesuffix(".__init__"))
+    yield from sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
+
+
+def module_docs(path: Path, module: str) -> Iterator[str]:
+    """The module's docstring, and a document per class or function in it; nothing is imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # a template, or source of another Python
+            return
+    doc = ast.get_docstring(tree)
+    documents = [f"{module}\n{doc}" if doc else "", *("\n\n".join(_docstrings(node, module)) for node in tree.body)]
+    for document in filter(None, documents):
+        yield document.encode("utf-8", "replace").decode()  # escapes may be lone surrogates
+
+
+def _docstrings(node: ast.AST, prefix: str) -> Iterator[str]:
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        name = f"{prefix}.{node.name}"
+        if doc := ast.get_docstring(node):
+            yield f"{name}\n{doc}"
+        for child in node.body:
+            yield from _docstrings(child, name)
 
 
 def _read(path: Path) -> Documents:

@@ -45,11 +45,9 @@ class Tokenizer:
         raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end."""
         return self.encode_documents([text])[:-1].tolist()
 
     def save(self, folder: Path) -> None:
-        """Write the file that `load` reads."""
         write_text(folder / self.FILE, self.content)
 
 
@@ -67,12 +65,10 @@ class Characters(Tokenizer):
         self._ids[_code_points(characters)] = np.arange(2, self.vocab_size)
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """See `Tokenizer`."""
         ids = self._ids[_code_points("".join(documents))].astype(np.int64)
         return np.insert(ids, np.cumsum([len(document) for document in documents], dtype=np.int64), self.end_id)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer`."""
         return "".join(self._texts[np.asarray(ids, dtype=np.int64)])
 
 
@@ -92,12 +88,10 @@ class BytePairs(Tokenizer):
         )
 
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
-        """See `Tokenizer`; uses tiktoken's threads on all cores."""
         encoded = self._encoding.encode_ordinary_batch(list(documents), num_threads=os.cpu_count() or 1)
         return np.concatenate([np.asarray([*ids, self.end_id], dtype=np.int64) for ids in encoded])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """See `Tokenizer`."""
         return self._encoding.decode(np.asarray(ids, dtype=np.int64).tolist())
 
 
@@ -105,8 +99,7 @@ def checked_name(name: str) -> str:
     """`name`, if it is `char`, `gpt2` or `bpe:N` with N ≥ 257; UserError otherwise."""
     found = re.fullmatch("char|gpt2|bpe:([1-9][0-9]{2,8})", name)
     if found is None or int(found[1] or MIN_BPE) < MIN_BPE:
-        rule = f"it must be char, gpt2 or bpe:N, for example bpe:1024, with N at least {MIN_BPE}"
-        raise UserError(f"unknown tokenizer {clipped(name)}: {rule}.")
+        raise UserError(f"unknown tokenizer {clipped(name)}: it must be char, gpt2 or bpe:N, N at least {MIN_BPE}.")
     return name
 
 
@@ -145,13 +138,11 @@ def byte_symbols() -> dict[int, str]:
 def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # needed for learning alone
 
-    size = int(name.removeprefix("bpe:")) - 1
+    size, alphabet = int(name.removeprefix("bpe:")) - 1, pre_tokenizers.ByteLevel.alphabet()
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(
-        documents, trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False, initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, show_progress=False, initial_alphabet=alphabet)
+    model.train_from_iterator(documents, trainer)
     learned = model.get_vocab()
     if len(learned) < size:
         most = f"bpe:{len(learned) + 1}"

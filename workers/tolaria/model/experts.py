@@ -43,7 +43,6 @@ class Expert(nn.Module):
         return taken, gate * self.c_proj(F.gelu(self.c_fc(x[taken]), approximate="tanh"))
 
     def outgoing(self) -> list[Tensor]:
-        """Tensors through which the expert writes to the stream."""
         return [self.c_proj.weight, self.c_proj.bias]
 
     @torch.no_grad()
@@ -64,7 +63,6 @@ class Experts(nn.ModuleDict):
     """A layer's experts by name, in the order in which they choose."""
 
     def all(self) -> Iterator[Expert]:
-        """The experts, in order."""
         return (expert for expert in self.values() if isinstance(expert, Expert))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

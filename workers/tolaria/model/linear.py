@@ -15,15 +15,6 @@ from esper.platform.contracts import Swap
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # (new parameter, sibling whose optimizer settings it takes)
 
 
-class Segment(nn.Module):
-    """Rows with their bias, or columns, of one graft."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-
 class GrowableLinear(nn.Module):
     """`y = x Wᵀ + b`, W float (R, K), growing by rows and bias (`axis` 0) or by columns (`axis` 1)."""
 
@@ -32,21 +23,18 @@ class GrowableLinear(nn.Module):
         self.axis = axis
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features))
-        self.young = nn.ModuleList()  # segments not yet fused, oldest first
+        self.young = nn.ModuleList()  # weight (and bias) of each segment that is not yet fused, oldest first
 
     @property
     def in_features(self) -> int:
-        """Current K."""
         return self.weight.shape[1] + self.axis * sum(self.young_sizes())
 
     @property
     def out_features(self) -> int:
-        """Current R."""
         return self.weight.shape[0] + (1 - self.axis) * sum(self.young_sizes())
 
     def young_sizes(self) -> list[int]:
-        """Rows or columns of each young segment."""
-        return [segment.weight.shape[self.axis] for segment in self._segments()]
+        return [segment["weight"].shape[self.axis] for segment in self._segments()]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K) → (..., R)."""
@@ -56,33 +44,31 @@ class GrowableLinear(nn.Module):
         """Whole W and b, young segments included."""
         if not (segments := self._segments()):
             return self.weight, self.bias
-        weight = torch.cat([self.weight, *(segment.weight for segment in segments)], dim=self.axis)
-        biases = [segment.bias for segment in segments if segment.bias is not None]
-        return weight, torch.cat([self.bias, *biases]) if biases else self.bias
+        weight = torch.cat([self.weight, *(segment["weight"] for segment in segments)], dim=self.axis)
+        return weight, torch.cat([self.bias, *(segment["bias"] for segment in segments if "bias" in segment)])
 
     def tail(self, size: int) -> Tensor:
         """A view of W's last `size` rows or columns: the newest graft."""
-        last = [self.weight, *(segment.weight for segment in self._segments())][-1]
+        last = [self.weight, *(segment["weight"] for segment in self._segments())][-1]
         return last.narrow(self.axis, last.shape[self.axis] - size, size)
 
     def add(self, weight: Tensor, bias: Tensor | None = None) -> Pairs:
         """Append a segment: weight (r, K) and bias (r,), or weight (R, k)."""
-        segment = Segment(weight.to(self.weight), None if bias is None else bias.to(self.weight))
+        values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        segment = nn.ParameterDict({name: nn.Parameter(value.to(self.weight)) for name, value in values.items()})
         self.young.append(segment)
-        pairs = [(segment.weight, self.weight)]
-        return pairs if segment.bias is None else [*pairs, (segment.bias, self.bias)]
+        return [(new, getattr(self, name)) for name, new in segment.named_parameters()]
 
     def fuse(self) -> list[Swap]:
-        """Join the oldest young segment to the layer's own tensors."""
         oldest, *others = self._segments()
         self.young = nn.ModuleList(others)
-        swaps = [self._swap("weight", self.axis, oldest.weight)]
-        return swaps if oldest.bias is None else [*swaps, self._swap("bias", 0, oldest.bias)]
+        axes = {"weight": self.axis, "bias": 0}
+        return [self._swap(name, axes[name], young) for name, young in oldest.named_parameters()]
 
     def cut(self, size: int) -> tuple[list[Swap], list[nn.Parameter]]:
         """Drop the last `size` rows or columns: (changed parameters, dropped parameters)."""
         if segments := self._segments():
-            assert segments[-1].weight.shape[self.axis] == size
+            assert segments[-1]["weight"].shape[self.axis] == size
             self.young = nn.ModuleList(segments[:-1])
             return [], list(segments[-1].parameters())
         swaps = [self._swap("weight", self.axis, cut=size)]
@@ -96,8 +82,8 @@ class GrowableLinear(nn.Module):
             weight = torch.empty((size, self.in_features) if rows else (self.out_features, size))
             self.add(weight, torch.empty(size) if rows else None)
 
-    def _segments(self) -> list[Segment]:
-        return [segment for segment in self.young if isinstance(segment, Segment)]
+    def _segments(self) -> list[nn.ParameterDict]:
+        return [segment for segment in self.young if isinstance(segment, nn.ParameterDict)]
 
     @torch.no_grad()
     def _swap(self, name: str, axis: int, young: nn.Parameter | None = None, cut: int = 0) -> Swap:

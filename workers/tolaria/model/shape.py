@@ -28,7 +28,6 @@ class TransformerShape:
 
     @classmethod
     def of(cls, host: HostSpec, vocab_size: int) -> Self:
-        """The shape of a newborn host."""
         width = host.mlp_width or 4 * host.n_embd
         layers = host.layers or tuple(LayerSpec(uid=i, heads=host.n_head, width=width) for i in range(host.n_layer))
         head_dim = host.head_dim or host.n_embd // host.n_head
@@ -70,11 +69,9 @@ class TransformerShape:
         return round(3 * forward)
 
     def depth(self) -> int:
-        """Number of layers."""
         return len(self.layers)
 
     def experts(self) -> int:
-        """Number of experts in all layers."""
         return sum(len(layer.experts) for layer in self.layers)
 
     def with_units(self, site_id: str, units: int) -> Self:
@@ -83,13 +80,11 @@ class TransformerShape:
         return self._with(site_id, **{field: getattr(self._layer(site_id), field) + units})
 
     def with_expert(self, site_id: str, width: int, share: float) -> Self:
-        """A copy with an expert beside the site's MLP."""
         experts = self._layer(site_id).experts
         uid = 1 + max((expert.uid for expert in experts), default=-1)
         return self._with(site_id, experts=(*experts, ExpertSpec(uid=uid, width=width, share=share)))
 
     def with_layer(self, site_id: str) -> Self:
-        """A copy with a new layer at a stream site."""
         position, new = self.position(site_id), self.born
         born = new.model_copy(update={"uid": new.uid + 1})
         return replace(self, born=born, layers=(*self.layers[:position], new, *self.layers[position:]))
@@ -117,11 +112,9 @@ class TransformerShape:
         return shape
 
     def layers_as_json(self) -> list[dict[str, Any]]:
-        """The layers as JSON values."""
         return [layer.model_dump(mode="json") for layer in self.layers]
 
     def _parts(self) -> list[str]:
-        """Layers and experts, by name."""
         layers = [f"h{layer.uid}" for layer in self.layers]
         return layers + [f"h{layer.uid}.e{expert.uid}" for layer in self.layers for expert in layer.experts]
 

@@ -5,7 +5,7 @@ B batch, T time, C embedding, V vocabulary, H heads, D head dimension, W MLP neu
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated
 
@@ -17,10 +17,44 @@ from torch import Tensor, nn
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
-from esper.workers.tolaria.model.attention_kernels import Attend, kernel
 from esper.workers.tolaria.model.experts import Expert, Experts
 from esper.workers.tolaria.model.linear import GrowableLinear, Pairs
 from esper.workers.tolaria.model.shape import TransformerShape
+
+Attend = Callable[..., Tensor]
+
+# Its build imports the torch that it is built for.
+INSTALL = 'install it with pip install --no-build-isolation "esper-growth[flash-attn]"'
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
+    """torch's kernel, for any device and float dtype: q, k and v (B, T, H, D) → (B, T, H, D)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
+    """FlashAttention-2 (Dao 2023, 2307.08691): float16 or bfloat16 on a CUDA GPU, D at most 256."""
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_func(q, k, v, dropout_p=dropout, causal=True, deterministic=deterministic)
+
+
+KERNELS: dict[str, Attend] = {"sdpa": sdpa, "flash": flash}
+
+
+def kernel(name: str) -> Attend:
+    """The kernel of this name; UserError where this machine cannot run it."""
+    if name == "flash":
+        what, otherwise = "host.attention is 'flash', but", "or use --set host.attention=sdpa."
+        try:
+            import flash_attn  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError(f"{what} flash-attn cannot be imported ({error}): {INSTALL}, {otherwise}") from None
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+            raise UserError(f"{what} this machine shows no CUDA GPU of Ampere or newer: run on one, {otherwise}")
+    return KERNELS[name]
 
 
 def make_dropout(probability: float) -> nn.Module:
@@ -89,13 +123,11 @@ class Block(nn.Module):
         return new
 
     def shape(self) -> LayerSpec:
-        """The layer's current shape."""
         heads, width = self.attn.c_proj.in_features // self.attn.head_dim, self.mlp.c_proj.in_features
         experts = tuple(expert.shape for expert in self.experts.all())
         return LayerSpec(uid=self.uid, heads=heads, width=width, experts=experts)
 
     def outgoing(self) -> list[nn.Parameter]:
-        """Parameters through which the layer writes to the stream."""
         return [parameter for name, parameter in self.named_parameters() if "c_proj" in name.split(".")]
 
 
@@ -152,11 +184,9 @@ class TransformerHost(nn.Module):
         return replace(self._shape, layers=tuple(block.shape() for block in self._blocks()))
 
     def split(self) -> bool:
-        """Whether some linear layer has young segments."""
         return any(len(linear.young) for _, linear in self.growable())
 
     def growable(self) -> Iterator[tuple[str, GrowableLinear]]:
-        """The linears that can grow, by name."""
         return ((name, module) for name, module in self.named_modules() if isinstance(module, GrowableLinear))
 
     def linears(self, site_id: str) -> tuple[GrowableLinear, GrowableLinear]:
@@ -212,7 +242,6 @@ class TransformerHost(nn.Module):
         return dict(block.experts.items()).get(expert) if block is not None and expert else block
 
     def remove(self, name: str) -> list[nn.Parameter]:
-        """Remove a part and return its parameters."""
         block, expert = self._at(name)
         if expert:
             return list(block.experts.pop(expert).parameters())
@@ -238,22 +267,17 @@ class TransformerHost(nn.Module):
 
     @classmethod
     def rebuilt(cls, spec: HostSpec, vocab_size: int, layout: Layout, state: Mapping[str, Tensor]) -> "TransformerHost":
-        """The host of this layout and `own_state`, not copied; UserError, before allocating, where they do not fit."""
+        """The host of this layout and `own_state`, not copied; an error, before allocating, where they do not fit."""
         layers, uids = layout.layers, {layer.uid for layer in layout.layers}
-        try:
-            if len(uids) < len(layers) or layout.next_uid <= max(uids):
-                raise ValueError("a layer's uid is not its own")
-            with torch.device("meta"):
-                host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), vocab_size)
-                linears = dict(host.growable())
-                for name, sizes in layout.young.items():
-                    linears[name].split_off(sizes)
-            tied = {"lm_head.weight": state["wte.weight"]} if spec.tied else {}
-            host.load_state_dict({**state, **tied}, assign=True)
-        except (LookupError, ValueError, RuntimeError):
-            raise UserError(
-                "the checkpoint's host and its tensors do not fit together: restore an older copy of it."
-            ) from None
+        if len(uids) < len(layers) or layout.next_uid <= max(uids):
+            raise ValueError("a layer's uid is not its own")
+        with torch.device("meta"):
+            host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), vocab_size)
+            linears = dict(host.growable())
+            for name, sizes in layout.young.items():
+                linears[name].split_off(sizes)
+        tied = {"lm_head.weight": state["wte.weight"]} if spec.tied else {}
+        host.load_state_dict({**state, **tied}, assign=True)
         if spec.tied:
             host.lm_head.weight = host.wte.weight
         host.spec, host._shape = spec, TransformerShape.of(spec, vocab_size)

@@ -10,7 +10,7 @@ import pytest
 
 from esper.platform.errors import UserError
 from esper.platform.spec import DataSpec
-from esper.workers.tolaria.data import Manifest, TokenData, ensure, prepare, pydocs, sources
+from esper.workers.tolaria.data import TokenData, ensure, prepare, sources
 from esper.workers.tolaria.data.tokenizer import END
 
 ROOT = Path(__file__).parents[4]
@@ -159,21 +159,11 @@ def test_offline_tinystories_falls_back_to_python_docs(cache):
     assert data.tokenizer.decode(data.ids["train"]) == text
 
 
-def test_a_cached_tinystories_is_used_without_the_hub(cache, monkeypatch):
-    monkeypatch.setattr(sources, "hub_answers", lambda repo: True)
-    monkeypatch.setattr(sources, "hub_texts", lambda repo, split: iter(STORIES))
-    path = ensure(data_spec("tinystories"))
-    assert Manifest.read(path).source == "tinystories"
-    assert Manifest.read(path).max_bytes == sources.HUB_TRAIN_BYTES
-    monkeypatch.setattr(sources, "hub_answers", lambda repo: pytest.fail("probed"))
-    assert ensure(data_spec("tinystories")) == path
-
-
 def test_python_docs_are_english_without_surrogates(tmp_path):
     (tmp_path / "odd.py").write_text('class A:\n  """One \\ud800."""\n  def f(self):\n    """Two \\d."""\n')
     (tmp_path / "template.py").write_text("def {name}")
-    assert list(pydocs._documents(tmp_path / "odd.py", "odd")) == ["odd.A\nOne ?.\n\nodd.A.f\nTwo \\d."]
-    assert list(pydocs._documents(tmp_path / "template.py", "template")) == []
+    assert list(sources.module_docs(tmp_path / "odd.py", "odd")) == ["odd.A\nOne ?.\n\nodd.A.f\nTwo \\d."]
+    assert list(sources.module_docs(tmp_path / "template.py", "template")) == []
 
 
 def test_tinystories_slice(tinystories, tmp_path):
