@@ -1,5 +1,7 @@
 """One run under one arm: begun or taken up again, saved at every decision, tracked, and told of."""
 
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from esper.policies.simic.policy import policy_file
 from esper.workers.run import GrowthRun
 
 KEPT = ("summary.json", "spec.json")  # in MLflow
+REFRESH_SECONDS = 0.5  # of the line that a terminal shows between decisions
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
 
 
@@ -68,7 +71,16 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
             tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
             save(growth, policy, checkpoints, RUN)
 
-        growth.on_step = lambda growth: check()
+        shown = time.monotonic()
+
+        def on_step(growth: GrowthRun) -> None:
+            nonlocal shown
+            check()
+            if sys.stderr.isatty() and time.monotonic() > shown + REFRESH_SECONDS:
+                shown = time.monotonic()
+                print(f"\r\033[K{_standing(growth, eta)}", end="", file=sys.stderr, flush=True)
+
+        growth.on_step = on_step
         try:
             summary = play(growth, policy, arm=arm, on_decision=on_decision)
         except Stopped:
@@ -92,6 +104,8 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
 
 def _say_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, eta: Eta) -> None:
     """What was decided, and where the run stands now."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
     chosen = telemetry.actions[action.index]
     if chosen.operation != "wait":
         say(f"  {chosen}: {action.reason}")
@@ -99,11 +113,14 @@ def _say_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, eta
         if rollback.decision == telemetry.sequence:
             removed = f", {rollback.removed} removed" if rollback.removed else ""
             say(f"  rolled back at step {rollback.optimizer_step:,}: {rollback.fault}{removed}")
+    say(f"{_standing(run, eta)}, val loss {run.loss:.4f}")
+
+
+def _standing(run: GrowthRun, eta: Eta) -> str:
     fraction, ledger = run.fraction(), run.ledger
-    say(
+    return (
         f"{fraction:4.0%} of budget, step {ledger.steps:,}, {run.layout.parameters:,} parameters, "
-        f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} tokens/s, {eta.left(fraction)} left, "
-        f"val loss {run.loss:.4f}"
+        f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} tokens/s, {eta.left(fraction)} left"
     )
 
 
