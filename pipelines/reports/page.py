@@ -100,11 +100,13 @@ def payback(trials: Trials) -> list[str]:
 
 
 def told(value: Any) -> str:
-    """A value in words: a dash for what is missing, and of numbers four decimals or none, as 1.2300 or 1,234."""
+    """A value in words: a dash for what is missing, and numbers as 1.2300, 1,234 or 1.23e+09."""
     if value is None or value != value:
         return "–"
     if isinstance(value, str):
         return value
+    if abs(value) >= 1e8:
+        return f"{value:.3g}"
     return f"{float(value):.4f}" if abs(value) < 100 and value % 1 else f"{float(value):,.0f}"
 
 
