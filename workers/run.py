@@ -92,9 +92,9 @@ class GrowthRun(Episode):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         snapshots = {"now": self.trainer.state(), "good": self._good} if self.unfinished else {"now": self._good}
-        trainers = {place: snapshot[0] for place, snapshot in snapshots.items()}
+        trainers = {place: kept[0] for place, kept in snapshots.items()}
         trained = Trained(data=self._data.manifest.fingerprint(), **trainers)
-        tensors = {f"{place}/{name}": t for place, snapshot in snapshots.items() for name, t in snapshot[1].items()}
+        tensors = {f"{place}/{name}": tensor for place, kept in snapshots.items() for name, tensor in kept[1].items()}
         return super().state()[0] | trained.model_dump(mode="json"), tensors
 
     def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -15,8 +15,7 @@ from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
 from esper.policies.schedule import Entry
 from esper.policies.simic.distill import median_schedule
-from esper.workers.laws.best_schedule import best_fixed_schedule
-from esper.workers.laws.oracle import bound
+from esper.workers.laws.oracle import best_fixed_schedule, bound
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 

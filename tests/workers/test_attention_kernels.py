@@ -32,22 +32,6 @@ def with_gradient(attend, qkv: Tensor, **options) -> tuple[Tensor, Tensor]:
     return y.detach(), qkv.grad
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention written out: (B, T, H, D), three times, → (B, T, H, D)."""
-    T, D = q.shape[1], q.shape[3]
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / D**0.5
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    weights = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
-
-
-@pytest.mark.parametrize("shape", [(2, 9, 3, 8), (1, 1, 1, 4), (3, 33, 2, 5)])
-def test_sdpa_is_softmax_attention(shape):
-    qkv = random_qkv(shape, dtype=torch.float64)
-    found, wanted = with_gradient(sdpa, qkv, dropout=0.0), with_gradient(plain, qkv)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 256, 4, 64), (3, 77, 2, 32), (1, 130, 3, 20)])
 def test_flash_is_sdpa_in_bfloat16(shape):

@@ -1,8 +1,4 @@
-"""The governor detects training faults; the run (`workers/run.py`) handles them.
-
-A fault is a non-finite loss or gradient, a spike (the median loss far above the window's, in median absolute
-deviations) or a return to chance level, ln V.
-"""
+"""The governor detects training faults (spikes in median absolute deviations); `workers/run.py` handles them."""
 
 import math
 import statistics
@@ -17,10 +13,7 @@ LEARNT = 0.9  # of ln V: below it, the model had learnt something
 
 
 def fault(rows: Sequence[Sequence[float]], window: list[float], vocab_size: int) -> str | None:
-    """The fault in words, or None; sound losses, nats per token, join the `window` of the latest ones.
-
-    `rows`: each new step's loss, then its gradient norms.
-    """
+    """The fault in words, or None; sound losses, nats, join the `window`. `rows`: a step's loss and gradient norms."""
     losses, chance = [row[0] for row in rows], math.log(vocab_size)
     for row in rows:
         if not all(map(math.isfinite, row)):

@@ -109,8 +109,7 @@ class Kasmina:
         """
         due = self.due if seed is None else [seed]
         for each in due:
-            here = [other for other in self.seeds if other.site == each.site and other.planted.units]
-            young = [other for other in here if not other.fused]
+            young = [s for s in self.seeds if s.site == each.site and s.planted.units and not s.fused]
             if each.fused or each not in self.seeds or (each.planted.units and young[0] is not each):
                 raise UserError(f"the seed at {each.site!r} is gone, fused, or younger than another: fuse the oldest.")
             for change in self.blueprints[each.blueprint].fuse(self.host, each.planted):
@@ -127,11 +126,8 @@ class Kasmina:
         return [seed for seed in self.seeds if not seed.fused and seed.age >= seed.fuse_age]
 
     def prune(self, site_id: str) -> Seed:
-        """Remove a site's newest seed, fused or not, and what was grafted inside it; UserError without one."""
+        """Remove a site's newest seed, fused or not, and what was grafted inside it."""
         seed = self.newest(site_id)
-        if seed is None:
-            seeded = ", ".join(sorted({other.site for other in self.seeds})) or "none"
-            raise UserError(f"there is no seed at site {site_id!r} to prune: seeds are at {seeded}.")
         swaps, gone = self.blueprints[seed.blueprint].prune(self.host, seed.planted)
         for change in swaps:
             surgery.swap(self.optimizer, change)
@@ -145,14 +141,16 @@ class Kasmina:
         self.seeds = left
         return seed
 
-    def newest(self, site_id: str) -> Seed | None:
-        return next((seed for seed in reversed(self.seeds) if seed.site == site_id), None)
+    def newest(self, site_id: str) -> Seed:
+        found = next((seed for seed in reversed(self.seeds) if seed.site == site_id), None)
+        if found is None:
+            raise UserError(f"there is no seed at site {site_id!r}.")
+        return found
 
     @contextmanager
     def masked(self, site_id: str) -> Iterator[None]:
         """Zero the outgoing side of a site's newest seed inside a `with` block."""
         seed = self.newest(site_id)
-        assert seed is not None
         views = [view.detach() for view in self.blueprints[seed.blueprint].outgoing(self.host, seed.planted)]
         values = [view.clone() for view in views]
         try:

@@ -53,10 +53,8 @@ class ScalingLaw:
         """Draw a seed's law from `spec.laws`; UserError where E + A may reach ln V."""
         laws, random, start = spec.laws, stream(seed, "law"), math.log(VOCABULARY)
         if (highest := laws.floor[1] + laws.size[1]) >= start:
-            raise UserError(
-                f"laws.floor and laws.size reach {highest:.2f} nats together, but a surrogate starts at "
-                f"ln {VOCABULARY} = {start:.2f}: set their upper ends lower."
-            )
+            what = f"laws.floor and laws.size reach {highest:.2f} nats together"
+            raise UserError(f"{what}, and a surrogate starts at ln {VOCABULARY} = {start:.2f}: set them lower.")
         drawn = {}  # the floor is drawn last, so its range does not change the others
         for name in ("heads", "width", "layer", "size", "size_exponent", "data", "data_exponent", "floor"):
             low, high = getattr(laws, name)

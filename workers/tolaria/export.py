@@ -61,17 +61,14 @@ def export(
     """Write a host as a new folder, for `load_native` or transformers; the host is not changed.
 
     `gpt2` is for `GPT2LMHeadModel.from_pretrained` and `AutoTokenizer`: smaller layers are padded with zeros, which add
-    exactly nothing. UserError where it cannot express a layer, where the folder is not empty or writable, or where the
-    tokenizer's vocabulary is another.
+    exactly nothing. UserError where it cannot express a layer, the folder is in use or the tokenizer another.
     """
     check_unused(folder)
     if to == "gpt2":
         _check_gpt2(host.shape)
     if tokenizer is not None and tokenizer.vocab_size != host.shape.vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.shape.vocab_size}: "
-            "give the one that its text was prepared with."
-        )
+        what = f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.shape.vocab_size}"
+        raise UserError(f"{what}: give the one that its text was prepared with.")
     with new_folder(folder) as partial:
         if to == "gpt2":
             data = safetensors.torch.save(_gpt2_state(host), metadata={"format": "pt"})  # which transformers asks for

@@ -93,10 +93,8 @@ def held_out(
 
 
 def _too_short(which: str, tokens: int, block_size: int) -> UserError:
-    return UserError(
-        f"the {which} text has {tokens} tokens, too few for a context of {block_size}: "
-        "give more text, or set a smaller host.block_size."
-    )
+    what = f"the {which} text has {tokens} tokens, too few for a context of {block_size}"
+    return UserError(f"{what}: give more text, or set a smaller host.block_size.")
 
 
 class Trainer:

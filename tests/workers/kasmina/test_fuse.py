@@ -3,7 +3,6 @@
 Alone: `pytest tests/workers/kasmina/test_fuse.py`.
 """
 
-import copy
 from contextlib import nullcontext
 
 import pytest
@@ -52,26 +51,6 @@ def test_fusing_changes_no_bit_of_the_output(host, drawn, blueprints):
     other.load_state_dict(host.state_dict())
     assert torch.equal(logits(other), before)
     train(host, kasmina)
-
-
-def test_grown_and_fused_trains_like_one_born_so():
-    """With the same weights and moments, the next 20 updates agree: nothing else of the history is left."""
-    host, kasmina = small()
-    train(host, kasmina, 3)
-    for site, name in (("h0.attention", "attention"), ("h1.ffn", "ffn"), ("h0.stream", "block"), ("h0.ffn", "ffn")):
-        kasmina.graft(site, name)
-        train(host, kasmina, 12)
-    for seed in list(kasmina.seeds):
-        kasmina.fuse(seed)
-    other = born(host)
-    other.load_state_dict(host.state_dict())
-    twin = kasmina_of(other)
-    own = dict(host.named_parameters())
-    for name, parameter in other.named_parameters():
-        twin.optimizer.state[parameter] = copy.deepcopy(kasmina.optimizer.state[own[name]])
-    assert train(other, twin, 20) == pytest.approx(train(host, kasmina, 20), rel=1e-5)
-    for name, parameter in other.named_parameters():
-        torch.testing.assert_close(parameter, own[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("age", [30, 120, 270])

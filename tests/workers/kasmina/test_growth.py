@@ -153,23 +153,6 @@ def test_a_seed_takes_the_settings_of_its_siblings_group():
 
 
 @pytest.mark.parametrize(
-    "make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop], ids=lambda make: make.__name__
-)
-def test_other_optimizers_grow_too(make):
-    host, _ = small()
-    kasmina = Kasmina(host, make(host.parameters(), lr=1e-2), probation_steps=3)
-    train(host, kasmina, 2)
-    for site, name in (("h0.ffn", "ffn"), ("h1.attention", "attention"), ("h0.stream", "block")):
-        kasmina.graft(site, name)
-        train(host, kasmina, 4)
-        for seed in kasmina.seeds:
-            if not seed.fused:
-                kasmina.fuse(seed)
-        assert_owned(kasmina)
-        train(host, kasmina, 1)
-
-
-@pytest.mark.parametrize(
     ("site", "blueprint", "sentence"),
     [
         ("h9.ffn", "ffn", "cannot be grafted at 'h9.ffn'"),

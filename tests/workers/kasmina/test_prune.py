@@ -1,10 +1,8 @@
 """Pruning takes a graft out as if it had never been, but for its names; masking shows what it is worth."""
 
-import pytest
 import torch
 from hypothesis import given
 
-from esper.platform.errors import UserError
 from tests.workers.kasmina.growing import (
     assert_owned,
     fusable,
@@ -84,12 +82,3 @@ def test_a_pruned_layer_takes_along_what_was_grafted_inside_it_and_its_name_is_n
     assert [block.uid for block in host.h] == [0, 4, 3, 1]
     assert again.number == 4
     assert_owned(kasmina)
-
-
-def test_a_prune_of_nothing_changes_nothing():
-    host, kasmina = small()
-    kasmina.graft("h0.ffn", "ffn")
-    shape, groups = host.shape, len(kasmina.optimizer.param_groups)
-    with pytest.raises(UserError, match="no seed at site"):
-        kasmina.prune("h1.ffn")
-    assert (host.shape, len(kasmina.optimizer.param_groups)) == (shape, groups)

@@ -9,8 +9,7 @@ from esper.platform.contracts import Instance
 from esper.platform.spec import load_spec
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.workers.instances import instance_set
-from esper.workers.laws.best_schedule import NONE, Simulator, best_fixed_schedule
-from esper.workers.laws.oracle import bound
+from esper.workers.laws.oracle import NONE, Simulator, best_fixed_schedule, bound
 from esper.workers.laws.surrogate import SurrogateRun
 
 

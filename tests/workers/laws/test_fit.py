@@ -86,18 +86,6 @@ def test_a_surrogate_that_stays_at_a_size_ends_where_it_was_seen_to(fitted):
         assert points_of(run.summary()) == [StaticPoint(layers, run.ledger.tokens, run.loss, 3)]
 
 
-def test_an_outlier_and_a_steep_first_phase_do_not_bend_it():
-    law = truth(TEXT)
-    points = static_points(law, seeds=2)
-    points[0] = points[0]._replace(loss=points[0].loss + 0.3)
-    early = [i for i, point in enumerate(points) if point.loss > 1.8]
-    assert early
-    for i in early:
-        points[i] = points[i]._replace(loss=points[i].loss + 0.15)
-    good = [point for point in static_points(law, seeds=1, noise=0) if point.loss < 1.5]
-    assert np.abs(predicted(fit_laws(SPEC, points).law, SPEC, good) - [point.loss for point in good]).max() < 0.04
-
-
 GOOD = static_points(truth({}), seeds=1)
 
 

@@ -34,10 +34,8 @@ def ensure(data: DataSpec) -> Path:
     if (folder / FILE).exists():
         made_with = Manifest.read(folder).tokenizer
         if made_with != data.tokenizer:
-            raise UserError(
-                f"the shards in {folder} were made with tokenizer {made_with!r}, and {data.tokenizer!r} was asked for: "
-                f"ask for {made_with!r}, or make others with `esper prepare`."
-            )
+            what = f"the shards in {folder} were made with tokenizer {made_with!r}, {data.tokenizer!r} was asked for"
+            raise UserError(f"{what}: ask for {made_with!r}, or make others with `esper prepare`.")
         return folder
     source = sources.find(data.source)
     if not _cached(source, data).exists():

@@ -102,10 +102,8 @@ def hub_texts(repo: str, split: str) -> Iterator[str]:
         for row in datasets.load_dataset(repo, split=split, streaming=True):
             yield row["text"]  # pyright: ignore[reportArgumentType, reportCallIssue]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{repo} ({split}) could not be read from the hub ({type(error).__name__}: {error}): "
-            "try again, or name a text file, a folder or python-docs."
-        ) from None
+        what = f"{repo} ({split}) could not be read from the hub ({type(error).__name__}: {error})"
+        raise UserError(f"{what}: try again, or name a text file, a folder or python-docs.") from None
 
 
 def python_docs() -> Iterator[str]:

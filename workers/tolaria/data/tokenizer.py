@@ -156,10 +156,8 @@ def _gpt2_tokens() -> list[bytes]:
     try:
         encoding = within(DOWNLOAD_SECONDS, lambda: tiktoken.get_encoding("gpt2"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the gpt2 tokenizer is fetched from the network once, and that failed ({type(error).__name__}): "
-            "connect once, or use char or bpe:N."
-        ) from None
+        what = f"the gpt2 tokenizer is fetched from the network once, and that failed ({type(error).__name__})"
+        raise UserError(f"{what}: connect once, or use char or bpe:N.") from None
     return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
 
 

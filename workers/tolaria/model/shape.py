@@ -85,9 +85,8 @@ class TransformerShape:
         return self._with(site_id, experts=(*experts, ExpertSpec(uid=uid, width=width, share=share)))
 
     def with_layer(self, site_id: str) -> Self:
-        position, new = self.position(site_id), self.born
-        born = new.model_copy(update={"uid": new.uid + 1})
-        return replace(self, born=born, layers=(*self.layers[:position], new, *self.layers[position:]))
+        at, born = self.position(site_id), self.born.model_copy(update={"uid": self.born.uid + 1})
+        return replace(self, born=born, layers=(*self.layers[:at], self.born, *self.layers[at:]))
 
     def without(self, name: str) -> Self:
         """A copy without the layer `h<uid>` or the expert `h<uid>.e<uid>`."""

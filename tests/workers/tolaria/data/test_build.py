@@ -103,7 +103,7 @@ def test_ensure_prepares_once_and_tells_texts_and_options_apart(text, cache):
 
 def test_ensure_returns_prepared_shards_of_this_tokenizer_only(shards, tmp_path, cache):
     assert ensure(data_spec(shards)) == shards
-    with pytest.raises(UserError, match=r"made with tokenizer 'char', and 'bpe:300' was asked for.*esper prepare"):
+    with pytest.raises(UserError, match=r"made with tokenizer 'char', 'bpe:300' was asked for.*esper prepare"):
         ensure(data_spec(shards, "bpe:300"))
     with pytest.raises(UserError, match="holds no text"):
         prepare(data_spec(shards), tmp_path / "again")

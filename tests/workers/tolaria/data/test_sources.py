@@ -38,16 +38,6 @@ def load(path: Path | str, valid_fraction: float = 0.1, max_bytes: int | None = 
     return sources.split(sources.find(str(path)), valid_fraction, max_bytes)
 
 
-def test_txt_without_separator_is_cut_at_blank_lines(tmp_path):
-    paragraphs = [f"Speaker {i}:\n" + "Speak, speak. " * 20 for i in range(100)]
-    of_windows = "\ufeff" + "\n\n".join(paragraphs).replace("\n", "\r\n")
-    (tmp_path / "play.txt").write_bytes(of_windows.encode())
-    pieces = list(sources.read_file(tmp_path / "play.txt"))
-    assert all(piece.startswith("Speaker") for piece in pieces)
-    assert all(1990 <= len(piece) <= 4000 for piece in pieces[:-1])
-    assert "\n\n".join(pieces).replace(" ", "") == "\n\n".join(paragraphs).replace(" ", "")
-
-
 @pytest.mark.parametrize(("column", "other"), [("text", {"title": ["a"] * 51}), ("story", {"id": [*range(51)]})])
 def test_text_or_the_only_strings_are_taken_and_nulls_left_out(tmp_path, column, other):
     for name in ("a.parquet", "a.jsonl"):
@@ -86,16 +76,6 @@ def test_folder_with_both_names_gives_the_splits(tmp_path, valid):
     write(tmp_path / "test.txt", ["left out"])
     write(tmp_path / valid, DOCUMENTS[40:])
     assert load(tmp_path) == (DOCUMENTS[:40], DOCUMENTS[40:])
-
-
-def test_other_folders_are_all_documents_in_order_of_names(tmp_path):
-    everything = [*DOCUMENTS, "a train without a valid is a document"]
-    write(tmp_path / "train.txt", everything[-1:])
-    write(tmp_path / "b.txt", DOCUMENTS[25:])
-    write(tmp_path / "a.parquet", DOCUMENTS[:25])
-    train, held = load(tmp_path)
-    assert sorted([*train, *held]) == sorted(everything)
-    assert train == [document for document in everything if document in set(train)]
 
 
 @pytest.mark.parametrize(
