@@ -29,12 +29,10 @@ def test_every_run_passes_each_boundary_and_ends(decisions, amount, step, jump):
 
 
 def test_a_cost_past_a_boundary_merges_decisions_and_rounding_is_forgiven():
-    clock = DecisionClock(100, 10)
-    clock.advance(47)
-    assert (clock.passed, clock.boundary) == (4, 50)
-    clock = DecisionClock(0.3, 3)
-    clock.advance(0.1 + 0.1 + 0.1 - 1e-16)
-    assert clock.passed == 3
+    for amount, decisions, reading, passed in ((100, 10, 47, 4), (0.3, 3, 0.1 + 0.1 + 0.1 - 1e-16, 3)):
+        clock = DecisionClock(amount, decisions)
+        clock.advance(reading)
+        assert clock.passed == passed
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(0, 10), st.integers(0, 5)), max_size=20))

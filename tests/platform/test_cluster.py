@@ -1,7 +1,4 @@
-"""A local Ray cluster comes and goes with its session, listens on 127.0.0.1 only, and does not die without a word.
-
-Each test runs a driver of its own, as a user would, in an unrelated folder with the clone on its PYTHONPATH.
-"""
+"""A local Ray cluster comes and goes with its session, listens on 127.0.0.1 only, and does not die without a word."""
 
 import os
 import signal
@@ -59,6 +56,7 @@ print(ray.is_initialized())
 
 
 def driver(code: str, *arguments: str, paths: tuple[Path, ...] = (), **more: str) -> subprocess.Popen[str]:
+    """One as a user runs it, in an unrelated folder with the clone on its PYTHONPATH."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *paths])), **more}
     command, pipe = [sys.executable, "-c", code, *arguments], subprocess.PIPE
@@ -94,32 +92,26 @@ import esper.pipelines, signal, sys, time
 from esper.platform import cluster
 import ray
 
-class Stopped(KeyboardInterrupt):
-    pass
-
 def stop(*_):
     if sys.argv[1] == "stops":
-        raise Stopped
+        raise KeyboardInterrupt
 
 @ray.remote
-class Worker:
-    def work(self):
-        time.sleep(0.1)
+def work():
+    time.sleep(0.1)
 
 cluster.GRACE_SECONDS = 4
 with cluster.session(cpus=1):
     signal.signal(signal.SIGTERM, stop)
-    worker = Worker.remote()
-    ray.get(worker.work.remote())
+    ray.get(work.remote())
     print("works", flush=True)
-    try:
-        while True:
-            try:
-                ray.get(worker.work.remote(), timeout=1)
-            except ray.exceptions.RayError:
-                time.sleep(0.1)
-    except Stopped:
-        sys.exit("stopped, with nothing lost")
+    while True:
+        try:
+            ray.get(work.remote(), timeout=1)
+        except ray.exceptions.RayError:
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            sys.exit("stopped, with nothing lost")
 """
 
 

@@ -16,6 +16,7 @@ from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.static import StaticPolicy
 from esper.policies.tamiyo import TamiyoPolicy
 from esper.workers.laws.surrogate import SurrogateRun
+from tests.workers.growing_run import changed
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def play(spec, policy, seed=0):
     return run.summary()
 
 
-def kinds(grafts):
-    return [graft["blueprint"] for graft in grafts]
+def kinds(spec, policy):
+    return [graft["blueprint"] for graft in play(spec, policy)["grafts"]]
 
 
 def test_random_is_seeded_and_static_never_grows(spec):
@@ -46,8 +47,7 @@ def test_random_matches_another_run_by_its_summary(spec, tmp_path):
     wanted, path = ["attention", "block", "ffn", "ffn"], tmp_path / "summary.json"
     path.write_text(json.dumps({"grafts": [{"blueprint": kind} for kind in wanted]}))
     for seed in range(3):
-        policy = make_policy("random", ArmInputs(seed=seed, match=path))
-        assert sorted(kinds(play(spec, policy)["grafts"])) == wanted
+        assert sorted(kinds(spec, make_policy("random", ArmInputs(seed=seed, match=path)))) == wanted
 
 
 def test_schedule_grafts_when_and_where_it_says(spec):
@@ -62,7 +62,7 @@ def test_schedule_grafts_when_and_where_it_says(spec):
 
 
 def test_planned_grafts_that_were_not_played_are_known(spec):
-    tight = spec.model_copy(update={"growth": spec.growth.model_copy(update={"max_layers": spec.host.n_layer + 1})})
+    tight = changed(spec, growth={"max_layers": spec.host.n_layer + 1})
     for policy, left in (
         (SchedulePolicy([Entry(at=0.1, blueprint="block"), Entry(at=0.2, blueprint="block")]), ["block at 20%"]),
         (RandomPolicy(0, matched=["block", "block"]), ["block"]),
@@ -75,8 +75,8 @@ def test_planned_grafts_that_were_not_played_are_known(spec):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_schedules_graft_all_that_they_name(spec, name):
-    grafts = play(spec, make_policy(name, ArmInputs(blueprints=tuple(spec.growth.blueprints))))["grafts"]
-    assert kinds(grafts) == [entry.blueprint for entry in NAMED[name]]
+    policy = make_policy(name, ArmInputs(blueprints=tuple(spec.growth.blueprints)))
+    assert kinds(spec, policy) == [entry.blueprint for entry in NAMED[name]]
     with pytest.raises(UserError, match=f"blueprint in arm '{name}'"):
         make_policy(name, ArmInputs(blueprints=("expert",)))
 
@@ -87,15 +87,12 @@ def test_named_schedules_graft_all_that_they_name(spec, name):
         ('[{"at": 0.0, "blueprint": "blok"}]', "Did you mean 'block'"),
         ('[{"at": 0.0, "blueprint": "ffn", "site": "h7.ffn"}]', "unknown site"),
         ('[{"at": 1.5, "blueprint": "ffn"}]', "less than or equal to 1"),
-        ('[{"when": 0.5, "blueprint": "ffn"}]', "at"),
         ("{}", "--schedule"),
-        (None, "--schedule"),
     ],
 )
 def test_bad_schedules(spec, tmp_path, text, sentence):
     path = tmp_path / "plan.json"
-    if text is not None:
-        path.write_text(text)
+    path.write_text(text)
     with pytest.raises(UserError, match=sentence):
         play(spec, SchedulePolicy.load(path))
 
@@ -103,7 +100,7 @@ def test_bad_schedules(spec, tmp_path, text, sentence):
 @pytest.fixture(scope="module")
 def flat(spec):
     """An observation of a two-layer host whose loss is nearly flat, in mid-run; `h0.stream` has the greatest norm."""
-    run = SurrogateRun(spec.model_copy(update={"host": spec.host.model_copy(update={"n_layer": 2})}))
+    run = SurrogateRun(changed(spec, host={"n_layer": 2}))
     telemetry = run.reset(seed=0)
     for _ in range(6):
         telemetry = run.step(StaticPolicy().act(telemetry)).telemetry
@@ -154,10 +151,5 @@ def test_tamiyo_waits(flat, changed, reason):
     assert reason in action.reason
 
 
-def test_aliases_and_unknown_arms():
+def test_aliases_are_of_arms():
     assert {arm_name(alias) for alias in ALIASES} <= set(ARMS)
-    with pytest.raises(UserError, match="unknown arm 'statik'"):
-        arm_name("statik")
-    for arm in ("ppo", "schedule"):
-        with pytest.raises(UserError, match="needs a"):
-            make_policy(arm, ArmInputs())

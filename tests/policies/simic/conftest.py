@@ -18,7 +18,7 @@ def local_ray(one_ray):
 
 
 @pytest.fixture
-def make(local_ray):
+def make(local_ray, request):
     """Make trainings on the toy, which are stopped at the end; `ppo` changes the settings."""
     from simic_toy import SPACE, ToyRun
 
@@ -27,15 +27,13 @@ def make(local_ray):
     from esper.policies.simic.ppo import PPOTraining
     from esper.workers.worker import EpisodeWorker
 
-    made = []
     settings = {"decisions": 128, "minibatch": 64, "epochs": 6, "learning_rate": 2e-3, "hidden": 64, "entropy": 0.01}
 
     def training(seed: int = 0, journal: Path | None = None, start: Path | None = None, **ppo: float) -> PPOTraining:
         spec = RunSpec(ppo=PPOSpec.model_validate({**settings, **ppo}))
         fleet = lambda: LocalFleet(lambda: EpisodeWorker(ToyRun), 4)  # noqa: E731
-        made.append(PPOTraining(spec, SPACE, fleet, seed=seed, journal=journal, start=start))
-        return made[-1]
+        made = PPOTraining(spec, SPACE, fleet, seed=seed, journal=journal, start=start)
+        request.addfinalizer(made.stop)
+        return made
 
-    yield training
-    for each in made:
-        each.stop()
+    return training

@@ -3,13 +3,23 @@
 import time
 
 import numpy as np
+import torch
 
 from esper.platform.contracts import GraftAction, Instance, Transition
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, WAIT, Candidate, Telemetry, TelemetrySpace
+from esper.policies.simic.net import ControllerNet
 
 SPACE = TelemetrySpace(sites=3, candidates=5)
 DECISIONS = 8
 BEST = DECISIONS * 1.0
+
+
+def bold_net(hidden: int = 8, seed: int = 0) -> ControllerNet:
+    """A network that has opinions: one fresh from its initialisation scores all rows about equal."""
+    torch.manual_seed(seed)
+    net = ControllerNet(hidden)
+    torch.nn.init.normal_(net.score[-1].weight)  # pyright: ignore[reportArgumentType]
+    return net
 
 
 class ToyRun:
@@ -20,24 +30,16 @@ class ToyRun:
     `expected`: what it says that a decision takes; `fail_at`: the decision at which it raises `error`.
     """
 
-    def __init__(
-        self,
-        seconds: float = 0.0,
-        fail_at: int | None = None,
-        error: Exception | None = None,
-        expected: float | None = None,
-    ) -> None:
+    def __init__(self, seconds=0.0, fail_at=None, error=None, expected=0.0) -> None:
+        self._seconds, self._fail_at, self._error = seconds, fail_at, error or RuntimeError("the toy broke")
         self._expected = expected or seconds or 1e-3
-        self._seconds, self._fail_at = seconds, fail_at
-        self._error = error or RuntimeError("the toy broke")
 
     def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry:
         self.seed, self.k = seed, 0
         return self._observe()
 
     def step(self, action: GraftAction) -> Transition:
-        if self._seconds:
-            time.sleep(self._seconds)
+        time.sleep(self._seconds)
         if self.k == self._fail_at:
             raise self._error
         assert action.sequence == self.k
@@ -62,17 +64,14 @@ class ToyRun:
         self._observe()
 
     def _observe(self) -> Telemetry:
-        sign = int(np.random.default_rng([self.seed, self.k]).choice([-1, 1]))  # no seeding.py: it imports torch
+        sign = int(np.random.default_rng([self.seed, self.k]).choice([-1, 1]))
         self.paying = 1 if sign > 0 else 2
         arrays = {name: np.zeros(shape, np.float32) for name, shape in SPACE.shapes.items()}
         arrays["globals"][GLOBALS.index("gradient_noise")] = sign
         arrays["globals"][GLOBALS.index("budget_used")] = self.k / DECISIONS
         arrays["sites"][:2, SITE.index("present")] = 1
-        rows = arrays["candidates"]
-        rows[:3, CANDIDATE.index("present")] = 1
-        rows[0, CANDIDATE.index("is_wait")] = 1
-        rows[1:3, CANDIDATE.index("is_graft")] = 1
-        rows[1, CANDIDATE.index("adds_heads")] = rows[2, CANDIDATE.index("adds_width")] = 1
+        for i, shown in enumerate((("is_wait",), ("is_graft", "adds_heads"), ("is_graft", "adds_width"))):
+            arrays["candidates"][i, [CANDIDATE.index(name) for name in ("present", *shown)]] = 1
         self.mask = np.array([True, True, True, False, False])
         actions = (WAIT, Candidate("graft", "a", "heads"), Candidate("graft", "b", "width"))
         arrays.pop("mask")

@@ -1,10 +1,8 @@
 """The dispatcher's rules (its docstring has them), on toy runs in this process and in Ray actors."""
 
 import heapq
-import json
 import os
 import signal
-import threading
 import time
 from dataclasses import fields, replace
 from itertools import count
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from simic_toy import DECISIONS, SPACE, ToyRun
+from simic_toy import DECISIONS, SPACE, ToyRun, bold_net
 
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
@@ -24,15 +22,7 @@ from esper.policies.simic import fleet as fleets
 from esper.policies.simic.dispatcher import OVERTAKING, Dispatcher, Progress
 from esper.policies.simic.episode import Played
 from esper.policies.simic.fleet import LocalFleet, RayFleet
-from esper.policies.simic.net import ControllerNet
 from esper.workers.worker import EpisodeWorker, GrowthWorker
-
-
-def make_net(seed: int = 0) -> ControllerNet:
-    torch.manual_seed(seed)
-    net = ControllerNet(8)
-    torch.nn.init.normal_(net.score[-1].weight)  # pyright: ignore[reportArgumentType]
-    return net
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def make():
 
     def dispatcher(fleet, *, seed=0, ahead=10_000, **kwargs) -> Dispatcher:
         fleet = local(ToyRun, fleet) if isinstance(fleet, int) else fleet
-        made.append(Dispatcher(fleet, make_net(), SPACE, seed=seed, ahead=ahead, **kwargs))
+        made.append(Dispatcher(fleet, bold_net(), SPACE, seed=seed, ahead=ahead, **kwargs))
         return made[-1]
 
     yield dispatcher
@@ -109,13 +99,13 @@ def test_new_weights_come_between_batches_and_leave_their_number(make):
     assert all(set(each.weights) == {0} for each in dispatcher.collect(3 * DECISIONS))
     for _ in range(DECISIONS // 2):  # into the next episodes
         dispatcher._turn()
-    dispatcher.set_weights(make_net(1).state_dict(), 1)
+    dispatcher.set_weights(bold_net(seed=1).state_dict(), 1)
     second = dispatcher.collect(8 * DECISIONS)
     assert set(second[-1].weights) == {1}
     mixed = next(each for each in second if set(each.weights) == {0, 1})  # those under way go on with the new weights
     seen = {name: torch.from_numpy(array[:-1]) for name, array in mixed.observations.items()}
     for k, number in enumerate(mixed.weights):
-        expected = make_net(number).logits(seen)[k].detach().numpy()
+        expected = bold_net(seed=number).logits(seen)[k].detach().numpy()
         np.testing.assert_allclose(mixed.logits[k], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -132,20 +122,19 @@ class Poisoned(EpisodeWorker):
         return reply
 
 
-def other(reply, **changes):
+def other(reply, name, change):
     """A reply with another observation in it."""
-    made = {name: change(getattr(reply.telemetry, name)) for name, change in changes.items()}
-    return replace(reply, answer=replace(reply.answer, telemetry=replace(reply.telemetry, **made)))
+    telemetry = replace(reply.telemetry, **{name: change(getattr(reply.telemetry, name))})
+    return replace(reply, answer=replace(reply.answer, telemetry=telemetry))
 
 
 POISON = {
-    "not finite": lambda reply: other(reply, globals=lambda values: values * np.nan),
-    "shape": lambda reply: other(reply, sites=lambda sites: sites[:-1]),
-    "objects": lambda reply: other(reply, globals=lambda values: values.astype(object)),
-    "version": lambda reply: other(reply, version=lambda version: version + 1),
-    "older request": lambda reply: other(reply, sequence=lambda sequence: 2),
-    "wait is not legal": lambda reply: other(reply, mask=lambda mask: ~mask),
-    "actions without a name": lambda reply: other(reply, actions=lambda actions: (None,) * len(actions)),
+    "not finite": lambda reply: other(reply, "globals", lambda values: values * np.nan),
+    "shape": lambda reply: other(reply, "sites", lambda sites: sites[:-1]),
+    "version": lambda reply: other(reply, "version", lambda version: version + 1),
+    "older request": lambda reply: other(reply, "sequence", lambda sequence: 2),
+    "wait is not legal": lambda reply: other(reply, "mask", lambda mask: ~mask),
+    "actions without a name": lambda reply: other(reply, "actions", lambda actions: (None,) * len(actions)),
     "no info": lambda reply: replace(reply, answer=replace(reply.answer, info=None)),
     "reward": lambda reply: replace(reply, answer=replace(reply.answer, reward=np.nan)),
     "no outcome": lambda reply: replace(reply, answer=reply.telemetry),
@@ -179,41 +168,41 @@ def test_a_run_that_raises_is_done_again_by_another_and_at_last_dropped(make):
     assert dispatcher.progress.dropped == [1]
 
 
-def test_gives_up_when_nothing_but_failure_happens(make):
-    with pytest.raises(UserError, match=r"12 episodes in a row were lost.*RuntimeError: the toy broke"):
-        make(local(lambda: ToyRun(fail_at=2), 2)).collect(8)
-
-
-def test_what_a_user_can_mend_ends_it_at_once(make):
-    dispatcher = make(local(lambda: ToyRun(fail_at=0, error=UserError("no such data: prepare it.")), 2))
-    with pytest.raises(UserError, match=r"^no such data: prepare it\.$"):
+@pytest.mark.parametrize(
+    ("run", "says", "failures"),
+    [
+        ({"fail_at": 2}, r"12 episodes in a row were lost.*RuntimeError: the toy broke", None),
+        ({"fail_at": 0, "error": UserError("no such data: prepare it.")}, r"^no such data: prepare it\.$", 1),
+    ],
+)
+def test_nothing_but_failure_ends_it_and_what_a_user_can_mend_at_once(make, run, says, failures):
+    dispatcher = make(local(lambda: ToyRun(**run), 2))
+    with pytest.raises(UserError, match=says):
         dispatcher.collect(8)
-    assert dispatcher.progress.counts["failures"] == 1
+    assert failures in (None, dispatcher.progress.counts["failures"])
 
 
-def test_an_error_in_the_thread_surfaces(make):
+def test_an_error_in_the_thread_surfaces(make, monkeypatch):
     fleet = local(ToyRun, 2, lockstep=False)
-    fleet.ready = lambda timeout: 1 / 0  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(fleet, "ready", lambda timeout: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(fleet).collect(8)
 
 
 class Simulated(LocalFleet):
-    """Workers by a clock of its own: an answer comes after the seconds that its episode's decisions take."""
+    """Workers by a clock of its own: an answer is known at once, and comes after the seconds that it takes."""
 
     def __init__(self, n, seconds):
         self.clock, self.worked, self._coming, self._seconds, self._number = 0.0, 0.0, [], seconds, count()
         super().__init__(lambda: EpisodeWorker(ToyRun), n)
 
     def submit(self, worker, order):
-        """An order's answer is known, and comes later."""
         seconds = self._seconds(worker, order.episode)
         self.worked += seconds
         event = self._workers[worker].advance(order)
         heapq.heappush(self._coming, (self.clock + seconds, next(self._number), worker, event))
 
     def ready(self, timeout):
-        """Those that come next."""
         events, self._events = self._events, []
         if not events and self._coming:
             self.clock, _, worker, event = heapq.heappop(self._coming)
@@ -234,7 +223,7 @@ def test_what_is_learned_is_what_has_begun_and_no_older_than_stated(make, n):
         episodes = dispatcher.collect(BATCH)
         learned += numbers(episodes)
         lags += [update - episode.weights.min() for episode in episodes]
-        dispatcher.set_weights(make_net().state_dict(), update + 1)
+        dispatcher.set_weights(bold_net().state_dict(), update + 1)
     assert learned == list(range(len(learned)))  # in the order of their beginning: the share is that of what has begun
     assert slow[learned].mean() == pytest.approx(0.67, abs=0.1)
     assert dispatcher.progress.learned == len(learned)
@@ -253,20 +242,18 @@ def test_workers_at_one_to_eight_are_kept_busy(make):
 def test_workers_go_on_alone_rest_when_the_learner_is_behind_and_stop(make):
     dispatcher = make(local(lambda: ToyRun(seconds=0.005), 3, lockstep=False), ahead=5 * DECISIONS)
     dispatcher.collect(DECISIONS)
-    # Between two episodes a worker rests for a moment, so that alone does not tell.
-    resting = lambda: all(worker["state"] == "resting" for worker in dispatcher.workers())  # noqa: E731
-    wait_until(lambda: dispatcher.ready >= 5 * DECISIONS and resting())  # this thread, the learner's, does nothing
+    wait_until(  # this thread, the learner's, does nothing
+        lambda: dispatcher.ready >= 5 * DECISIONS and {each["state"] for each in dispatcher.workers()} == {"resting"}
+    )
     assert dispatcher.ready < (5 + 3) * DECISIONS
     assert dispatcher.waiting == 0
     for _ in range(4):
         assert sum(map(len, dispatcher.collect(5 * DECISIONS))) == 5 * DECISIONS
     assert 0.0 < dispatcher.busy_fraction() <= 1.0
-    dispatcher.stop()
-    assert not any(thread.name == "simic-dispatcher" for thread in threading.enumerate())
 
 
 def test_deadlines_are_by_what_a_decision_usually_takes_here(make, monkeypatch):
-    """Decisions take four times what is expected; then a worker hangs at the fourth, and so does the one after it."""
+    """They take four times what is expected; then a worker hangs at the fourth, and so does the one after it."""
     now, lost = [0.0], []
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
@@ -276,52 +263,39 @@ def test_deadlines_are_by_what_a_decision_usually_takes_here(make, monkeypatch):
                 reply = self._workers[worker].advance(order)
                 self._events.append((worker, replace(reply, worked=8.0)))
 
-        def replace(self, worker):
-            lost.append(now[0])
-            super().replace(worker)
-
     fleet = Slow(lambda: EpisodeWorker(lambda: ToyRun(expected=2.0)), 1)
     dispatcher = make(fleet, limits=FleetSpec(deadline=10, grace=5))
-    for _ in range(1000):
+    for _ in range(600):
         now[0] += 1.1
         dispatcher._turn()
-    sent = 5 * 1.1  # a turn for the start, and one for each order
+        if dispatcher.progress.counts["late"] > len(lost):
+            lost.append(now[0])
     once, again = 5 + 10 * 4 * 2, 2 * (5 + 10 * 4 * 2 * 3)  # all three again, in twice the time: it was lost once
-    assert lost[:2] == [pytest.approx(sent + once, abs=2.2), pytest.approx(sent + once + again, abs=6)]
-    assert dispatcher.progress.counts["late"] == len(lost)
+    assert lost == pytest.approx([once, once + again], abs=10)
 
 
-def test_a_hung_worker_is_replaced_and_its_episode_done_by_another(make, local_ray):
-    fleet = actors(lambda: ToyRun(seconds=0.05), lambda: 2)
-    dispatcher = make(fleet, limits=FleetSpec(deadline=10, grace=1.5))
-    dispatcher.collect(2 * DECISIONS)
-    hung = next(iter(fleet._actors))
-    # A call beside its orders: an actor does one thing at a time, and this one stops its own process.
-    fleet._actors[hung].__ray_call__.remote(lambda self: os.kill(os.getpid(), signal.SIGSTOP))
-    wait_until(lambda: dispatcher.progress.counts["late"] > 0)
-    found = numbers(dispatcher.collect(dispatcher.ready + 4 * DECISIONS))
-    assert found == list(range(2, 2 + len(found)))
-    assert dispatcher.progress.counts["failures"] == dispatcher.progress.counts["dropped"] == 0
-    assert hung not in fleet._actors
-
-
-def test_workers_join_and_leave(make, local_ray):
+def test_workers_join_hang_die_and_leave(make, local_ray):
     wanted = [1]
-    fleet = actors(lambda: ToyRun(seconds=0.02), lambda: wanted[0])
-    dispatcher = make(fleet)
+    fleet = actors(lambda: ToyRun(seconds=0.05), lambda: wanted[0])
+    dispatcher = make(fleet, limits=FleetSpec(deadline=10, grace=1.5))
+    counts = dispatcher.progress.counts
     dispatcher.collect(DECISIONS)
     assert len(dispatcher.workers()) == 1
     wanted[0] = 2
     wait_until(lambda: [w["state"] for w in dispatcher.workers()] == ["training"] * 2)
+    # A call beside its orders: an actor does one thing at a time, and this one stops its own process.
+    fleet._actors[0].__ray_call__.remote(lambda self: os.kill(os.getpid(), signal.SIGSTOP))
+    wait_until(lambda: counts["late"] > 0 and {w.get("worker") for w in dispatcher.workers()} == {1, 2})
+    assert counts["failures"] == 0
     wanted[0] = 1
-    local_ray.kill(fleet._actors[0])  # its node is gone, say
-    wait_until(lambda: dispatcher.progress.counts["failures"] > 0)
+    local_ray.kill(fleet._actors[1])  # its node is gone, say
+    wait_until(lambda: counts["failures"] > 0)
     found = numbers(dispatcher.collect(dispatcher.ready + 2 * DECISIONS))
-    assert found == list(range(1, 1 + len(found)))  # the one that it was at is not missing
-    assert [w["worker"] for w in dispatcher.workers()] == [1]
+    assert found == list(range(1, 1 + len(found)))  # those that they were at are not missing
+    assert counts["dropped"] == 0
+    assert [w["worker"] for w in dispatcher.workers()] == [2]
     wanted[0] = 2
-    local_ray.kill(fleet._actors[1])
-    wait_until(lambda: {w.get("worker") for w in dispatcher.workers()} == {2, 3})  # others in its place
+    wait_until(lambda: {w.get("worker") for w in dispatcher.workers()} == {2, 3})
 
 
 def test_workers_that_cannot_start_are_reported_in_their_own_words(make, local_ray, monkeypatch):
@@ -339,34 +313,24 @@ def test_workers_that_cannot_start_are_reported_in_their_own_words(make, local_r
 @pytest.fixture
 def kept(make, tmp_path):
     """Make dispatchers of three workers with a journal, which die without closing anything."""
-    instances = lambda number: Instance(n_layer=1 + number)  # noqa: E731
+    made = []
 
     def dispatcher(turns: int = 0, journal: Path | None = tmp_path, **kwargs) -> Dispatcher:
-        made = make(3, instances=instances, journal=journal, **kwargs)
+        made.append(make(3, instances=lambda number: Instance(n_layer=1 + number), journal=journal, **kwargs))
         for _ in range(turns):
-            made._turn()
-        return made
+            made[-1]._turn()
+        return made[-1]
 
-    return dispatcher
+    yield dispatcher
+    for each in made:
+        for journal in each._journal._open.values() if each._journal else ():
+            journal.close()
 
 
 @pytest.mark.parametrize("turns", [1, 3 * DECISIONS + 5])
 def test_a_driver_that_dies_anywhere_is_gone_on_with(kept, turns):
     kept(turns)
     assert_equal(kept().collect(9 * DECISIONS), kept(journal=None).collect(9 * DECISIONS))
-
-
-def test_episodes_go_once_they_are_learned_from(kept, tmp_path):
-    one = kept()
-    taken, left = numbers(one.collect(4 * DECISIONS)), one.in_flight()
-    one.forget()
-    assert sorted(int(path.stem) for path in tmp_path.iterdir()) == left
-    again = kept(start=one.progress.model_copy())
-    assert again.begun == one.begun
-    assert again.in_flight() == left
-    later = numbers(again.collect(4 * DECISIONS))
-    assert not set(later) & set(taken)
-    assert set(left) <= {*later, *again.in_flight()}
 
 
 def test_damage_before_the_last_line_is_told_of(kept, tmp_path):
@@ -386,6 +350,4 @@ def test_a_full_disk_is_told_of_once_and_what_was_written_is_gone_on_with(kept, 
         for _ in range(3):
             one._turn()
     assert capfd.readouterr().err.count("cannot be written") == 1
-    for path in tmp_path.iterdir():
-        assert all(json.loads(line) for line in path.read_text().splitlines())
     assert_equal(kept().collect(6 * DECISIONS), kept(journal=None).collect(6 * DECISIONS))

@@ -1,7 +1,4 @@
-"""Warnings of degenerate training: each condition on made-up metrics, and on PPO that is really driven into it.
-
-Alone: `pytest tests/policies/simic/test_health.py`; needs the package's local Ray.
-"""
+"""Warnings of degenerate training: each condition on made-up metrics, and one on PPO that is driven into it."""
 
 import pytest
 
@@ -18,30 +15,19 @@ def healthy(n: int = 24) -> list[dict[str, float]]:
     """Metrics of a training that goes well, of `n` iterations."""
     steady = {"episodes": 11.0, "episode_length": 24.0, "wait": 0.8, "graft": 0.2, "layer": 0.2, "kl": 0.01}
     steady |= {"clip_fraction": 0.1, "lag_mean": 1.0, "busy": 0.95, "sample_seconds": 5.0, "learn_seconds": 1.0}
-    return [
-        {
-            **steady,
-            "return_mean": 2.5 + i / 50 + 0.03 * (-1) ** i,
-            "explained_variance": -0.5 + i / 20,
-            "entropy": 1 - i / 40,
-            "failures": i // 10,
-        }
-        for i in range(n)
-    ]
+    returns = [2.5 + i / 50 + 0.03 * (-1) ** i for i in range(n)]
+    rest = [{"explained_variance": i / 20 - 0.5, "entropy": 1 - i / 40, "failures": i // 10} for i in range(n)]
+    return [{**steady, **rest[i], "return_mean": returns[i]} for i in range(n)]
 
 
-def changed(after: int = 10, **metrics: list[float]) -> list[dict[str, float]]:
-    """The same, with other values from an iteration on."""
+def changed(after: int = 10, **metrics: list[float] | float) -> list[dict[str, float]]:
+    """The same, with other values: throughout, or those of a list from an iteration on."""
     history = healthy()
     for name, values in metrics.items():
+        begin, values = (after, values) if isinstance(values, list) else (0, [values] * len(history))
         for i, value in enumerate(values):
-            history[after + i][name] = value
+            history[begin + i][name] = value
     return history
-
-
-def throughout(**metrics: float) -> list[dict[str, float]]:
-    """The same, with other values at all times."""
-    return [{**each, **metrics} for each in healthy()]
 
 
 @pytest.mark.parametrize(
@@ -53,26 +39,22 @@ def throughout(**metrics: float) -> list[dict[str, float]]:
         (changed(kl=[0.3]), "too far (KL 0.3,"),  # one such update has lost a toy all it had learned
         (changed(kl=[1e-5] * 14), "hardly change the policy (KL 1e-05"),
         (changed(clip_fraction=[0.9, 0.1, 0.8, 0.95]), "80% of the decisions are clipped"),
-        (changed(clip_fraction=[0.55, 0.61, 0.2, 0.64, 0.3, 0.55]), None),  # the toy's steepest stretch
         (changed(lag_mean=[1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]), "later and later"),
         (changed(busy=[0.3] * 14), "busy only 30% of the time: look at failures"),
         (changed(busy=[0.3] * 14, learn_seconds=[9.0] * 14), "the learner takes 9.0 s an update"),
         (changed(failures=[3.0, 5.0, 7.0, 9.0, 11.0]), "losing work (failures +"),
         (healthy(40), None),
-        (throughout(wait=63 / 64, layer=1 / 64, episode_length=64.0), None),  # one graft in a long episode
-        (throughout(wait=255 / 256, layer=1 / 256, episode_length=64.0), "always chooses the same (wait, 99.6%"),
-        (throughout(explained_variance=-0.02), None),  # the return rises: there was nothing to explain
-        (throughout(explained_variance=-0.02, return_mean=2.5), "explained variance is near 0 (median -0.02"),
+        (changed(wait=63 / 64, layer=1 / 64, episode_length=64.0), None),  # one graft in a long episode
+        (changed(wait=255 / 256, layer=1 / 256, episode_length=64.0), "always chooses the same (wait, 99.6%"),
+        (changed(explained_variance=-0.02), None),  # the return rises: there was nothing to explain
+        (changed(explained_variance=-0.02, return_mean=2.5), "explained variance is near 0 (median -0.02"),
         ([{"return_mean": 1.0}] * 30, None),  # metrics that are not there are no illness
     ],
 )
 def test_each_condition_is_told_in_one_sentence(history, sentence):
     told = warnings(history, iterations=100)
-    if sentence is None:
-        assert told == []
-        return
-    assert len(told) == 1
-    assert sentence in told[0]
+    assert len(told) == (sentence is not None)
+    assert not told or sentence in told[0]
 
 
 def test_late_in_training_a_settled_policy_is_as_it_should_be():
@@ -88,15 +70,6 @@ def test_a_condition_is_told_once_until_it_has_been_away():
     assert told == [1, 0, 0, *[0] * 4, 0, *[0] * 5, 1]
 
 
-@pytest.mark.parametrize(
-    ("iterations", "settings", "told"),
-    [
-        (6, {"learning_rate": 1.0}, "always chooses the same"),
-        (20, {"learning_rate": 1e-12, "decisions": 64, "epochs": 1}, "updates hardly change the policy"),
-        (12, {"seed": 2}, None),
-    ],
-)
-def test_ppo_really_driven_there_is_told_of(make, iterations, settings, told):
-    training = make(**settings)
-    found = warnings([training.iterate() for _ in range(iterations)], iterations)
-    assert any(told in warning for warning in found) if told else found == []
+def test_ppo_really_driven_there_is_told_of(make):
+    training = make(learning_rate=1.0)
+    assert any("always chooses the same" in each for each in warnings([training.iterate() for _ in range(6)], 6))

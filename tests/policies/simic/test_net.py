@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from simic_toy import bold_net
 
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
 from esper.policies.simic.net import ILLEGAL, WAIT_PRIOR, ControllerNet, entropy
@@ -26,31 +27,14 @@ def inputs(b: int, s: int, a: int, *, sites: int | None = None, legal: int | Non
 
 @pytest.fixture
 def net() -> ControllerNet:
-    """A network that has opinions: one fresh from its initialisation scores all rows about equal."""
-    torch.manual_seed(0)
-    made = ControllerNet(32)
-    with torch.no_grad():
-        made.score[-1].weight.normal_()
-    return made
+    return bold_net(32)
 
 
-def test_order_of_sites_does_not_matter_and_that_of_candidates_is_the_logits(net: ControllerNet):
-    x = inputs(2, 4, 6, legal=3)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    y = x | {"candidates": x["candidates"][:, order], "mask": x["mask"][:, order], "sites": x["sites"][:, [2, 0, 3, 1]]}
-    torch.testing.assert_close(net.logits(y), net.logits(x)[:, order])
-    torch.testing.assert_close(net.value(y), net.value(x))
-
-
-def test_padding_changes_nothing(net: ControllerNet):
-    x, pad = inputs(2, 4, 6), torch.nn.functional.pad
-    y = {
-        "globals": x["globals"],
-        "sites": pad(x["sites"], (0, 0, 0, 96)),
-        "candidates": pad(x["candidates"], (0, 0, 0, 194)),
-        "mask": pad(x["mask"], (0, 194)),
-    }
-    torch.testing.assert_close(net.logits(y)[:, :6], net.logits(x))
+def test_order_and_padding_change_nothing_but_the_order_of_the_logits(net: ControllerNet):
+    x, order, pad = inputs(2, 4, 6, legal=3), torch.tensor([3, 0, 5, 1, 4, 2]), torch.nn.functional.pad
+    y = x | {"sites": pad(x["sites"][:, [2, 0, 3, 1]], (0, 0, 0, 96)), "mask": pad(x["mask"][:, order], (0, 194))}
+    y["candidates"] = pad(x["candidates"][:, order], (0, 0, 0, 194))
+    torch.testing.assert_close(net.logits(y)[:, :6], net.logits(x)[:, order])
     assert (net.logits(y)[:, 6:] == ILLEGAL).all()
     torch.testing.assert_close(net.value(y), net.value(x))
 

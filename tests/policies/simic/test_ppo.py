@@ -1,4 +1,4 @@
-"""PPO over the dispatcher: it learns, repeats by its seed, and refuses what is no checkpoint."""
+"""PPO over the dispatcher: it learns, and goes on from its own checkpoints only."""
 
 from pathlib import Path
 
@@ -13,23 +13,20 @@ from simic_toy import ToyRun
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.policies.simic import ppo
+from esper.policies.simic.health import Health
 from esper.policies.simic.policy import SimicPolicy
-from esper.policies.simic.ppo import STATE, PPOTraining
-
-
-def train(training: PPOTraining, iterations: int) -> list[dict[str, float]]:
-    """Metrics of each iteration but what the clock says, and what a resumed training counts otherwise."""
-    left_out = ("seconds", "seconds_max", "redone", "learned_share")
-    results = [training.iterate() for _ in range(iterations)]
-    return [{k: v for k, v in metrics.items() if not k.endswith(left_out)} for metrics in results]
+from esper.policies.simic.ppo import STATE
 
 
 def test_learns_the_toy_task(make):
-    curve = train(make(seed=2), 12)
+    training = make(seed=2)
+    curve = [training.iterate() for _ in range(12)]
     first = curve[0]
     assert first["return_mean"] < 2
     assert curve[-1]["return_mean"] > 5  # waiting always gives 1.6, the best is 8
     assert curve[-1]["entropy"] < first["entropy"]
+    health = Health(len(curve))
+    assert not [warning for metrics in curve for warning in health.look(metrics)]
     assert first["wait"] == pytest.approx(0.7, abs=0.1)
     assert first["wait"] + first["graft"] + first["prune"] == pytest.approx(1)
     assert first["heads"] + first["width"] == pytest.approx(first["graft"])
@@ -40,16 +37,10 @@ def test_learns_the_toy_task(make):
 
 def test_a_learner_in_a_process_of_its_own_learns_the_same_task(make):
     training = make(seed=2, learners=1)
-    curve = train(training, 6)
+    curve = [training.iterate() for _ in range(6)]
     assert curve[-1]["return_mean"] > curve[0]["return_mean"] + 1
     assert curve[-1]["lag_max"] == 0
     assert all(torch.isfinite(value).all() for value in training.policy().net.state_dict().values())
-
-
-def test_equal_seeds_give_equal_trainings(make):
-    one, two, other = (train(make(seed=seed), 3) for seed in (5, 5, 6))
-    assert one == two
-    assert one != other
 
 
 def test_a_resumed_training_takes_a_new_rate(make, tmp_path: Path):
@@ -65,8 +56,6 @@ def test_a_resumed_training_takes_a_new_rate(make, tmp_path: Path):
 
 
 def test_what_is_no_checkpoint_of_this_training_is_refused(make, tmp_path: Path):
-    with pytest.raises(UserError, match="is not there"):
-        make(start=tmp_path)
     make().save(tmp_path / "c")
     with pytest.raises(UserError, match=r"does not fit ppo\.hidden 8"):
         make(start=tmp_path / "c", hidden=8)
@@ -80,9 +69,6 @@ def test_what_is_no_checkpoint_of_this_training_is_refused(make, tmp_path: Path)
         checkpoint.write(tmp_path / "c" / STATE, odd_state, odd_tensors)
         with pytest.raises(UserError):
             make(start=tmp_path / "c")
-    (tmp_path / "c" / STATE).write_bytes(b"...")
-    with pytest.raises(UserError, match="is damaged"):
-        make(start=tmp_path / "c")
 
 
 def test_advantages_by_hand(make):
@@ -94,7 +80,6 @@ def test_advantages_by_hand(make):
     expected = []
     for episode in given:
         rewards, observations = episode.get_rewards(), episode.get_observations()
-        assert len(rewards) == 8
         with torch.no_grad():
             inputs = {name: torch.from_numpy(array) for name, array in observations.items()}
             values = learner.module[DEFAULT_MODULE_ID].compute_values({Columns.OBS: inputs}).numpy().astype(np.float64)
@@ -107,7 +92,5 @@ def test_advantages_by_hand(make):
     )[DEFAULT_MODULE_ID]
     assert Columns.LOSS_MASK not in batch  # the rows that RLlib adds are gone, and count nowhere
     assert {len(batch[column]) for column in batch if column != Columns.OBS} == {len(expected)}
-    wanted, found = np.array(expected), batch[Postprocessing.ADVANTAGES].numpy()
-    np.testing.assert_allclose(found, (wanted - wanted.mean()) / wanted.std(), atol=1e-5)
-    assert found.mean() == pytest.approx(0, abs=1e-6)
-    assert found.std() == pytest.approx(1, abs=1e-6)
+    wanted = (np.array(expected) - np.mean(expected)) / np.std(expected)
+    np.testing.assert_allclose(batch[Postprocessing.ADVANTAGES].numpy(), wanted, atol=1e-5)
