@@ -23,16 +23,14 @@ from esper.platform import cluster
 from esper.platform.errors import UserError
 import psutil, ray
 
-@ray.remote(num_cpus=0)
-class Actor:
-    def see(self):
-        import only_here, platform
-        from esper.platform import errors
-        return only_here.VALUE, platform.system(), errors.__file__
+@ray.remote
+def see():
+    import only_here, platform
+    from esper.platform import errors
+    return only_here.VALUE, platform.system(), errors.__file__
 
 with cluster.session(cpus=3):
-    actor = Actor.remote()
-    print(cluster.cores(), *ray.get(actor.see.remote()))
+    print(cluster.cores(), *ray.get(see.remote()))
     try:
         with cluster.session(gpus=99):  # one inside another neither starts nor ends anything
             pass

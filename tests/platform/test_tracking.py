@@ -210,7 +210,6 @@ def drip(request: BaseHTTPRequestHandler) -> None:
     ("uri", "says"),
     [
         ("http://me:secret@DRIPS", "no whole answer within 0.5 s"),
-        ("http://me:secret@SILENT", "no whole answer within 0.5 s"),
         ("http://me:secret@REFUSING", "401"),
         ("http://me:secret@127.0.0.1:1", "Connection refused|no whole answer"),
         ("sqlite:////proc/nowhere/mlflow.db", "No such file"),
@@ -221,7 +220,7 @@ def test_a_store_that_takes_nothing_holds_nobody_is_one_sentence_for_all_runs_an
 ):
     for name in ("READY_SECONDS", "CONNECT_SECONDS", "CALL_SECONDS", "PAUSE_SECONDS"):
         monkeypatch.setattr(tracking, name, 0.5)
-    answers = {"DRIPS": drip, "SILENT": lambda _: time.sleep(20), "REFUSING": lambda each: each.send_error(401)}
+    answers = {"DRIPS": drip, "REFUSING": lambda request: request.send_error(401)}
     host = next((host for host in answers if host in uri), "REFUSING")
     with server_that(answers[host]) as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace(host, address))
