@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in minutes on a laptop
 	$(BIN)/python pipelines/demo.py
 
-# Two at once, for many wait for Ray or MLflow to start; what shares one of them stays together (tests/conftest.py).
+# Two at once, for many wait for Ray or MLflow to start; a file's tests, and those that share a Ray, stay in one process.
 test: $(READY)  ## all tests but the slow ones; those for a GPU show as skipped without one
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
@@ -42,7 +42,7 @@ fmt: $(READY)  ## mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## measure speed as paired ratios
+bench: $(READY)  ## measure speed: paired ratios, and the dispatcher's decisions a second
 	$(BIN)/python benchmarks/run.py
 
 clean:  ## remove caches and build products; .venv, runs and mlflow.db stay
