@@ -31,7 +31,6 @@ def row(run, blueprint=None, site=None, operation="graft"):
 
 
 def act(run, *which):
-    """Take that row."""
     return run.step(GraftAction(row(run, *which), run.telemetry.sequence))
 
 
@@ -44,7 +43,6 @@ def play(run, plan=()):
 
 
 def choose(telemetry):
-    """Some legal action."""
     legal = telemetry.legal()
     return GraftAction(int(legal[int(1e6 * abs(telemetry.globals).sum()) % len(legal)]), telemetry.sequence)
 
@@ -59,7 +57,6 @@ def finish(run):
 
 
 def outcome(run):
-    """The summary without wall times."""
     return plain(run.summary())
 
 
@@ -71,18 +68,16 @@ def plain(value):
 
 
 def weights(run):
-    """Copies of the host's tensors by name."""
     return {name: tensor.clone() for name, tensor in run.trainer.host.state_dict().items()}
 
 
 def same_weights(run, before):
     """Whether the host's tensors are these, to the bit."""
-    now = run.trainer.host.state_dict()
+    now = weights(run)
     return now.keys() == before.keys() and all(torch.equal(before[name], tensor) for name, tensor in now.items())
 
 
 def same_telemetry(one, other):
-    """Whether two observations are equal to the bit."""
     pairs = zip(one.arrays().values(), other.arrays().values(), strict=True)
     return one.actions == other.actions and all(np.array_equal(a, b) for a, b in pairs)
 
@@ -99,3 +94,12 @@ def odd(value, chance):
         return copy
     numbers = [value - 1, value + 1, value * 2] if isinstance(value, int) else []
     return chance.choice([None, -1, 0, 10**12, 0.5, "x", "h0.ffn", [], {}, True, [[]], {"a": 1}, *numbers])
+
+
+def mutated(content, chance):
+    """Bytes with one to four places overwritten, cut or lengthened."""
+    changed = bytearray(content)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(changed))
+        changed[at : at + chance.choice([0, 1, 1, 9])] = chance.randbytes(chance.choice([0, 1, 1, 5]))
+    return bytes(changed)

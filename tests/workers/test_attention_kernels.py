@@ -1,9 +1,5 @@
-"""Attention: every kernel computes the same function, and one that cannot run here is refused in a sentence.
+"""Attention: every kernel computes the same function, and one that cannot run here is refused in a sentence."""
 
-`flash` needs a CUDA GPU and flash-attn. Alone: `pytest tests/workers/test_attention_kernels.py`.
-"""
-
-import importlib.util
 import sys
 import types
 from typing import get_args
@@ -17,9 +13,8 @@ from esper.platform.spec import HostSpec, RunSpec
 from esper.workers.tolaria.model.transformer import KERNELS, kernel, sdpa
 
 
-def random_qkv(shape: tuple[int, ...], **options) -> Tensor:
+def random_qkv(B: int, T: int, H: int, D: int, **options) -> Tensor:
     """q, k and v in one, (B, T, H, 3, D), as the host has them."""
-    B, T, H, D = shape
     return torch.randn(B, T, H, 3, D, generator=torch.Generator().manual_seed(0)).to(**options)
 
 
@@ -33,18 +28,12 @@ def with_gradient(attend, qkv: Tensor, **options) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("shape", [(2, 256, 4, 64), (3, 77, 2, 32), (1, 130, 3, 20)])
 def test_flash_is_sdpa_in_bfloat16(shape):
-    """Within 0.02 + 2 % of torch's in float32, and twice that of torch's in bfloat16.
-
-    Rounding the weights, their gradients and the results to bfloat16 (8 bits) in otherwise exact arithmetic uses up
-    half of that at these shapes.
-    """
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    if importlib.util.find_spec("flash_attn") is None:
-        pytest.skip("needs flash-attn")
-    qkv = random_qkv(shape, dtype=torch.bfloat16, device="cuda")
+    """Within 0.02 + 2 % of torch's in float32 (rounding takes half), and twice that of torch's in bfloat16."""
+    pytest.importorskip("flash_attn")
+    qkv = random_qkv(*shape, dtype=torch.bfloat16, device="cuda")
     found = with_gradient(kernel("flash"), qkv, dropout=0.0)
     assert found[0].shape == shape
     torch.testing.assert_close(found, with_gradient(sdpa, qkv, dropout=0.0), rtol=4e-2, atol=4e-2)
@@ -60,8 +49,7 @@ def test_flash_is_sdpa_in_bfloat16(shape):
     ],
 )
 def test_where_flash_cannot_run_is_one_sentence(monkeypatch, installed, sentence):
-    if installed and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn") if installed else None)
     with pytest.raises(UserError, match=sentence):
         kernel("flash")

@@ -83,25 +83,17 @@ def test_a_run_hears_of_a_stop_within_its_copies_and_evaluations(spec, tokens, m
     assert calls(lambda: run.trainer.contributions(["h0.ffn"], run._pause)) == 2 * run.trainer.sample_tokens / 64
 
 
-def test_a_probe_is_charged_on_every_axis_and_leaves_the_run_alone(spec, tokens):
-    run = begun(spec, tokens, None)
+def test_a_probe_is_charged_on_every_axis_and_in_the_rent_and_leaves_the_run_alone(spec, tokens):
+    run = begun(changed(spec, budget={"axis": "tokens", "amount": 25600}), tokens)
+    first, rewards = run.loss, [act(run).reward]
     ledger, steps, before = dataclasses.replace(run.ledger), run.trainer.steps, weights(run)
-    losses = run.twins(rows(run, "block"), 20)
-    assert losses.shape == (2, 20)
+    assert run.twins(rows(run, "block"), 20).shape == (2, 20)
     assert run.trainer.steps == steps
     assert same_weights(run, before)
     used = run.ledger.less(ledger)
-    assert used.steps == 40
-    assert used.tokens == 40 * run.tokens_per_step
+    assert (used.steps, used.tokens) == (40, 40 * run.tokens_per_step)
     assert used.seconds > 40 * run.layout.step_seconds  # of which half are at a larger size
-
-
-def test_the_rent_covers_what_probes_used(spec, tokens):
-    run = begun(changed(spec, budget={"axis": "tokens", "amount": 25600}), tokens)
-    first, rewards = run.loss, []
     while not run.ended:
-        if run.sequence == 2:
-            run.twins(rows(run, "block"), 20)
         rewards.append(act(run).reward)
     rent = run.spec.reward.rent * run.ledger.parameter_seconds / run.reference
     assert sum(rewards) == pytest.approx(first - run.loss - rent, abs=1e-9)
@@ -110,17 +102,14 @@ def test_the_rent_covers_what_probes_used(spec, tokens):
 def test_contributions_are_measured_charged_and_true(spec, tokens):
     spec = changed(spec, budget={"amount": 2400}, growth={"probation_steps": 30})
     run = begun(spec, tokens, "ffn", "block", None)
-    told = dict(zip(run.telemetry.site_ids, run.telemetry.site_column("contribution"), strict=True))
-    flags = dict(zip(run.telemetry.site_ids, run.telemetry.site_column("contribution_measured"), strict=True))
-    assert {site for site, flag in flags.items() if flag} == {seed.site for seed in run.trainer.kasmina.seeds}
+    columns = [run.telemetry.site_column(name) for name in ("contribution", "contribution_measured")]
+    told = {site: value for site, value, flag in zip(run.telemetry.site_ids, *columns, strict=True) if flag}
+    assert told.keys() == {seed.site for seed in run.trainer.kasmina.seeds}
     layer, fork = run.trainer.kasmina.seeds[-1].site, run.fork()
     fork.trainer.kasmina.prune(layer)
     whole, without = (each.trainer._mean_loss(*each.trainer._sample, lambda: None) for each in (run, fork))
     assert told[layer] == pytest.approx(without - whole, abs=1e-6)
     assert told[layer] != 0
     # Charged in seconds, not in optimizer steps: a run without seeds uses less.
-    expected = sum(
-        (point["steps"] - before["steps"]) * spec.clock.step_seconds(run.shape, run.tokens_per_step)
-        for before, point in zip(run.curve[:-1], run.curve[1:], strict=True)
-    )
+    expected = run.ledger.steps * spec.clock.step_seconds(run.shape, run.tokens_per_step)
     assert run.ledger.seconds < expected * (1 + CONTRIBUTION_SHARE)  # at the final, largest size

@@ -1,7 +1,4 @@
-"""The governor sees faults and nothing else, and a run survives them without the graft that may have caused them.
-
-Alone: `pytest tests/workers/test_governor.py`.
-"""
+"""The governor sees faults and nothing else, and a run survives them without the graft that may have caused them."""
 
 import math
 
@@ -44,9 +41,6 @@ def test_faults(before, spread, after, sentence):
     assert sentence in fault(after, window, 20)
 
 
-# -- In a run ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def spec(tiny_spec):
     """240 steps in 8 decisions, a seed's probation longer than a decision."""
@@ -80,17 +74,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_in_the_graft_is_survived_without_it(spec, tokens, kind):
-    at = []
-
     def inject(run):
-        if run.trainer.kasmina.seeds and not at and run.trainer.kasmina.seeds[-1].age == 10:
-            at.append(run.ledger.steps)
+        if run.trainer.kasmina.seeds and run.trainer.kasmina.seeds[-1].age == 10:
             FAULTS[kind](run)
 
     run = started(spec, tokens, inject)
     shape, steps = run.trainer.host.shape, run.trainer.steps
     transition = act(run, "ffn")
-    assert at
     assert not transition.terminated
     (rollback,) = run.rollbacks
     assert rollback.removed == "ffn at h0.ffn"
@@ -123,37 +113,21 @@ def test_after_a_rollback_the_run_is_the_one_that_never_grafted(spec, tokens):
     never = started(spec, tokens)
     never.trainer.forget()
     rollback = run.rollbacks[0].optimizer_step - 60
-    for step in range(30 - rollback):
-        never.ledger.steps = 60 + rollback + step  # the rate follows the budget, which the lost steps have used
+    for step in range(60 + rollback, 90):
+        never.ledger.steps = step  # the rate follows the budget, which the lost steps have used
         never.trainer.step(never._rate())
     assert same_weights(run, never.trainer.host.state_dict())
 
 
-def test_a_graft_that_has_left_probation_is_kept(spec, tokens):
+@pytest.mark.parametrize("action", [(), ("ffn", None, "prune")], ids=["wait", "prune"])
+def test_a_fault_after_probation_costs_no_graft_and_undoes_a_prune(spec, tokens, action):
     run = started(spec, tokens)
     act(run, "ffn")
     act(run)
-    assert run.grafts[-1].outcome == "kept"
-    assert run.telemetry.get("last_graft_outcome") == 1
-    poison(run.trainer.host.ln_f.weight)
-    act(run)
-    assert run.rollbacks[-1].removed is None
-    assert len(run.trainer.kasmina.seeds) == 1
-    assert run.grafts[-1].outcome == "kept"
-
-
-def test_a_prune_in_the_slice_of_a_fault_is_undone(spec, tokens):
-    run = started(spec, tokens)
-    act(run, "ffn")
-    act(run)
-    fired = []
-
-    def inject(run):
-        if not fired:
-            fired.append(poison(run.trainer.host.ln_f.weight))
-
-    run.on_step = inject
-    act(run, "ffn", None, "prune")
+    assert (run.grafts[-1].outcome, run.telemetry.get("last_graft_outcome")) == ("kept", 1)
+    run.on_step = lambda run: poison(run.trainer.host.ln_f.weight) if not run.rollbacks else None
+    act(run, *action)
+    assert [rollback.removed for rollback in run.rollbacks] == [None]
     assert len(run.trainer.kasmina.seeds) == 1
     assert run.prunes == []
     assert run.grafts[-1].outcome == "kept"
@@ -181,9 +155,8 @@ def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(sp
 def test_faults_with_a_sound_decision_between_them_do_not_end_it(spec, tokens):
     run = started(spec, tokens)
     for _ in range(2):
-        for times in (1, 0):
-            if times:
-                poison(run.trainer.host.ln_f.weight)
-            act(run)
+        poison(run.trainer.host.ln_f.weight)
+        act(run)
+        act(run)
     assert len(run.rollbacks) == 2
     assert not run.ended

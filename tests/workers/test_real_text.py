@@ -1,7 +1,4 @@
-"""Mechanics on real text: no loss spike after a graft, measured against the ungrown twin on the same batches.
-
-Needs the TinyStories slice beside the project (skips without it). Alone: `pytest tests/workers/test_real_text.py`.
-"""
+"""Mechanics on real text: no loss spike after a graft, measured against the ungrown twin on the same batches."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,5 @@
 """A run that is stopped, saved and restored goes on to the same numbers, to the bit; odd states are refused."""
 
-import contextlib
 import random
 
 import pytest
@@ -20,7 +19,11 @@ INSTANCE = Instance(data=(0.1, 0.9))
 
 
 class Stop(Exception):
-    """Raised where a run may be stopped."""
+    pass
+
+
+def stop(run=None):
+    raise Stop
 
 
 @pytest.fixture
@@ -54,17 +57,10 @@ def undisturbed(spec, tokens, monkeypatch):
 def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, tokens, part):
     """Between two steps, within an evaluation, a measurement of contributions or a cooldown."""
     expected, calls = undisturbed
-    left = 1 + int(part * (calls - 2))
-
-    def stopper(run):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Stop
-
+    stops = iter([False] * int(part * (calls - 2)) + [True])
     run = begun(spec, tokens, seed=1, instance=INSTANCE)
-    run.on_step = stopper
-    with contextlib.suppress(Stop):
+    run.on_step = lambda run: stop() if next(stops) else None
+    with pytest.raises(Stop):
         finish(run)
     restored = GrowthRun(spec, tokens)
     restored.load(*unpack(pack(*run.state()), "saved"))
@@ -90,9 +86,6 @@ def stopped(spec, tokens):
     run = begun(changed(spec, budget={"cooldowns": ()}), tokens, "ffn", "block", "expert", "attention")
     act(run, "expert", None, "prune")
 
-    def stop(run):
-        raise Stop
-
     run.on_step = stop
     with pytest.raises(Stop):
         act(run, "ffn")
@@ -101,10 +94,9 @@ def stopped(spec, tokens):
 
 def odd_tensors(tensors, chance):
     """The tensors with one missing, of another shape, of other numbers, or under another name."""
-    name = chance.choice(sorted(tensors))
-    rest = {key: tensor for key, tensor in tensors.items() if key != name}
-    added = [{}, {name: torch.zeros(3)}, {name: tensors[name] * 0}, {name + "x": tensors[name]}]
-    return rest | chance.choice(added)
+    rest, name = tensors.copy(), chance.choice(sorted(tensors))
+    tensor = rest.pop(name)
+    return rest | chance.choice([{}, {name: torch.zeros(3)}, {name: tensor * 0}, {name + "x": tensor}])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

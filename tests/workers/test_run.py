@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from esper.platform.errors import UserError
-from esper.workers.run import GrowthRun
+from esper.workers.calibrate import calibrate
 from tests.workers.growing_run import act, begun, changed, outcome, play, same_telemetry
 
 PLAN = {1: "ffn", 3: "block", 4: "attention"}
 
 
 def played(spec, tokens, plan, seed=0):
-    """A run that has ended, and its observations."""
     run = begun(spec, tokens, seed=seed)
     return run, play(run, plan)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_same_seed_same_numbers(tiny_spec, tokens, dropout):
+def test_same_seed_same_numbers_and_a_graft_changes_no_other_random_stream(tiny_spec, tokens, dropout):
     spec = changed(tiny_spec, host={"dropout": dropout})
     first, seen = played(spec, tokens, PLAN)
     torch.manual_seed(1234)  # dropout is a stream of its own
@@ -27,6 +26,12 @@ def test_same_seed_same_numbers(tiny_spec, tokens, dropout):
     assert outcome(first) == outcome(again)
     assert all(same_telemetry(a, b) for a, b in zip(seen, seen_again, strict=True))
     assert played(spec, tokens, PLAN, seed=1)[0].loss != first.loss
+    static, _ = played(spec, tokens, {})
+    for step in (0, 7, 39):
+        batches = zip(first.trainer.batches.at(step), static.trainer.batches.at(step), strict=True)
+        assert all(torch.equal(a, b) for a, b in batches)
+    assert first.curve[1]["val_loss"] == static.curve[1]["val_loss"]
+    assert first.loss != static.loss
 
 
 def test_it_learns_and_grows(tiny_spec, tokens):
@@ -74,15 +79,6 @@ def test_no_site_is_ever_called_as_another_was(tiny_spec, tokens):
     assert [telemetry.site_column(name)[site] for name in ("grafts", "since_graft")] == [0, 1]
 
 
-def test_a_graft_changes_no_other_random_stream(tiny_spec, tokens):
-    (grown, _), (static, _) = (played(tiny_spec, tokens, plan) for plan in (PLAN, {}))
-    for step in (0, 7, 39):
-        batches = zip(grown.trainer.batches.at(step), static.trainer.batches.at(step), strict=True)
-        assert all(torch.equal(a, b) for a, b in batches)
-    assert grown.curve[1]["val_loss"] == static.curve[1]["val_loss"]
-    assert grown.curve[-1]["val_loss"] != static.curve[-1]["val_loss"]
-
-
 @pytest.mark.parametrize("axis", ["parameter_seconds", "tokens", "seconds", "flops"])
 def test_a_budget_on_any_axis_is_kept(tiny_spec, tokens, axis):
     whole, _ = played(tiny_spec, tokens, {})
@@ -102,10 +98,17 @@ def test_a_budget_of_less_than_a_step_is_refused(tiny_spec, tokens, axis):
     begun(changed(tiny_spec, budget={"axis": "steps", "amount": 1}), tokens)
 
 
-def test_a_wall_clock_charges_what_was_measured(tiny_spec, tokens):
-    run, _ = played(changed(tiny_spec, clock={"kind": "wall"}), tokens, PLAN)
-    assert run.ledger.seconds == run.ledger.wall_seconds
-    assert run.ledger.validation_seconds > 0
+def test_a_clock_is_fitted_to_this_device(tiny_spec, tokens):
+    clock, rows = calibrate(tiny_spec, tokens, steps=6)
+    shapes = {(row["layers"], row["mlp_width"]) for row in rows}
+    assert shapes == {(n, width) for n in (1, 2, 3) for width in (64, 128)}
+    for row in rows:
+        formula = clock.base_seconds + clock.layer_seconds * row["layers"] + row["flops"] / clock.flops_per_second
+        assert row["predicted"] == pytest.approx(formula)
+        assert abs(row["error"]) < 3
+    assert clock.split_factor >= 1
+    assert clock.graft_seconds > 0
+    assert clock.fuse_seconds > 0
 
 
 def test_a_text_shorter_than_the_context_is_refused(tiny_spec, tokens):
@@ -113,18 +116,22 @@ def test_a_text_shorter_than_the_context_is_refused(tiny_spec, tokens):
         begun(changed(tiny_spec, host={"block_size": 10**5}), tokens)
 
 
+def test_a_wall_clock_charges_what_was_measured(tiny_spec, tokens):
+    run, _ = played(changed(tiny_spec, clock={"kind": "wall"}), tokens, PLAN)
+    assert run.ledger.seconds == run.ledger.wall_seconds
+    assert run.ledger.validation_seconds > 0
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_in_bfloat16(tiny_spec, tokens):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
     spec = changed(tiny_spec, clock={"kind": "wall"}).model_copy(update={"device": "cuda", "dtype": "bfloat16"})
     run, _ = played(spec, tokens, PLAN)
     for graft in run.grafts:
         assert graft.val_loss_after == pytest.approx(graft.val_loss_before, abs=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(tiny_spec, tokens):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
     with pytest.raises(UserError, match="device is 'cuda'"):
-        GrowthRun(tiny_spec.model_copy(update={"device": "cuda"}), tokens).reset()
+        begun(tiny_spec.model_copy(update={"device": "cuda"}), tokens)

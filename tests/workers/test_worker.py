@@ -14,8 +14,6 @@ INSTANCE = Instance(budget=1.5, data=(0.1, 0.9))
 
 @pytest.fixture
 def make(tiny_spec, tokens, tmp_path):
-    """Makes workers over the same text, which save or do not."""
-
     def worker(saves: bool = False) -> EpisodeWorker:
         return EpisodeWorker(lambda: GrowthRun(tiny_spec, tokens), str(tmp_path) if saves else None)
 
@@ -24,7 +22,6 @@ def make(tiny_spec, tokens, tmp_path):
 
 @pytest.fixture
 def done(make) -> list[tuple[Order, Reply]]:
-    """A whole episode that grows twice, order by order, with the replies."""
     worker, found, order = make(), [], Order(3, 77, INSTANCE)
     while True:
         reply = worker.advance(order)
@@ -101,12 +98,9 @@ def test_an_episode_that_is_over_leaves_no_save(saved, done, tmp_path):
     assert [path.stem for path in tmp_path.iterdir()] == [save_name(4)]
 
 
-def test_an_action_that_is_not_legal_when_done_again_is_no_user_error(make):
+def test_only_what_a_user_can_mend_is_a_user_error(make, tiny_spec, tokens):
     with pytest.raises(RuntimeError, match="could not be done again: action 999 is not legal"):
         make().advance(Order(0, 0, None, (999,)))
-
-
-def test_what_a_user_can_mend_is_said_as_such(tiny_spec, tokens):
     budgetless = tiny_spec.overridden({"budget.amount": 0.5})
     with pytest.raises(UserError, match="set a larger budget"):
         EpisodeWorker(lambda: GrowthRun(budgetless, tokens)).advance(Order(0, 0, None))

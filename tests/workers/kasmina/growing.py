@@ -1,9 +1,14 @@
 """What the tests of growth share: small hosts, drawn by hypothesis, and a few steps of training."""
 
+from contextlib import suppress
+
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from esper.platform.errors import UserError
 from esper.platform.spec import HostSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import make_blueprints
@@ -14,8 +19,8 @@ BETAS = (0.9, 0.95)
 
 
 @st.composite
-def hosts(draw):
-    """A host of any small shape, tied or not, in float32 or float64."""
+def growths(draw, probation_steps=3):
+    """A host of any small shape, tied or not, in float32 or float64; its Kasmina; up to six numbers for `pick`."""
     spec = HostSpec(
         block_size=8,
         n_layer=draw(st.integers(1, 3)),
@@ -26,38 +31,29 @@ def hosts(draw):
         tied=draw(st.booleans()),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    host = TransformerHost(spec, draw(st.integers(5, 40)), generator)
-    return host.to(draw(st.sampled_from(list(TOLERANCE))))
+    host = TransformerHost(spec, draw(st.integers(5, 40)), generator).to(draw(st.sampled_from(list(TOLERANCE))))
+    layer = {"init": draw(st.sampled_from(["zero", "copy"]))}
+    blueprints = make_blueprints({"attention": {}, "ffn": {"width": 5}, "expert": {}, "block": layer})
+    numbers = draw(st.lists(st.integers(0, 10_000), min_size=1, max_size=6))
+    return host, kasmina_of(host, blueprints, probation_steps), numbers
 
 
-def numbers(least=1):
-    """Up to six numbers, each to become an action by `pick`."""
-    return st.lists(st.integers(0, 10_000), min_size=least, max_size=6)
-
-
-def settings_drawn():
-    """Every registered blueprint, the layer with either init."""
-    return st.sampled_from(["zero", "copy"]).map(
-        lambda init: make_blueprints({"attention": {}, "ffn": {"width": 5}, "expert": {}, "block": {"init": init}})
-    )
-
-
-def small(vocab_size=11, **changes):
+def small(vocab_size=11, blueprints=None, **changes):
     """A host of two layers and what grows it."""
     spec = HostSpec(**{"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8} | changes)
     host = TransformerHost(spec, vocab_size, torch.Generator().manual_seed(0))
-    return host, kasmina_of(host)
+    return host, kasmina_of(host, blueprints)
 
 
 def kasmina_of(host, blueprints=None, probation_steps=10):
-    """With AdamW on the host's parameters."""
     optimizer = torch.optim.AdamW(host.parameters(), lr=1e-2, betas=BETAS)
     return Kasmina(host, optimizer, blueprints=blueprints, probation_steps=probation_steps)
 
 
-def batch(host, n=3):
-    """int64 (n, 8)."""
-    return torch.randint(0, host.shape.vocab_size, (n, 8), generator=torch.Generator().manual_seed(1))
+def batch(host):
+    """int64 (3, block_size)."""
+    size = (3, host.shape.block_size)
+    return torch.randint(0, host.shape.vocab_size, size, generator=torch.Generator().manual_seed(1))
 
 
 def train(host, kasmina, steps=1):
@@ -88,14 +84,29 @@ def pick(host, number):
     return choices[number % len(choices)]
 
 
-def fusable(kasmina, seed):
-    """Whether no older young seed of units at its site comes first."""
-    young = [other for other in kasmina.seeds if other.site == seed.site and other.planted.units and not other.fused]
-    return bool(seed.planted.part) or young == [seed]
+def fuse_if_first(kasmina, seed):
+    """Fuse it, unless that is refused: an older young seed at its site comes first."""
+    with suppress(UserError):
+        kasmina.fuse(seed)
+
+
+def grow(host, kasmina, numbers):
+    """Graft by each number, with training after it, and fuse every second seed."""
+    for i, number in enumerate(numbers):
+        seed = kasmina.graft(*pick(host, number))
+        train(host, kasmina, 2)
+        if i % 2:
+            fuse_if_first(kasmina, seed)
+
+
+def flops(host):
+    """Counted by torch, which knows the attention products only in their unfused form."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits(host)
+    return counter.get_total_flops()
 
 
 def tree(host):
-    """Names of modules; names and shapes of parameters."""
     return [name for name, _ in host.named_modules()], {n: p.shape for n, p in host.named_parameters()}
 
 

@@ -2,26 +2,17 @@
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from esper.platform.spec import ExpertSpec
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.tolaria.model.experts import CAPACITY, Expert
-from tests.workers.kasmina.growing import batch, kasmina_of, logits, small, train
-
-
-def flops(host):
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits(host)
-    return counter.get_total_flops()
+from tests.workers.kasmina.growing import batch, flops, logits, small, train
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_what_no_token_chooses_is_not_computed(share):
     """Counted FLOPs follow the share down to none, to the token; at the expert's own share they are the closed form."""
-    host, _ = small(n_embd=16, vocab_size=40)
-    kasmina = kasmina_of(host, make_blueprints({"expert": {"width": 12, "share": 0.25}}))
+    host, kasmina = small(40, make_blueprints({"expert": {"width": 12, "share": 0.25}}), n_embd=16)
     plain, formula, tokens = flops(host), host.shape.flops_per_token(), batch(host).numel()
     kasmina.graft("h0.ffn", "expert")
     expert = host.part("h0.e0")

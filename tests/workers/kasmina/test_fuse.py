@@ -1,7 +1,4 @@
-"""A fused host is one that was born so: bit for bit in forward, and in training but for what β₂ᵗ has left.
-
-Alone: `pytest tests/workers/kasmina/test_fuse.py`.
-"""
+"""A fused host is one that was born so: bit for bit in forward, and in training but for what β₂ᵗ has left."""
 
 from contextlib import nullcontext
 
@@ -12,18 +9,7 @@ from hypothesis import given
 from esper.platform.errors import UserError
 from esper.workers.kasmina import Kasmina
 from esper.workers.tolaria.model.transformer import TransformerHost
-from tests.workers.kasmina.growing import (
-    BETAS,
-    assert_owned,
-    hosts,
-    kasmina_of,
-    logits,
-    numbers,
-    pick,
-    settings_drawn,
-    small,
-    train,
-)
+from tests.workers.kasmina.growing import BETAS, assert_owned, growths, logits, pick, small, train
 
 
 def born(host):
@@ -32,10 +18,10 @@ def born(host):
     return TransformerHost(spec, host.shape.vocab_size).to(host.wte.weight.dtype)
 
 
-@given(hosts(), numbers(), settings_drawn())
-def test_fusing_changes_no_bit_of_the_output(host, drawn, blueprints):
-    kasmina = kasmina_of(host, blueprints, probation_steps=3)
-    for number in drawn:
+@given(growths())
+def test_fusing_changes_no_bit_of_the_output(growth):
+    host, kasmina, numbers = growth
+    for number in numbers:
         kasmina.graft(*pick(host, number))
         train(host, kasmina, 2)
     before, count = logits(host), host.shape.parameters_count()
@@ -61,14 +47,11 @@ def test_the_next_updates_are_those_of_the_run_that_stayed_split(age):
     (seed,) = fused.seeds
     fused.fuse(seed)
     start = whole(host)
-    differences, moved = [], []
     for _ in range(20):
         train(host, kasmina)
         train(fused_host, fused)
-        differences.append((whole(host) - whole(fused_host)).norm().item())
-        moved.append((whole(host) - start).norm().item())
-    worst = max(difference / moves for difference, moves in zip(differences, moved, strict=True))
-    assert worst <= 4 * BETAS[1] ** age + 1e-11, worst
+        difference, moved = (whole(host) - whole(fused_host)).norm(), (whole(host) - start).norm()
+        assert difference / moved <= 4 * BETAS[1] ** age + 1e-11
 
 
 def grown(age):

@@ -3,26 +3,14 @@
 import torch
 from hypothesis import given
 
-from tests.workers.kasmina.growing import (
-    assert_owned,
-    fusable,
-    hosts,
-    kasmina_of,
-    logits,
-    numbers,
-    pick,
-    settings_drawn,
-    small,
-    train,
-    tree,
-)
+from tests.workers.kasmina.growing import assert_owned, fuse_if_first, grow, growths, logits, pick, small, train, tree
 
 
-@given(hosts(), numbers(), settings_drawn())
-def test_graft_then_prune_at_once_is_nothing(host, drawn, blueprints):
-    kasmina = kasmina_of(host, blueprints, probation_steps=3)
+@given(growths())
+def test_graft_then_prune_at_once_is_nothing(growth):
+    host, kasmina, numbers = growth
     train(host, kasmina, 2)
-    for i, number in enumerate(drawn):
+    for i, number in enumerate(numbers):
         site, name = pick(host, number)
         before, layers, was = logits(host), host.shape.layers, tree(host)
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in kasmina.optimizer.state.items()}
@@ -37,23 +25,18 @@ def test_graft_then_prune_at_once_is_nothing(host, drawn, blueprints):
         if i % 2:  # and now keep it, so that later ones come onto a grown host
             seed = kasmina.graft(site, name)
             train(host, kasmina, 2)
-            if fusable(kasmina, seed):
-                kasmina.fuse(seed)
+            fuse_if_first(kasmina, seed)
 
 
-@given(hosts(), numbers(least=2), settings_drawn())
-def test_any_order_of_grafts_fuses_and_prunes(host, drawn, blueprints):
+@given(growths())
+def test_any_order_of_grafts_fuses_and_prunes(growth):
     """Pruned newest first, fused or not, the host is back to the layers and tree it had."""
-    kasmina = kasmina_of(host, blueprints, probation_steps=3)
+    host, kasmina, numbers = growth
     start = host.shape.layers, tree(host)
-    for i, number in enumerate(drawn):
-        seed = kasmina.graft(*pick(host, number))
-        train(host, kasmina, 2)
-        if i % 2 and fusable(kasmina, seed):
-            kasmina.fuse(seed)
+    grow(host, kasmina, numbers)
     while kasmina.seeds:
         newest = kasmina.seeds[-1]
-        expected = blueprints[newest.blueprint].pruned(host.shape, newest.planted)
+        expected = kasmina.blueprints[newest.blueprint].pruned(host.shape, newest.planted)
         before = logits(host)
         with kasmina.masked(newest.site):
             masked = logits(host)

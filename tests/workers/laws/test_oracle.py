@@ -1,4 +1,4 @@
-"""The oracle's bound equals enumeration of everything that can be done, and nothing played beats it."""
+"""The oracle's bound is the best of all that can be done; the best fixed schedule is simulated as it plays."""
 
 import copy
 
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.spec import load_spec
-from esper.workers.laws.oracle import bound
+from esper.policies.schedule import Entry, SchedulePolicy
+from esper.workers.instances import instance_set
+from esper.workers.laws.oracle import NONE, Simulator, best_fixed_schedule, bound
 from esper.workers.laws.surrogate import SurrogateRun
 
 AMOUNTS = {"parameter_seconds": 2e5, "seconds": 10, "flops": 1.5e11, "tokens": 1.5e6, "steps": 1501}
-AXES = st.sampled_from(list(AMOUNTS))
-ROUNDING = 1e-9  # nats
 
 
 def fork(run: SurrogateRun) -> SurrogateRun:
@@ -38,9 +38,9 @@ def best_from(run: SurrogateRun) -> float:
     return min(found)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
-    axis=AXES,
+    axis=st.sampled_from(list(AMOUNTS)),
     law=st.integers(0, 2**30),
     n_layer=st.integers(1, 2),
     budget=st.floats(0.3, 6),
@@ -60,17 +60,48 @@ def test_it_equals_the_best_of_everything_that_can_be_done(axis, law, n_layer, b
     spec = load_spec("tinystories-char", [*budgeted, "growth.max_layers=2", "growth.min_optimizer_steps=1", extra])
     instance, run = Instance(budget=budget, n_layer=n_layer, law=law), SurrogateRun(spec)
     run.reset(instance)
-    assert bound(spec, instance) == pytest.approx(best_from(run), abs=ROUNDING)
+    assert bound(spec, instance) == pytest.approx(best_from(run), abs=1e-9)
 
 
-@settings(max_examples=10, deadline=None)
-@given(AXES, st.integers(0, 2**30), st.floats(0.25, 4), st.integers(1, 3), st.floats(0, 1))
-def test_nothing_played_beats_it(axis, seed, budget, n_layer, eagerness):
-    spec = load_spec("tinystories-char", [f"budget.axis={axis}", f"budget.amount={AMOUNTS[axis] * 5}"])
-    instance, random = Instance(budget=budget, n_layer=n_layer), np.random.default_rng(seed)
-    run = SurrogateRun(spec)
-    telemetry = run.reset(instance, seed)
+def played(run: SurrogateRun, entries: list[tuple[float, str]], instance: Instance) -> float:
+    policy = SchedulePolicy([Entry(at=at, blueprint=blueprint) for at, blueprint in entries])
+    telemetry = run.reset(instance, seed=0)
     while not run.ended:
-        row = int(random.choice(telemetry.legal())) if random.random() < eagerness else 0
-        telemetry = run.step(GraftAction(row, telemetry.sequence)).telemetry
-    assert run.loss >= bound(spec, instance, seed) - ROUNDING
+        telemetry = run.step(policy.act(telemetry)).telemetry
+    return run.loss
+
+
+@pytest.mark.parametrize(
+    ("axis", "amount", "override"),
+    [
+        ("parameter_seconds", 3e6, "growth.min_optimizer_steps=600"),  # where the budget is small it is not legal
+        ("seconds", 60, "clock.graft_seconds=3.1"),  # decisions merge
+        ("tokens", 7.5e6, "growth.max_layers=3"),  # entries wait for ever
+        ("steps", 5000, "growth.blueprints.attention.limit=3"),
+    ],
+)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**30), density=st.floats(0.1, 1))
+def test_simulated_is_played(axis, amount, override, seed, density):
+    budget = [f"budget.axis={axis}", f"budget.amount={amount}"]
+    spec = load_spec("tinystories-char", [*budget, "growth.max_layers=4", override])
+    random = np.random.default_rng(seed)
+    instances = [instance_set("train", spec)[int(i)] for i in random.integers(0, 50, 4)]
+    simulator = Simulator(spec, instances)
+    grafts = random.random(simulator.decisions) < density
+    schedule = np.where(grafts, random.integers(0, 3, simulator.decisions), NONE)
+    entries = simulator.entries(schedule)
+    run = SurrogateRun(spec)
+    found = [played(run, entries, instance) for instance in instances]
+    np.testing.assert_allclose(simulator.losses(schedule[None])[0], found, atol=1e-9)
+
+
+def test_the_best_schedule_is_better_than_none_and_no_match_for_one_who_looks():
+    spec = load_spec("tinystories-char")
+    train, test = (list(instance_set(name, spec).values()) for name in ("train", "test"))
+    entries = best_fixed_schedule(spec, train[:60])
+    run = SurrogateRun(spec)
+    assert np.mean([played(run, entries, i) - played(run, [], i) for i in train[:40]]) < -0.05
+    gaps = [played(run, entries, instance) - bound(spec, instance) for instance in test[:30]]
+    assert min(gaps) >= -1e-9
+    assert np.mean(gaps) >= 0.05  # measured on all: 0.12

@@ -1,7 +1,4 @@
-"""An exported host is the host: Esper's own format to the bit and for any shape, GPT-2's as transformers runs it.
-
-Alone: `pytest tests/workers/tolaria/test_export.py`; importing transformers takes about 5 s of it.
-"""
+"""An exported host is the host: Esper's own format to the bit and for any shape, GPT-2's as transformers runs it."""
 
 import contextlib
 import json
@@ -9,45 +6,30 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
-from esper.platform.spec import HostSpec
 from esper.workers.kasmina import Kasmina
-from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import tokenizer
 from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
-from esper.workers.tolaria.model.transformer import TransformerHost
-from tests.workers.growing_run import act, odd
+from tests.workers.growing_run import begun, odd
+from tests.workers.kasmina.growing import batch, logits, small, train
 
 DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
 LETTERS = sorted({*"".join(DOCUMENTS), *"'sl  \n\r\u00a0\u2028xé\u0301🦄"})
-TEXT = torch.randint(0, 37, (4, 16), generator=torch.Generator().manual_seed(1))
-
-
-def logits(host):
-    with torch.no_grad():
-        return host.eval()(TEXT)
 
 
 def grown(grafts, fused=0, vocab_size=37, **changes):
-    """A host and its Kasmina after these grafts, with training between them; the first `fused` seeds are fused."""
-    spec = HostSpec(**{"block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 16, "head_dim": 4, **changes})
-    host = TransformerHost(spec, vocab_size, torch.Generator().manual_seed(0))
-    kasmina = Kasmina(host, torch.optim.AdamW(host.parameters(), lr=1e-2), probation_steps=10)
+    """A host after these grafts, with training between them; the first `fused` seeds are fused."""
+    host, kasmina = small(vocab_size, **{"block_size": 16, "n_head": 3, "n_embd": 16, "head_dim": 4, **changes})
     for site, blueprint in grafts:
         kasmina.graft(site, blueprint)
-        for _ in range(3):
-            kasmina.optimizer.zero_grad()
-            F.cross_entropy(host(TEXT).flatten(0, 1), TEXT.roll(-1, 1).flatten()).backward()
-            kasmina.warm_up()
-            kasmina.optimizer.step()
+        train(host, kasmina, 3)
     for seed in list(kasmina.seeds)[:fused]:
         kasmina.fuse(seed)
-    return host, kasmina
+    return host
 
 
 EVERY_KIND = (
@@ -61,7 +43,7 @@ FOR_GPT2 = (("h1.stream", "block"), ("h0.attention", "attention"), ("h1.ffn", "f
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("fused", [0, 4, len(EVERY_KIND)])
 def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fused, tied):
-    host, _ = grown(EVERY_KIND, fused, tied=tied)
+    host = grown(EVERY_KIND, fused, tied=tied)
     assert host.split() == (fused < len(EVERY_KIND))
     export(host, tmp_path / "host")
     loaded = load_native(tmp_path / "host")
@@ -85,7 +67,7 @@ def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fuse
     ],
 )
 def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change):
-    export(grown(())[0], tmp_path / "host")
+    export(grown(()), tmp_path / "host")
     state, tensors = checkpoint.read(tmp_path / "host" / "model.safetensors")
     checkpoint.write(tmp_path / "host" / "model.safetensors", change(state), tensors)
     with pytest.raises(UserError, match=r"^[^\n]*holds no exported host[^\n]*$"):
@@ -98,7 +80,7 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
     """Of layers with different heads and widths too, filled up with zeros."""
     from transformers import GPT2LMHeadModel
 
-    host, _ = grown(FOR_GPT2, fused, tied=tied, mlp_width=24)
+    host = grown(FOR_GPT2, fused, tied=tied, mlp_width=24)
     assert len({layer.width for layer in host.shape.layers}) == len({layer.heads for layer in host.shape.layers}) == 2
     with torch.no_grad():  # biases and norms are near their birth values: logits must depend on every one
         for parameter in host.parameters():
@@ -110,8 +92,7 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
     assert added > 0
     assert sum(int((p == 0).sum()) for p in model.parameters()) == added  # all of it zeros
     expected = logits(host)
-    with torch.no_grad():
-        difference = (model(TEXT).logits - expected).abs().max()
+    difference = (model(batch(host)).logits - expected).abs().max()
     assert difference <= 1e-5 * max(1, expected.abs().max())
 
 
@@ -125,26 +106,25 @@ def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
 )
 def test_a_shape_that_gpt2_has_not_is_refused_by_its_layer(tmp_path, grafts, changes, sentence):
     with pytest.raises(UserError, match=f"{sentence}.*native format.*train with --set 'growth.blueprints="):
-        export(grown(grafts, **changes)[0], tmp_path / "host", to="gpt2")
+        export(grown(grafts, **changes), tmp_path / "host", to="gpt2")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["bpe:300", "char"])
 def test_the_tokenizer_goes_along(tmp_path, name):
     ours = tokenizer.build(name, DOCUMENTS)
-    with pytest.raises(UserError, match="give the one that its text was prepared with"):
-        export(grown(())[0], tmp_path / "host", ours)
-    host, _ = grown((), vocab_size=ours.vocab_size)
+    host = grown((), vocab_size=ours.vocab_size)
     export(host, tmp_path / "host", ours)
     loaded = load_native_tokenizer(tmp_path / "host")
     assert loaded.decode(loaded.encode("the cat")) == "the cat"
     assert loaded.fingerprint == ours.fingerprint
     (tmp_path / "host" / ours.FILE).unlink()
-    with pytest.raises(UserError, match="the tokenizer, cannot be read"):
-        load_native_tokenizer(tmp_path / "host")
     export(host, tmp_path / "without")
-    with pytest.raises(UserError, match="exported without a tokenizer"):
-        load_native_tokenizer(tmp_path / "without")
+    for folder, sentence in (("host", "the tokenizer, cannot be read"), ("without", "exported without a tokenizer")):
+        with pytest.raises(UserError, match=sentence):
+            load_native_tokenizer(tmp_path / folder)
+    with pytest.raises(UserError, match="give the one that its text was prepared with"):
+        export(grown(()), tmp_path / "other", ours)
 
 
 @pytest.fixture(scope="module", params=["bpe:300", "char"])
@@ -153,7 +133,7 @@ def both(request, tmp_path_factory):
     from transformers import AutoTokenizer
 
     ours = tokenizer.build(request.param, DOCUMENTS)
-    host, _ = grown((), n_head=4, vocab_size=ours.vocab_size)
+    host = grown((), n_head=4, vocab_size=ours.vocab_size)
     folder = tmp_path_factory.mktemp("exported") / "host"
     export(host, folder, ours, to="gpt2")
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == ours.end_id
@@ -180,19 +160,13 @@ def test_transformers_reads_a_text_as_the_same_ids(both, document):
 
 @pytest.fixture
 def run(tiny_spec, tokens):
-    """A run that has grown a little."""
-    run = GrowthRun(tiny_spec, tokens)
-    run.reset(seed=5)
-    for blueprint in ("ffn", "block", "attention"):
-        act(run, blueprint)
-    return run
+    return begun(tiny_spec, tokens, "ffn", "block", "attention", seed=5)
 
 
 def test_the_host_of_a_saved_run_is_the_runs(run):
     values, tensors = run.state()
-    host, idx = host_of({**values, "train": {}}, tensors), torch.arange(16)[None]
-    with torch.no_grad():
-        assert torch.equal(host(idx), run.trainer.host.eval()(idx))
+    host = host_of({**values, "train": {}}, tensors)
+    assert torch.equal(logits(host), logits(run.trainer.host))
     assert host.shape == run.trainer.host.shape
 
 
@@ -200,7 +174,6 @@ def test_the_host_of_a_saved_run_is_the_runs(run):
 @given(seed=st.integers(0, 2**32))
 def test_an_odd_state_is_a_host_or_a_sentence(run, seed):
     chance, (values, tensors) = random.Random(seed), run.state()
-    layout = values["now"]["layout"]
-    kept = {"spec": values["spec"], "now": {"layout": layout}}
+    kept = {"spec": values["spec"], "now": {"layout": values["now"]["layout"]}}
     with contextlib.suppress(UserError):
         host_of(odd(kept, chance), tensors)

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.data.shards import FILE
-from tests.workers.tolaria.data.mutations import mutated
+from tests.workers.growing_run import mutated
 
 
 @pytest.fixture
 def prepared(shards, tmp_path):
-    """A copy for a test to damage."""
     return shutil.copytree(shards, tmp_path / "out")
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import sources
-from tests.workers.tolaria.data.mutations import mutated
+from tests.workers.growing_run import mutated
 
 DOCUMENTS = [f"Story {i}: " + f"the cat saw {i} dogs. " * 10 + "Bye." for i in range(50)]
 
@@ -23,12 +23,11 @@ DOCUMENTS = [f"Story {i}: " + f"the cat saw {i} dogs. " * 10 + "Bye." for i in r
 def write(path: Path, documents: list, column: str = "text", **columns: list) -> Path:
     """The documents in the file's own format, with other columns beside them where it has columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {column: documents, **columns}
+    table = pa.table({column: documents, **columns})
     if path.suffix == ".parquet":
-        pq.write_table(pa.table(columns), path)
+        pq.write_table(table, path)
     elif path.suffix == ".jsonl":
-        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()), encoding="utf-8")
     else:
         path.write_text("".join(f"{document}\n{sources.SEPARATOR}\n" for document in documents), encoding="utf-8")
     return path
@@ -47,11 +46,11 @@ def test_text_or_the_only_strings_are_taken_and_nulls_left_out(tmp_path, column,
     assert list(sources.read_file(path)) == DOCUMENTS
 
 
-@pytest.mark.parametrize("columns", [{"a": ["x"], "b": ["y"]}, {"a": [1]}])
+@pytest.mark.parametrize(("documents", "others"), [(["x"], {"b": ["y"]}), ([1], {})])
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
-def test_without_a_clear_column_or_key_it_is_refused(tmp_path, name, columns):
-    path = write(tmp_path / name, columns["a"], "a", **{"b": columns["b"]} if "b" in columns else {})
-    with pytest.raises(UserError, match=f"{path} .*of {', '.join(columns)} none is called 'text'"):
+def test_without_a_clear_column_or_key_it_is_refused(tmp_path, name, documents, others):
+    path = write(tmp_path / name, documents, "a", **others)
+    with pytest.raises(UserError, match=f"{path} .*of {', '.join(['a', *others])} none is called 'text'"):
         list(sources.read_file(path))
 
 
@@ -83,13 +82,11 @@ def test_folder_with_both_names_gives_the_splits(tmp_path, valid):
     [
         ("tinystorys", "Did you mean 'tinystories'"),
         ("no/such/file.txt", "unknown source 'no/such/file.txt': it must be one of an existing file or folder, python"),
-        ("pyproject.toml", "holds no text: give a .txt, .parquet or .jsonl file"),
-        (".", "holds no text: give a .txt, .parquet or .jsonl file"),
+        (__file__, "holds no text: give a .txt, .parquet or .jsonl file"),
+        (str(Path(__file__).parent), "holds no text: give a .txt, .parquet or .jsonl file"),
     ],
 )
-def test_what_is_no_source_is_refused(source, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pyproject.toml").write_text("")
+def test_what_is_no_source_is_refused(source, words):
     with pytest.raises(UserError, match=words):
         sources.find(source)
 

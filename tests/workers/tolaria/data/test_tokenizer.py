@@ -2,6 +2,7 @@
 
 import re
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -64,11 +65,7 @@ def test_too_little_text_for_the_merges_says_how_many_there_are():
     assert tokenizer.build(most, STORIES).name == most
 
 
-def refuse(name):
-    raise ConnectionError("no route")
-
-
-@pytest.mark.parametrize("network", [refuse, lambda name: time.sleep(3)])
+@pytest.mark.parametrize("network", [Mock(side_effect=ConnectionError("no route")), lambda name: time.sleep(3)])
 def test_gpt2_is_refused_in_a_sentence_and_soon_when_it_cannot_be_fetched(monkeypatch, network):
     monkeypatch.setattr(tokenizer, "DOWNLOAD_SECONDS", 0.2)
     monkeypatch.setattr(tiktoken, "get_encoding", network)
