@@ -189,6 +189,8 @@ class Dispatcher:
         if self._thread is not None:
             self._thread.join()
         self._fleet.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def _serve(self) -> None:
         try:

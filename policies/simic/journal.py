@@ -63,5 +63,10 @@ class EpisodeJournal:
                     self._open.pop(number).close()
                 self._path(number).unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Close the files."""
+        for journal in self._open.values():
+            journal.close()
+
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:09d}.jsonl"

@@ -323,8 +323,8 @@ def kept(make, tmp_path):
 
     yield dispatcher
     for each in made:
-        for journal in each._journal._open.values() if each._journal else ():
-            journal.close()
+        if each._journal is not None:
+            each._journal.close()
 
 
 @pytest.mark.parametrize("turns", [1, 3 * DECISIONS + 5])
