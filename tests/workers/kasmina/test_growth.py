@@ -129,6 +129,20 @@ def test_a_seed_takes_the_settings_of_its_siblings_group():
         assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.3}
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_other_optimizers_grow_too(make):
+    host, _ = small()
+    kasmina = Kasmina(host, make(host.parameters(), lr=1e-2), probation_steps=3)
+    for site, name in (("h0.ffn", "ffn"), ("h1.attention", "attention"), ("h0.stream", "block")):
+        kasmina.graft(site, name)
+        train(host, kasmina, 4)
+        for seed in kasmina.seeds:
+            if not seed.fused:
+                kasmina.fuse(seed)
+        train(host, kasmina, 1)
+    assert {id(p) for g in kasmina.optimizer.param_groups for p in g["params"]} == set(map(id, host.parameters()))
+
+
 @pytest.mark.parametrize(
     ("site", "blueprint", "sentence"),
     [
