@@ -11,7 +11,7 @@ from esper.platform import provenance
 from esper.platform.errors import UserError
 from esper.platform.provenance import check_pins, pin
 from esper.platform.spec import RunSpec
-from tests.workers.tolaria.data.mutations import mutated
+from tests.workers.growing_run import mutated
 
 
 def test_what_is_the_same_goes_on_with_the_copies_and_what_differs_is_named(tmp_path: Path, tiny_spec, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from esper.pipelines.common.preset import check_fits
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec, load_spec, presets
-from tests.workers.tolaria.data.mutations import mutated
+from tests.workers.growing_run import mutated
 
 
 @pytest.mark.parametrize("name", presets())

@@ -24,7 +24,7 @@ from esper.platform.errors import UserError
 from esper.platform.journal import read_entries
 from esper.platform.tracking import JOURNAL, Tracker, sync, synced
 from tests.mlflow_servers import MlflowServer
-from tests.workers.tolaria.data.mutations import mutated
+from tests.workers.growing_run import mutated
 
 ROOT = Path(__file__).parents[2]
 OUTAGE_SECONDS = 3
