@@ -4,6 +4,7 @@ No docker, Kubernetes or cloud is needed, and none is tried; each file's head sa
 is a real cluster of two `ray start` nodes. Alone: `pytest tests/test_infra.py`.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -25,6 +25,7 @@ from esper.pipelines.ppo import PPOArguments
 from esper.platform.cluster import LOCAL
 from esper.platform.spec import load_spec
 from tests.mlflow_servers import free_port
+from tests.pipelines.helpers import sets, wait_for
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ["cluster.yaml", "cluster-aws.yaml"]
@@ -65,10 +66,9 @@ def test_ray_accepts_the_cluster_whose_nodes_have_what_exists_and_the_same_token
     assert any(PYTHON in command for command in cluster["setup_commands"])
 
     head, worker = (cluster[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
-    [[exported], again] = (re.findall(r"export (.*?);", command) for command in (head, worker))
-    assert again == [exported]
+    [[exported], [again]] = (re.findall(r"export (.*?);", command) for command in (head, worker))
     variables = dict(word.split("=", 1) for word in exported.split())
-    assert variables["RAY_AUTH_MODE"] == "token"
+    assert (again, variables["RAY_AUTH_MODE"]) == (exported, "token")
     assert variables["ESPER_CACHE"].startswith("/esper/")
     assert variables["MLFLOW_TRACKING_URI"].startswith("http://")
     for command, how in ((head, "--head"), (worker, "--address=$RAY_HEAD_IP:6379")):
@@ -76,15 +76,10 @@ def test_ray_accepts_the_cluster_whose_nodes_have_what_exists_and_the_same_token
         assert_ray_start_knows(command.partition("ray start")[2].split())
 
 
-def test_the_image_has_an_allowed_python_a_user_of_its_own_and_commands_that_ray_knows():
+def test_the_image_starts_ray_and_the_wheel_of_what_it_copies_holds_every_module_and_preset(tmp_path: Path):
     assert (IMAGE["FROM"], IMAGE["USER"]) == ("${BASE}", "1000:1000")
     assert INSTRUCTIONS[0] == ("ARG", f"BASE=python:{PYTHON}-slim-bookworm")
-    command = json.loads(IMAGE["CMD"])
-    assert command[:3] == ["ray", "start", "--head"]
-    assert_ray_start_knows(command)
-
-
-def test_the_wheel_of_what_the_image_copies_holds_every_module_and_preset(tmp_path: Path):
+    assert_ray_start_knows(json.loads(IMAGE["CMD"]))
     ignored = [line.removeprefix("**/") for line in TEXTS["Dockerfile.dockerignore"].split()]
     tree = tmp_path / "tree"  # a copy: building leaves traces
     for source in COPIED:
@@ -96,31 +91,27 @@ def test_the_wheel_of_what_the_image_copies_holds_every_module_and_preset(tmp_pa
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(tree)], check=True)
     [wheel] = tmp_path.glob("*.whl")
-    ours = [
-        path for folder in ("platform", "workers", "policies", "pipelines") for path in (ROOT / folder).rglob("*.*")
+    files = [
+        file for folder in ("platform", "workers", "policies", "pipelines") for file in (ROOT / folder).rglob("*.*")
     ]
-    kinds = (".py", ".html", ".json")
-    wanted = {f"esper/{path.relative_to(ROOT)}" for path in ours if path.suffix in kinds} | {"esper/__init__.py"}
-    assert any(name.endswith(".json") for name in wanted)
-    assert wanted <= set(zipfile.ZipFile(wheel).namelist())
+    names = {f"esper/{file.relative_to(ROOT)}" for file in files if file.suffix in (".py", ".html", ".json")}
+    assert any(name.endswith(".json") for name in names)
+    assert {"esper/__init__.py"} | names <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_the_rayjob_has_what_kuberay_asks_for_and_its_pods_share_all():
     """What `ValidateRayJobSpec` of KubeRay 1.7.0 asks for, and the names that its CRD requires."""
+    ray, pods = JOB["spec"]["rayClusterSpec"], [group["template"]["spec"] for group in GROUPS]
     assert JOB["spec"]["shutdownAfterJobFinishes"] is True  # without it ttlSecondsAfterFinished must be 0
-    ray, shared = JOB["spec"]["rayClusterSpec"], []
     assert f"ray=={ray['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()  # the token needs 2.52
     assert ray["authOptions"] == {"mode": "token", "secretName": "esper-ray-token"}
-    for group in GROUPS:
-        pod = group["template"]["spec"]
-        [container], [volume] = pod["containers"], pod["volumes"]
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        assert "restartPolicy" not in pod  # the autoscaler's second version refuses any but Never
-        assert volume["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
-        assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/esper"}]
-        assert {variable["name"] for variable in container["env"]} == {"ESPER_CACHE", "MLFLOW_TRACKING_URI"}
-        shared.append((container["image"], container["env"], pod["securityContext"]))
-    assert shared[0] == shared[1]
+    assert all(isinstance(value, str) for group in GROUPS for value in group["rayStartParams"].values())
+    assert not any("restartPolicy" in pod for pod in pods)  # the autoscaler's second version refuses any but Never
+    for key in ("image", "env", "volumeMounts"):
+        assert pods[0]["containers"][0][key] == pods[1]["containers"][0][key]
+    for pod in pods:
+        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
+    assert pods[0]["securityContext"] == pods[1]["securityContext"]
     assert CLAIM["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
@@ -129,35 +120,29 @@ def test_the_entry_point_survives_the_submitters_shell_and_names_what_exists():
     entrypoint = JOB["spec"]["entrypoint"].strip()
     assert re.fullmatch(r"[\w ./=:-]+", entrypoint)
     shell, script, folder, *rest = shlex.split(entrypoint)
-    assert shell == "sh"
-    assert script in COPIED
-    assert folder.startswith("/esper/")
+    assert (shell, script in COPIED, folder[:7]) == ("sh", True, "/esper/")
     fleet = load_spec("demo", parse(PPOArguments, ["--out", folder, *rest]).set).fleet
     cores = int(GROUPS[1]["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert fleet.workers is not None
     assert fleet.workers * fleet.cpus <= GROUPS[1]["maxReplicas"] * cores
 
 
-@pytest.mark.parametrize(
-    ("there", "printed"),
-    [
-        ([], "pipelines/ppo.py --out {out} --seed 1"),
-        (["pins.json"], "pipelines/ppo.py --resume {out}"),  # which takes nothing else
-        (["pins.json", "summary.json"], "{out} is complete"),
-    ],
-)
-def test_ppo_sh_starts_or_goes_on_or_leaves_alone(tmp_path: Path, there: list[str], printed: str):
+def test_ppo_sh_starts_or_goes_on_or_leaves_alone(tmp_path: Path):
     """What it would run, printed: for it, `python` is `echo`."""
-    out, tools = tmp_path / "run", tmp_path / "tools"
-    for folder in (out, tools):
-        folder.mkdir()
-    (tools / "python").symlink_to(str(shutil.which("echo")))
-    for name in there:
-        (out / name).write_text("{}")
-    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    command = ["sh", "infra/ppo.sh", str(out), "--seed", "1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(printed.format(out=out))
+    (tmp_path / "python").symlink_to(str(shutil.which("echo")))
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    out = tmp_path / "run"
+    for file, printed in (
+        (None, f"pipelines/ppo.py --out {out} --seed 1"),
+        ("pins.json", f"pipelines/ppo.py --resume {out}"),  # which takes nothing else
+        ("summary.json", f"{out} is complete"),
+    ):
+        if file:
+            out.mkdir(exist_ok=True)
+            (out / file).write_text("{}")
+        command = ["sh", "infra/ppo.sh", str(out), "--seed", "1"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(printed)
 
 
 @pytest.mark.slow
@@ -183,23 +168,22 @@ def test_two_nodes_with_a_token_run_the_entry_point_of_the_rayjob(tmp_path: Path
     def call(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
-    started = []
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, environment["RAY_TMPDIR"], ignore_errors=True)
         for command in (head, worker):
             ports = {name: free_port() for name in agents}
             options = [f"{name}={port}" for name, port in ports.items()]
-            log = tmp_path / f"node{len(started)}.log"
             node = [*command, "--num-cpus=1", "--node-ip-address=127.0.0.1", *options]
-            with log.open("w") as file:
-                started.append(subprocess.Popen(node, cwd=ROOT, env=environment, stdout=file, stderr=file))
-            deadline = time.monotonic() + 90
-            while call(*check[:2], check[2].replace("52365", str(ports[agents[0]]))).returncode:
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(1)
+            with (tmp_path / "nodes.log").open("a") as log:
+                started = subprocess.Popen(node, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            stack.callback(started.wait, 60)
+            stack.callback(started.terminate)
+            healthy = [*check[:2], check[2].replace("52365", str(ports[agents[0]]))]
+            wait_for(lambda healthy=healthy: call(*healthy).returncode == 0, started, 90)
         submit = ["ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--"]
-        small = "budget.amount=600 data.eval_tokens=512 ppo.decisions=16 ppo.minibatch=16 ppo.iterations=1"
+        small = ["budget.amount=600", "data.eval_tokens=512", "ppo.decisions=16", "ppo.minibatch=16"]
         entry = ["sh", "infra/ppo.sh", str(tmp_path / "run"), "--data", str(text_file)]
-        entry += [word for key in (*small.split(), "fleet.workers=2") for word in ("--set", key)]
+        entry += sets(*small, "ppo.iterations=1", "fleet.workers=2")
         first = call(*submit, *entry)
         assert first.returncode == 0, first.stdout + first.stderr
         assert "2 workers" in first.stdout
@@ -207,9 +191,3 @@ def test_two_nodes_with_a_token_run_the_entry_point_of_the_rayjob(tmp_path: Path
         assert "is complete" in call(*submit, *entry).stdout
         environment["RAY_AUTH_TOKEN"] = "another" + "0" * 57
         assert call(*submit, "true").returncode != 0
-    finally:
-        for node in reversed(started):
-            node.terminate()
-        for node in started:
-            node.wait(60)
-        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)

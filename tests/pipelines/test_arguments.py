@@ -7,16 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, Self
+from typing import Literal
 
 import pytest
-from pydantic import model_validator
 
 import esper
 from esper.pipelines.common import cli
 from esper.pipelines.common.arguments import ResumableArguments, command, flag, parse
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
 from esper.platform.storage import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -30,19 +28,6 @@ class Toy(ResumableArguments):
     dry_run: bool = flag(False, "Only say what would be done.")
 
 
-class Needy(Frozen):
-    """Needs a name and a file."""
-
-    name: str = flag(..., "A name.", positional=True)
-    out: Path
-
-    @model_validator(mode="after")
-    def _apart(self) -> Self:
-        if self.name == str(self.out):
-            raise UserError("--out must not be called as the plant is: rename it.")
-        return self
-
-
 def test_flags_and_positionals_are_read_in_any_order_and_the_rest_are_defaults():
     typed = ["optimizer.betas=[0.9,0.95]", 'a={"b": 1}', "[1,2]=3", "name=x,y", "n=null"]  # stay as they are
     flags = ["--seed", "4", "--rate=1e-3", "--dry-run", *(word for override in typed for word in ("--set", override))]
@@ -52,28 +37,21 @@ def test_flags_and_positionals_are_read_in_any_order_and_the_rest_are_defaults()
 
 
 @pytest.mark.parametrize(
-    ("model", "argv", "sentence"),
+    ("argv", "sentence"),
     [
-        (Toy, ["--seed", "x"], "seed is 'x': input should be a valid integer"),
-        (Toy, ["--seed", "-1"], "seed is '-1': input should be greater than or equal to 0."),
-        (Toy, ["--seed"], "argument --seed: expected one argument: `esper toy --help` lists"),
-        (Toy, ["--sed", "1"], "unrecognized arguments: --sed: `esper toy --help` lists"),
-        (Toy, ["wait", "more"], "unrecognized arguments: more: `esper toy --help` lists"),
-        (Toy, ["tamyo"], "arm is 'tamyo': input should be 'wait' or 'tamiyo'."),
-        (Toy, ["--data="], "an argument is empty: give it a value or leave it out."),
-        (Toy, ["wait", "--resume", "x", "--dry-run"], "--resume takes everything from x: leave out arm, --dry-run."),
-        (Needy, [], "the following arguments are required: name: `esper toy --help` lists"),
-        (Needy, ["x"], "out is missing"),
-        (Needy, ["x", "--out", "x"], "--out must not be called as the plant is: rename it."),
+        (["--seed", "x"], "seed is 'x': input should be a valid integer"),
+        (["--seed", "-1"], "seed is '-1': input should be greater than or equal to 0."),
+        (["--seed"], "argument --seed: expected one argument: `esper toy --help` lists"),
+        (["wait", "more", "--sed", "1"], "unrecognized arguments: more --sed 1: `esper toy --help` lists"),
+        (["tamyo"], "arm is 'tamyo': input should be 'wait' or 'tamiyo'."),
+        (["--data="], "an argument is empty: give it a value or leave it out."),
+        (["wait", "--resume", "x", "--dry-run"], "--resume takes everything from x: leave out arm, --dry-run."),
     ],
 )
-def test_a_bad_argument_is_one_sentence_and_exit_code_2(model, argv, sentence, capsys):
+def test_a_bad_argument_is_one_sentence_and_exit_code_2(argv, sentence, refused):
     ran = []
-    assert command(ran.append, model, "esper toy")(argv) == 2
-    out, err = capsys.readouterr()
-    assert (ran, out) == ([], "")
-    assert err.startswith(f"error: esper toy: {sentence}")
-    assert err.count("\n") == 1
+    assert refused(command(ran.append, Toy, "esper toy"), argv).startswith(f"error: esper toy: {sentence}")
+    assert ran == []
 
 
 def test_the_help_names_flags_placeholders_and_defaults(capsys):
@@ -81,15 +59,9 @@ def test_the_help_names_flags_placeholders_and_defaults(capsys):
         parse(Toy, ["--help"], "esper toy")
     words = " ".join(capsys.readouterr().out.split())
     assert words.startswith("usage: esper toy [-h] [--preset NAME|FILE]")
-    for part in (
-        "Water one plant.",
-        "arm Who decides. (default: wait)",
-        "--seed N Seed of every random stream; 0 or more. (default: 0)",
-        "--set KEY.PATH=VALUE",
-        "--rate X At 50 % or more.",
-        "--dry-run Only say what would be done.",
-    ):
-        assert part in words
+    assert "arm Who decides. (default: wait)" in words
+    assert "--seed N Seed of every random stream; 0 or more. (default: 0)" in words
+    assert "--rate X At 50 % or more. --dry-run Only say what would be done." in words
 
 
 def test_a_run_ends_in_its_exit_code_and_a_bug_keeps_its_traceback(tmp_path, files_of_at_most, capsys):

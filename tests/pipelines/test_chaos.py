@@ -1,6 +1,8 @@
 """Workers, a node and the driver are killed at random: every episode ends as it would have, and is learned from once.
 
-On a Ray cluster of several nodes, with GrowthRuns that train. Alone: `pytest tests/pipelines/test_chaos.py`.
+On a Ray cluster of several nodes, with a frozen policy and GrowthRuns that train. Alone:
+`pytest tests/pipelines/test_chaos.py`. As a program it is a driver that can be killed, `python test_chaos.py ADDRESS
+SHARDS FOLDER`: it goes on with the journal in FOLDER, and leaves the returns there in the end.
 """
 
 import json
@@ -10,20 +12,43 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import chaos_driver
-
-from esper.policies.simic.fleet import LocalFleet
+from esper.pipelines.controllers.workers import make_run
+from esper.platform.spec import FleetSpec, RunSpec
+from esper.policies.simic.dispatcher import Dispatcher
+from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
+from esper.workers.observe import telemetry_space
 from esper.workers.run import GrowthRun
-from esper.workers.worker import EpisodeWorker
+from esper.workers.worker import EpisodeWorker, GrowthWorker
+from tests.pipelines.helpers import made_net, wait_for
 
 DECISIONS = 200 if os.environ.get("ESPER_TEST_ALL") else 32
+
+
+def collect(spec: RunSpec, fleet: Fleet, journal: Path | None, decisions: int) -> tuple[dict[int, float], list[int]]:
+    """Returns by episode, and the episodes in flight."""
+    net, space, limits = made_net(11, 0.3), telemetry_space(spec), FleetSpec(grace=20)
+    dispatcher = Dispatcher(fleet, net, space, seed=11, ahead=10**6, limits=limits, journal=journal)
+    returns = {episode.number: float(episode.rewards.sum()) for episode in dispatcher.collect(decisions)}
+    in_flight = dispatcher.in_flight()
+    dispatcher.stop()
+    return returns, in_flight
+
+
+def drive(address: str, shards: str, folder: str) -> None:
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    out = Path(folder)
+    spec = RunSpec.model_validate_json((out / "spec.json").read_text())
+    arguments = (partial(make_run, spec, Path(shards)), str(out / "saves"))
+    fleet = RayFleet(lambda: GrowthWorker.options(num_cpus=1).remote(*arguments), lambda: 3)
+    returns, in_flight = collect(spec, fleet, out / "episodes", DECISIONS)
+    (out / "returns.json").write_text(json.dumps({"returns": returns, "in_flight": in_flight}))
 
 
 @pytest.fixture
@@ -41,6 +66,15 @@ def nodes():
     cluster.shutdown()
 
 
+def lines(folder: Path) -> list[str]:
+    """Of the journal: a decision each."""
+    return [line for path in (folder / "episodes").glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
+def ended(folder: Path) -> int:
+    return sum('"terminated":true' in line for line in lines(folder))
+
+
 def kill_workers(folder: Path, every: int, over: threading.Event, killed: list[int]) -> None:
     """Kill a random worker's process each time the journal has grown by `every` decisions."""
     from ray._private.state import actors
@@ -54,33 +88,20 @@ def kill_workers(folder: Path, every: int, over: threading.Event, killed: list[i
             last = len(lines(folder))
 
 
-def lines(folder: Path) -> list[str]:
-    """Of the journal: a decision each."""
-    return [line for path in (folder / "episodes").glob("*.jsonl") for line in path.read_text().splitlines()]
-
-
-def wait_until_ended(folder: Path, episodes: int) -> None:
-    end = time.monotonic() + 300
-    while sum('"terminated":true' in line for line in lines(folder)) < episodes:
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-
-
 def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, tiny_spec, shards, tokens, tmp_path):
     spec = tiny_spec.overridden({"budget.amount": 400})  # decisions of half a second
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    arguments = [nodes.address, str(shards), str(tmp_path), str(DECISIONS)]
-    command = [sys.executable, chaos_driver.__file__, *arguments]
+    command = [sys.executable, __file__, nodes.address, str(shards), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     driver = subprocess.Popen(command, env=environment)
     over, killed = threading.Event(), []
     killer = threading.Thread(target=kill_workers, args=(tmp_path, 12, over, killed), daemon=True)
     killer.start()
     try:
-        wait_until_ended(tmp_path, 1)
+        wait_for(lambda: ended(tmp_path) >= 1)
         nodes.remove_node(next(iter(nodes.worker_nodes)))
         nodes.add_node(num_cpus=1)
-        wait_until_ended(tmp_path, 2)
+        wait_for(lambda: ended(tmp_path) >= 2)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         assert not (tmp_path / "returns.json").exists()
@@ -96,6 +117,10 @@ def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, tiny_spec
     assert len(found) == DECISIONS // 8
     assert sorted({*found, *result["in_flight"]}) == list(range(len(found) + len(result["in_flight"])))
     one_worker = LocalFleet(lambda: EpisodeWorker(lambda: GrowthRun(spec, tokens)), 1)
-    expected, _ = chaos_driver.collect(spec, one_worker, None, 8 * (max(found) + 1))
+    expected, _ = collect(spec, one_worker, None, 8 * (max(found) + 1))
     assert len(set(expected.values())) == len(expected)
     assert found == {number: expected[number] for number in found}
+
+
+if __name__ == "__main__":
+    drive(*sys.argv[1:])

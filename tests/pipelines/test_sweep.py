@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,17 +15,14 @@ from mlflow import MlflowClient
 
 from esper.pipelines import sweep
 from esper.pipelines.common.stopping import Stopped
-from esper.pipelines.sweeps import comparison, stages, tune
-from esper.pipelines.sweeps.arms import Arm
-from esper.pipelines.sweeps.plan import Point
-from esper.pipelines.sweeps.trials import Trial
+from esper.pipelines.sweeps import comparison, stages
 from esper.platform import tracking
 from esper.platform.spec import DataSpec
 from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port
+from tests.pipelines.helpers import sets, start, summary_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_ray")
-ROOT = Path(__file__).parents[2]
 SCHEDULES = ("onejump", "schedule")
 ARMS = ("static", *SCHEDULES, "random:onejump", "static_final:onejump", "static_lrpath:onejump")
 POINTS = ("val_loss", "parameter_seconds", "learning_rate")
@@ -38,7 +33,7 @@ def read(out: Path, name: str = "sweep.json"):
 
 
 def summary(out: Path, trial: str) -> dict:
-    return read(out / "trials" / trial, "summary.json")
+    return summary_of(out / "trials" / trial)
 
 
 def children(store: MlflowClient, out: Path) -> dict:
@@ -111,9 +106,7 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     assert len({key for run in runs.values() for key in run.data.metrics}) <= 25
     assert run.inputs.dataset_inputs[0].dataset.name == "stories"
     assert {entry.path for entry in store.list_artifacts(run.info.run_id)} == {"summary.json", "spec.json"}
-    parent = store.get_run(run.data.tags["mlflow.parentRunId"])
-    assert parent.data.tags["kind"] == "sweep"
-    kept = {entry.path for entry in store.list_artifacts(parent.info.run_id)}
+    kept = {entry.path for entry in store.list_artifacts(run.data.tags["mlflow.parentRunId"])}
     assert kept >= {"spec.json", "sweep.json", "summary.json", "report"}
     assert (out / "report" / "report.html").is_file()
 
@@ -154,7 +147,7 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, client, tmp_path
     assert read(out)["trials"]["static_final.of.schedule-seed0"]["status"] == "failed"
 
 
-def test_a_resumed_sweep_goes_on_from_the_same_text_spec_and_files_only(tiny, tmp_path, shards, capfd, monkeypatch):
+def test_a_resumed_sweep_goes_on_from_the_same_text_spec_and_files_only(tiny, tmp_path, shards, refused, monkeypatch):
     data, other, out, plan = (tmp_path / name for name in ("data", "other", "sweep", "plan.json"))
     shutil.copytree(shards, data)
     text = tmp_path / "other.txt"
@@ -170,61 +163,39 @@ def test_a_resumed_sweep_goes_on_from_the_same_text_spec_and_files_only(tiny, tm
         flags = ["--arms", "static,schedule", "--schedule", str(plan), *tiny[:2], "--data", str(data)]
         assert sweep.main([*flags, "--out", str(out)]) == 128 + signal.SIGINT
 
-    def refused(sentence: str) -> None:
-        assert sweep.main(["--resume", str(out)]) == 2
-        assert sentence in capfd.readouterr().err
-        assert not list(out.glob("trials/*/summary.json"))
-
     data.rename(tmp_path / "same")
     shutil.copytree(other, data)
-    refused("began with other text")
+    refused(sweep.main, ["--resume", out], "began with other text")
     shutil.rmtree(data)
     (tmp_path / "same").rename(data)
     before = (out / "inputs/schedule.json").read_text()
     (out / "inputs/schedule.json").write_text(before + " ")
-    refused(f"{out / 'inputs/schedule.json'} was changed")
+    refused(sweep.main, ["--resume", out], f"{out / 'inputs/schedule.json'} was changed")
+    assert not list(out.glob("trials/*/summary.json"))
     (out / "inputs/schedule.json").write_text(before)
     plan.write_text("[]")  # the sweep has a copy
     assert sweep.main(["--resume", str(out)]) == 0
     assert len(summary(out, "schedule-seed0")["grafts"]) == 1
 
 
-def test_a_trial_opens_no_other_text_than_the_sweeps(tiny_spec, shards, tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(tune.tune, "report", told.append)
-    trial = Trial(Arm(name="static", size=1), "test", 0, Point(0, {}, tiny_spec), tiny_spec)
-    tune._trial({"trial": "it"}, {"it": trial}, shards, "the fingerprint of another", str(tmp_path))
-    assert len(told) == 1
-    assert "has been changed since the sweep began" in told[0]["error"]
-
-
-def command(out: Path, *flags: str) -> subprocess.Popen:
-    arguments = [sys.executable, str(ROOT / "pipelines" / "sweep.py"), *flags, "--out", str(out)]
-    with (out.parent / "stderr").open("a") as stderr:
-        return subprocess.Popen(arguments, stderr=stderr, start_new_session=True)
-
-
-def wait_for(what, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.1)
-
-
 def trial_processes(driver: int) -> list[int]:
     """Ray's processes in which a trial runs."""
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            found += [process.pid] if "ImplicitFunc" in " ".join(process.cmdline()) else []
-        except psutil.Error:
-            continue
-    return found
+    children = [child.pid for child in psutil.Process(driver).children(recursive=True)]
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if p.pid in children and "ImplicitFunc" in str(p.info)]
 
 
 def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
     out = tmp_path / "sweep"
-    process = command(out, "--arms", "static,onejump", *tiny, "--set", "budget.amount=1200")  # a few seconds a trial
+    flags = [
+        "--arms",
+        "static,onejump",
+        *tiny,
+        "--set",
+        "budget.amount=1200",
+        "--out",
+        str(out),
+    ]  # a few seconds a trial
+    process = start("sweep", flags, tmp_path / "stderr")
     try:
         wait_for(lambda: trial_processes(process.pid) and list(out.glob("saves/*")))
         os.kill(trial_processes(process.pid)[0], signal.SIGKILL)
@@ -241,8 +212,8 @@ def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
 
 def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     out = tmp_path / "sweep"
-    slow = [*tiny, "--set", "budget.amount=8000", "--set", "budget.cooldowns=[0.3]", "--set", "host.n_embd=64"]
-    process = command(out, "--arms", "static,lag", *slow)
+    slow = sets("budget.amount=8000", "budget.cooldowns=[0.3]", "host.n_embd=64")
+    process = start("sweep", ["--arms", "static,lag", *tiny, *slow, "--out", str(out)], tmp_path / "stderr")
     try:
         wait_for(lambda: len(trial_processes(process.pid)) == 2 and list(out.glob("saves/*")))
         trials = trial_processes(process.pid)
@@ -276,9 +247,8 @@ def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
 def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_path, monkeypatch):
     out = tmp_path / "sweep"
     flags = ["--arms", "static,ppo,openloop,static_final:ppo", "--sizes", "1,2,3", "--tuning-seeds", "1"]
-    ppo = ("iterations=2", "decisions=64", "minibatch=32", "hidden=8", "held_out=2")
-    sets = [flag for key in ppo for flag in ("--set", f"ppo.{key}")]
-    assert sweep.main([*flags, "--train-on", "laws", *sets, *tiny, "--out", str(out)]) == 0
+    small = sets("ppo.iterations=2", "ppo.decisions=64", "ppo.minibatch=32", "ppo.hidden=8", "ppo.held_out=2")
+    assert sweep.main([*flags, "--train-on", "laws", *small, *tiny, "--out", str(out)]) == 0
     found = read(out)
     assert found["controller"]["trained_on"] == "laws"
     assert found["points"][0]["spent"]["controller"]["steps"] == 0
@@ -311,8 +281,6 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
         (["--resume", "/nowhere"], "--resume takes everything from /nowhere"),
     ],
 )
-def test_bad_input(tiny, tmp_path, capfd, arguments, sentence):
-    assert sweep.main([*tiny, *arguments, "--out", str(tmp_path / "out")]) == 2
-    assert sentence in capfd.readouterr().err
+def test_bad_input(tiny, tmp_path, refused, arguments, sentence):
+    refused(sweep.main, [*tiny, *arguments, "--out", tmp_path / "out"], sentence)
     assert not (tmp_path / "out").exists()
-    assert sweep.main(["--resume", str(tmp_path / "none")]) == 2

@@ -9,6 +9,7 @@ import pytest
 
 from esper.pipelines.train import main
 from esper.platform.spec import load_spec
+from tests.pipelines.helpers import summary_of
 
 SUMMARY = (
     "arm seed preset val_loss perplexity parameters parameters_non_embedding tokens flops seconds wall_seconds "
@@ -18,16 +19,12 @@ GRAFT = "budget_fraction site blueprint parameters_before parameters_after val_l
 POINT = "budget_fraction tokens flops seconds wall_seconds parameter_seconds parameters val_loss"
 
 
-def summary_of(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
 def test_a_run_leaves_its_summary_spec_and_mlflow_run(tiny, client, tmp_path, capfd):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps([{"at": 0.2, "blueprint": "ffn"}, {"at": 0.5, "blueprint": "block"}]))
     out = tmp_path / "out"
-    out_through_a_parent = str(tmp_path / "x" / ".." / "out")
-    assert main(["schedule", "--schedule", str(plan), *tiny, "--out", out_through_a_parent, "--seed", "3"]) == 0
+    through_a_parent = ["--out", str(tmp_path / "x" / ".." / "out")]
+    assert main(["schedule", "--schedule", str(plan), *tiny, *through_a_parent, "--seed", "3"]) == 0
     summary = summary_of(out)
     assert set(SUMMARY.split()) <= set(summary)
     assert (summary["arm"], summary["seed"], summary["decisions"]) == ("schedule", 3, 8)
@@ -44,7 +41,7 @@ def test_a_run_leaves_its_summary_spec_and_mlflow_run(tiny, client, tmp_path, ca
 
     run = client().get_run(summary["mlflow"])
     assert (run.info.run_name, run.info.status) == ("out", "FINISHED")
-    assert {run.data.tags[key] for key in ("arm", "seed", "preset")} == {"schedule", "3", "tiny"}
+    assert run.data.tags.items() >= {"arm": "schedule", "seed": "3", "preset": "tiny"}.items()
     assert run.data.params["host.n_embd"] == "16"
     assert run.data.metrics["val_loss"] == pytest.approx(summary["val_loss"])
     assert {file.path for file in client().list_artifacts(summary["mlflow"])} == {"spec.json", "summary.json"}
@@ -83,10 +80,6 @@ def test_planned_grafts_that_were_not_played_are_told(tiny, tmp_path, capfd):
         (["static", "--out", "."], "already holds another run"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(tiny, tmp_path, capfd, arguments, sentence):
-    out = tmp_path / "out"
-    assert main([*arguments[:1], *tiny, "--out", str(out), *arguments[1:]]) == 2
-    printed = capfd.readouterr().err
-    assert sentence in printed
-    assert len([line for line in printed.splitlines() if line.startswith("error:")]) == 1
-    assert not out.exists()
+def test_bad_input_is_one_sentence_and_leaves_nothing(tiny, tmp_path, refused, arguments, sentence):
+    refused(main, [*arguments[:1], *tiny, "--out", tmp_path / "out", *arguments[1:]], sentence)
+    assert not (tmp_path / "out").exists()

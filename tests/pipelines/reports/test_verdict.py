@@ -80,9 +80,8 @@ def test_holm_and_p_are_the_fields():
     differences = np.random.default_rng(3).normal(-0.3, 1, 5)
     assert PairedTest(differences).p == pytest.approx(2 * ttest_1samp(differences, 0, alternative="less").pvalue)
     assert PairedTest(-differences).p == 1
-    test = PairedTest(np.array([-0.9, -0.1, -0.5, -1.1, -0.3]))
-    assert 0.02 < test.p < 0.05  # better alone, and not one of five arms
-    assert [replace(test, p_holm=arms * test.p).outcome[0] for arms in (1, 5)] == ["better", "tie"]
+    test = replace(PairedTest(np.array([-0.9, -0.1, -0.5, -1.1, -0.3])), p_holm=0.049)
+    assert [each.outcome[0] for each in (test, replace(test, p_holm=0.051))] == ["better", "tie"]
 
 
 def test_every_grown_arm_is_held_against_every_baseline_on_every_axis():
@@ -120,7 +119,6 @@ PAIRED = [
     (ending(1.3, 0.8), SECONDS, "static-1: cannot say: static-2, static-3, static-4 has no loss at this cost"),
     (ending(1.6, 0.8), SECONDS, "static-1: worse: $"),
     # An overshoot of the budget is no other cost.
-    (ending(1.2, 0.981, OWN), BEST, "static-2: tie: $"),
     (ending(1.2, 1.019, OWN), BEST, "static-2: tie: $"),
     (ending(1.2, 1.03, OWN), BEST, "static-2: cannot say: static-2 was never trained that long"),
     # To diverge once is enough, however low the rest; a seed without a loss is left out, and named.
@@ -175,7 +173,6 @@ CAVEATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("static-1 is the best static size, and the smallest", {"size": 1}, {}),
     ("rates of the static sizes were not tuned", {}, {"rates_tuned": False}),
     ("size or schedule was chosen on the test seeds", {}, {"tuning_seeds": []}),
-    ("size or schedule was chosen on the test seeds", {"size": None}, {}),
     ("size or schedule was chosen on the test seeds", {"schedule": None}, {}),
     ("1 trial without a result (lag-7: failed)", {}, {"trials": {"lag-7": LAG}}),
     ("(lag-9: not in MLflow)", {}, {"trials": {"lag-9": LAG | {"status": "done"}}}),
@@ -205,12 +202,17 @@ def test_what_withholds_nothing():
 
 
 def test_un_annealed_points_and_other_runs_change_nothing():
-    """Losses of mid-run, of runs that diverged, of rate trials, of another grid point, and of a trial's first try."""
+    """Losses of mid-run, of runs that diverged, of rate trials, of another grid point, and of a trial's first try.
+
+    Nor do forks without a loss, or their order.
+    """
     before = judged(five_equal(edits={("ppo", 2): DIVERGED}))
     sweep = five_equal(edits={("ppo", 2): DIVERGED | {"val_loss": -100.0}})
     runs = sweep.runs()
     for run in runs:
         run.summary["val_curve"] = [point | {"val_loss": -50.0} for point in run.summary["val_curve"]]
+        first, *others = run.summary["annealed"]
+        run.summary["annealed"] = [*reversed(others), first | {"val_loss": None}, first]
     for change in ({"purpose": "rates"}, {"grid": '{"budget.amount": 1}'}):
         runs += [replace(run, **change, summary=run.summary | {"val_loss": -1.0}) for run in sweep.runs()]
     runs += [replace(run, status="FAILED", summary={}) for run in sweep.runs()]
@@ -258,8 +260,7 @@ def test_a_budget_of_steps_is_one_of_tokens():
 def test_without_static_runs_there_is_no_best_static():
     sweep = SyntheticSweep()
     verdict = judged(sweep, [run for run in sweep.runs() if run.arm != "static"], sweep.point(size=None))
-    assert verdict.trials.best_static is None
-    assert {t.outcome[0] for t in verdict.tests if t.baseline == "best static"} == {"cannot say"}
+    assert {(t.against, t.outcome[0]) for t in verdict.tests if t.baseline == "best static"} == {(None, "cannot say")}
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,3 @@ def test_a_file_needs_a_command_first_and_another_mlflow_clicks(store: str, monk
     assert other == f"{page} (choose the chart view, then in its gear X-axis, Metric, flops)"
     [tag] = [v for k, v in MlflowClient(store).get_experiment(parent.experiment_id or "").tags.items() if TAG in k]
     assert "parameter_seconds" in json.loads(tag)["name"]
-
-
-def test_more_curves_than_colours_share_them():
-    names = curve_names([f"arm-{i}" for i in range(60)])
-    assert [text.strip() for text in names.values()] == list(names)
-    assert len({_color(text) for text in names.values()}) == chart_view.COLORS

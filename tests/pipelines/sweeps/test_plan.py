@@ -2,7 +2,7 @@
 
 import pytest
 
-from esper.pipelines.sweeps.arms import FOLLOWERS, NOT_GROWN, Arm, parse_arms, parse_sizes
+from esper.pipelines.sweeps.arms import Arm, parse_arms, parse_sizes
 from esper.pipelines.sweeps.plan import Point, parse_grid
 from esper.pipelines.sweeps.trials import Trial, born, lrpath_spec, size_parameters, with_rates
 from esper.platform.contracts import GraftAction
@@ -11,17 +11,18 @@ from esper.workers.run import GrowthRun
 from esper.workers.tolaria.rate import rate
 
 
-def test_static_arms_come_first_one_for_each_size_and_followers_last():
-    def labels(text: str) -> list[str]:
-        return [arm.label for arm in parse_arms(text, (1, 2))]
-
-    assert labels("random,tamiyo,baseline,onejump") == ["static-1", "static-2", "tamiyo", "onejump", "random:tamiyo"]
-    assert (*NOT_GROWN, *FOLLOWERS[1:]) == ("static", *2 * ("static_final", "static_lrpath"))
-    assert labels("onejump,tamiyo,ppo,static_final")[-1] == "static_final:ppo"
-    assert labels("gradual,onejump,static_lrpath")[-1] == "static_lrpath:gradual"
-    both = labels("tamiyo,ppo,static_final:heuristic,static_final:ppo")
-    assert both[-2:] == ["static_final:tamiyo", "static_final:ppo"]
-    assert labels("static,random") == ["static-1", "static-2", "random"]  # nobody to match
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("random,tamiyo,baseline,onejump", "static-1 static-2 tamiyo onejump random:tamiyo"),
+        ("onejump,tamiyo,ppo,static_final", "onejump tamiyo ppo static_final:ppo"),
+        ("gradual,onejump,static_lrpath", "gradual onejump static_lrpath:gradual"),
+        ("tamiyo,ppo,static_final:heuristic,static_final:ppo", "tamiyo ppo static_final:tamiyo static_final:ppo"),
+        ("static,random", "static-1 static-2 random"),  # nobody to match
+    ],
+)
+def test_static_arms_come_first_one_for_each_size_and_followers_last(text, labels):
+    assert [arm.label for arm in parse_arms(text, (1, 2))] == labels.split()
 
 
 @pytest.mark.parametrize(
@@ -61,13 +62,9 @@ def test_sizes_and_a_grid_that_spans_every_combination_also_of_lists_and_objects
 
 
 def test_names_tell_trials_apart(tiny_spec):
-    arm = Arm(name="random", of="tamiyo")
-    trials = [
-        Trial(arm, purpose, seed, Point(index, {}, tiny_spec, several=True), tiny_spec, note=note)
-        for purpose, note in (("test", ""), ("rates", "rate0.1"), ("rates", "rate0.2"))
-        for seed in (0, 1)
-        for index in (0, 1)
-    ]
+    arm, points = Arm(name="random", of="tamiyo"), [Point(index, {}, tiny_spec, several=True) for index in (0, 1)]
+    trials = [Trial(arm, "test", seed, point, tiny_spec) for seed in (0, 1) for point in points]
+    trials += [Trial(arm, "rates", 0, points[0], tiny_spec, note=note) for note in ("rate0.1", "rate0.2")]
     assert len({trial.name for trial in trials}) == len(trials)
     assert trials[1].name == "random.of.tamiyo-seed0-point1"
     assert trials[1].tags()["label"] == "random:tamiyo"
