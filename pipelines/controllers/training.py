@@ -6,6 +6,7 @@
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -87,9 +88,11 @@ def train_controller(
     reached = Reached.of(folder)
     for name in (SUMMARY, FILE):  # of a training that is given more iterations
         (out / name).unlink(missing_ok=True)
-    with track(folder, parent) as tracker:
+    with (
+        track(folder, parent) as tracker,
+        closing(Journal(out / HISTORY, lambda entry: entry["iteration"])) as history,
+    ):
         say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
-        history = Journal(out / HISTORY, lambda entry: entry["iteration"])
         _note(history, tracker, reached)  # the process may have died before it did
         instances = list(instance_set("train", spec).values())
         training = PPOTraining(
@@ -106,7 +109,6 @@ def train_controller(
             reached = _iterate(training, spec.ppo.iterations, out, reached, partial(_note, history, tracker))
         finally:
             training.stop()
-            history.close()
         played = held_out(spec, folder.data, out, folder.seed, check)
         dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
