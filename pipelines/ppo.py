@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from esper.pipelines.common.arguments import ResumableArguments, command, flag
-from esper.platform.console import say
+from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ def resume(arguments: PPOArguments, out: Path) -> None:
             if not arguments.set and folder.send(lambda: track(folder), KEPT):
                 return
             raise UserError(
-                f"--resume {out} has its {reached.iterations} iterations: ask for more, such as "
+                f"--resume {out} has its {counted(reached.iterations, 'iteration')}: ask for more, such as "
                 f"--set ppo.iterations={2 * reached.iterations}."
             )
         if arguments.set:
             folder.pin(inputs)
-        done = f"{reached.iterations} iterations, {reached.episodes:.0f} episodes, {reached.decisions:.0f} decisions"
+        done = f"{counted(reached.iterations, 'iteration')}, {reached.decisions:.0f} decisions"
         say(f"resume  {folder.out}: {done}")
         train(folder)
 

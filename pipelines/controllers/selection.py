@@ -5,6 +5,7 @@ On text their seeds are used nowhere else; on loss laws they are the tuning set'
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,7 @@ from typing import Any
 
 from esper.pipelines.common.play import play
 from esper.pipelines.controllers.workers import make_run
-from esper.platform.console import say
+from esper.platform.console import counted, say
 from esper.platform.contracts import Instance
 from esper.platform.journal import Journal
 from esper.platform.ledger import AXES
@@ -44,11 +45,12 @@ def held_out(spec: RunSpec, data: Path | None, out: Path, seed: int, check: Call
             tasks[int(path.name), i] = (spec, data, policy, instance, derive(seed, "held out", i))
     missing = {key: task for key, task in tasks.items() if key not in played}
     if missing:
-        say(f"choose  {len(tasks) // number} policies play {number} held-out episodes each")
-    for (iteration, episode), reached in _played(missing, check):
-        played[iteration, episode] = {"iteration": iteration, "episode": episode, **reached}
-        journal.add(played[iteration, episode])
-    journal.close()
+        candidates = counted(len(tasks) // number, "candidate")
+        say(f"choose  among {candidates}, by {counted(number, 'held-out episode')} each")
+    with closing(journal):
+        for (iteration, episode), reached in _played(missing, check):
+            played[iteration, episode] = {"iteration": iteration, "episode": episode, **reached}
+            journal.add(played[iteration, episode])
     return [played[key] for key in tasks]
 
 

@@ -19,7 +19,7 @@ from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
 from esper.pipelines.controllers.workers import fleet_maker
 from esper.platform.checkpoint import CheckpointStore, below
-from esper.platform.console import say
+from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.journal import Journal, read_entries
@@ -92,7 +92,8 @@ def train_controller(
         track(folder, parent) as tracker,
         closing(Journal(out / HISTORY, lambda entry: entry["iteration"])) as history,
     ):
-        say(f"ppo     {spec.ppo.iterations} iterations of {spec.ppo.decisions} decisions; building the learner")
+        iterations = counted(spec.ppo.iterations, "iteration")
+        say(f"ppo     {iterations} of {spec.ppo.decisions} decisions; building the learner")
         _note(history, tracker, reached)  # the process may have died before it did
         instances = list(instance_set("train", spec).values())
         training = PPOTraining(
