@@ -3,6 +3,7 @@
 A label has one colour everywhere: greys for static sizes; followers (`static_final:tamiyo`) are hollow and dotted.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),  # Okabe–Ito without black and yellow
     *("#332288", "#882255", "#999933", "#AA4499", "#117733", "#661100"),  # Tol's muted ones that are unlike these
 )
+COLUMNS = 3  # of panels
 MARKERS = {"static_final": "s", "static_lrpath": "h", "random": "D"}  # of those that follow an arm
 STYLE: dict[Any, Any] = {"axes.grid": True, "axes.axisbelow": True, "legend.frameon": False, "svg.hashsalt": "esper"}
 Look = dict[str, Any]  # color, marker, linestyle and markerfacecolor, as matplotlib's `plot` takes them
@@ -92,17 +94,20 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
 
 
 def save_picture(points: Sequence[Trials], file: Path | IO[bytes], kind: str) -> None:
-    """All of it, two rows per grid point, as `png` or `svg`."""
+    """All of it as `png` or `svg`; per grid point loss against budget, differences, loss against other costs, legend."""
+    rows = math.ceil((len(AXES) + 2) / COLUMNS) * len(points)
     with plt.rc_context(STYLE):
-        figure, rows = plt.subplots(2 * len(points), 3, figsize=(17, 9 * len(points)), layout="constrained")
-        for trials, cells in zip(points, rows.reshape(len(points), 6), strict=True):
-            draw_differences(cells[1], trials)
+        figure, grid = plt.subplots(rows, COLUMNS, figsize=(17, 4.5 * rows), layout="constrained")
+        for trials, (first, differences, *cells) in zip(points, grid.reshape(len(points), -1), strict=True):
             others = [axis for axis in AXES if axis != trials.axis]
-            for axes, axis in zip((cells[0], *cells[2:5]), (trials.axis, *others), strict=True):
+            draw_losses(first, trials, trials.axis)
+            first.set_title(trials.title)
+            draw_differences(differences, trials)
+            for axes, axis in zip(cells, others, strict=False):
                 draw_losses(axes, trials, axis)
-            cells[0].set_title(trials.title)
-            cells[5].legend(*cells[0].get_legend_handles_labels(), loc="center left")
-            cells[5].set_axis_off()
+            for rest in cells[len(others) :]:
+                rest.set_axis_off()
+            cells[len(others)].legend(*first.get_legend_handles_labels(), loc="center left")
         figure.savefig(file, dpi=100, format=kind, metadata={"Date": None} if kind == "svg" else None)
         plt.close(figure)
 
