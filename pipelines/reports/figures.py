@@ -94,7 +94,7 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
 
 
 def save_picture(points: Sequence[Trials], file: Path | IO[bytes], kind: str) -> None:
-    """All of it as `png` or `svg`; per grid point loss against budget, differences, loss against other costs, legend."""
+    """All of it as `png` or `svg`; per grid point loss against budget, differences, other costs, legend."""
     rows = math.ceil((len(AXES) + 2) / COLUMNS) * len(points)
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(rows, COLUMNS, figsize=(17, 4.5 * rows), layout="constrained")
