@@ -155,7 +155,26 @@ class Episode(ABC):
         candidate = self._accept(action)
         self.unfinished = True
         if candidate.operation != "wait":
-            self._apply(candidate, action.reason)
+            there = self.planted
+            values: dict[str, Any] = {
+                "budget_fraction": self.fraction(),
+                "decision": self.sequence,
+                "optimizer_step": self.ledger.steps,
+                "site": candidate.site,
+                "blueprint": candidate.blueprint,
+                "parameters_before": self.layout.parameters,
+                "val_loss_before": self.loss,
+                "reason": action.reason,
+            }
+            self._change(candidate)
+            values["parameters_after"] = self.layout.parameters
+            if candidate.operation == "graft":
+                self.grafted.append((self.clock.passed, candidate.site or ""))
+                self.grafts.append(Graft(**values))
+            else:
+                self.prunes.append(Change(**values))
+                for number in there.keys() - self.planted.keys():  # the seed, and those inside it
+                    self.grafts[number].outcome = "pruned"
         return self.finish()
 
     @property
@@ -263,18 +282,6 @@ class Episode(ABC):
             legal = ", ".join(str(self.telemetry.actions[i]) for i in self.telemetry.legal())
             raise UserError(f"action {action.index} is not legal here: the legal ones are {legal}.")
         return self.telemetry.actions[action.index]
-
-    def _apply(self, candidate: Candidate, reason: str) -> None:
-        there, before, at = self.planted, self.layout.parameters, (self.fraction(), self.sequence, self.ledger.steps)
-        self._change(candidate)
-        values: Any = (*at, candidate.site, candidate.blueprint, before, self.layout.parameters, self.loss, reason)
-        if candidate.operation == "graft":
-            self.grafted.append((self.clock.passed, candidate.site or ""))
-            self.grafts.append(Graft(*values))
-        else:
-            self.prunes.append(Change(*values))
-            for number in there.keys() - self.planted.keys():  # the seed, and those inside it
-                self.grafts[number].outcome = "pruned"
 
     def _observe(self) -> Telemetry:
         self.curve.append(self._point())

@@ -38,7 +38,7 @@ class EpisodeWorker:
         at, self._at = self._at, None  # None if anything below raises: the run is unusable
         redone = 0
         if at is not None and order.actions and at == replace(order, actions=order.actions[:-1], fresh=at.fresh):
-            answer = self._step(order.actions[-1])
+            answer = self._run.step(GraftAction(order.actions[-1], self._run.telemetry.sequence))
         else:
             if self.store is not None and at is not None and at.episode != order.episode:
                 self.store.drop(save_name(at.episode))  # the next episode's order confirms the last answer
@@ -60,15 +60,12 @@ class EpisodeWorker:
             unsaved=self.store.failed if self.store is not None else None,
         )
 
-    def _step(self, action: int) -> Transition:
-        return self._run.step(GraftAction(action, self._run.telemetry.sequence))
-
     def _taken_up(self, order: Order) -> tuple[Telemetry | Transition, int]:
         """Restore or replay the order's episode: (answer, decisions redone)."""
         done, answer = self._restored(order) or (0, self._run.reset(order.instance, order.seed))
         for action in order.actions[done:]:
             try:
-                answer = self._step(action)
+                answer = self._run.step(GraftAction(action, self._run.telemetry.sequence))
             except UserError as error:
                 raise RuntimeError(f"the episode could not be done again: {error}") from error
         return answer, max(0, len(order.actions) - 1 - done)
