@@ -165,14 +165,12 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
                     stream.write(pack(*content))
             self.failed = None
         except Exception as error:  # whatever it is, the run is worth more than its checkpoint
-            known, self.failed = (
-                self.failed,
-                (
-                    f"checkpoint {name} was not written to {self._place} ({reason(error)}): "
-                    "mend that while the run goes on, and its next one is written."
-                ),
+            first = self.failed is None
+            self.failed = (
+                f"checkpoint {name} was not written to {self._place} ({reason(error)}): "
+                "mend that while the run goes on, and its next one is written."
             )
-            if known is None:
+            if first:
                 say(self.failed)
 
 
