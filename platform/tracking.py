@@ -28,7 +28,7 @@ from esper.platform.tracking_store import StoredRun, runs_page, tracking_uri
 
 JOURNAL, SENT = "tracking.jsonl", "tracking.sent.json"
 CONNECT_SECONDS, CALL_SECONDS = 60, 20  # the longest that one try to connect, or one request, may take
-LOOK_SECONDS, PAUSE_SECONDS = 0.1, 1  # between two looks for new entries; between two tries
+PAUSE_SECONDS = 1  # between two tries
 READY_SECONDS = 30  # the longest that anyone waits for a run's id: MLflow's import, a first migration
 CLOSE_SECONDS, AWAY_SECONDS = 60, 5  # likewise at a run's end; of a store that takes nothing
 SYNC_SECONDS = 60
@@ -138,6 +138,7 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
                 if not self._told:
                     say(f"{self._journal.path} cannot be written ({reason(error)}): make room, or MLflow lacks points.")
                 self._told = True
+        self._sender.more.set()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -184,7 +185,7 @@ class _Sender(threading.Thread):
     def __init__(self, folder: Path, entries: Sequence[Entry], uri: str, *, system_metrics: bool = False) -> None:
         super().__init__(name=f"tracking {folder.name}", daemon=True)
         self.info: Any = None  # MLflow's RunInfo, once connected
-        self.tried = threading.Event()  # to connect: in vain, twice
+        self.tried, self.more = threading.Event(), threading.Event()  # to connect (in vain, twice); entries
         self._folder, self._entries, self._uri = folder, entries, uri
         self._count = min(_sent(folder).get(shown(uri), 0), len(entries))
         self._stored: StoredRun | None = None  # while connected
@@ -199,6 +200,7 @@ class _Sender(threading.Thread):
     def finish(self, seconds: float) -> None:
         """There will be no more: let the thread end, once all is sent or `seconds` are over."""
         self._last.set()
+        self.more.set()
         self.join(seconds)
         self._over.set()
 
@@ -206,6 +208,7 @@ class _Sender(threading.Thread):
         """Send, until there is no more to send."""
         failures = 0
         while not (self._over.is_set() or (self._last.is_set() and self.complete)):
+            self.more.clear()
             try:
                 whole, failures = self._send_all(), 0
             except Exception as error:
@@ -213,10 +216,10 @@ class _Sender(threading.Thread):
                 if failures > 1:
                     self.tried.set()
                     _tell(self._uri, error)
-            if whole:
-                self._last.wait(LOOK_SECONDS)
-            else:
+            if not whole:
                 self._over.wait(PAUSE_SECONDS)
+            elif not self._last.is_set():
+                self.more.wait()
         if self._monitor is not None:
             with contextlib.suppress(TimeoutError):
                 within(CALL_SECONDS, self._monitor.finish)
