@@ -33,10 +33,10 @@ class Journal:
 
     def add(self, entry: Entry) -> bool:
         """Append; False for a known identity or a closed journal. After an OSError nothing is written."""
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"  # NaN stays NaN: only Python reads this
         identity = self._identity(entry)
         if self.file.closed or identity in self._known:
             return False
+        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"  # NaN stays NaN: only Python reads this
         with naming(self.path):
             before = os.fstat(self.file.fileno()).st_size
             try:
