@@ -44,20 +44,27 @@ class Baseline:
             potential[: len(left)] += left[: len(potential)]
         return potential
 
-    def shaped(self, episodes: Sequence[Played]) -> list[np.ndarray]:
-        """r' (K,) of episodes not taken in yet; of the very first, each half by the Φ of the other."""
-        if self._gram.any() or len(episodes) < 2:
-            return [self._shaped(episode) for episode in episodes]
-        halves = (Baseline(), Baseline())
-        for i, half in enumerate(halves):
-            half.update(episodes[1 - i :: 2])
-        return [halves[i % 2]._shaped(episode) for i, episode in enumerate(episodes)]
+    def potentials(self, episodes: Sequence[Played]) -> list[np.ndarray]:
+        """Φ in nats, float64 (K + 1,), of each episode at its decisions and at its end."""
+        found = [self.potential(episode.states, episode.instance) for episode in episodes]
+        for episode, potential in zip(episodes, found, strict=True):
+            if episode.terminated:
+                potential[-1] = 0.0
+        return found
 
-    def _shaped(self, episode: Played) -> np.ndarray:
-        potential = self.potential(episode.states, episode.instance)
-        if episode.terminated:
-            potential[-1] = 0.0
-        return ((episode.rewards + np.diff(potential)) / self.scale).astype(np.float32)
+    def shaped(self, episodes: Sequence[Played], potentials: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """r' (K,) of episodes not taken in yet, by their Φ; of the very first, each half by the Φ of the other."""
+        if self._gram.any() or len(episodes) < 2:
+            return [
+                ((episode.rewards + np.diff(potential)) / self.scale).astype(np.float32)
+                for episode, potential in zip(episodes, potentials, strict=True)
+            ]
+        shaped: list[Any] = [None] * len(episodes)
+        for i in (0, 1):
+            half, own = Baseline(), episodes[i::2]
+            half.update(episodes[1 - i :: 2])
+            shaped[i::2] = half.shaped(own, half.potentials(own))
+        return shaped
 
     def update(self, episodes: Sequence[Played]) -> None:
         """Take in episodes, which have been shaped before."""

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +84,11 @@ class PPOTraining:
         for noisy in ("ray.rllib", "ray.tune"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         torch.set_num_threads(1)  # on busy cores two made an update 8 times slower; also fixes the rounding
-        fleet = make_fleet()
-        try:
+        with ExitStack() as undo:
+            fleet = make_fleet()
+            undo.callback(fleet.close)
             self._learners = self._config.build_learner_group()
+            undo.callback(self._learners.shutdown)
             self.dispatcher = Dispatcher(
                 fleet,
                 ControllerNet(spec.ppo.hidden),
@@ -103,9 +106,7 @@ class PPOTraining:
                 except (KeyError, ValueError, TypeError, RuntimeError) as error:
                     raise UserError(f"checkpoint {start} holds what PPO cannot go on with ({error}).") from error
             self._publish()
-        except BaseException:
-            fleet.close()
-            raise
+            undo.pop_all()  # from here on it is `stop` that ends them
 
     def iterate(self) -> dict[str, float]:
         """Learn from the next episodes, shaped by `baseline`; docs/mlflow.md says what each metric means."""
@@ -113,10 +114,10 @@ class PPOTraining:
             ctypes.CDLL(None).malloc_trim(0)  # glibc keeps 5 MiB per 512 decisions (measured)
         config, begun = self._config, time.perf_counter()
         episodes = self.dispatcher.collect(config.total_train_batch_size, self._check)
-        potential = [self.baseline.potential(each.states[:-1], each.instance) for each in episodes]
-        said = np.concatenate(potential) + self.baseline.scale * stacked(episodes, "values")
+        potentials = self.baseline.potentials(episodes)
+        said = np.concatenate([each[:-1] for each in potentials]) + self.baseline.scale * stacked(episodes, "values")
         metrics = sample_metrics(episodes, said, self._updates) | self._fleet_metrics(episodes)
-        shaped: list[Any] = list(map(_shaped, episodes, self.baseline.shaped(episodes)))
+        shaped: list[Any] = list(map(_shaped, episodes, self.baseline.shaped(episodes, potentials)))
         self.baseline.update(episodes)
         sampled = time.perf_counter()
         results = MetricsLogger(root=True)

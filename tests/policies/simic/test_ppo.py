@@ -1,5 +1,6 @@
 """PPO over the dispatcher: it learns, and goes on from its own checkpoints only."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,8 @@ def test_a_resumed_training_takes_a_new_rate(make, tmp_path: Path):
     assert resumed.policy().act(telemetry).reason == SimicPolicy.load(tmp_path / "c").act(telemetry).reason
 
 
-def test_what_is_no_checkpoint_of_this_training_is_refused(make, tmp_path: Path):
+def test_what_is_no_checkpoint_of_this_training_is_refused(make, local_ray, tmp_path: Path):
+    """A refused training leaves no learner behind, which would keep its CPU."""
     make().save(tmp_path / "c")
     with pytest.raises(UserError, match=r"does not fit ppo\.hidden 8"):
         make(start=tmp_path / "c", hidden=8)
@@ -67,15 +69,20 @@ def test_what_is_no_checkpoint_of_this_training_is_refused(make, tmp_path: Path)
         (state, {**tensors, "optimizer.0": torch.zeros(2)}),
     ):
         checkpoint.write(tmp_path / "c" / STATE, odd_state, odd_tensors)
-        with pytest.raises(UserError):
-            make(start=tmp_path / "c")
+        with pytest.raises(UserError) as refused:  # the error's frames keep alive what was not shut down
+            make(start=tmp_path / "c", learners=int("optimizer.0" in odd_tensors))
+    end = time.monotonic() + 10
+    while (free := local_ray.available_resources()["CPU"]) < 4 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert free == 4, refused
 
 
 def test_advantages_by_hand(make):
     """What the learner is given, against arithmetic: GAE (Schulman et al. 2015, 1506.02438, eq. 16) with γ = 1."""
     training = make()
     episodes = training.dispatcher.collect(128)
-    given = list(map(ppo._shaped, episodes, training.baseline.shaped(episodes)))
+    baseline = training.baseline
+    given = list(map(ppo._shaped, episodes, baseline.shaped(episodes, baseline.potentials(episodes))))
     learner = training._learners._learner
     expected = []
     for episode in given:
