@@ -36,18 +36,17 @@ def held_out(spec: RunSpec, data: Path | None, out: Path, seed: int, check: Call
     """
     number = spec.ppo.held_out
     instances = [Instance()] * number if data else list(islice(instance_set("tuning", spec).values(), number))
-    journal = Journal(out / FILE)
-    played: dict[Key, dict[str, Any]] = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
     tasks: dict[Key, Task] = {}
     for path in checkpoints(out):
         policy = SimicPolicy.load(path)
         for i, instance in enumerate(instances):
             tasks[int(path.name), i] = (spec, data, policy, instance, derive(seed, "held out", i))
-    missing = {key: task for key, task in tasks.items() if key not in played}
-    if missing:
-        candidates = counted(len(tasks) // number, "candidate")
-        say(f"choose  among {candidates}, by {counted(number, 'held-out episode')} each")
-    with closing(journal):
+    with closing(Journal(out / FILE)) as journal:
+        played: dict[Key, dict[str, Any]] = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
+        missing = {key: task for key, task in tasks.items() if key not in played}
+        if missing:
+            candidates = counted(len(tasks) // number, "candidate")
+            say(f"choose  among {candidates}, by {counted(number, 'held-out episode')} each")
         for (iteration, episode), reached in _played(missing, check):
             played[iteration, episode] = {"iteration": iteration, "episode": episode, **reached}
             journal.add(played[iteration, episode])
