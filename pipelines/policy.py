@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 from esper.pipelines.common.arguments import CommonArguments, choose, command, flag
 from esper.platform.frozen import Frozen
+from esper.policies.arms import ARMS
+from esper.policies.named_schedules import NAMED
 
-ARMS = ("static", "random", "tamiyo", "lag", "schedule", "openloop", "bound")
+TRAINED, OPENLOOP, BOUND = "ppo", "openloop", "bound"  # the policy itself, its median schedule, the oracle's bound
+PLAYED = (*(arm for arm in ARMS if arm != TRAINED), OPENLOOP, BOUND)
 
 
 class InfoArguments(Frozen):
@@ -33,7 +36,9 @@ class PlayArguments(InfoArguments):
 class EvaluateArguments(PlayArguments, CommonArguments):
     """Play a trained policy and other arms on an instance set, on loss laws or (with --data) on text."""
 
-    arms: str | None = flag(None, f"Of {', '.join(ARMS)} (default: all that can be had).", "A,B,C")
+    arms: str | None = flag(
+        None, f"Of {', '.join(PLAYED)} (default: all that can be had but {', '.join(NAMED)}).", "A,B,C"
+    )
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts, not the best on training ones.", "FILE")
 
 

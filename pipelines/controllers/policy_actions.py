@@ -17,13 +17,14 @@ from esper.pipelines.common.preset import describe, resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.controllers.evaluation import Evaluation, Summaries, as_json
-from esper.pipelines.policy import ARMS
+from esper.pipelines.policy import BOUND, OPENLOOP, PLAYED, TRAINED
 from esper.platform.console import say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, write_json
 from esper.policies.arms import ALIASES, ArmInputs, make_policy
+from esper.policies.named_schedules import NAMED
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.policy import SimicPolicy, policy_file
 from esper.workers.instances import SetName, instance_set
@@ -33,9 +34,8 @@ from esper.workers.run import GrowthRun
 if TYPE_CHECKING:
     from esper.pipelines.policy import DistillArguments, EvaluateArguments, InfoArguments
 
-TRAINED, BOUND = "ppo", "bound"  # the rows of the policy itself and of the oracle's bound
 ON_TEXT = 4  # instances that are played where the user does not say how many
-ON_LAWS_ONLY = ("schedule", "openloop", BOUND)  # a schedule may also be given
+ON_LAWS_ONLY = ("schedule", OPENLOOP, BOUND)  # a schedule may also be given
 REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens", "grafts", "prunes")
 
 
@@ -56,10 +56,11 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     file, on_text, schedules = policy_file(arguments.checkpoint), arguments.data is not None, {}
     policy, spec = SimicPolicy.load(file), spec_for(arguments, file, on_text=on_text)
     if arguments.schedule is not None:
-        inputs = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
-        make_policy("schedule", inputs)  # refuses what cannot be played
         schedules["schedule"] = SchedulePolicy.load(arguments.schedule).entries
     arms = parse_arms(arguments.arms, on_text=on_text, given=schedules)
+    inputs = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
+    for arm in {*schedules, *NAMED.keys() & arms}:
+        make_policy(arm, inputs)  # refuses a blueprint that the runs lack
     chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None))
     place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
     make_run = partial(GrowthRun, spec, place.tokens) if on_text else partial(SurrogateRun, spec)
@@ -102,7 +103,7 @@ def evaluate(arguments: "EvaluateArguments") -> None:
 def choose(arms: list[str], policy: SimicPolicy, here: Evaluation, schedules: dict[str, list[Entry]]) -> None:
     """Choose, on training instances, the arms' schedules that lack."""
     training = replace(here, instances=instance_set("train", here.spec))
-    for arm in ("schedule", "openloop"):
+    for arm in ("schedule", OPENLOOP):
         if arm in arms and arm not in schedules:
             say(f"  {arm}: choosing on {len(training.instances)} training instances")
             best = training.best_schedule() if arm == "schedule" else training.median_schedule(policy)[0]
@@ -165,7 +166,7 @@ def distill(arguments: "DistillArguments") -> None:
     here = Evaluation(spec, chosen, partial(SurrogateRun, spec), arguments.seed)
     entries, by_policy = here.median_schedule(policy)
     write_json(arguments.out, as_json(entries))
-    by_schedule = here.play("openloop", lambda seed: SchedulePolicy(entries))
+    by_schedule = here.play(OPENLOOP, lambda seed: SchedulePolicy(entries))
     for entry in entries:
         print(f"{entry.at:6.1%}  {entry.blueprint}" + (f" at {entry.site}" if entry.site else ""))
     grafts, prunes = (np.mean([len(run[key]) for run in by_policy]) for key in ("grafts", "prunes"))
@@ -177,10 +178,10 @@ def distill(arguments: "DistillArguments") -> None:
 
 
 def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ()) -> list[str]:
-    """The arms named, by default all available, without the policy. UserError where one is unknown or unavailable."""
-    here = [arm for arm in ARMS if not on_text or arm in given or arm not in ON_LAWS_ONLY]
+    """The arms named, without the policy, by default all but the named schedules. UserError for one not to be had."""
+    here = [arm for arm in PLAYED if not on_text or arm in given or arm not in ON_LAWS_ONLY]
     if names is None:
-        return here
+        return [arm for arm in here if arm not in NAMED]
     arms = [ALIASES.get(name.strip(), name.strip()) for name in names.split(",")]
     for arm in arms:
         if arm not in (*here, TRAINED):

@@ -63,7 +63,7 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert pipeline.main(["evaluate", str(trained), *FEW, "--out", str(out)]) == 0
     table = capsys.readouterr().out.splitlines()
-    arms = ["static", "random", "tamiyo", "lag", "schedule", "openloop", "ppo", "bound"]
+    arms = ["static", "random", "schedule", "tamiyo", "lag", "openloop", "ppo", "bound"]
     assert [line.split()[0] for line in table[1:]] == arms
     result = evaluation_of(out)
     rows = {row["arm"]: row for row in result["rows"]}
@@ -95,12 +95,13 @@ def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys):
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     plan.write_text('[{"at": 0.25, "blueprint": "ffn"}]')
     command = ["evaluate", str(trained), *tiny, "--episodes", "2", "--schedule", str(plan), "--out", str(out)]
-    assert pipeline.main([*command, "--arms", "static,schedule"]) == 0
+    assert pipeline.main([*command, "--arms", "static,schedule,width"]) == 0
     result = evaluation_of(out)
     assert result["on"] == "text"
-    assert [row["arm"] for row in result["rows"]] == ["static", "schedule", "ppo"]
+    assert [row["arm"] for row in result["rows"]] == ["static", "schedule", "width", "ppo"]
     assert all(row["to_bound"] is None for row in result["rows"])
     assert [len(i["arms"]["schedule"]["grafts"]) for i in result["instances"].values()] == [1, 1]
+    assert [len(i["arms"]["width"]["grafts"]) for i in result["instances"].values()] == [3, 3]
     assert "bound" not in capsys.readouterr().out
 
 
@@ -125,6 +126,7 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
         ("info nowhere", "policy nowhere does not exist"),
         ("evaluate {run} --instances tset", "instances is 'tset': input should be 'train' or 'test'"),
         ("evaluate {run} --arms static,tamio", "unknown arm 'tamio'"),
+        ('evaluate {run} --arms heads --set growth.blueprints={{"ffn":{{}}}}', "unknown blueprint in arm 'heads'"),
         ("evaluate {run} --episodes 65", "the test set has 64 instances"),
         ('evaluate {run} --set growth.blueprints={{"blok":{{}}}}', "unknown blueprint 'blok'"),
         ("evaluate {run} --data text.txt --arms bound", "unknown arm on text (schedule: with --schedule FILE) 'bound'"),
