@@ -5,25 +5,18 @@ import math
 import platform as host_platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+import dispatch
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.platform.contracts import GraftAction, Instance, Order, Reply
+from esper.platform.contracts import Instance
 from esper.platform.spec import DataSpec, load_spec
-from esper.policies.simic.dispatcher import Dispatcher
-from esper.policies.simic.fleet import LocalFleet
-from esper.policies.simic.net import ControllerNet
 from esper.workers.kasmina.registry import make_blueprints
-from esper.workers.laws.surrogate import SurrogateRun
-from esper.workers.observe import telemetry_space
 from esper.workers.tolaria.data import TokenData, ensure
 from esper.workers.tolaria.model.transformer import TransformerHost
 from esper.workers.tolaria.trainer import Trainer
@@ -148,38 +141,10 @@ def bench_growth(data: TokenData) -> None:
             born.forget()
 
 
-class Recorded:
-    """A worker that answers at once from a recorded episode, without Ray or training."""
-
-    def __init__(self, answers: list[Any]) -> None:
-        self._answers = answers
-
-    def advance(self, order: Order) -> Reply:
-        """The recorded answer to an order."""
-        return Reply(order.episode, self._answers[len(order.actions)], expected=1.0)
-
-
 def bench_dispatch(data: TokenData) -> None:
-    """Decisions a second that one dispatcher has time for, by number of workers; Ray's own share is not in it."""
-    print("dispatcher, one core, with its journal (goal: 500 decisions/s at 1,000 workers)")
-    spec = load_spec("tinystories-char")
-    run, space, decisions = SurrogateRun(spec), telemetry_space(spec), spec.budget.decisions
-    recorded: list[Any] = [run.reset(Instance(), 0)]
-    while not run.ended:
-        k, legal = run.telemetry.sequence, run.telemetry.legal()
-        recorded.append(run.step(GraftAction(int(legal[-1]) if k % 7 == 3 else 0, k)))
-    for count in (1, 10, 100, 1000):
-        with tempfile.TemporaryDirectory() as folder:
-            fleet, net = LocalFleet(lambda: Recorded(recorded), count), ControllerNet(spec.ppo.hidden)
-            dispatcher = Dispatcher(fleet, net, space, seed=0, ahead=10**9, journal=Path(folder))
-            try:
-                begun, done = time.perf_counter(), 0
-                while (spent := time.perf_counter() - begun) < 15:
-                    done += sum(len(episode.rewards) for episode in dispatcher.collect(decisions))
-                    dispatcher.forget()
-            finally:
-                dispatcher.stop()
-        print(f"  {count:>5} workers: {done / spent:.0f} decisions/s")
+    """What a dispatcher can serve, and how soon; without Ray's own share."""
+    for what, goal, value in dispatch.measure():
+        print(f"  {what:<70} {goal:<10} {value}")
 
 
 BENCHMARKS = {"step": bench_step, "growth": bench_growth, "dispatch": bench_dispatch}

@@ -1,0 +1,216 @@
+"""What a dispatcher gives its users: how soon a worker has its next order, and what serving it costs one core.
+
+Workers are simulated: their replies are those of a recorded episode. Ray's own share of a decision is not in it.
+"""
+
+import pickle
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from esper.platform.contracts import GraftAction, Instance, Order, Reply
+from esper.platform.spec import RunSpec, load_spec
+from esper.policies.simic.dispatcher import Dispatcher
+from esper.policies.simic.fleet import Events, LocalFleet
+from esper.policies.simic.net import ControllerNet
+from esper.policies.simic.ppo import PPOTraining
+from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.observe import telemetry_space
+
+SPEC = "tinystories-char"
+WORKERS = 1000
+OFFERED = 500  # decisions a second
+SECONDS = 20  # of each measurement
+BATCH = 256  # decisions that are collected at a time
+
+Row = tuple[str, str, str]  # what, goal, value
+
+
+class Recorded:
+    """A worker that answers at once, without Ray or training."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self._answers = answers
+
+    def advance(self, order: Order) -> Reply:
+        """The recorded answer to an order."""
+        return Reply(order.episode, self._answers[len(order.actions)], expected=1.0)
+
+
+class Offered(LocalFleet):
+    """Workers whose replies arrive at the times of a Poisson process, whatever the dispatcher does: an open loop.
+
+    A thread unpickles each reply and queues it, as Ray's callbacks do; whose order is oldest replies next. Before, each
+    worker answers some orders at once, so that the workers stand at evenly spread decisions of their episodes.
+    """
+
+    lockstep = False
+
+    def __init__(self, answers: list[Any], workers: int, rate: float) -> None:
+        super().__init__(lambda: Recorded(answers), workers)
+        self._answers, self._rate = [pickle.dumps(answer) for answer in answers], rate
+        self._at_once = [worker % len(answers) for worker in range(workers)]  # orders still to be answered so
+        self._arrived: SimpleQueue[tuple[int, Reply | None]] = SimpleQueue()
+        self._at_work: deque[tuple[int, Order]] = deque()
+        self._came: dict[int, float] = {}  # worker → when its reply was to arrive
+        self._ended = False
+        self.latencies: list[float] = []  # seconds from a reply's arrival to the next order
+        self.decisions, self.spent = 0, 0.0  # that were sent; the serving thread's seconds of CPU
+
+    def submit(self, worker: int, order: Order) -> None:
+        """Take an order, and note how long the worker waited for it."""
+        self.decisions += bool(order.actions)
+        came = self._came.pop(worker, None)
+        if came is not None:
+            self.latencies.append(time.perf_counter() - came)
+        if self._at_once[worker]:
+            self._at_once[worker] -= 1
+            self._reply(worker, order)
+        else:
+            self._at_work.append((worker, order))
+
+    def ready(self, timeout: float) -> Events:
+        """All that has arrived, as RayFleet gives it."""
+        self.spent = time.thread_time()
+        events, self._events = self._events, []
+        if events:
+            return events
+        try:
+            arrived = [self._arrived.get(timeout=timeout)]
+            while not self._arrived.empty():
+                arrived.append(self._arrived.get_nowait())
+        except Empty:
+            return []
+        return [(worker, reply) for worker, reply in arrived if reply is not None]
+
+    def wake(self) -> None:
+        """Make `ready` return now."""
+        self._arrived.put((-1, None))
+
+    def close(self) -> None:
+        """End the arrivals."""
+        self._ended = True
+
+    def spread(self) -> bool:
+        """Whether all are at work, and none answers at once any more."""
+        return len(self._at_work) == len(self._workers)
+
+    def arrive(self) -> None:
+        """Let replies arrive until the fleet is closed; where the dispatcher owes every worker an order, they queue."""
+        intervals, due = np.random.default_rng(0), time.perf_counter()
+        while not self._ended:
+            due += intervals.exponential(1 / self._rate)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            while not self._at_work and not self._ended:
+                time.sleep(0.001)
+            if not self._ended:
+                worker, order = self._at_work.popleft()
+                self._came[worker] = due
+                self._reply(worker, order)
+
+    def _reply(self, worker: int, order: Order) -> None:
+        answer = pickle.loads(self._answers[len(order.actions)])
+        self._arrived.put((worker, Reply(order.episode, answer, expected=1.0)))
+
+
+def recorded(spec: RunSpec) -> list[Any]:
+    """The answers of an episode on a scaling law: the first observation, then one a decision."""
+    run = SurrogateRun(spec)
+    answers: list[Any] = [run.reset(Instance(), 0)]
+    while not run.ended:
+        k, legal = run.telemetry.sequence, run.telemetry.legal()
+        answers.append(run.step(GraftAction(int(legal[-1]) if k % 7 == 3 else 0, k)))
+    return answers
+
+
+def saturated(spec: RunSpec, answers: list[Any], workers: int) -> float:
+    """Decisions a second that one core serves when every worker answers at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        fleet, net = LocalFleet(lambda: Recorded(answers), workers), ControllerNet(spec.ppo.hidden)
+        dispatcher = Dispatcher(fleet, net, telemetry_space(spec), seed=0, ahead=10**9, journal=Path(folder))
+        try:
+            begun, done = time.perf_counter(), 0
+            while (spent := time.perf_counter() - begun) < SECONDS:
+                done += sum(len(episode) for episode in dispatcher.collect(BATCH))
+                dispatcher.forget()
+        finally:
+            dispatcher.stop()
+    return done / spent
+
+
+class Learner(threading.Thread):
+    """PPO updates without a pause, in a training of its own."""
+
+    def __init__(self, spec: RunSpec, answers: list[Any]) -> None:
+        super().__init__(daemon=True)
+        make_fleet = lambda: LocalFleet(lambda: Recorded(answers), 16)  # noqa: E731
+        self._training = PPOTraining(spec, telemetry_space(spec), make_fleet, seed=0)
+        self._ended, self.updates = False, 0
+
+    def run(self) -> None:
+        """Learn until `end`."""
+        while not self._ended:
+            self._training.iterate()
+            self.updates += 1
+
+    def end(self) -> None:
+        """End after this update."""
+        self._ended = True
+        self.join()
+        self._training.stop()
+
+
+def served(fleet: Offered, dispatcher: Dispatcher, what: str) -> list[Row]:
+    """Rows of `SECONDS` in which the replies arrive and whole episodes are collected; the seconds before warm up."""
+    for seconds in (3, SECONDS):
+        fleet.latencies, decisions, spent, begun = [], fleet.decisions, fleet.spent, time.perf_counter()
+        while (taken := time.perf_counter() - begun) < seconds:
+            dispatcher.collect(BATCH)
+            dispatcher.forget()
+    decisions, spent = fleet.decisions - decisions, fleet.spent - spent
+    middle, late = (1000 * np.quantile(fleet.latencies, each) for each in (0.5, 0.99))
+    return [
+        (
+            f"{OFFERED} decisions/s offered to {WORKERS} workers{what}: served",
+            f"{OFFERED}/s",
+            f"{decisions / taken:.0f}/s",
+        ),
+        ("… from reply to order, p99", "< 100 ms", f"{late:.0f} ms (p50 {middle:.1f} ms)"),
+        ("… CPU of the serving thread, a decision", "≤ 1.2 ms", f"{1000 * spent / decisions:.2f} ms"),
+    ]
+
+
+def offered(spec: RunSpec, answers: list[Any]) -> list[Row]:
+    """Rows of what workers feel, without and with PPO's updates in another thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        fleet = Offered(answers, WORKERS, OFFERED * len(answers) / (len(answers) - 1))  # the last asks for no decision
+        net = ControllerNet(spec.ppo.hidden)
+        dispatcher = Dispatcher(fleet, net, telemetry_space(spec), seed=0, ahead=10**9, journal=Path(folder))
+        try:
+            while not fleet.spread():
+                dispatcher.collect(0)
+                time.sleep(0.1)
+            threading.Thread(target=fleet.arrive, daemon=True).start()
+            rows = served(fleet, dispatcher, "")
+            learner = Learner(spec, answers)
+            learner.start()
+            rows += served(fleet, dispatcher, ", while PPO learns")
+            learner.end()
+        finally:
+            dispatcher.stop()
+    return rows
+
+
+def measure() -> list[Row]:
+    """Rows: one core's capacity, and what 1,000 workers feel at 500 decisions a second."""
+    spec = load_spec(SPEC)
+    answers = recorded(spec)
+    counts, what = (1, 10, 100, WORKERS), "{} workers that answer at once"
+    capacity = [(what.format(count), "", f"{saturated(spec, answers, count):.0f} decisions/s") for count in counts]
+    return capacity + offered(spec, answers)
