@@ -1,5 +1,6 @@
 """One run under one arm: begun or taken up again, saved at every decision, tracked, and told of."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from esper.policies.simic.policy import policy_file
 from esper.workers.run import GrowthRun
 
 KEPT = ("summary.json", "spec.json")  # in MLflow
-REFRESH_SECONDS = 0.5  # of the line that a terminal shows between decisions
+REFRESH_SECONDS = 0.5  # of the line that a terminal shows between decisions; elsewhere it is said once, at the start
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
 
 
@@ -71,14 +72,17 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
             tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
             save(growth, policy, checkpoints, RUN)
 
-        shown = time.monotonic()
+        next_line, terminal = time.monotonic() + REFRESH_SECONDS, sys.stderr.isatty()
 
         def on_step(growth: GrowthRun) -> None:
-            nonlocal shown
+            nonlocal next_line
             check()
-            if sys.stderr.isatty() and time.monotonic() > shown + REFRESH_SECONDS:
-                shown = time.monotonic()
-                print(f"\r\033[K{_standing(growth, eta)}", end="", file=sys.stderr, flush=True)
+            if time.monotonic() > next_line:
+                next_line = time.monotonic() + REFRESH_SECONDS if terminal else math.inf
+                if terminal:
+                    print(f"\r\033[K{_standing(growth, eta)}", end="", file=sys.stderr, flush=True)
+                else:
+                    say(_standing(growth, eta))
 
         growth.on_step = on_step
         try:

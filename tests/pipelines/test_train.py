@@ -19,7 +19,8 @@ GRAFT = "budget_fraction site blueprint parameters_before parameters_after val_l
 POINT = "budget_fraction tokens flops seconds wall_seconds parameter_seconds parameters val_loss"
 
 
-def test_a_run_leaves_its_summary_spec_and_mlflow_run(tiny, client, tmp_path, capfd):
+def test_a_run_leaves_its_summary_spec_and_mlflow_run(tiny, client, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("esper.pipelines.common.single_run.REFRESH_SECONDS", 0)
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps([{"at": 0.2, "blueprint": "ffn"}, {"at": 0.5, "blueprint": "block"}]))
     out = tmp_path / "out"
@@ -35,7 +36,8 @@ def test_a_run_leaves_its_summary_spec_and_mlflow_run(tiny, client, tmp_path, ca
     assert summary["val_curve"][0]["budget_fraction"] == 0
     assert load_spec(out / "spec.json").budget.decisions == 8
     printed = capfd.readouterr().err
-    for part in ("GPT of 1 layer, 2 heads", "100% of budget, step 40", "2 grafts", f"{out}/summary.json", "mlflow ui"):
+    start, end = "2% of budget, step 1,", "100% of budget, step 40"
+    for part in ("GPT of 1 layer, 2 heads", start, end, "2 grafts", f"{out}/summary.json", "mlflow ui"):
         assert part in printed
     assert "/../" not in printed
 

@@ -112,9 +112,10 @@ def python_docs() -> Iterator[str]:
 
     documents = [topic.strip() for topic in topics.values()]
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED.isdisjoint(parts[:-1]):
+    for folder, inside, files in os.walk(root):
+        inside[:] = set(inside) - SKIPPED
+        for path in (Path(folder, name) for name in files if name.endswith(".py")):
+            parts = path.relative_to(root).with_suffix("").parts
             documents += module_docs(path, ".".join(parts).removesuffix(".__init__"))
     yield from sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
 
