@@ -37,8 +37,7 @@ def pack(state: Any, tensors: Mapping[str, Tensor]) -> bytes:
         tensors: dense and real; shared memory is written in full, `requires_grad` is not kept.
     """
     text = json.dumps(state, allow_nan=False, separators=(",", ":"))
-    own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    data = safetensors.torch.save(own, {"version": VERSION, "state": text, "sha256": NO_DIGEST})
+    data = safetensors.torch.save(_unshared(tensors), {"version": VERSION, "state": text, "sha256": NO_DIGEST})
     return _marked(data, NO_DIGEST, hashlib.sha256(data).hexdigest())
 
 
@@ -172,6 +171,18 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
             )
             if first:
                 say(self.failed)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, as safetensors asks for; copied only where it has none."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        own = tensor.is_cpu and tensor.is_contiguous() and storage.nbytes() == tensor.nbytes
+        own = own and storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        found[name] = tensor.detach() if own else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def _marked(data: bytes, digest: str, other: str) -> bytes:
