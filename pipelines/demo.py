@@ -3,8 +3,10 @@
 It shows that everything works together; a demo this short does not train a good policy.
 """
 
+import shutil
 import sys
 import time
+from pathlib import Path
 
 from esper.pipelines.common.arguments import command, flag
 from esper.pipelines.sweeps.plan import SweepArguments
@@ -29,6 +31,8 @@ def run(arguments: DemoArguments) -> int:
     code = comparison.begin(arguments, "demo")
     told = duration(time.perf_counter() - begun)
     say(f"done in {told}; a demo this short does not train a good policy: that takes hours")
+    if shutil.which("esper") is None:  # after `make demo`
+        say(f"for the commands above: source {Path(sys.prefix, 'bin', 'activate')}")
     return code
 
 

@@ -98,8 +98,8 @@ def fit(cpus: float, gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
     if count := room(cpus, gpus, taken):
         return count
     raise UserError(
-        f"a process of {cpus:g} core(s) and {gpus:g} GPU(s) does not fit a cluster of {counted(cores(), 'core')} and "
-        f"{counted(_gpus(), 'GPU')}: set fleet.cpus or fleet.gpus lower."
+        f"a process of {counted(cpus, 'core')} and {counted(gpus, 'GPU')} does not fit a cluster of "
+        f"{counted(cores(), 'core')} and {counted(_gpus(), 'GPU')}: set fleet.cpus or fleet.gpus lower."
     )
 
 

@@ -29,9 +29,9 @@ def said_to(listener: Callable[[str], None]) -> Iterator[None]:
         _listener = before
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: `1 seed`, `2 seeds`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: `1 seed`, `2 seeds`, `0.5 cores`."""
+    return f"{number:,.15g} {noun}" + ("" if number == 1 else "s")
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from esper.platform.console import counted
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
@@ -82,7 +83,7 @@ def provenance() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware = [f"{model[1] if model else platform.processor() or platform.machine()}, {cores} core(s)"]
+    hardware = [f"{model[1] if model else platform.processor() or platform.machine()}, {counted(cores or 1, 'core')}"]
     if "torch" in sys.modules:
         cuda = sys.modules["torch"].cuda
         hardware += [cuda.get_device_name(i) for i in range(cuda.device_count())]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
-from esper.platform.console import say
+from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
@@ -47,8 +47,8 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
         raise UserError(
             f"fleet.workers is {count}, but this machine holds {room} of them: set it lower, or leave it out."
         )
-    each = f"{fleet.cpus:g} core(s)" + (f", {fleet.gpus:g} GPU" if fleet.gpus else "")
-    say(f"fleet   {count} workers, each with {each}; saved in {storage}")
+    each = counted(fleet.cpus, "core") + (f" and {counted(fleet.gpus, 'GPU')}" if fleet.gpus else "")
+    say(f"fleet   {counted(count, 'worker')}, each with {each}; checkpoints in {storage}")
     if count > room:
         say(f"        the cluster has room for {room}; the others join as nodes do")
 

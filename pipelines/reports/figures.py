@@ -107,7 +107,8 @@ def save_picture(points: Sequence[Trials], file: Path | IO[bytes], kind: str) ->
                 draw_losses(axes, trials, axis)
             for rest in cells[len(others) :]:
                 rest.set_axis_off()
-            cells[len(others)].legend(*first.get_legend_handles_labels(), loc="center left")
+            handles, labels = first.get_legend_handles_labels()
+            cells[len(others)].legend(handles, labels, loc="center left", ncols=1 + len(labels) // 16)
         figure.savefig(file, dpi=100, format=kind, metadata={"Date": None} if kind == "svg" else None)
         plt.close(figure)
 

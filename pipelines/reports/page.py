@@ -67,7 +67,7 @@ def arm_table(verdict: Verdict) -> pd.DataFrame:
         minus = pair(seeds, base, trials.axis).interval if base and label != trials.best_static else None
         row = {"arm": label, "seeds": len(runs), "diverged": sum(run.diverged for run in seeds.values())}
         row["final loss"] = str(Interval.of(np.array([run.loss for run in runs])))[1:] if runs else None
-        row |= {f"minus {trials.best_static}": minus and str(minus), "": outcomes.get(label, "")}
+        row |= {f"minus {trials.best_static}": minus and str(minus), "outcome": outcomes.get(label)}
         means = pd.DataFrame([run.summary | {"grafts": run.grafts} for run in runs], columns=MEANS).mean()
         rows.append(row | means.rename(AXES).to_dict())
     return pd.DataFrame(rows)

@@ -78,7 +78,8 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
         return int(failed)
     try:
         for verdict in write_report(read_sweeps(parent.uri, None, parent.run_id)[0], out / "report"):
-            say(f"{verdict.trials.title}\n{arm_table(verdict).iloc[:, :6].to_string(index=False)}".lstrip())
+            table = arm_table(verdict).iloc[:, :6].astype(object).to_string(index=False, na_rep="–")
+            say("\n".join(filter(None, [verdict.trials.title, table])))
         say(f"report:  {out / 'report' / 'report.html'}")
     except UserError as error:
         say(f"no report: {error}")
