@@ -1,11 +1,12 @@
 # People and CI run the same targets. Each works as the first command after a clone: it sets the environment up itself.
 
 PYTHON ?= python3
+DEVICE ?= cuda
 BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type fmt bench clean
+.PHONY: help setup demo test test-all lint type fmt bench gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-9s %s\n", $$1, $$2 }'
@@ -42,8 +43,11 @@ fmt: $(READY)  ## mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## measure speed: paired ratios, and the dispatcher's decisions a second
-	$(BIN)/python benchmarks/run.py
+bench: $(READY)  ## measure speed, about ten minutes on an idle machine: the table of docs/performance.md
+	@$(BIN)/python benchmarks/run.py
+
+gpu: $(READY)  ## check and time everything on an NVIDIA GPU in six minutes; DEVICE=cpu rehearses it
+	$(BIN)/python benchmarks/gpu.py --device $(DEVICE)
 
 clean:  ## remove caches and build products; .venv, runs and mlflow.db stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

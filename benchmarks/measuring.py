@@ -1,0 +1,52 @@
+"""What the benchmarks share: a row of their table, a text that is there without a network, timing in turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from esper.platform.contracts import Instance
+from esper.platform.spec import RunSpec
+from esper.workers.kasmina.registry import make_blueprints
+from esper.workers.tolaria.data import TokenData, ensure
+from esper.workers.tolaria.trainer import Trainer
+
+Row = tuple[str, str, str]  # what is measured, goal, now
+
+BURN_IN = 3  # steps; a compiler compiles in them
+BLOCKS = 7  # of each contender's steps that are timed
+RATE = 1e-4  # learning rate: speed does not depend on it
+
+
+def text(spec: RunSpec) -> TokenData:
+    """The documentation of this Python, as the spec's tokens."""
+    return TokenData.open(ensure(spec.data.model_copy(update={"source": "python-docs"})))
+
+
+def trainer(spec: RunSpec, data: TokenData) -> Trainer:
+    """A trainer of a new host with all blueprints that the spec names."""
+    return Trainer(spec, data, make_blueprints(spec.growth.blueprints), 0, Instance())
+
+
+def in_turns(works: Mapping[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
+    """Name → seconds of a step in each block. All take turns, so what else the machine does slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for block in range(-1, BLOCKS):
+        for name in list(works) if block % 2 else list(works)[::-1]:
+            begun = time.perf_counter()
+            for _ in range(BURN_IN if block < 0 else steps):
+                works[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - begun) / steps)
+    return {name: blocks[1:] for name, blocks in seconds.items()}
+
+
+def times(ours: Sequence[float], other: Sequence[float]) -> str:
+    """Our time over the other's, block by block: the median, and the range.
+
+    The range of 7 blocks covers the true median with 98 % (sign test, 1 − 2·½⁷).
+    """
+    ratios = [a / b for a, b in zip(ours, other, strict=True)]
+    return f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
