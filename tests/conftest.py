@@ -49,17 +49,14 @@ def tokens(shards) -> TokenData:
 @pytest.fixture
 def tiny_spec() -> RunSpec:
     """40 steps of a one-layer GPT in 8 decisions, on the reference clock."""
+    blueprints = {"attention": {}, "ffn": {"width": 8}, "block": {}}
     return RunSpec.model_validate(
         {
             "preset": "tiny",
             "host": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
             "data": {"tokenizer": "char", "batch_size": 4, "eval_tokens": 512},
             "budget": {"axis": "steps", "amount": 40, "decisions": 8},
-            "growth": {
-                "max_layers": 3,
-                "min_optimizer_steps": 2,
-                "blueprints": {"attention": {}, "ffn": {"width": 8}, "block": {}},
-            },
+            "growth": {"max_layers": 3, "min_optimizer_steps": 2, "blueprints": blueprints},
             "device": "cpu",
         }
     )

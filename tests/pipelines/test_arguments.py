@@ -112,3 +112,4 @@ for words in ([], *([name] for name in COMMANDS), ["policy", "evaluate"]):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "A preset's name or a JSON file. (default: demo)" in " ".join(done.stdout.split())  # of `esper demo`

@@ -188,11 +188,12 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, tm
     assert last["dropped"] == last["refused"] == 0
     assert 8 * len(learned) == summary["decisions"]
     assert [*learned, *summary["in_flight"]] == list(range(len(learned) + len(summary["in_flight"])))
-    assert 0 < last["busy"] <= 1
+    assert all(0 < last[share] <= 1 for share in ("busy", "learned_share"))
     assert 0 < last["waiting"] < 1
 
     # What it spent is all of it: whole episodes of 200 steps, those in flight, and a held-out one for each policy.
     parts = summary["spent_on"]
+    assert parts.keys() == {"learned", "in_flight", "dropped", "held_out"}
     assert parts["learned"]["steps"] == 200 * len(learned)
     assert parts["held_out"]["steps"] == 200 * len(summary["held_out_losses"])
     assert summary["spent"]["steps"] == sum(part["steps"] for part in parts.values())

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -186,15 +187,7 @@ def trial_processes(driver: int) -> list[int]:
 
 def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
     out = tmp_path / "sweep"
-    flags = [
-        "--arms",
-        "static,onejump",
-        *tiny,
-        "--set",
-        "budget.amount=1200",
-        "--out",
-        str(out),
-    ]  # a few seconds a trial
+    flags = ["--arms", "static,onejump", *tiny, *sets("budget.amount=1200"), "--out", str(out)]  # seconds a trial
     process = start("sweep", flags, tmp_path / "stderr")
     try:
         wait_for(lambda: trial_processes(process.pid) and list(out.glob("saves/*")))
@@ -225,7 +218,9 @@ def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     # Two seconds for trials and MLflow; Ray's own shutdown takes two more, and cores may be shared.
     assert time.monotonic() - begun < 15
     wait_for(lambda: not any(map(psutil.pid_exists, trials)), 5)
-    assert f"go on with: esper sweep --resume {out}" in (tmp_path / "stderr").read_text()
+    said = (tmp_path / "stderr").read_text()
+    assert re.search(r"a run that stays at its starting size sees each 11\.\d times \(epochs\)", said)
+    assert f"go on with: esper sweep --resume {out}" in said
     assert {run.info.status for run in children(client(), out).values()} == {"KILLED"}
 
 

@@ -135,6 +135,7 @@ POISON = {
     "older request": lambda reply: other(reply, "sequence", lambda sequence: 2),
     "wait is not legal": lambda reply: other(reply, "mask", lambda mask: ~mask),
     "actions without a name": lambda reply: other(reply, "actions", lambda actions: (None,) * len(actions)),
+    "no actions": lambda reply: other(reply, "actions", lambda actions: ()),
     "no info": lambda reply: replace(reply, answer=replace(reply.answer, info=None)),
     "reward": lambda reply: replace(reply, answer=replace(reply.answer, reward=np.nan)),
     "no outcome": lambda reply: replace(reply, answer=reply.telemetry),

@@ -57,7 +57,6 @@ def test_a_resumed_training_takes_a_new_rate(make, tmp_path: Path):
 
 
 def test_what_is_no_checkpoint_of_this_training_is_refused(make, local_ray, tmp_path: Path):
-    """A refused training leaves no learner behind, which would keep its CPU."""
     make().save(tmp_path / "c")
     with pytest.raises(UserError, match=r"does not fit ppo\.hidden 8"):
         make(start=tmp_path / "c", hidden=8)
@@ -74,15 +73,19 @@ def test_what_is_no_checkpoint_of_this_training_is_refused(make, local_ray, tmp_
     end = time.monotonic() + 10
     while (free := local_ray.available_resources()["CPU"]) < 4 and time.monotonic() < end:
         time.sleep(0.1)
-    assert free == 4, refused
+    assert free == 4, refused  # no learner is left behind, which would keep its CPU
 
 
-def test_advantages_by_hand(make):
+def test_advantages_by_hand(make, monkeypatch):
     """What the learner is given, against arithmetic: GAE (Schulman et al. 2015, 1506.02438, eq. 16) with γ = 1."""
     training = make()
     episodes = training.dispatcher.collect(128)
-    baseline = training.baseline
-    given = list(map(ppo._shaped, episodes, baseline.shaped(episodes, baseline.potentials(episodes))))
+    rewards = training.baseline.shaped(episodes, training.baseline.potentials(episodes))
+    given, seen, shaped = list(map(ppo._shaped, episodes, rewards)), [], ppo._shaped
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "_shaped", lambda *each: seen.append(each[1]) or shaped(*each))
+        make().iterate()  # the same training: it shapes before it refits
+    np.testing.assert_array_equal(seen, rewards)
     learner = training._learners._learner
     expected = []
     for episode in given:
