@@ -1,6 +1,7 @@
 """Sources of text: files and folders, TinyStories on the hub, the installed Python; and what of them is held out."""
 
 import ast
+import gc
 import hashlib
 import os
 import sys
@@ -112,11 +113,13 @@ def python_docs() -> Iterator[str]:
 
     documents = [topic.strip() for topic in topics.values()]
     root = Path(sysconfig.get_paths()["stdlib"])
+    gc.freeze()  # or half of the time goes into looking through torch's objects again and again
     for folder, inside, files in os.walk(root):
         inside[:] = set(inside) - SKIPPED
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
             parts = path.relative_to(root).with_suffix("").parts
             documents += module_docs(path, ".".join(parts).removesuffix(".__init__"))
+    gc.unfreeze()
     yield from sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
 
 
