@@ -71,6 +71,14 @@ class DecisionClock:
         """Whether the last boundary has been passed."""
         return self.passed >= self.decisions
 
+    def ends(self, reading: float) -> bool:
+        """Whether the budget is spent at `reading`."""
+        return self._passed(reading) >= self.decisions
+
     def advance(self, reading: float) -> None:
-        """Note that training stopped at `reading`; one that is short of a boundary by rounding alone has passed it."""
-        self.passed = max(self.passed, min(self.decisions, int(reading / self.slice * (1 + 1e-9))))
+        """Note that training stopped at `reading`."""
+        self.passed = max(self.passed, self._passed(reading))
+
+    def _passed(self, reading: float) -> int:
+        """Boundaries passed at `reading`; one that it is short of by rounding alone too."""
+        return min(self.decisions, int(reading / self.slice * (1 + 1e-9)))

@@ -103,7 +103,8 @@ class DataSpec(Frozen):
     source: str = "tinystories"  # a source name, a text file, a folder of them, or prepared shards
     tokenizer: str = "char"  # char, bpe:N or gpt2
     batch_size: Annotated[int, Field(ge=1, le=2**14)] = 16  # sequences in a batch
-    eval_tokens: Annotated[int, Field(ge=64, le=2**26)] = 65536  # tokens of the fixed held-out set
+    eval_tokens: Annotated[int, Field(ge=64, le=2**26)] = 65536  # of the held-out set that final losses are taken on
+    decision_tokens: Annotated[int, Field(ge=64, le=2**26)] = 8192  # of these, that the loss at a decision is taken on
     valid_fraction: Share = 0.1  # held out where the source has no split
     max_bytes: Count | None = None  # cap on the training text, in bytes
 

@@ -54,7 +54,7 @@ def tiny_spec() -> RunSpec:
         {
             "preset": "tiny",
             "host": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16},
-            "data": {"tokenizer": "char", "batch_size": 4, "eval_tokens": 512},
+            "data": {"tokenizer": "char", "batch_size": 4, "eval_tokens": 512, "decision_tokens": 256},
             "budget": {"axis": "steps", "amount": 40, "decisions": 8},
             "growth": {"max_layers": 3, "min_optimizer_steps": 2, "blueprints": blueprints},
             "device": "cpu",

@@ -50,6 +50,9 @@ class Graft(Change):
     """A graft; it has an outcome once the run has ended."""
 
     outcome: Literal["kept", "pruned", "rolled back", "on probation"] | None = None
+    # Largest change of a logit that it made on a held-out batch, where that proved `val_loss_after` equal to
+    # `val_loss_before`; None where the loss after it was evaluated.
+    identity: Finite | None = None
 
 
 @dataclass
@@ -107,11 +110,12 @@ class Episode(ABC):
     def _start(self) -> None: ...  # make the host of `self.instance` from `self.seed`
     @abstractmethod
     def _change(self, candidate: Candidate) -> None: ...  # graft, or prune a site's newest seed; charge the ledger
-    # Train one step or more until `boundary`; returns the validation loss in nats, sets `failure` to give up.
+    # Train one step or more until `boundary`; returns the validation loss in nats per token as taken at decisions, and
+    # the one to record: the same, but on the whole held-out set where the episode ends. Sets `failure` to give up.
     @abstractmethod
-    def _train(self, boundary: float) -> float: ...
+    def _train(self, boundary: float) -> tuple[float, float]: ...
     @abstractmethod
-    def _evaluate(self) -> float: ...  # validation loss on the fixed held-out set, nats per token
+    def _evaluate(self) -> float: ...  # validation loss as at decisions, nats per token
     @abstractmethod
     def _measured(self) -> Measured: ...  # in the last slice
     # The losses of each action's copy, (steps,), and its ledger.
@@ -166,13 +170,15 @@ class Episode(ABC):
                 "val_loss_before": self.loss,
                 "reason": action.reason,
             }
-            self._change(candidate)
-            values["parameters_after"] = self.layout.parameters
             if candidate.operation == "graft":
+                identity = self._graft(candidate)
+                after = None if identity is None else self.loss
+                values |= {"parameters_after": self.layout.parameters, "val_loss_after": after}
                 self.grafted.append((self.clock.passed, candidate.site or ""))
-                self.grafts.append(Graft(**values))
+                self.grafts.append(Graft(**values, identity=identity))
             else:
-                self.prunes.append(Change(**values))
+                self._change(candidate)
+                self.prunes.append(Change(**values, parameters_after=self.layout.parameters))
                 for number in there.keys() - self.planted.keys():  # the seed, and those inside it
                     self.grafts[number].outcome = "pruned"
         return self.finish()
@@ -188,7 +194,7 @@ class Episode(ABC):
                 loss = self._evaluate()
                 change.val_loss_after = loss if math.isfinite(loss) else None
         loss_before = self.loss
-        self.loss = self._train(self.clock.boundary)
+        loss, self.loss = self._train(self.clock.boundary)
         self.clock.advance(self.reading())
         self.sequence += 1
         rented, self.paid = self.ledger.parameter_seconds - self.paid, self.ledger.parameter_seconds
@@ -197,7 +203,7 @@ class Episode(ABC):
         self.unfinished = False
         for graft in self.grafts if self.ended else ():
             graft.outcome = graft.outcome or "on probation"
-        reward = (loss_before - self.loss) - self.spec.reward.rent * rented / self.reference
+        reward = (loss_before - loss) - self.spec.reward.rent * rented / self.reference
         telemetry, info = self._observe(), {"point": self.curve[-1]}
         if self.ended:
             info["summary"] = self.summary()
@@ -268,6 +274,11 @@ class Episode(ABC):
     def seen(self) -> list[tuple[float, float]]:
         """(Budget fraction, validation loss) at each decision, as a controller sees them."""
         return [(point["budget_fraction"], point["val_loss"]) for point in self.curve]
+
+    def _graft(self, candidate: Candidate) -> float | None:
+        """Graft; returns `Graft.identity`."""
+        self._change(candidate)
+        return None
 
     def _resized(self) -> None:
         newest = {seed.site: seed for seed in self.planted.values()}

@@ -29,6 +29,7 @@ from esper.workers.tolaria.rate import rate
 from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, synchronize, within
 
 CONTRIBUTION_SHARE = 0.02  # of a slice's steps that measuring contributions may cost
+IDENTITY = 1e-4  # largest change of a logit that proves a graft harmless: it moves a token's loss by at most twice that
 STRIKES = 3  # faults in a row, without a sound decision between them, that end a run
 
 
@@ -81,13 +82,14 @@ class GrowthRun(Episode):
     def cooldown(self) -> Point:
         """Estimates the final loss of a smaller budget: a fork's rate decays from here; this run is not charged.
 
-        At budget fraction u the fork decays until u / `optimizer.decay_from`. `val_loss` is None after a fault.
+        At budget fraction u the fork decays until u / `optimizer.decay_from`. `val_loss` is on the whole held-out set,
+        to be compared with final losses; None after a fault.
         """
         fork = self.fork()
         end = min(1.0, fork.fraction() / self.spec.optimizer.decay_from)
         fork._decay = (fork.fraction(), end)
         wrong = fork._train_to(end * fork.clock.amount)
-        loss = fork._evaluate()
+        loss = fork._evaluate(whole=True)
         return {**fork._point(), "val_loss": loss if wrong is None and math.isfinite(loss) else None}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -146,6 +148,18 @@ class GrowthRun(Episode):
         self._resized()
         self._charge(self.spec.clock.graft_seconds, begun)
 
+    def _graft(self, candidate: Candidate) -> float | None:
+        before = self._logits()
+        self._change(candidate)
+        moved = float((self._logits() - before).abs().max())
+        return moved if moved <= IDENTITY else None  # NaN too is None
+
+    def _logits(self) -> Tensor:
+        begun = time.perf_counter()
+        logits = self.trainer.logits()
+        self.ledger.validation_seconds += time.perf_counter() - begun
+        return logits
+
     def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[list[float], Ledger]]:
         for action in actions:
             twin = self.fork()
@@ -156,11 +170,13 @@ class GrowthRun(Episode):
                 twin._pause()
             yield [row[0] for row in twin.trainer.measured()], twin.ledger
 
-    def _train(self, boundary: float) -> float:
+    def _train(self, boundary: float) -> tuple[float, float]:
         if self.reached is None:
             loss = self._train_soundly(boundary)
-            if self.failure is not None:
-                return loss
+            if self.strikes == STRIKES:
+                whole = self._evaluate(whole=True)
+                self.failure = f"{self.rollbacks[-1].fault}, {STRIKES} times in a row"  # last: it ends the episode
+                return loss, whole
             self.measured = self._take_measures(loss)
             self._next_slice()
             self._good = self.trainer.state()
@@ -169,12 +185,13 @@ class GrowthRun(Episode):
             if self.fraction() < at * self.spec.optimizer.decay_from:
                 break
             self.annealed.append(self.cooldown())
+        whole = self._evaluate(whole=True) if self.clock.ends(self.reading()) else self.reached
         loss, self.reached = self.reached, None
-        return loss
+        return loss, whole
 
-    def _evaluate(self) -> float:
+    def _evaluate(self, *, whole: bool = False) -> float:
         begun = time.perf_counter()
-        loss = self.trainer.evaluate(self._pause)
+        loss = self.trainer.evaluate(self._pause, whole=whole)
         self.ledger.validation_seconds += time.perf_counter() - begun
         return loss
 
@@ -182,7 +199,7 @@ class GrowthRun(Episode):
         return self.measured
 
     def _train_soundly(self, boundary: float) -> float:
-        """Train to a reading and return the loss there; faults are rolled back, `STRIKES` in a row end the run."""
+        """Train to a reading and return the loss there; faults are rolled back, until there are `STRIKES` in a row."""
         while self.strikes < STRIKES:
             wrong = self._train_to(boundary)
             loss = math.nan if wrong else self._evaluate()
@@ -192,7 +209,6 @@ class GrowthRun(Episode):
                 return loss
             self._roll_back(wrong or "the validation loss was not finite")
         self._good = self.trainer.state()
-        self.failure = f"{self.rollbacks[-1].fault}, {STRIKES} times in a row"
         return self._evaluate()
 
     def _train_to(self, boundary: float) -> str | None:

@@ -71,8 +71,7 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     if not grown:
         return Criterion("Mechanics", "Whether growing does harm cannot be said: no run grew.", "cannot say")
     grafts = [graft for run in grown for graft in run.summary["grafts"]]
-    pairs = [(graft["val_loss_before"], graft["val_loss_after"]) for graft in grafts]
-    change = max(math.inf if after is None else abs(after - before) for before, after in pairs)  # None: not finite
+    change = max(_moved(graft) for graft in grafts)
     undone = sum(graft["outcome"] == "rolled back" for graft in grafts)
     diverged = [f"{run.label} on seed {run.seed}" for run in grown if run.diverged]
     sentence = (
@@ -82,6 +81,14 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     )
     met = change < UNCHANGED and not undone and not diverged
     return Criterion("Mechanics", sentence, "met" if met else "not met")
+
+
+def _moved(graft: dict[str, Any]) -> float:
+    """By how many nats a graft moved the loss: as evaluated, or at most, as a logit moves a loss by at most twice."""
+    if graft.get("identity") is not None:
+        return 2 * graft["identity"]
+    after = graft["val_loss_after"]
+    return math.inf if after is None else abs(after - graft["val_loss_before"])  # None: not finite
 
 
 def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:

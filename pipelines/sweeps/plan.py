@@ -131,7 +131,7 @@ def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:
             raise UserError(f"--grid {grid!r} is not of the form key.path=a,b,c, such as budget.amount=1e6,3e6.")
         if key in points[0]:
             raise UserError(f"--grid names {key} twice: give all its values at once.")
-        if key.startswith("data.") and key not in ("data.batch_size", "data.eval_tokens"):
+        if key.startswith("data.") and key not in ("data.batch_size", "data.eval_tokens", "data.decision_tokens"):
             raise UserError(f"--grid {key} would change the text: a sweep compares on one; run a sweep for each.")
         if key.split(".")[0] in ("preset", "fleet"):
             raise UserError(f"--grid {key} changes no number of a run: give it once, with --set {key}=….")

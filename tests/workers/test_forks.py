@@ -9,6 +9,7 @@ import torch
 
 from esper.platform.contracts import GraftAction
 from esper.workers.run import CONTRIBUTION_SHARE
+from esper.workers.tolaria.trainer import EVAL_TOKENS_AT_ONCE
 from tests.workers.growing_run import act, begun, changed, outcome, play, row, same_weights, weights
 
 
@@ -78,8 +79,9 @@ def test_a_run_hears_of_a_stop_within_its_copies_and_evaluations(spec, tokens, m
 
     assert calls(lambda: run.fork().twins(rows(run, "block"), 20)) == 40
     assert calls(run.cooldown) == 25 + 1  # steps from 100 to 125, and the evaluation
-    monkeypatch.setattr("esper.workers.tolaria.trainer.EVAL_TOKENS_AT_ONCE", 64)
-    assert calls(run._evaluate) == 512 / 64
+    monkeypatch.setitem(EVAL_TOKENS_AT_ONCE, "cpu", 64)
+    assert calls(run._evaluate) == 256 / 64
+    assert calls(lambda: run._evaluate(whole=True)) == 512 / 64
     assert calls(lambda: run.trainer.contributions(["h0.ffn"], run._pause)) == 2 * run.trainer.sample_tokens / 64
 
 
@@ -96,7 +98,7 @@ def test_a_probe_is_charged_on_every_axis_and_in_the_rent_and_leaves_the_run_alo
     while not run.ended:
         rewards.append(act(run).reward)
     rent = run.spec.reward.rent * run.ledger.parameter_seconds / run.reference
-    assert sum(rewards) == pytest.approx(first - run.loss - rent, abs=1e-9)
+    assert sum(rewards) == pytest.approx(first - run.trainer.evaluate() - rent, abs=1e-9)  # on one held-out set
 
 
 def test_contributions_are_measured_charged_and_true(spec, tokens):

@@ -7,6 +7,7 @@ import torch
 
 from esper.platform.errors import UserError
 from esper.workers.calibrate import calibrate
+from esper.workers.tolaria.trainer import evenly
 from tests.workers.growing_run import act, begun, changed, outcome, play, same_telemetry
 
 PLAN = {1: "ffn", 3: "block", 4: "attention"}
@@ -44,7 +45,8 @@ def test_it_learns_and_grows(tiny_spec, tokens):
     assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]))
     assert [graft["blueprint"] for graft in summary["grafts"]] == ["ffn", "block", "attention"]
     for graft in summary["grafts"]:
-        assert graft["val_loss_after"] == pytest.approx(graft["val_loss_before"], abs=1e-5)
+        assert graft["val_loss_after"] == graft["val_loss_before"]
+        assert graft["identity"] < 1e-5
         assert graft["parameters_after"] > graft["parameters_before"]
     assert summary["parameters"] == sum(p.numel() for p in run.trainer.host.parameters())
     assert all(telemetry.problems(run.space) is None for telemetry in seen)
@@ -52,6 +54,37 @@ def test_it_learns_and_grows(tiny_spec, tokens):
     assert [[t.get(n) for n in names] for t in (seen[0], seen[1])] == [[0, 0, 0], [1, 1, 1]]
     assert seen[1].site_column("norms_measured").all()
     assert not seen[1].site_column("contribution_measured").any()
+
+
+def test_a_graft_that_moves_a_logit_is_evaluated(tiny_spec, tokens, monkeypatch):
+    proved, evaluated = (begun(tiny_spec, tokens, None) for _ in range(2))
+    heads = type(evaluated.blueprints["attention"])
+    graft = heads.graft
+
+    def harmful(blueprint, host, site, *args, **kwargs):
+        with torch.no_grad():
+            host.ln_f.weight.mul_(1.5)
+        return graft(blueprint, host, site, *args, **kwargs)
+
+    act(proved, "attention")
+    monkeypatch.setattr(heads, "graft", harmful)
+    act(evaluated, "attention")
+    (sound,), (spiked,) = proved.grafts, evaluated.grafts
+    assert (sound.val_loss_after, sound.val_loss_before) == (spiked.val_loss_before,) * 2
+    assert spiked.identity is None
+    assert spiked.val_loss_after != pytest.approx(spiked.val_loss_before, abs=1e-3)
+
+
+def test_decisions_see_a_part_of_the_held_out_set_and_the_end_all_of_it(tiny_spec, tokens):
+    assert evenly(4, 10).tolist() == [0, 2, 5, 7]
+    assert evenly(10, 4).tolist() == [0, 1, 2, 3]
+    run, whole, seen = begun(tiny_spec, tokens), changed(tiny_spec, data={"decision_tokens": 512}), []
+    run.on_step = lambda run: seen.append(run.trainer.evaluate()) if run.trainer.unread == 5 else None
+    play(run)
+    losses = [point["val_loss"] for point in run.curve]
+    assert set(losses[1:-1]) < set(seen)
+    assert losses[-1] == run.loss == run.trainer.evaluate(whole=True) == played(whole, tokens, {})[0].loss
+    assert losses[-1] != run.trainer.evaluate()
 
 
 def test_every_graft_ends_with_an_outcome(tiny_spec, tokens):

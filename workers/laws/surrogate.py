@@ -107,7 +107,7 @@ class SurrogateRun(Episode):
             self.loss_now += self.size_loss - size_loss
         self._charge(self.spec.clock.graft_seconds)
 
-    def _train(self, boundary: float) -> float:
+    def _train(self, boundary: float) -> tuple[float, float]:
         """On continuous axes train exactly to the boundary, or to the next one that a graft's cost has not passed."""
         reading, per_step = self.reading(), float(self.layout.axis_per_step[0])
         if self.spec.budget.axis in CONTINUOUS:
@@ -116,7 +116,7 @@ class SurrogateRun(Episode):
             self._step(max(0.0, end - reading) / per_step)
         else:
             self._step(float(whole_steps(boundary - reading, per_step)))
-        return self.loss_now
+        return self.loss_now, self.loss_now
 
     def _step(self, steps: float) -> None:
         self.loss_now = self.law.trained(self.loss_now, self.size_loss, steps * self.tokens_per_step)

@@ -23,7 +23,8 @@ from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
-EVAL_TOKENS_AT_ONCE = 16384
+EVAL_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # activations fit a core's cache; a GPU wants large parts
+PROOF_TOKENS = 1024  # held-out tokens on which logits are compared before and after a graft
 STEPS_AT_ONCE = 256  # whose batches are drawn at once, as seeding costs more than drawing
 CONTRIBUTION_BATCHES = 2  # training batches' worth of held-out text that contributions are measured on
 
@@ -78,18 +79,20 @@ class Batches:
         return batch[:, :-1], batch[:, 1:]
 
 
-def held_out(
-    data: TokenData, n: int, block_size: int, device: torch.device, *, last: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The first or last `n` whole validation windows, or all there are, at least one: inputs, targets int64 (n, T)."""
+def held_out(data: TokenData, n: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`n` whole windows evenly from all of the validation text: inputs, targets int64 (n, T)."""
     whole = (data.tokens("valid") - 1) // block_size
-    first = max(0, whole - n) if last else 0
-    n = min(n, whole - first)
-    if n < 1:
+    if whole < 1:
         raise _too_short("validation", data.tokens("valid"), block_size)
-    starts = (first + np.arange(n)) * block_size
-    windows = torch.from_numpy(data.windows("valid", starts, block_size + 1)).to(device)
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    windows = data.windows("valid", evenly(n, whole) * block_size, block_size + 1)
+    batch = torch.from_numpy(windows).to(device)
+    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def evenly(n: int, among: int) -> np.ndarray:
+    """`n` of `range(among)`, or all of it, at equal distances: neighbours in a text tell much the same."""
+    n = min(max(1, n), among)
+    return np.arange(n) * among // n
 
 
 def _too_short(which: str, tokens: int, block_size: int) -> UserError:
@@ -110,7 +113,9 @@ class Trainer:
         block = spec.host.block_size
         self.batches = Batches(spec, data, seed, instance.data, self.device)
         self._held_out = held_out(data, spec.data.eval_tokens // block, block, self.device)
-        self._sample = held_out(data, CONTRIBUTION_BATCHES * spec.data.batch_size, block, self.device, last=True)
+        part = evenly(spec.data.decision_tokens // block, len(self._held_out[0]))
+        self._part = self._held_out[0][part], self._held_out[1][part]  # of it, for decisions
+        self._sample = held_out(data, CONTRIBUTION_BATCHES * spec.data.batch_size, block, self.device)
         self.sample_tokens = self._sample[0].numel()  # tokens that contributions are measured on
         self.take(TransformerHost(self._born, self._vocab_size, torch_stream(seed, "init")))
         self.steps = 0  # optimizer steps done: the data's cursor
@@ -154,9 +159,20 @@ class Trainer:
         self.optimizer.step()
         self.steps += 1
 
-    def evaluate(self, between: Callable[[], None] = lambda: None) -> float:
-        """Mean loss over the fixed held-out set, nats per token; `between` is called between its parts."""
-        return self._mean_loss(*self._held_out, between)
+    def evaluate(self, between: Callable[[], None] = lambda: None, *, whole: bool = False) -> float:
+        """Mean loss on the part of the held-out set that is for decisions, or on the whole, nats per token.
+
+        `between` is called after each of the parts in which it is computed.
+        """
+        return self._mean_loss(*(self._held_out if whole else self._part), between)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """On a small held-out batch, float32 (B, T, V) on the CPU."""
+        self.host.eval()
+        logits = self._logits(self._held_out[0][: max(1, PROOF_TOKENS // self._spec.host.block_size)])
+        self.host.train()
+        return logits.cpu()
 
     @torch.no_grad()
     def contributions(self, sites: Iterable[str], between: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -240,7 +256,7 @@ class Trainer:
 
     @torch.no_grad()
     def _mean_loss(self, inputs: Tensor, targets: Tensor, between: Callable[[], None]) -> float:
-        at_once = max(1, EVAL_TOKENS_AT_ONCE // inputs.shape[1])
+        at_once = max(1, EVAL_TOKENS_AT_ONCE[self.device.type] // inputs.shape[1])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in zip(inputs.split(at_once), targets.split(at_once), strict=True):
             self.host.eval()
@@ -250,9 +266,11 @@ class Trainer:
         return total.item() / inputs.numel()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(inputs).flatten(0, 1), targets.flatten())
+
+    def _logits(self, inputs: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._spec.dtype == "bfloat16"):
-            logits = self.host(inputs).float()  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.host(inputs).float()  # (B, T, V)
 
 
 def within(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

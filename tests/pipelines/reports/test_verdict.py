@@ -270,6 +270,8 @@ def test_without_static_runs_there_is_no_best_static():
         ({"val_loss_after": 1.5009}, "met", "9.0e-04"),
         ({"val_loss_after": 1.4985}, "not met", "1.5e-03"),
         ({"val_loss_after": None}, "not met", "inf"),
+        ({"val_loss_after": 1.5, "identity": 4e-5}, "met", "by at most 8.0e-05 nats"),
+        ({"val_loss_after": 1.5, "identity": 1e-3}, "not met", "2.0e-03"),
         ({"outcome": "rolled back"}, "not met", "1 of them was rolled back"),
         (DIVERGED, "not met", "1 run that had grown diverged (random:tamiyo on seed 2)"),
     ],
