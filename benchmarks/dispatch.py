@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
+from measuring import Row
 
 from esper.platform.contracts import GraftAction, Instance, Order, Reply
 from esper.platform.spec import RunSpec, load_spec
@@ -29,17 +30,16 @@ OFFERED = 500  # decisions a second
 SECONDS = 20  # of each measurement
 BATCH = 256  # decisions that are collected at a time
 
-Row = tuple[str, str, str]  # what, goal, value
-
 
 class Recorded:
     """A worker that answers at once, without Ray or training."""
 
     def __init__(self, answers: list[Any]) -> None:
-        self._answers = answers
+        self._answers, self.decisions = answers, 0
 
     def advance(self, order: Order) -> Reply:
         """The recorded answer to an order."""
+        self.decisions += bool(order.actions)
         return Reply(order.episode, self._answers[len(order.actions)], expected=1.0)
 
 
@@ -59,6 +59,7 @@ class Offered(LocalFleet):
         self._arrived: SimpleQueue[tuple[int, Reply | None]] = SimpleQueue()
         self._at_work: deque[tuple[int, Order]] = deque()
         self._came: dict[int, float] = {}  # worker → when its reply was to arrive
+        self.replies = 0  # that have arrived
         self._ended = False
         self.latencies: list[float] = []  # seconds from a reply's arrival to the next order
         self.decisions, self.spent = 0, 0.0  # that were sent; the serving thread's seconds of CPU
@@ -111,7 +112,7 @@ class Offered(LocalFleet):
                 time.sleep(0.001)
             if not self._ended:
                 worker, order = self._at_work.popleft()
-                self._came[worker] = due
+                self._came[worker], self.replies = due, self.replies + 1
                 self._reply(worker, order)
 
     def _reply(self, worker: int, order: Order) -> None:
@@ -132,16 +133,17 @@ def recorded(spec: RunSpec) -> list[Any]:
 def saturated(spec: RunSpec, answers: list[Any], workers: int) -> float:
     """Decisions a second that one core serves when every worker answers at once."""
     with tempfile.TemporaryDirectory() as folder:
-        fleet, net = LocalFleet(lambda: Recorded(answers), workers), ControllerNet(spec.ppo.hidden)
+        worker, net = Recorded(answers), ControllerNet(spec.ppo.hidden)
+        fleet = LocalFleet(lambda: worker, workers)
         dispatcher = Dispatcher(fleet, net, telemetry_space(spec), seed=0, ahead=10**9, journal=Path(folder))
         try:
-            begun, done = time.perf_counter(), 0
-            while (spent := time.perf_counter() - begun) < SECONDS:
-                done += sum(len(episode) for episode in dispatcher.collect(BATCH))
+            begun = time.perf_counter()
+            while (taken := time.perf_counter() - begun) < SECONDS:
+                dispatcher.collect(BATCH)
                 dispatcher.forget()
         finally:
             dispatcher.stop()
-    return done / spent
+    return worker.decisions / taken
 
 
 class Learner(threading.Thread):
@@ -166,20 +168,22 @@ class Learner(threading.Thread):
         self._training.stop()
 
 
-def served(fleet: Offered, dispatcher: Dispatcher, what: str) -> list[Row]:
+def measured(fleet: Offered, dispatcher: Dispatcher, what: str) -> list[Row]:
     """Rows of `SECONDS` in which the replies arrive and whole episodes are collected; the seconds before warm up."""
     for seconds in (3, SECONDS):
-        fleet.latencies, decisions, spent, begun = [], fleet.decisions, fleet.spent, time.perf_counter()
+        fleet.latencies, fleet.replies, decisions, spent = [], 0, fleet.decisions, fleet.spent
+        begun = time.perf_counter()
         while (taken := time.perf_counter() - begun) < seconds:
             dispatcher.collect(BATCH)
             dispatcher.forget()
     decisions, spent = fleet.decisions - decisions, fleet.spent - spent
+    answered, rate = len(fleet.latencies) / fleet.replies, decisions / taken
     middle, late = (1000 * np.quantile(fleet.latencies, each) for each in (0.5, 0.99))
     return [
         (
-            f"{OFFERED} decisions/s offered to {WORKERS} workers{what}: served",
-            f"{OFFERED}/s",
-            f"{decisions / taken:.0f}/s",
+            f"{OFFERED} decisions/s offered by {WORKERS} workers{what}: served",
+            "99 %",
+            f"{answered:.1%} of {rate:.0f}/s",
         ),
         ("… from reply to order, p99", "< 100 ms", f"{late:.0f} ms (p50 {middle:.1f} ms)"),
         ("… CPU of the serving thread, a decision", "≤ 1.2 ms", f"{1000 * spent / decisions:.2f} ms"),
@@ -190,17 +194,16 @@ def offered(spec: RunSpec, answers: list[Any]) -> list[Row]:
     """Rows of what workers feel, without and with PPO's updates in another thread."""
     with tempfile.TemporaryDirectory() as folder:
         fleet = Offered(answers, WORKERS, OFFERED * len(answers) / (len(answers) - 1))  # the last asks for no decision
-        net = ControllerNet(spec.ppo.hidden)
+        learner, net = Learner(spec, answers), ControllerNet(spec.ppo.hidden)
         dispatcher = Dispatcher(fleet, net, telemetry_space(spec), seed=0, ahead=10**9, journal=Path(folder))
         try:
             while not fleet.spread():
                 dispatcher.collect(0)
                 time.sleep(0.1)
             threading.Thread(target=fleet.arrive, daemon=True).start()
-            rows = served(fleet, dispatcher, "")
-            learner = Learner(spec, answers)
+            rows = measured(fleet, dispatcher, "")
             learner.start()
-            rows += served(fleet, dispatcher, ", while PPO learns")
+            rows += measured(fleet, dispatcher, ", while PPO learns")
             learner.end()
         finally:
             dispatcher.stop()

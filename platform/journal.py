@@ -36,17 +36,20 @@ class Journal:
         identity = self._identity(entry)
         if self.file.closed or identity in self._known:
             return False
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"  # NaN stays NaN: only Python reads this
+        self.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")  # NaN stays NaN: only Python reads this
+        self._known |= {identity} - {None}
+        return True
+
+    def write(self, lines: bytes) -> None:
+        """Append whole lines by one call, whatever their identity; after an OSError none is written."""
         with naming(self.path):
             before = os.fstat(self.file.fileno()).st_size
             try:
-                if self.file.write(line) < len(line):
+                if self.file.write(lines) < len(lines):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 self.file.truncate(before)
                 raise
-        self._known |= {identity} - {None}
-        return True
 
     def close(self) -> None:
         """Close `file`. Idempotent."""

@@ -22,11 +22,12 @@ Rules, each tested:
 A lockstep fleet has no thread: `collect()` turns the loop, and equal seeds give equal trainings.
 """
 
+import gc
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,7 @@ from pydantic import BaseModel, Field
 from ray.exceptions import RayTaskError
 
 from esper.platform.console import say
-from esper.platform.contracts import Instance
+from esper.platform.contracts import Instance, Reply
 from esper.platform.errors import UserError
 from esper.platform.seeding import derive, stream
 from esper.platform.spec import FleetSpec
@@ -46,7 +47,6 @@ from esper.policies.simic.episode import InFlight, Played, arrays
 from esper.policies.simic.fleet import Fleet, process_lost, sentence
 from esper.policies.simic.journal import EpisodeJournal
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import draw
 
 TRIES = 3  # workers that may fail at one order, the later ones from the episode's start: it is the order's fault
 DEATHS = 10  # processes that may die over one order
@@ -95,23 +95,26 @@ class Dispatcher:
         self._limits, self._instances = limits or FleetSpec(), instances or (lambda number: None)
         self.progress = start or Progress()
         self.begun = self.progress.learned  # number of the next episode
-        self.ready = self.waiting = 0  # decisions of ended episodes before which none is under way, and of the others
+        self.ready = self.waiting = 0  # decisions of `_complete`, and of the ended episodes among `_open`
         self._in_a_row = Counter[str]()  # lost `orders` since the last good reply, `episodes` since one ended
         self._longest = 0  # decisions of an episode
-        self._untaken: dict[int, InFlight] = {}  # that have begun, by number, in order
+        self._complete: deque[InFlight] = deque()  # ended, as has all that began before: to be learned from, in order
+        self._open: dict[int, InFlight] = {}  # by number, the first that has not ended, and all that began after it
         self._orphaned: deque[InFlight] = deque()  # without a worker
-        self._workers: dict[int, InFlight | None] = {}  # worker → whose order it has
+        self._orders: dict[int, InFlight] = {}  # worker → whose order it has
+        self._free: set[int] = set()  # workers without an order
         self._most = 1  # workers that were there at once
         self._ratios: deque[float] = deque(maxlen=KNOWN)  # seconds worked over those expected
         self._busy = self._there = 0.0  # worker-seconds with an order, and in all, since `busy_fraction`
-        self._counted = time.monotonic()  # until when those seconds are counted
+        self._counted = self._looked = time.monotonic()  # until when those are counted, and no worker was late
         self._changed = threading.Condition()  # held for all of the above, which the learner's thread reads too
         self._error: BaseException | None = None
         self._stopped = False
         self._thread: threading.Thread | None = None
         self._journal = None if journal is None else EpisodeJournal(journal, space)
         if self._journal is not None:
-            self._take_up(self._journal)
+            with self._changed:
+                self._take_up(self._journal)
 
     def collect(self, decisions: int, check: Callable[[], None] = lambda: None) -> list[Played]:
         """Whole episodes of at least so many decisions, in the order of beginning.
@@ -132,17 +135,15 @@ class Dispatcher:
                     self._changed.wait(0.25)
             if self._thread is None:
                 self._turn()
-        taken: list[Played] = []
+        taken: list[InFlight] = []
         with self._changed:
-            while sum(map(len, taken)) < decisions:
-                number = next(iter(self._untaken))
-                episode = self._untaken.pop(number)
-                _add(self.progress.spent["learned"], episode.used)
-                taken.append(episode.played(self._space))
-            self.progress.learned = next(iter(self._untaken), self.begun)
-            self._settle()
+            while sum(episode.done for episode in taken) < decisions:
+                taken.append(self._complete.popleft())
+                self.ready -= taken[-1].done
+                _add(self.progress.spent["learned"], taken[-1].used)
+            self.progress.learned = next(self._untaken(), self.begun)
         self._fleet.wake()
-        return taken
+        return [episode.played(self._space) for episode in taken]  # workers do not wait for that
 
     def set_weights(self, weights: Mapping[str, torch.Tensor], weights_seq_no: int) -> None:
         """Choose by these weights from the next batch on."""
@@ -162,7 +163,7 @@ class Dispatcher:
         """Used amount of each ledger axis, of the episodes `learned` from (or taken), `in_flight` and `dropped`."""
         in_flight: dict[str, float] = {}
         with self._changed:
-            for episode in self._untaken.values():
+            for episode in chain(self._complete, self._open.values()):
                 _add(in_flight, episode.used)
             return {**self.progress.spent, "in_flight": in_flight}
 
@@ -170,16 +171,17 @@ class Dispatcher:
         """Delete the taken episodes' journals: a whole checkpoint has learned from them."""
         if self._journal is not None:
             with self._changed:
-                self._journal.keep_only(self._untaken)
+                self._journal.keep_only(self._untaken())
 
     def in_flight(self) -> list[int]:
         """Numbers of the episodes begun and not taken, ascending."""
         with self._changed:
-            return list(self._untaken)
+            return list(self._untaken())
 
     def workers(self) -> list[dict[str, Any]]:
         """What each worker does, for the live view. Lockless: who draws has the terminal, which `say` here wants."""
-        there = [{"worker": worker} | _doing(episode) for worker, episode in sorted(self._workers.items())]
+        there = sorted({**dict.fromkeys(self._free), **self._orders}.items())
+        there = [{"worker": worker} | _doing(episode) for worker, episode in there]
         return there + [{"state": "starting"}] * self._fleet.starting()
 
     def stop(self) -> None:
@@ -188,11 +190,18 @@ class Dispatcher:
         self._fleet.wake()
         if self._thread is not None:
             self._thread.join()
+            gc.unfreeze()
         self._fleet.close()
         if self._journal is not None:
             self._journal.close()
 
+    def _untaken(self) -> Iterator[int]:
+        """Numbers of the episodes begun and not taken, ascending."""
+        return chain((episode.number for episode in self._complete), self._open)
+
     def _serve(self) -> None:
+        gc.collect()
+        gc.freeze()  # else each full collection walks torch's, Ray's and RLlib's 300,000 objects: 0.2 s for all threads
         try:
             while not self._stopped:
                 self._turn()
@@ -202,37 +211,52 @@ class Dispatcher:
                 self._changed.notify_all()
 
     def _turn(self) -> None:
-        """Give orders to free workers, and book what has come of earlier ones."""
+        """Give free workers orders; then book the replies that have come, and answer all that ask for an action."""
         with self._changed:
             self._count_time()
-            for worker in [worker for worker, episode in self._workers.items() if episode is None]:
-                if not self._orphaned and self._resting():
-                    break
-                self._send(worker, self._orphaned.popleft() if self._orphaned else self._begin())
+            while self._free and (self._orphaned or not self._resting()):
+                self._send(self._free.pop(), self._orphaned.popleft() if self._orphaned else self._begin())
         events = self._fleet.ready(LOOK)
         with self._changed:
             self._count_time()
-            asking: list[tuple[int, InFlight]] = []
+            replied: list[tuple[int, InFlight]] = []
             for worker, event in events:
                 if isinstance(event, Exception):
                     self._lose(worker, event, "failures")
-                elif worker not in self._workers:  # it has started
-                    self._workers[worker] = None
-                    self._most = max(self._most, len(self._workers))
-                elif (episode := self._receive(worker, event)) is not None:
-                    asking.append((worker, episode))
+                elif worker not in self._orders:  # it has started
+                    self._free.add(worker)
+                    self._most = max(self._most, len(self._free) + len(self._orders))
+                else:
+                    episode = self._orders[worker]
+                    try:
+                        reply = episode.take(event, self._space)
+                    except ValueError as error:
+                        self._lose(worker, ValueError(f"its reply was refused: {error}"), "refused")
+                        continue
+                    self._book(worker, episode, reply)
+                    replied.append((worker, episode))
+            asking = [(worker, episode) for worker, episode in replied if not episode.ended]
             if asking:
-                self._decide(asking)
-            for worker, episode in list(self._workers.items()):
-                if episode is not None and self._counted > episode.deadline:
-                    self._lose(worker, TimeoutError(f"no answer in {self._counted - episode.since:,.0f} s"), "late")
-            self._changed.notify_all()
+                self._decide([episode for _, episode in asking])
+            if self._journal is not None:
+                self._journal.note([episode.decisions[-1] for _, episode in replied])
+            for worker, episode in asking:
+                self._send(worker, episode)
+            self._look()
 
     def _count_time(self) -> None:
         now = time.monotonic()
-        self._there += (now - self._counted) * len(self._workers)
-        self._busy += (now - self._counted) * sum(episode is not None for episode in self._workers.values())
+        self._there += (now - self._counted) * (len(self._free) + len(self._orders))
+        self._busy += (now - self._counted) * len(self._orders)
         self._counted = now
+
+    def _look(self) -> None:
+        """Every `LOOK` seconds, replace workers that are late: a second more is nothing to a deadline of minutes."""
+        if self._counted - self._looked >= LOOK:
+            self._looked = self._counted
+            for worker, episode in list(self._orders.items()):
+                if self._counted > episode.deadline:
+                    self._lose(worker, TimeoutError(f"no answer in {self._counted - episode.since:,.0f} s"), "late")
 
     def _resting(self) -> bool:
         overtaking = OVERTAKING * self._most * self._longest  # rule 8
@@ -241,7 +265,7 @@ class Dispatcher:
     def _begin(self) -> InFlight:
         number, self.begun = self.begun, self.begun + 1
         episode = InFlight(number, derive(self._seed, "episode", number), self._instances(number))
-        self._untaken[number] = episode
+        self._open[number] = episode
         return episode
 
     def _send(self, worker: int, episode: InFlight) -> None:
@@ -250,24 +274,17 @@ class Dispatcher:
         Its deadline: (grace + deadline · ratio · expected) · 2^(times it was lost with a process already), `ratio` ≥ 1
         being the fleet's median of seconds worked over those expected.
         """
-        decisions = 1 if self._workers[worker] is episode else max(1, len(episode.actions))
+        decisions = 1 if self._orders.get(worker) is episode else max(1, len(episode.actions))
         expected = episode.decisions[-1].expected if episode.decisions else 0.0
         ratio = max(1.0, median(self._ratios)) if self._ratios else 1.0
         seconds = self._limits.grace + self._limits.deadline * ratio * expected * decisions
         episode.since = time.monotonic()
         episode.deadline = episode.since + seconds * 2 ** episode.lost["deaths"]
-        self._workers[worker] = episode
+        self._orders[worker] = episode
         self._fleet.submit(worker, episode.order)
 
-    def _receive(self, worker: int, answer: object) -> InFlight | None:
-        """Book a reply; returns its episode if that asks for an action."""
-        episode = self._workers[worker]
-        assert episode is not None
-        try:
-            reply = episode.take(answer, self._space)
-        except ValueError as error:
-            self._lose(worker, ValueError(f"its reply was refused: {error}"), "refused")
-            return None
+    def _book(self, worker: int, episode: InFlight, reply: Reply) -> None:
+        """Count a good reply; the last of an episode frees its worker."""
         self._in_a_row["orders"] = 0
         self.progress.counts["redone"] += reply.redone
         if reply.unsaved is not None:
@@ -277,37 +294,27 @@ class Dispatcher:
         expected = episode.decisions[-2].expected if episode.done else 0.0
         if expected > 0 and not reply.redone:
             self._ratios.append(reply.worked / expected)
-        if not episode.ended:
-            return episode
-        if self._journal is not None:
-            self._journal.note(episode)
-        self._workers[worker] = None
-        self._in_a_row["episodes"] = 0
-        self._settle()
-        return None
+        if episode.ended:
+            del self._orders[worker]
+            self._free.add(worker)
+            self._in_a_row["episodes"] = 0
+            self._settle(episode)
 
-    def _decide(self, asking: list[tuple[int, InFlight]]) -> None:
-        """Choose an action for each episode, all by one batch, and send the orders."""
-        seen = arrays(np.stack([episode.decisions[-1].observation for _, episode in asking]), self._space)
-        with torch.no_grad():
-            outputs, said = self._net({name: torch.from_numpy(array).double() for name, array in seen.items()})
-            log_p = outputs.log_softmax(dim=-1).float().numpy()
-        logits = outputs.float().numpy()
-        uniform = [stream(self._seed, "policy", each.number, len(each.actions)).random() for _, each in asking]
-        actions = draw(logits, seen["mask"], np.array(uniform))
-        for i, (worker, episode) in enumerate(asking):
-            action = int(actions[i])
+    def _decide(self, asking: list[InFlight]) -> None:
+        """Choose an action for each episode, all by one batch."""
+        seen = arrays(np.stack([episode.decisions[-1].observation for episode in asking]), self._space)
+        uniform = [stream(self._seed, "policy", each.number, each.done).random() for each in asking]
+        for episode, action, logits, log_p, value in zip(
+            asking, *self._net.choose(seen, np.array(uniform)), strict=True
+        ):
             episode.choose(
-                action=action,
-                logits=logits[i],
-                log_p=float(log_p[i, action]),
-                value=float(said[i]),
+                action=int(action),
+                logits=logits,
+                log_p=float(log_p),
+                value=float(value),
                 weights=self._weights_seq_no,
                 doing=str(episode.candidates[action]),
             )
-            if self._journal is not None:
-                self._journal.note(episode)
-            self._send(worker, episode)
 
     def _lose(self, worker: int, error: Exception, count: str) -> None:
         """Replace a worker; its episode goes to another, or is given up."""
@@ -316,7 +323,8 @@ class Dispatcher:
         if isinstance(cause, UserError):
             raise cause
         self._in_a_row["orders"] += 1
-        episode, told = self._workers.pop(worker, None), sentence(error)
+        episode, told = self._orders.pop(worker, None), sentence(error)
+        self._free.discard(worker)
         self._fleet.replace(worker)
         if episode is None:
             say(f"worker {worker} is gone: {told}")
@@ -332,7 +340,7 @@ class Dispatcher:
                 self.progress.counts["dropped"] += 1
                 self.progress.dropped.append(episode.number)
                 _add(self.progress.spent["dropped"], episode.used)
-                del self._untaken[episode.number]
+                del self._open[episode.number]
                 self._settle()
                 self._in_a_row["episodes"] += 1
         if max(self._in_a_row.values()) >= max(GIVE_UP * max(self._most, self._fleet.starting()), DEATHS + 1):
@@ -342,27 +350,32 @@ class Dispatcher:
                 "`esper train`."
             )
 
-    def _settle(self) -> None:
-        """Count what has ended: episodes before which none is under way are ready."""
-        ended = [episode.done for episode in self._untaken.values() if episode.ended]
-        self.ready = sum(episode.done for episode in takewhile(lambda each: each.ended, self._untaken.values()))
-        self.waiting = sum(ended) - self.ready
-        self._longest = max([self._longest, *ended])
+    def _settle(self, ended: InFlight | None = None) -> None:
+        """Count an ended episode; those before which none is under way are complete, and who collects is told."""
+        if ended is not None:
+            self.waiting += ended.done
+            self._longest = max(self._longest, ended.done)
+        while (first := next(iter(self._open.values()), None)) is not None and first.ended:
+            self._complete.append(self._open.pop(first.number))
+            self.ready += first.done
+            self.waiting -= first.done
+            self._changed.notify_all()
 
     def _take_up(self, journal: EpisodeJournal) -> None:
         """Go on with the journal's episodes; those between that it lacks begin anew."""
-        dropped = self.progress.dropped
-        last = max([*journal.numbers(), *dropped], default=-1)
+        found, dropped = journal.read(), self.progress.dropped
+        last = max([*found, *dropped], default=-1)
         while self.begun <= last:
             if self.begun in dropped:
                 self.begun += 1
                 continue
             episode = self._begin()
-            episode.decisions = journal.read(episode.number)
-            if not episode.ended:
+            episode.decisions = found.get(episode.number, [])
+            if episode.ended:
+                self._settle(episode)
+            else:
                 self._orphaned.append(episode)
-        self._settle()
-        journal.keep_only(self._untaken)
+        journal.keep_only(self._untaken())
 
 
 def _doing(episode: InFlight | None) -> dict[str, Any]:

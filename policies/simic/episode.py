@@ -32,9 +32,13 @@ Floats = Annotated[np.ndarray, PlainValidator(_unpacked), PlainSerializer(_packe
 class Decision(Frozen):
     """What a reply brought, and the action chosen on it: a line of the journal."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=True)  # a diverged network's value is NaN
+    model_config = ConfigDict(  # a diverged network's value is NaN
+        arbitrary_types_allowed=True, allow_inf_nan=True, ser_json_inf_nan="constants"
+    )
 
-    version: Literal[3] = 3
+    version: Literal[4] = 4
+    episode: int  # its number
+    k: int  # number of the decision in it
     observation: Floats  # (size,): the telemetry's arrays, one after another
     expected: float  # seconds that the next decision should take, by the run's clock
     # The outcome of the decision before; the first has none.
@@ -127,7 +131,7 @@ class InFlight:
 
     def take(self, answer: Any, space: TelemetrySpace) -> Reply:
         """Take in the reply to the order under way; a ValueError says in a clause why it must not be used."""
-        reply, asked = Reply.checked(answer), len(self.actions)
+        reply, asked = Reply.checked(answer), len(self.decisions)
         telemetry, outcome = reply.telemetry, reply.answer
         if (reply.episode, telemetry.sequence) != (self.number, asked):
             raise ValueError(
@@ -146,7 +150,7 @@ class InFlight:
             came |= {"worked": reply.worked, "waited": reply.waited, "final_loss": _finite(summary.get("val_loss"))}
             came["reached"] = {key: _finite(point[key]) for key in REACHED if key in point}
         seen = np.concatenate([array.ravel() for array in observation(telemetry).values()])
-        self.decisions.append(Decision(observation=seen, expected=reply.expected, **came))
+        self.decisions.append(Decision(episode=self.number, k=asked, observation=seen, expected=reply.expected, **came))
         self.candidates = telemetry.actions
         self.lost.clear()
         return reply

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,6 +53,21 @@ class ControllerNet(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits float32 (B, A) and values float32 (B,)."""
         return self.logits(inputs), self.value(inputs)
+
+    @torch.inference_mode()
+    def choose(self, inputs: Mapping[str, np.ndarray], uniform: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Legal rows that numbers in [0, 1), (B,), pick by inverse distribution, int64 (B,), and what picked them.
+
+        That is the logits (B, A), each row's ln p (B,), both float32, and the values (B,).
+        """
+        dtype = cast(Tensor, self.score[0].weight).dtype
+        outputs, values = self({name: torch.from_numpy(array).to(dtype) for name, array in inputs.items()})
+        logits = outputs.float().numpy()
+        scores = logits.astype(np.float64)
+        chances = np.exp(scores - scores.max(axis=-1, keepdims=True)).cumsum(axis=-1)  # exactly 0 on illegal rows
+        actions = (chances > uniform[:, None] * chances[:, -1:]).argmax(axis=-1)
+        log_p = outputs.log_softmax(dim=-1).float().numpy()[np.arange(len(actions)), actions]
+        return actions, logits, log_p, values.numpy()
 
     def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Logits float32 (B, A); WAIT's is raised by ln n + ln(p / (1 − p)), n the other legal rows.

@@ -46,13 +46,6 @@ def policy_file(path: Path) -> Path:
     return file
 
 
-def draw(logits: np.ndarray, mask: np.ndarray, uniform: np.ndarray | float) -> np.ndarray:
-    """The legal rows that numbers in [0, 1) pick from logits (…, A), by inverse distribution: int64 (…)."""
-    legal = np.where(mask > 0, logits.astype(np.float64), -np.inf)
-    chances = np.exp(legal - legal.max(axis=-1, keepdims=True)).cumsum(axis=-1)
-    return (chances > np.expand_dims(uniform, -1) * chances[..., -1:]).argmax(axis=-1)
-
-
 def likeliest(chances: np.ndarray) -> int:
     """First whether to act, then the likeliest row: else WAIT with 0.4 would beat similar grafts that share 0.6."""
     return 0 if chances[0] >= 0.5 else 1 + int(chances[1:].argmax())

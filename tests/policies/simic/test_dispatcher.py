@@ -336,13 +336,27 @@ def test_a_driver_that_dies_anywhere_is_gone_on_with(kept, turns):
 
 def test_damage_before_the_last_line_is_told_of(kept, tmp_path):
     kept(4)
-    path = tmp_path / "000000001.jsonl"
-    for old, new in (('"version":3', '"version":2'), ('"observation":"', '"observation":"!!'), ("{", "[")):
+    path = tmp_path / "000000000.jsonl"
+    for old, new in (('"version":4', '"version":2'), ('"observation":"', '"observation":"!!'), ("{", "[")):
         whole = path.read_text()
         path.write_text(whole.replace(old, new, 1))
-        with pytest.raises(UserError, match=r"000000001.jsonl is damaged.*delete"):
+        with pytest.raises(UserError, match=r"000000000.jsonl is damaged.*delete"):
             kept()
         path.write_text(whole)
+
+
+def test_files_go_with_their_episodes_and_what_a_deleted_one_held_is_trained_again(kept, tmp_path):
+    one = kept()
+    for _ in range(3):
+        one.collect(3 * DECISIONS)
+        one._turn()
+        one.forget()
+        one._turn()
+    files = sorted(tmp_path.iterdir())
+    assert [path.name for path in files] == ["000000002.jsonl", "000000003.jsonl"]
+    files[0].unlink()
+    again, anew = (kept(journal=journal, start=one.progress.model_copy(deep=True)) for journal in (tmp_path, None))
+    assert_equal(again.collect(6 * DECISIONS), anew.collect(6 * DECISIONS))
 
 
 def test_a_full_disk_is_told_of_once_and_what_was_written_is_gone_on_with(kept, tmp_path, capfd, files_of_at_most):

@@ -1,5 +1,7 @@
 """ControllerNet: set properties, the mask, the prior, and no size built in."""
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,6 @@ from simic_toy import bold_net
 
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
 from esper.policies.simic.net import ILLEGAL, WAIT_PRIOR, ControllerNet, entropy
-from esper.policies.simic.policy import draw
 
 
 def inputs(b: int, s: int, a: int, *, sites: int | None = None, legal: int | None = None, seed: int = 0):
@@ -49,13 +50,17 @@ def test_no_sites_and_no_grafts_are_fine(net: ControllerNet):
 
 def test_draws_follow_the_probabilities_and_masked_rows_are_never_drawn(net: ControllerNet):
     x = inputs(1, 4, 30, legal=5)
-    logits, mask = 0.1 * net.logits(x)[0].detach(), x["mask"].numpy()  # so that every legal row has its chance
+    with torch.no_grad():
+        cast(torch.nn.Linear, net.score[-1]).weight.mul_(0.1)  # so that every legal row has its chance
+        wanted = net.logits(x)[0].softmax(-1).numpy()
     uniform = np.array([*((np.arange(20000) + 0.5) / 20000), 0.0, np.nextafter(1, 0)])
-    drawn = draw(logits.numpy()[None], mask, uniform)
-    wanted = logits.masked_fill(x["mask"][0] == 0, -torch.inf).softmax(-1).numpy()
-    np.testing.assert_allclose(np.bincount(drawn, minlength=30) / 20000, wanted, atol=1e-3)
-    assert set(drawn) == set(range(6))
-    assert [int(draw(logits.numpy(), mask[0], each)) for each in uniform[:99]] == drawn[:99].tolist()
+    many = {name: array.expand(len(uniform), *array.shape[1:]).numpy() for name, array in x.items()}
+    actions, _, log_p, _ = net.choose(many, uniform)
+    np.testing.assert_allclose(np.bincount(actions, minlength=30) / 20000, wanted, atol=1e-3)
+    assert set(actions) == set(range(6))
+    np.testing.assert_allclose(np.exp(log_p), wanted[actions], rtol=1e-4)
+    few = net.choose({name: array[:99] for name, array in many.items()}, uniform[:99])[0]
+    assert few.tolist() == actions[:99].tolist()
 
 
 @pytest.mark.parametrize("legal", [1, 3, 40])
