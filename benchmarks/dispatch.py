@@ -179,12 +179,9 @@ def measured(fleet: Offered, dispatcher: Dispatcher, what: str) -> list[Row]:
     decisions, spent = fleet.decisions - decisions, fleet.spent - spent
     answered, rate = len(fleet.latencies) / fleet.replies, decisions / taken
     middle, late = (1000 * np.quantile(fleet.latencies, each) for each in (0.5, 0.99))
+    what = f"{OFFERED} decisions/s offered by {WORKERS} workers{what}: served"
     return [
-        (
-            f"{OFFERED} decisions/s offered by {WORKERS} workers{what}: served",
-            "99 %",
-            f"{answered:.1%} of {rate:.0f}/s",
-        ),
+        (what, "99 %", f"{answered:.1%} of {rate:.0f}/s"),
         ("… from reply to order, p99", "< 100 ms", f"{late:.0f} ms (p50 {middle:.1f} ms)"),
         ("… CPU of the serving thread, a decision", "≤ 1.2 ms", f"{1000 * spent / decisions:.2f} ms"),
     ]

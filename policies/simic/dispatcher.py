@@ -242,21 +242,18 @@ class Dispatcher:
                 self._journal.note([episode.decisions[-1] for _, episode in replied])
             for worker, episode in asking:
                 self._send(worker, episode)
-            self._look()
+            if self._counted - self._looked >= LOOK:  # not each turn: it looks at all workers
+                self._looked = self._counted
+                for worker, episode in list(self._orders.items()):
+                    if self._counted > episode.deadline:
+                        late = TimeoutError(f"no answer in {self._counted - episode.since:,.0f} s")
+                        self._lose(worker, late, "late")
 
     def _count_time(self) -> None:
         now = time.monotonic()
         self._there += (now - self._counted) * (len(self._free) + len(self._orders))
         self._busy += (now - self._counted) * len(self._orders)
         self._counted = now
-
-    def _look(self) -> None:
-        """Every `LOOK` seconds, replace workers that are late: a second more is nothing to a deadline of minutes."""
-        if self._counted - self._looked >= LOOK:
-            self._looked = self._counted
-            for worker, episode in list(self._orders.items()):
-                if self._counted > episode.deadline:
-                    self._lose(worker, TimeoutError(f"no answer in {self._counted - episode.since:,.0f} s"), "late")
 
     def _resting(self) -> bool:
         overtaking = OVERTAKING * self._most * self._longest  # rule 8
@@ -304,17 +301,10 @@ class Dispatcher:
         """Choose an action for each episode, all by one batch."""
         seen = arrays(np.stack([episode.decisions[-1].observation for episode in asking]), self._space)
         uniform = [stream(self._seed, "policy", each.number, each.done).random() for each in asking]
-        for episode, action, logits, log_p, value in zip(
-            asking, *self._net.choose(seen, np.array(uniform)), strict=True
-        ):
-            episode.choose(
-                action=int(action),
-                logits=logits,
-                log_p=float(log_p),
-                value=float(value),
-                weights=self._weights_seq_no,
-                doing=str(episode.candidates[action]),
-            )
+        chosen = self._net.choose(seen, np.array(uniform))
+        for episode, action, logits, log_p, value in zip(asking, *chosen, strict=True):
+            said = {"logits": logits, "log_p": float(log_p), "value": float(value), "weights": self._weights_seq_no}
+            episode.choose(action=int(action), doing=str(episode.candidates[action]), **said)
 
     def _lose(self, worker: int, error: Exception, count: str) -> None:
         """Replace a worker; its episode goes to another, or is given up."""

@@ -32,9 +32,8 @@ Floats = Annotated[np.ndarray, PlainValidator(_unpacked), PlainSerializer(_packe
 class Decision(Frozen):
     """What a reply brought, and the action chosen on it: a line of the journal."""
 
-    model_config = ConfigDict(  # a diverged network's value is NaN
-        arbitrary_types_allowed=True, allow_inf_nan=True, ser_json_inf_nan="constants"
-    )
+    # A diverged network's value is NaN.
+    model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=True, ser_json_inf_nan="constants")
 
     version: Literal[4] = 4
     episode: int  # its number
