@@ -21,8 +21,9 @@ def contenders(spec: RunSpec, data: TokenData) -> dict[str, Trainer]:
     for site, blueprint in GRAFTS:
         young.kasmina.graft(site, blueprint)
     settled = copy.deepcopy(young)
-    for seed in list(settled.kasmina.seeds):
-        settled.kasmina.fuse(seed)
+    for seed in settled.kasmina.seeds:
+        seed.probation = seed.settled = 1
+    settled.step(RATE)
     shape = young.host.shape
     host = spec.host.model_copy(update={"n_layer": shape.depth(), "layers": shape.layers})
     born.take(TransformerHost(host, shape.vocab_size))

@@ -1,6 +1,6 @@
 """Clocks: what a step costs, by measured time or by a reference that load does not change, and how far a budget is.
 
-Reference step: `base + layer·depth + expert·experts + FLOPs/rate`, times `split_factor` while segments are separate.
+Reference step: `base + layer·depth + expert·experts + FLOPs/rate`.
 `esper calibrate` fits the constants on an idle device. The wall clock takes the formula only to predict a graft's cost.
 """
 
@@ -21,21 +21,18 @@ class ClockSpec(Frozen):
     base_seconds: Seconds = 1e-3  # of a step that no layer accounts for
     layer_seconds: Seconds = 1e-3  # that a layer adds to a step, whatever its size
     flops_per_second: Annotated[float, Field(gt=0)] = 5e10  # rate at which a step's FLOPs are done
-    split_factor: Annotated[float, Field(ge=1)] = 1.0  # on a step while some seed's segments are separate
     expert_seconds: Seconds = 1e-3  # that an expert adds to a step, whatever its size
     graft_seconds: Seconds = 1e-3  # of one graft, prune or rollback
-    fuse_seconds: Seconds = 1e-3  # of fusing one seed
     measured_on: str = ""  # device, threads, dtype and command that the constants were fitted with
 
-    def step_seconds(self, shape: HostShape, tokens: int, *, split: bool = False) -> float:
+    def step_seconds(self, shape: HostShape, tokens: int) -> float:
         """Predicted seconds of an optimizer step over `tokens` tokens."""
         fixed = self.base_seconds + self.layer_seconds * shape.depth() + self.expert_seconds * shape.experts()
-        plain = fixed + tokens * shape.flops_per_token() / self.flops_per_second
-        return plain * (self.split_factor if split else 1.0)
+        return fixed + tokens * shape.flops_per_token() / self.flops_per_second
 
-    def axis_per_step(self, axis: Axis, shape: HostShape, tokens: int, *, split: bool = False) -> float:
+    def axis_per_step(self, axis: Axis, shape: HostShape, tokens: int) -> float:
         """Predicted use of a budget axis by an optimizer step over `tokens` tokens."""
-        seconds = self.step_seconds(shape, tokens, split=split)
+        seconds = self.step_seconds(shape, tokens)
         counts = {"steps": 1, "tokens": tokens, "flops": tokens * shape.flops_per_token(), "seconds": seconds}
         return float(counts[axis] if axis in counts else seconds * shape.parameters_count())
 

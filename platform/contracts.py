@@ -42,13 +42,12 @@ class HostShape(Protocol):
 
 
 @dataclass(frozen=True)
-class Swap:
+class Resized:
     """A parameter that takes another's place, in the model and in its optimizer."""
 
-    new: Any  # `old` and then `young`, joined along `axis`; without `young`, the leading part of `old`
-    old: Any  # the parameter that `new` replaces
-    young: Any | None  # the parameter that is now part of `new`
-    axis: int  # along which they were joined or cut
+    new: Any  # `old` with more at the end of `axis`, or its leading part
+    old: Any
+    axis: int
 
 
 class HostProtocol(Protocol):
@@ -60,14 +59,14 @@ class HostProtocol(Protocol):
     @property
     def shape(self) -> HostShape: ...  # the shape now: frozen and hashable
     def parameters(self) -> Iterator[Any]: ...  # every parameter, once
-    def linears(self, site_id: str) -> tuple[Any, Any]: ...  # incoming, grows by rows; outgoing, grows by columns
+    # Two modules with `weight` and `bias`: incoming, which grows along axis 0, and outgoing, along axis 1.
+    def linears(self, site_id: str) -> tuple[Any, Any]: ...
     # Insert, uninitialised, the part that only `shape` has: (its name, [(parameter, sibling's parameter)]).
     def insert(self, site_id: str, shape: Any) -> tuple[str, list[tuple[Any, Any]]]: ...
     def part(self, name: str) -> Any: ...  # the module of an inserted part; None when it is gone
     def remove(self, name: str) -> list[Any]: ...  # take an inserted part out; returns every parameter that is gone
     def stream_sizes(self) -> dict[str, float]: ...  # stream site → root mean square there, told without data
     def written_by(self, site_id: str) -> Iterator[Any]: ...  # the parameters that a site's telemetry is about
-    def split(self) -> bool: ...  # whether some seed's segments are still separate tensors
 
 
 @dataclass(frozen=True)

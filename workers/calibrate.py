@@ -52,23 +52,17 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int) -> tuple[ClockSpec,
 
 
 def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float]:
-    """Cost of young units at every site and of an expert per layer, each against a host born without."""
+    """Seconds of a graft of units, and of an expert per layer against a host born without."""
     grown, plain, gated = (_born(spec, data) for _ in range(3))
     grafts = []
-    for site in grown.host.shape.injection_specs():
+    for site in plain.host.shape.injection_specs():
         units = [name for name in site.blueprints if grown.kasmina.blueprints[name].units]
         grafts += [_timed(grown, grown.kasmina.graft, site.id, name) for name in units]
         if site.kind == "post_ffn":
             gated.kasmina.graft(site.id, "expert")
-    layer, head_dim = grown.host.shape.layers[0], spec.host.head_dim or spec.host.n_embd // spec.host.n_head
-    born = _born(spec, data, n_head=layer.heads, head_dim=head_dim, mlp_width=layer.width)
-    split = _rounds([grown, born], steps)
-    fuses = [_timed(grown, grown.kasmina.fuse, seed) for seed in grown.kasmina.seeds]
     extra = float(np.median(np.subtract(*_rounds([gated, plain], steps).T)))
     return {
-        "split_factor": max(1.0, float(np.median(np.divide(*split.T)))),
         "graft_seconds": median(grafts),
-        "fuse_seconds": median(fuses),
         "expert_seconds": max(0.0, extra / gated.host.shape.experts()),
     }
 

@@ -96,7 +96,6 @@ class Episode(ABC):
     State: ClassVar[type[EpisodeState]]
     # The host, as the subclass made it: set before `_resized`.
     shape: Any
-    split = False  # whether some seed's segments are separate tensors
     planted: dict[int, Planted]  # graft number → seed, oldest graft first
 
     def __init__(self, spec: RunSpec, vocab_size: int) -> None:
@@ -282,7 +281,7 @@ class Episode(ABC):
 
     def _resized(self) -> None:
         newest = {seed.site: seed for seed in self.planted.values()}
-        self.layout = self.observer.layout(self.shape, tuple(newest.values()), self.split, self._born)
+        self.layout = self.observer.layout(self.shape, tuple(newest.values()), self._born)
 
     def _accept(self, action: GraftAction) -> Candidate:
         if self.ended:

@@ -16,7 +16,6 @@ from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import rate
 
-SEGMENTS = ("heads", "width")  # kinds of growth that are segments of the host's own matrices
 SLOW = 4  # decisions that the slow slope looks back
 OUTCOMES = {"kept": 1.0, "rolled back": -1.0}  # of the last graft, as telemetry tells them
 
@@ -72,21 +71,20 @@ class Observer:
         self.blueprints = make_blueprints(spec.growth.blueprints)
         self.layout = lru_cache(maxsize=512)(self._layout)
 
-    def _layout(self, shape: HostShape, newest: tuple[Planted, ...], split: bool, start: HostShape) -> Layout:
+    def _layout(self, shape: HostShape, newest: tuple[Planted, ...], start: HostShape) -> Layout:
         growth, clock = self._spec.growth, self._spec.clock
         axis, tokens = self._spec.budget.axis, batch_tokens(self._spec)
         found, sites = options(shape, self.blueprints.values(), newest), shape.injection_specs()
-        parameters, seconds = shape.parameters_count(), clock.step_seconds(shape, tokens, split=split)
+        parameters, seconds = shape.parameters_count(), clock.step_seconds(shape, tokens)
         most = growth.max_parameters or start.deepened(growth.max_layers).parameters_count()
         per_step, least_steps = np.full((2, len(found)), math.inf)
         rows = []
         for i, (candidate, _, adds, after) in enumerate(found):
             row = {"present": 1.0, f"is_{candidate.operation}": 1.0} | ({f"adds_{adds}": 1.0} if adds else {})
             if after is not None:
-                separate = split or adds in SEGMENTS
-                per_step[i] = clock.axis_per_step(axis, after, tokens, split=separate)
+                per_step[i] = clock.axis_per_step(axis, after, tokens)
                 row["parameters"] = math.log(after.parameters_count() / parameters)
-                row["seconds"] = math.log(clock.step_seconds(after, tokens, split=separate) / seconds)
+                row["seconds"] = math.log(clock.step_seconds(after, tokens) / seconds)
                 row["steps_measured"] = 1.0
                 if candidate.operation != "graft":
                     least_steps[i] = 0

@@ -130,7 +130,7 @@ class GrowthRun(Episode):
 
     def _resized(self) -> None:
         host, seeds = self.trainer.host, self.trainer.kasmina.seeds
-        self.shape, self.split = host.shape, host.split()
+        self.shape = host.shape
         self.planted = {seed.number: seed.planted for seed in seeds}
         super()._resized()
 
@@ -237,11 +237,6 @@ class GrowthRun(Episode):
         begun = time.perf_counter()
         self.trainer.step(self._rate())
         self._charge(self.layout.step_seconds, begun, steps=1, wait=self.spec.clock.kind == "wall")
-        if self.trainer.kasmina.due:
-            begun = time.perf_counter()
-            fused = self.trainer.kasmina.fuse()
-            self._charge(len(fused) * self.spec.clock.fuse_seconds, begun)
-            self._resized()
 
     def _rate(self) -> float:
         """The host's rate; a seed counts towards the size as it warms up, so the rate changes smoothly."""

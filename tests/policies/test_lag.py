@@ -82,7 +82,7 @@ def test_the_run_is_charged_what_the_twins_used_on_every_axis(run):
 def test_what_a_trial_costs_is_known_beforehand(tiny_spec, tokens, axis):
     whole = begin(tiny_spec, tokens)
     amount = 800 / whole.ledger.steps * whole.ledger.read(axis)
-    clock = {"graft_seconds": 0.0, "split_factor": 1.1}  # a graft's own is left out
+    clock = {"graft_seconds": 0.0}  # a graft's own is left out
     run = begin(tiny_spec, tokens, amount=amount, axis=axis, clock=clock)
     actions, before = tried(run), run.reading()
     run.twins(actions, 6)

@@ -139,9 +139,7 @@ def test_a_clock_is_fitted_to_this_device(tiny_spec, tokens):
         formula = clock.base_seconds + clock.layer_seconds * row["layers"] + row["flops"] / clock.flops_per_second
         assert row["predicted"] == pytest.approx(formula)
         assert abs(row["error"]) < 3
-    assert clock.split_factor >= 1
     assert clock.graft_seconds > 0
-    assert clock.fuse_seconds > 0
 
 
 def test_a_text_shorter_than_the_context_is_refused(tiny_spec, tokens):

@@ -1,26 +1,27 @@
-"""Kasmina grafts seeds onto a host in training and its optimizer, fuses them and prunes them.
+"""Kasmina grafts seeds onto a host in training and its optimizer, and prunes them.
 
-Each optimizer step: backward, set the rates of `host_groups`, `clip`, `warm_up`, `optimizer.step`, `fuse`.
-The warm-up is quadratic: Adam's normalised first steps move a zero matrix by the full rate. Seeds on probation are
-clipped apart: clipped together, their large first gradients would shrink the host's step.
+In the loop, after backward: set the groups' rates, then `step` clips, runs the optimizer and ages the seeds. A seed's
+values move by a fraction of the host's rate, quadratic in its age: Adam's normalised first steps move a zero matrix by
+the full rate. Seeds on probation are clipped apart: together, their large first gradients would shrink the host's step.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from esper.platform.contracts import HostProtocol
 from esper.platform.errors import UserError
 from esper.platform.seeding import torch_stream
 from esper.workers.kasmina import surgery
 from esper.workers.kasmina.registry import Blueprint, Count, Natural, Planted, make_blueprints
+from esper.workers.kasmina.slices import Apart, Slice, rest
 
-NEGLIGIBLE = 1e-6  # largest β₂ᵗ at fusion: the weight of a seed's first gradients in its second moments
+NEGLIGIBLE = 1e-6  # β₂ᵗ from which on moments that began at zero are as good as the host's
 
 
 @dataclass(eq=False)  # compared by identity
@@ -31,10 +32,9 @@ class Seed:
     number: Natural  # of this graft among all that were made
     parameters: Natural  # that it added
     probation: Count  # optimizer steps over which its rate warms up
-    fuse_age: Natural  # at which it is fused
+    settled: Natural  # age from which on nothing sets it apart
+    older: Natural = 0  # steps that the tensors which it joined had behind them
     age: Natural = 0  # optimizer steps since birth
-    # (own optimizer group, the group whose rate it follows), as indices in a saved seed; empty once fused.
-    groups: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     @property
     def site(self) -> str:
@@ -45,16 +45,27 @@ class Seed:
         return self.planted.blueprint
 
     @property
-    def fused(self) -> bool:
-        return not self.groups
-
-    @property
     def on_probation(self) -> bool:
         return self.age < self.probation
 
-    @property
-    def scale(self) -> float:
-        return min(1.0, (self.age + 1) / self.probation) ** 2
+    def scale(self, age: int) -> float:
+        """Its rate over the host's in the step that makes it so old."""
+        return min(1.0, age / self.probation) ** 2
+
+    def weight(self, betas: tuple[float, float] | None) -> float:
+        """What the last update of its slices was multiplied by: its scale, and what Adam's update of a slice lacked.
+
+        Adam divides its means by 1 − βᵗ with the t of the whole tensor. At age t in a tensor of age T the update lacks
+        (1 − β₁ᵀ)/(1 − β₁ᵗ)·√((1 − β₂ᵗ)/(1 − β₂ᵀ)) (Kingma & Ba 2015, 1412.6980, section 3).
+        """
+        t, whole = self.age, self.age + self.older
+        if betas is None or t == 0:
+            return self.scale(t)
+        first, second = ((1 - beta**whole) / (1 - beta**t) for beta in betas)
+        return self.scale(t) * first / math.sqrt(second)
+
+
+SlowedBy = tuple[Seed, tuple[float, float] | None]  # a young seed, and Adam's betas where it is Adam
 
 
 class Kasmina:
@@ -76,6 +87,10 @@ class Kasmina:
         self.seeds: list[Seed] = []  # on the host, oldest graft first
         self.grafts = 0  # ever made: the next one's number and random key
         self._random = seed
+        self._apart: Apart[SlowedBy] | None = None  # None: to be found again
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_apart": None}  # its views are not a copy's
 
     def graft(self, site_id: str, blueprint_name: str) -> Seed:
         """Graft a seed; the host's output, its weights and their optimizer state do not change."""
@@ -86,59 +101,37 @@ class Kasmina:
         if not blueprint.allowed(self.host.shape, site_id):
             raise UserError(f"site {site_id!r} is at the limit that blueprint {blueprint_name!r} sets: {blueprint}.")
         probation = self.probation_steps * blueprint.patience(self.host, site_id)
-        with torch.no_grad():
-            part, pairs = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self.grafts))
+        part, resized, added = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self.grafts))
+        for change in resized:
+            surgery.resize(self.optimizer, change)
+        surgery.add(self.optimizer, added)
+        older = max((self._steps(change.new) for change in resized), default=0)
         seed = Seed(
             Planted(site_id, blueprint_name, blueprint.units, part),
             number=self.grafts,
-            parameters=sum(new.numel() for new, _ in pairs),
+            parameters=sum(new.numel() for new, _ in added) + sum(c.new.numel() - c.old.numel() for c in resized),
             probation=probation,
-            fuse_age=max(probation, self._old_enough()),
-            groups=surgery.add(self.optimizer, pairs),
+            settled=max(probation, self._old_enough() if older else 0),
+            older=older,
         )
         self.grafts += 1
         self.seeds.append(seed)
-        self._set_rates()
+        self._apart = None
         return seed
 
-    def fuse(self, seed: Seed | None = None) -> list[Seed]:
-        """Make `seed`, or all that are due, the host's own, between two optimizer steps; returns them.
-
-        The output does not change by a bit. Units join the host's tensors with rescaled moments (`surgery`); a part's
-        tensors move to the groups they followed.
-        """
-        due = self.due if seed is None else [seed]
-        for each in due:
-            young = [s for s in self.seeds if s.site == each.site and s.planted.units and not s.fused]
-            if each.fused or each not in self.seeds or (each.planted.units and young[0] is not each):
-                raise UserError(f"the seed at {each.site!r} is gone, fused, or younger than another: fuse the oldest.")
-            for change in self.blueprints[each.blueprint].fuse(self.host, each.planted):
-                surgery.swap(self.optimizer, change)
-            for group, follows in each.groups:
-                if group["params"]:
-                    surgery.move(self.optimizer, group, follows)
-            self._follow_on([each])
-            each.groups = []
-        return due
-
-    @property
-    def due(self) -> list[Seed]:
-        return [seed for seed in self.seeds if not seed.fused and seed.age >= seed.fuse_age]
-
     def prune(self, site_id: str) -> Seed:
-        """Remove a site's newest seed, fused or not, and what was grafted inside it."""
+        """Remove a site's newest seed, and what was grafted inside it."""
         seed = self.newest(site_id)
-        swaps, gone = self.blueprints[seed.blueprint].prune(self.host, seed.planted)
-        for change in swaps:
-            surgery.swap(self.optimizer, change)
+        resized, gone = self.blueprints[seed.blueprint].prune(self.host, seed.planted)
+        for change in resized:
+            surgery.resize(self.optimizer, change)
         surgery.drop(self.optimizer, gone)
         sites, part = self._sites(), self.host.part
         # Units grafted inside a pruned layer go with it; a layer grafted behind it stays.
-        left = [
+        self.seeds = [
             other for other in self.seeds if other is not seed and (other.site in sites or part(other.planted.part))
         ]
-        self._follow_on([other for other in self.seeds if other not in left])
-        self.seeds = left
+        self._apart = None
         return seed
 
     def newest(self, site_id: str) -> Seed:
@@ -161,52 +154,47 @@ class Kasmina:
             for view, value in zip(views, values, strict=True):
                 view.copy_(value)
 
-    @property
-    def host_groups(self) -> list[surgery.Group]:
-        """The optimizer groups whose rate the caller sets: all but the unfused seeds' own."""
-        apart = {id(group) for seed in self.seeds for group, _ in seed.groups}
-        return [group for group in self.optimizer.param_groups if id(group) not in apart]
+    def step(self, max_norm: float = math.inf) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """After backward, with the groups' rates set: clip, step the optimizer, and age the seeds.
 
-    def warm_up(self) -> None:
-        """Set the seeds' rates from the groups they follow; call right before each optimizer step."""
-        self._set_rates()
+        Returns the host's gradient norm before clipping, and the sum of the norms of seeds on probation (None without).
+        """
+        apart = self._apart = self._apart or self._find_apart()
+        norms = apart.clip(max_norm)
         for seed in self.seeds:
             seed.age += 1
+        apart.step(self.optimizer, _weight)
+        if any(seed.age in (seed.probation, seed.settled) for seed in self.seeds):
+            self._apart = None
+        return norms[0], norms[1:].sum() if len(norms) > 1 else None
 
-    def clip(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Clip the host and each seed on probation apart; returns the host's norm and the seeds' sum (None without)."""
-        young = [[group for group, _ in seed.groups] for seed in self.seeds if seed.on_probation]
-        apart = {id(group) for groups in young for group in groups}
-        seeds = [nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], max_norm) for groups in young]
-        host = [p for group in self.optimizer.param_groups if id(group) not in apart for p in group["params"]]
-        return nn.utils.clip_grad_norm_(host, max_norm), torch.stack(seeds).sum() if seeds else None
+    def slowed(self) -> list[tuple[Slice, float]]:
+        """Slices whose last update was a fraction of the optimizer's, and that fraction."""
+        apart = self._apart or self._find_apart()
+        return [(each, _weight(owner)) for owner, slices in apart.slowed for each in slices]
 
     def parameters_warming_up(self) -> float:
-        """Parameters on probation, each weighted by 1 − scale: from about 1 at birth to 0."""
-        return sum(seed.parameters * (1 - seed.scale) for seed in self.seeds if seed.on_probation)
-
-    def saved(self) -> list[Seed]:
-        """Copies of the seeds with their groups as indices into the optimizer's."""
-        index = {id(group): i for i, group in enumerate(self.optimizer.param_groups)}
-        return [replace(seed, groups=[(index[id(g)], index[id(f)]) for g, f in seed.groups]) for seed in self.seeds]
+        """Parameters on probation, each weighted by what its rate lacks: from about 1 at birth to 0."""
+        return sum(seed.parameters * (1 - seed.scale(seed.age + 1)) for seed in self.seeds if seed.on_probation)
 
     def load(self, seeds: Sequence[Seed], grafts: int) -> None:
-        """Restore what `saved` gave, after host and optimizer; ValueError where the seeds are not this host's."""
-        groups, sites = self.optimizer.param_groups, self._sites()
-        pairs = [pair for seed in seeds for pair in seed.groups]
+        """Restore copies of `seeds`, after host and optimizer; ValueError where they are not this host's."""
+        sites = self._sites()
         parts = [seed.planted.part for seed in seeds if seed.planted.part]
         numbers = [seed.number for seed in seeds]
+        units = Counter[str]()
+        for seed in seeds:
+            units[seed.site] += seed.planted.units
         if not (
             all(self._could_hold(seed.planted, sites.get(seed.site)) for seed in seeds)
-            and all(self._segments_are_those_of(seeds, site) for site in sites.values() if site.units)
-            and all(0 <= follows < own < len(groups) for own, follows in pairs)
-            and len(dict(pairs)) == len(pairs)
+            and all(units[site.id] < site.units for site in sites.values() if units[site.id])
             and len(set(parts)) == len(parts)
             and numbers == sorted(set(numbers) & set(range(grafts)))
         ):
             raise ValueError("the seeds are not this host's")
-        self.seeds = [replace(seed, groups=[(groups[i], groups[j]) for i, j in seed.groups]) for seed in seeds]
+        self.seeds = [replace(seed) for seed in seeds]
         self.grafts = grafts
+        self._apart = None
 
     def _could_hold(self, planted: Planted, site: Any) -> bool:
         blueprint = self.blueprints.get(planted.blueprint)
@@ -215,22 +203,29 @@ class Kasmina:
         there = self.host.part(planted.part) if planted.part else site
         return there is not None and (site is None or blueprint.name in site.blueprints)  # a part's site may be gone
 
-    def _segments_are_those_of(self, seeds: Sequence[Seed], site: Any) -> bool:
-        here = [seed for seed in seeds if seed.site == site.id and seed.planted.units]
-        young = [seed.planted.units for seed in here if not seed.fused]
-        incoming, outgoing = self.host.linears(site.id)
-        return sum(seed.planted.units for seed in here) < site.units and all(
-            linear.young_sizes() == [each * features // site.units for each in young]
-            for linear, features in ((incoming, incoming.out_features), (outgoing, outgoing.in_features))
-        )
+    def _find_apart(self) -> Apart[SlowedBy]:
+        """The slices of seeds on probation, clipped apart, and of young ones, slowed."""
+        groups = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
+        clipped: list[list[Slice]] = []  # newest seed first, without what belongs to seeds inside it
+        taken: list[Slice] = []
+        slowed, newer = [], Counter[str]()
+        for seed in reversed(self.seeds):
+            mine = self.blueprints[seed.blueprint].slices(self.host, seed.planted, newer[seed.site])
+            newer[seed.site] += seed.planted.units
+            if seed.age < seed.settled:
+                slowed.append(((seed, self._betas(mine[0].parameter, groups) if seed.older else None), mine))
+            if seed.on_probation:
+                clipped.append(rest(mine, taken))
+                taken += clipped[-1]
+        whole = [Slice(parameter) for parameter in self.host.parameters()]
+        return Apart([rest(whole, taken), *reversed(clipped)], slowed)
 
-    def _sites(self) -> dict[str, Any]:
-        return {site.id: site for site in self.host.shape.injection_specs()}
+    def _betas(self, parameter: Any, groups: Mapping[int, dict[str, Any]]) -> tuple[float, float] | None:
+        """Those by which the optimizer corrects a parameter's means, if it has any."""
+        return groups[id(parameter)]["betas"] if "exp_avg_sq" in self.optimizer.state.get(parameter, {}) else None
 
-    def _set_rates(self) -> None:
-        for seed in self.seeds:
-            for group, follows in seed.groups:
-                group["lr"] = follows["lr"] * seed.scale
+    def _steps(self, parameter: Any) -> int:
+        return int(self.optimizer.state.get(parameter, {}).get("step", 0))
 
     def _old_enough(self) -> int:
         """Age at which β₂ᵗ is negligible; 0 for an optimizer that has no β₂."""
@@ -238,11 +233,10 @@ class Kasmina:
         slowest = max(betas, default=0.0)
         return math.ceil(math.log(NEGLIGIBLE) / math.log(slowest)) if slowest > 0 else 0
 
-    def _follow_on(self, leaving: list[Seed]) -> None:
-        """Redirect groups that follow a leaving seed's group to the group it followed."""
-        ahead = {id(group): follows for seed in leaving for group, follows in seed.groups}
-        for seed in self.seeds:
-            for i, (group, follows) in enumerate(seed.groups):
-                while id(follows) in ahead:
-                    follows = ahead[id(follows)]
-                seed.groups[i] = group, follows
+    def _sites(self) -> dict[str, Any]:
+        return {site.id: site for site in self.host.shape.injection_specs()}
+
+
+def _weight(owner: SlowedBy) -> float:
+    seed, betas = owner
+    return seed.weight(betas)

@@ -12,10 +12,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
-from esper.platform.contracts import HostProtocol, HostShape, SiteKind, Swap
+from esper.platform.contracts import HostProtocol, HostShape, Resized, SiteKind
 from esper.platform.errors import UserError, unknown
+from esper.workers.kasmina.slices import Slice
 
 Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # a setting that counts something
+Grafted = tuple[str, list[Resized], list[tuple[Any, Any]]]
 Natural = Annotated[int, Field(ge=0, le=2**53)]  # a count in a saved state
 
 
@@ -49,18 +51,18 @@ class Blueprint(ABC):
     def resized(self, shape: Any, site_id: str) -> HostShape: ...
     @abstractmethod
     def pruned(self, shape: Any, seed: Planted) -> HostShape: ...  # the shape without a seed
-    # Add the seed to the host: (the part's name or "", pairs of new parameter and sibling).
+    # Add the seed to the host: the part's name or "", resized parameters, and pairs of new parameter and sibling.
     @abstractmethod
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]: ...
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> Grafted: ...
     # Views of the newest seed's outgoing side: zero at birth, and the seed has no effect while zero.
     @abstractmethod
     def outgoing(self, host: HostProtocol, seed: Planted) -> list[torch.Tensor]: ...
-    # Make the seed's tensors the host's own; returns what changed.
+    # Remove a site's newest seed: (resized parameters, removed parameters).
     @abstractmethod
-    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]: ...
-    # Remove a site's newest seed: (swaps, removed parameters).
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Resized], list[Any]]: ...
+    # Where the seed's values are, `newer` units having been added behind it: (parameter, axis, start, size).
     @abstractmethod
-    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]: ...
+    def slices(self, host: HostProtocol, seed: Planted, newer: int) -> list[Slice]: ...
 
 
 _KINDS: dict[str, type[Blueprint]] = {}

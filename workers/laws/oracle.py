@@ -22,7 +22,7 @@ from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina.registry import Blueprint, make_blueprints
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
-from esper.workers.observe import SEGMENTS, batch_tokens, within_caps
+from esper.workers.observe import batch_tokens, within_caps
 from esper.workers.tolaria.hosts import start_shape
 
 NONE = -1
@@ -39,7 +39,7 @@ class Classes(NamedTuple):
     size: np.ndarray  # by `size_of`, float64 (3, C)
     tokens_per_unit: np.ndarray  # tokens that one unit of the budget's axis buys, float64 (C,)
     graft_cost: np.ndarray  # of a graft that leads here, on the budget's axis, float64 (C,)
-    axis_per_step: np.ndarray  # a step's cost after a graft into a class, for legality, float64 (B, C)
+    axis_per_step: np.ndarray  # a step's cost in each class, float64 (C,)
     target: np.ndarray  # class after a blueprint's graft in this one, or NONE, int64 (B, C)
 
 
@@ -52,7 +52,7 @@ class Course(NamedTuple):
     used: np.ndarray  # on the budget's axis at each decision and at the end, float64 (K + 1,)
     fractions: np.ndarray  # of the budget at each decision, float64 (K,)
     growing: np.ndarray  # before the rate's decay, bool (K,)
-    legal: np.ndarray  # whether a blueprint's graft into a class is legal before the decay, bool (B, C)
+    legal: np.ndarray  # whether a graft into a class is legal before the decay, bool (C,)
     spans: np.ndarray  # decisions until a graft into a class is paid, int64 (C,)
 
 
@@ -77,16 +77,14 @@ def _classes(part: str, n_layer: int | None) -> Classes:
                     depth.append(depth[here] + 1)
         targets.append(row)
 
-    def per_step(split: bool) -> np.ndarray:
-        return np.array([spec.clock.axis_per_step(axis, shape, tokens, split=split) for shape in shapes])
-
+    per_step = np.array([spec.clock.axis_per_step(axis, shape, tokens) for shape in shapes])
     cost = {"parameter_seconds": [shape.parameters_count() for shape in shapes], "seconds": [1] * len(shapes)}
     return Classes(
         blueprints=tuple(blueprints),
         size=size_of(*shapes),
-        tokens_per_unit=tokens / per_step(split=False),
+        tokens_per_unit=tokens / per_step,
         graft_cost=spec.clock.graft_seconds * np.array(cost.get(axis, [0] * len(shapes)), float),
-        axis_per_step=np.array([per_step(split=blueprint.adds in SEGMENTS) for blueprint in blueprints.values()]),
+        axis_per_step=per_step,
         target=np.array(targets).T,
     )
 
@@ -133,8 +131,8 @@ def bound(spec: RunSpec, instance: Instance, seed: int = 0) -> float:
     last, each = len(growing), np.arange(len(size_loss))
     best = np.full((last + 1, len(each)), np.inf)
     best[0, 0] = np.log(VOCABULARY)
-    wait = [(each, np.ones_like(legal[0]), np.ones_like(spans), np.zeros_like(known.graft_cost))]
-    grafts = [(to, ok, spans, known.graft_cost) for to, ok in zip(known.target, legal, strict=True)]
+    wait = [(each, np.ones_like(legal), np.ones_like(spans), np.zeros_like(known.graft_cost))]
+    grafts = [(to, legal, spans, known.graft_cost) for to in known.target]
     for k in range(last):
         for target, allowed, lengths, costs in wait + grafts if growing[k] else wait:
             here = np.flatnonzero((target != NONE) & allowed[target] & np.isfinite(best[k]))
@@ -207,7 +205,7 @@ class Simulator:
             blueprint = grafts[rows, played]
             to = known.target[blueprint, at]
             grows = free & growing[:, k] & (when[rows, played] < due[:, k])
-            grows &= (to != NONE) & legal[each, blueprint, to]
+            grows &= (to != NONE) & legal[each, to]
             at, played = np.where(grows, to, at), played + grows
             ends = np.minimum(last, k + np.where(grows, spans[each, at], 1))
             amount = used[each, ends] - used[:, k] - np.where(grows, known.graft_cost[at], 0.0)

@@ -43,7 +43,7 @@ def load_native(folder: Path) -> TransformerHost:
     with in_a_sentence(f"{folder} holds no exported host", "export it again"):
         spec = HostSpec.checked(values["config"], f"{folder} holds no exported host")
         shape = TransformerShape.of(spec, values["vocab_size"])
-        layout = Layout(layers=shape.layers, young={}, next_uid=shape.born.uid)
+        layout = Layout(layers=shape.layers, next_uid=shape.born.uid)
         return TransformerHost.rebuilt(spec, values["vocab_size"], layout, tensors).eval()
 
 
@@ -83,15 +83,11 @@ def export(
             tokenizer.save(partial)
             name = tokenizer.name
         state = {"config": config, "vocab_size": host.shape.vocab_size, "tokenizer": name}
-        checkpoint.write(partial / MODEL, state, _fused_state(host))
+        checkpoint.write(partial / MODEL, state, _state(host))
 
 
-def _fused_state(host: TransformerHost) -> dict[str, Tensor]:
-    """The state dict on the CPU, every young segment fused, a tied head left out."""
-    state = {name: tensor for name, tensor in host.own_state().items() if ".young." not in name}
-    for name, linear in host.growable():
-        state[f"{name}.weight"], state[f"{name}.bias"] = linear.joined()
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _state(host: TransformerHost) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in host.own_state().items()}
 
 
 def _check_gpt2(shape: TransformerShape) -> None:
@@ -110,7 +106,7 @@ def _gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
     D, W = host.shape.head_dim, max(layer.width for layer in host.shape.layers)
     H = host.shape.n_embd // D
     state = {}
-    for name, tensor in _fused_state(host).items():
+    for name, tensor in _state(host).items():
         if ".attn.c_attn." in name:  # (H·3·D, …) → (3·H·D, …)
             tensor = _padded(tensor.unflatten(0, (-1, 3, D)), 0, H).transpose(0, 1).flatten(0, 2)
         elif ".mlp.c_fc." in name:

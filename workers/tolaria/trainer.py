@@ -5,6 +5,7 @@ B sequences, T block size, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -20,6 +21,7 @@ from esper.platform.seeding import derive, stream, torch_stream
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina import Kasmina, Seed
 from esper.workers.kasmina.registry import Blueprint, Natural
+from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
@@ -146,17 +148,16 @@ class Trainer:
 
     def step(self, rate: float) -> None:
         if self._spec.host.dropout > 0:
-            torch.manual_seed(derive(self._seed, "dropout", self.steps))
+            key = derive(self._seed, "dropout", self.steps)  # `torch.manual_seed` formats a stack trace at each call
+            (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(key)
         inputs, targets = self.batches.at(self.steps)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(inputs, targets)
         loss.backward()
-        norm, seeds = self.kasmina.clip(self._spec.optimizer.grad_clip)
-        self._measured.append(torch.stack((loss.detach(), norm, norm if seeds is None else norm + seeds)))
-        for group in self.kasmina.host_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.kasmina.warm_up()
-        self.optimizer.step()
+        norm, seeds = self.kasmina.step(self._spec.optimizer.grad_clip)
+        self._measured.append(torch.stack((loss.detach(), norm, norm if seeds is None else norm + seeds)))
         self.steps += 1
 
     def evaluate(self, between: Callable[[], None] = lambda: None, *, whole: bool = False) -> float:
@@ -202,12 +203,13 @@ class Trainer:
     def site_norms(self) -> dict[str, tuple[float, float]]:
         """Site id → norms of the clipped gradient and AdamW's last update over the weights' norm, where finite."""
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        slowed = self.kasmina.slowed()
         rows = {}
         for site in self.host.shape.injection_specs():
             if parameters := [p for p in self.host.written_by(site.id) if p.grad is not None]:
                 weights = _norm(p.detach() for p in parameters)
                 gradients = _norm(p.grad for p in parameters if p.grad is not None)
-                updates = _norm(_update(self.optimizer.state[p], p, groups[id(p)]) for p in parameters)
+                updates = _norm(_update(self.optimizer.state[p], p, groups[id(p)], slowed) for p in parameters)
                 rows[site.id] = torch.stack([weights, gradients, updates])
         values = torch.stack(list(rows.values())).tolist() if rows else []  # one wait for the device
         return {
@@ -227,7 +229,7 @@ class Trainer:
             GroupState(params=tuple(names[id(p)] for p in g["params"]), lr=g["lr"], weight_decay=g["weight_decay"])
             for g in self.optimizer.param_groups
         )
-        layout, seeds = self.host.layout(), tuple(self.kasmina.saved())
+        layout, seeds = self.host.layout(), tuple(map(replace, self.kasmina.seeds))
         values = TrainerState(layout=layout, groups=groups, seeds=seeds, grafts=self.kasmina.grafts, steps=self.steps)
         return values, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
@@ -285,7 +287,7 @@ def _fit(parameter: Tensor, moments: Mapping[str, Tensor]) -> bool:
     return shapes == fitting and bool(moments["step"] >= 1)
 
 
-def _update(state: dict, parameter: Tensor, group: dict) -> Tensor:
+def _update(state: dict, parameter: Tensor, group: dict, slowed: Iterable[tuple[Slice, float]]) -> Tensor:
     """AdamW's last update of a parameter without weight decay, times the learning rate (1711.05101, algorithm 2)."""
     if not state:
         return torch.zeros_like(parameter)
@@ -293,7 +295,11 @@ def _update(state: dict, parameter: Tensor, group: dict) -> Tensor:
     step = float(state["step"])
     first = state["exp_avg"] / (1 - beta1**step)
     second = state["exp_avg_sq"] / (1 - beta2**step)
-    return group["lr"] * first / (second.sqrt() + group["eps"])
+    update = group["lr"] * first / (second.sqrt() + group["eps"])
+    for each, weight in slowed:
+        if each.parameter is parameter:
+            each.of(update).mul_(weight)
+    return update
 
 
 def _norm(tensors: Iterator[Tensor]) -> Tensor:

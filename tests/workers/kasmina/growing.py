@@ -1,14 +1,11 @@
 """What the tests of growth share: small hosts, drawn by hypothesis, and a few steps of training."""
 
-from contextlib import suppress
-
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.platform.errors import UserError
 from esper.platform.spec import HostSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import make_blueprints
@@ -63,8 +60,7 @@ def train(host, kasmina, steps=1):
         kasmina.optimizer.zero_grad()
         loss = F.cross_entropy(host(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
         loss.backward()
-        kasmina.warm_up()
-        kasmina.optimizer.step()
+        kasmina.step()
         losses.append(loss.item())
     return losses
 
@@ -84,19 +80,11 @@ def pick(host, number):
     return choices[number % len(choices)]
 
 
-def fuse_if_first(kasmina, seed):
-    """Fuse it, unless that is refused: an older young seed at its site comes first."""
-    with suppress(UserError):
-        kasmina.fuse(seed)
-
-
 def grow(host, kasmina, numbers):
-    """Graft by each number, with training after it, and fuse every second seed."""
-    for i, number in enumerate(numbers):
-        seed = kasmina.graft(*pick(host, number))
+    """Graft by each number, with training after it."""
+    for number in numbers:
+        kasmina.graft(*pick(host, number))
         train(host, kasmina, 2)
-        if i % 2:
-            fuse_if_first(kasmina, seed)
 
 
 def flops(host):
@@ -104,6 +92,16 @@ def flops(host):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits(host)
     return counter.get_total_flops()
+
+
+def named(host):
+    """The parameters by names that an inserted layer does not shift."""
+    inside = {f"h{block.uid}.{name}": p for block in host.h for name, p in block.named_parameters()}
+    return inside | {name: p for name, p in host.named_parameters() if not name.startswith("h.")}
+
+
+def linears(host):
+    return [module for module in host.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def tree(host):
@@ -115,6 +113,7 @@ def assert_owned(kasmina):
     owned = [p for group in kasmina.optimizer.param_groups for p in group["params"]]
     assert len(owned) == len(set(owned))
     assert set(owned) == set(kasmina.host.parameters())
+    assert all(module.weight.shape == (module.out_features, module.in_features) for module in linears(kasmina.host))
     for parameter, state in kasmina.optimizer.state.items():
         assert parameter in set(owned)
         assert all(value.shape == parameter.shape for value in state.values() if value.dim())

@@ -17,6 +17,7 @@ from tests.workers.kasmina.growing import (
     grow,
     growths,
     logits,
+    named,
     pick,
     small,
     train,
@@ -32,17 +33,27 @@ def test_any_grafts_are_safe(growth):
     for number in numbers:
         site, name = pick(host, number)
         before = logits(host)
-        values = {p: p.detach().clone() for p in host.parameters()}
-        moments = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in values}
+        values = {
+            place: (p, p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()})
+            for place, p in named(host).items()
+        }
         predicted = blueprints[name].resized(host.shape, site)
 
         seed = kasmina.graft(site, name)
 
         bound = TOLERANCE[host.wte.weight.dtype] * max(1.0, before.abs().max().item())
         assert (logits(host) - before).abs().max() <= bound
-        for p, value in values.items():
-            assert torch.equal(p, value)
-            assert all(torch.equal(optimizer.state[p][k], v) for k, v in moments[p].items())
+        grown = {place: p for place, p in named(host).items() if p.shape != values.get(place, [p])[0].shape}
+        for place, p in named(host).items():
+            if place in values:
+                was, value, moments = values[place]
+                assert (p is was) == (place not in grown)
+                kept = tuple(slice(size) for size in value.shape)
+                assert torch.equal(p[kept], value)
+                for key, moment in moments.items():
+                    there = optimizer.state[p][key]
+                    assert torch.equal(there[kept] if there.dim() else there, moment)
+                    assert there.count_nonzero() == moment.count_nonzero()  # the rest has none
         assert all(not view.any() for view in blueprints[name].outgoing(host, seed.planted))
         assert host.shape == predicted
         assert host.shape.parameters_count() == sum(p.numel() for p in host.parameters())
@@ -50,19 +61,21 @@ def test_any_grafts_are_safe(growth):
         inside = [p.numel() for p in host.parameters() if p not in outside]
         assert host.shape.parameters_count(non_embedding=True) == sum(inside)
         assert_owned(kasmina)
-        new = {n: p for n, p in host.named_parameters() if p not in values}
-        assert seed.parameters == sum(p.numel() for p in new.values())
+        new = {n: p for n, p in named(host).items() if n not in values}
+        added = [p.numel() - values[place][1].numel() for place, p in grown.items()]
+        assert seed.parameters == sum(p.numel() for p in new.values()) + sum(added)
         reached = {n for n in new if ".experts." in n}  # which no token may have chosen
         for _ in range(2):
             train(host, kasmina)
             reached |= {n for n, p in new.items() if p.grad is not None and p.grad.any()}
         assert reached == new.keys()
+        assert all(each.of(each.parameter.grad).any() for each, _ in kasmina.slowed()[:3] if added)  # the newest first
         train(host, kasmina)
 
 
 @given(growths())
 def test_a_grown_host_is_rebuilt_from_its_layout(growth):
-    """Fused or not: the same tree, and the same logits to the bit."""
+    """The same tree, and the same logits to the bit."""
     host, kasmina, numbers = growth
     grow(host, kasmina, numbers)
     layout = Layout.model_validate_json(host.layout().model_dump_json())
@@ -93,12 +106,11 @@ def test_flops_are_the_counted_ones(growth):
 def test_a_seed_warms_up_from_above_zero():
     host, kasmina = small()
     seed = kasmina.graft("h0.ffn", "ffn")
-    assert len(repr(seed)) < 200  # no weights
-    rates = []
+    weights = []
     for _ in range(12):
         train(host, kasmina)
-        rates.append(kasmina.optimizer.param_groups[-1]["lr"])
-    assert rates == pytest.approx([1e-2 * min(1, (i + 1) / 10) ** 2 for i in range(12)])
+        weights.append({weight for _, weight in kasmina.slowed()})
+    assert weights == [{min(1, (i + 1) / 10) ** 2} for i in range(9)] + [set()] * 3
     assert not seed.on_probation
 
 
@@ -123,10 +135,9 @@ def test_a_seed_takes_the_settings_of_its_siblings_group():
     )
     kasmina = Kasmina(host, optimizer)
     kasmina.graft("h0.stream", "block")
-    decays = {(group["weight_decay"], group["betas"]) for group in optimizer.param_groups[2:]}
-    assert decays == {(0.3, (0.9, 0.999)), (0.0, (0.5, 0.6))}
-    for group in optimizer.param_groups[2:]:
-        assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] == 0.3}
+    for group, matrix in zip(optimizer.param_groups, (True, False), strict=True):
+        assert {p.dim() > 1 for p in group["params"]} == {matrix}
+    assert_owned(kasmina)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
@@ -136,11 +147,7 @@ def test_other_optimizers_grow_too(make):
     for site, name in (("h0.ffn", "ffn"), ("h1.attention", "attention"), ("h0.stream", "block")):
         kasmina.graft(site, name)
         train(host, kasmina, 4)
-        for seed in kasmina.seeds:
-            if not seed.fused:
-                kasmina.fuse(seed)
-        train(host, kasmina, 1)
-    assert {id(p) for g in kasmina.optimizer.param_groups for p in g["params"]} == set(map(id, host.parameters()))
+    assert_owned(kasmina)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +182,6 @@ def test_bad_blueprint_settings(settings):
         lambda layout, state: layout | {"next_uid": 1},
         lambda layout, state: layout | {"layers": layout["layers"][:1]},
         lambda layout, state: layout | {"layers": [{"uid": 0, "heads": 10**9, "width": 10**12}] * 2},
-        lambda layout, state: layout | {"young": {"h.7.mlp.c_fc": [4]}},
-        lambda layout, state: layout | {"young": {"h.0.mlp.c_fc": [10**12]}},
         lambda layout, state: state.pop("wpe.weight") is None or layout,
         lambda layout, state: state.update({"ln_f.bias": torch.full((9,), math.nan)}) or layout,
     ],

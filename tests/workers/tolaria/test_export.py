@@ -21,14 +21,12 @@ DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm 
 LETTERS = sorted({*"".join(DOCUMENTS), *"'sl  \n\r\u00a0\u2028xé\u0301🦄"})
 
 
-def grown(grafts, fused=0, vocab_size=37, **changes):
-    """A host after these grafts, with training between them; the first `fused` seeds are fused."""
+def grown(grafts, vocab_size=37, **changes):
+    """A host after these grafts, with training between them."""
     host, kasmina = small(vocab_size, **{"block_size": 16, "n_head": 3, "n_embd": 16, "head_dim": 4, **changes})
     for site, blueprint in grafts:
         kasmina.graft(site, blueprint)
         train(host, kasmina, 3)
-    for seed in list(kasmina.seeds)[:fused]:
-        kasmina.fuse(seed)
     return host
 
 
@@ -41,14 +39,11 @@ FOR_GPT2 = (("h1.stream", "block"), ("h0.attention", "attention"), ("h1.ffn", "f
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("fused", [0, 4, len(EVERY_KIND)])
-def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, fused, tied):
-    host = grown(EVERY_KIND, fused, tied=tied)
-    assert host.split() == (fused < len(EVERY_KIND))
+def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, tied):
+    host = grown(EVERY_KIND, tied=tied)
     export(host, tmp_path / "host")
     loaded = load_native(tmp_path / "host")
     assert not loaded.training
-    assert not loaded.split()
     assert loaded.shape == host.shape
     assert (loaded.lm_head.weight is loaded.wte.weight) == tied
     assert torch.equal(logits(loaded), logits(host))
@@ -75,12 +70,11 @@ def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("fused", [0, 2, len(FOR_GPT2)])
-def test_transformers_computes_the_same_logits(tmp_path, fused, tied):
+def test_transformers_computes_the_same_logits(tmp_path, tied):
     """Of layers with different heads and widths too, filled up with zeros."""
     from transformers import GPT2LMHeadModel
 
-    host = grown(FOR_GPT2, fused, tied=tied, mlp_width=24)
+    host = grown(FOR_GPT2, tied=tied, mlp_width=24)
     assert len({layer.width for layer in host.shape.layers}) == len({layer.heads for layer in host.shape.layers}) == 2
     with torch.no_grad():  # biases and norms are near their birth values: logits must depend on every one
         for parameter in host.parameters():

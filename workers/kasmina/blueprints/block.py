@@ -14,7 +14,7 @@ import torch
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
 from esper.workers.kasmina.blueprints.units import Part, drawn_like
-from esper.workers.kasmina.registry import register
+from esper.workers.kasmina.registry import Grafted, register
 
 
 @register
@@ -44,7 +44,7 @@ class ResidualSeed(Part):
         return shape.with_layer(site_id)
 
     @torch.no_grad()
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> Grafted:
         name, pairs = host.insert(site_id, self.resized(host.shape, site_id))
         block = host.part(name)
         siblings = {id(new): sibling for new, sibling in pairs}
@@ -61,4 +61,4 @@ class ResidualSeed(Part):
                 parameter.fill_(1.0)
             else:
                 parameter.copy_(drawn_like(siblings[id(parameter)], parameter.shape, generator))
-        return name, pairs
+        return name, [], pairs

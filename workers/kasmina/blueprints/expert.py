@@ -15,7 +15,7 @@ from pydantic import Field
 
 from esper.platform.contracts import HostProtocol, HostShape, SiteKind
 from esper.workers.kasmina.blueprints.units import Part, drawn_like
-from esper.workers.kasmina.registry import Count, register
+from esper.workers.kasmina.registry import Count, Grafted, register
 
 
 @register
@@ -38,7 +38,7 @@ class ExpertSeed(Part):
         return shape.with_expert(site_id, self.width, self.share)
 
     @torch.no_grad()
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> Grafted:
         name, pairs = host.insert(site_id, self.resized(host.shape, site_id))
         siblings = {id(new): sibling for new, sibling in pairs}
         for key, parameter in host.part(name).named_parameters():
@@ -48,4 +48,4 @@ class ExpertSeed(Part):
                 parameter.copy_(drawn_like(siblings[id(parameter)], parameter.shape, generator))
             else:
                 parameter.zero_()
-        return name, pairs
+        return name, [], pairs

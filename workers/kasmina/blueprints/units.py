@@ -11,10 +11,12 @@ leave both without a gradient (Net2Net 1511.05641; GradMax 2201.05125).
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from esper.platform.contracts import HostProtocol, HostShape, Swap
-from esper.workers.kasmina.registry import Blueprint, Planted
+from esper.platform.contracts import HostProtocol, HostShape, Resized
+from esper.workers.kasmina import surgery
+from esper.workers.kasmina.registry import Blueprint, Grafted, Planted
+from esper.workers.kasmina.slices import Slice
 
 
 def drawn_like(sibling: Tensor, size: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -36,28 +38,28 @@ class Units(Blueprint):
     def pruned(self, shape: Any, seed: Planted) -> HostShape:
         return shape.with_units(seed.site, -seed.units)
 
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> tuple[str, list[tuple]]:
+    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> Grafted:
         """Add rows at the scale of the site's own, so that activations match, and zero columns."""
-        incoming, outgoing = host.linears(site_id)
-        rows, columns = _per_unit(host, site_id)
-        weight = drawn_like(incoming.weight[0], (self.units * rows, incoming.in_features), generator)
-        zeros = torch.zeros(outgoing.out_features, self.units * columns)
-        return "", incoming.add(weight, torch.zeros(self.units * rows)) + outgoing.add(zeros)
+        weight, grown = host.linears(site_id)[0].weight, _grown(host, site_id)
+        rows = drawn_like(weight[0], (self.units * grown[0][3], *weight.shape[1:]), generator)
+        values = (rows, None, None)
+        changes = [_resized(*part[:3], self.units * part[3], value) for part, value in zip(grown, values, strict=True)]
+        return "", changes, []
 
     def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
-        _, columns = _per_unit(host, seed.site)
-        return [host.linears(seed.site)[1].tail(seed.units * columns)]
+        columns = self.slices(host, seed, newer=0)[2]
+        return [columns.of(columns.parameter)]
 
-    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
-        return [change for linear in host.linears(seed.site) for change in linear.fuse()]
+    def slices(self, host: HostProtocol, seed: Planted, newer: int) -> list[Slice]:
+        """Of the incoming weight and bias, and of the outgoing weight."""
+        start = _units_at(host.shape, seed.site) - newer - seed.units
+        return [
+            Slice(getattr(module, name), axis, start * each, seed.units * each)
+            for module, name, axis, each in _grown(host, seed.site)
+        ]
 
-    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
-        swaps, gone = [], []
-        for linear, size in zip(host.linears(seed.site), _per_unit(host, seed.site), strict=True):
-            changed, lost = linear.cut(seed.units * size)
-            swaps += changed
-            gone += lost
-        return swaps, gone
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Resized], list[Any]]:
+        return [_resized(*part[:3], -seed.units * part[3]) for part in _grown(host, seed.site)], []
 
 
 class Part(Blueprint):
@@ -71,10 +73,11 @@ class Part(Blueprint):
     def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
         return host.part(seed.part).outgoing()
 
-    def fuse(self, host: HostProtocol, seed: Planted) -> list[Swap]:
-        return []
+    def slices(self, host: HostProtocol, seed: Planted, newer: int) -> list[Slice]:
+        """All of the part's parameters."""
+        return [Slice(parameter) for parameter in host.part(seed.part).parameters()]
 
-    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Swap], list[Any]]:
+    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Resized], list[Any]]:
         return [], host.remove(seed.part)
 
 
@@ -82,7 +85,21 @@ def _units_at(shape: HostShape, site_id: str) -> int:
     return next(site.units for site in shape.injection_specs() if site.id == site_id)
 
 
-def _per_unit(host: HostProtocol, site_id: str) -> tuple[int, int]:
-    """Rows of the incoming and columns of the outgoing matrix per unit."""
+def _grown(host: HostProtocol, site_id: str) -> list[tuple[Any, str, int, int]]:
+    """What units are parts of: (module, name of the parameter, axis, size along it per unit)."""
     (incoming, outgoing), units = host.linears(site_id), _units_at(host.shape, site_id)
-    return incoming.out_features // units, outgoing.in_features // units
+    parts = ((incoming, "weight", 0), (incoming, "bias", 0), (outgoing, "weight", 1))
+    return [(module, name, axis, getattr(module, name).shape[axis] // units) for module, name, axis in parts]
+
+
+@torch.no_grad()
+def _resized(module: Any, name: str, axis: int, more: int, values: Tensor | None = None) -> Resized:
+    """Lengthen a module's parameter along an axis by `values` (zeros without), or shorten it by −`more`."""
+    old = getattr(module, name)
+    new = nn.Parameter(surgery.fitted(old.detach(), old.shape[axis] + more, axis), requires_grad=old.requires_grad)
+    if values is not None:
+        new.narrow(axis, old.shape[axis], more).copy_(values)
+    setattr(module, name, new)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    return Resized(new, old, axis)

@@ -1,6 +1,6 @@
 """TransformerHost: a GPT-2 style decoder (Radford et al. 2019, GPT-2's module names) that can grow while it trains.
 
-Departures: growing matrices are `GrowableLinear`; QKV rows are ordered (H, 3, D, C), so new heads append rows.
+Departure: QKV rows are ordered (H, 3, D, C), so that new heads are added at the end.
 B batch, T time, C embedding, V vocabulary, H heads, D head dimension, W MLP neurons.
 """
 
@@ -18,10 +18,10 @@ from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
 from esper.workers.tolaria.model.experts import Expert, Experts
-from esper.workers.tolaria.model.linear import GrowableLinear, Pairs
 from esper.workers.tolaria.model.shape import TransformerShape
 
 Attend = Callable[..., Tensor]
+Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # (new parameter, sibling whose optimizer settings it takes)
 
 # Its build imports the torch that it is built for.
 INSTALL = 'install it with pip install --no-build-isolation "esper-growth[flash-attn]"'
@@ -70,8 +70,8 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = head_dim
         self.dropout = dropout
         self.attend = attend
-        self.c_attn = GrowableLinear(n_embd, heads * 3 * head_dim, axis=0)  # rows (H, 3, D)
-        self.c_proj = GrowableLinear(heads * head_dim, n_embd, axis=1)  # columns (H, D)
+        self.c_attn = nn.Linear(n_embd, heads * 3 * head_dim)  # rows (H, 3, D)
+        self.c_proj = nn.Linear(heads * head_dim, n_embd)  # columns (H, D)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C) → (B, T, C)."""
@@ -86,8 +86,8 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd: int, width: int) -> None:
         super().__init__()
-        self.c_fc = GrowableLinear(n_embd, width, axis=0)
-        self.c_proj = GrowableLinear(width, n_embd, axis=1)
+        self.c_fc = nn.Linear(n_embd, width)
+        self.c_proj = nn.Linear(width, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C) → (B, T, C)."""
@@ -135,7 +135,6 @@ class Layout(Frozen):
     """The structure of a host's tree of modules and parameters."""
 
     layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
-    young: dict[str, tuple[Annotated[int, Field(ge=1, le=2**53)], ...]]  # name of a linear → size of each young segment
     next_uid: int  # of the next new layer
 
 
@@ -183,13 +182,7 @@ class TransformerHost(nn.Module):
         """What the host is now, read off its tensors."""
         return replace(self._shape, layers=tuple(block.shape() for block in self._blocks()))
 
-    def split(self) -> bool:
-        return any(len(linear.young) for _, linear in self.growable())
-
-    def growable(self) -> Iterator[tuple[str, GrowableLinear]]:
-        return ((name, module) for name, module in self.named_modules() if isinstance(module, GrowableLinear))
-
-    def linears(self, site_id: str) -> tuple[GrowableLinear, GrowableLinear]:
+    def linears(self, site_id: str) -> tuple[nn.Linear, nn.Linear]:
         """The pair that units are added to at an attention or MLP site: (incoming rows, outgoing columns)."""
         block, part = self._at(site_id)
         return (block.attn.c_attn, block.attn.c_proj) if part == "attention" else (block.mlp.c_fc, block.mlp.c_proj)
@@ -255,8 +248,7 @@ class TransformerHost(nn.Module):
 
     def layout(self) -> Layout:
         """The structure that `rebuilt` needs beside the tensors."""
-        young = {name: tuple(linear.young_sizes()) for name, linear in self.growable() if len(linear.young)}
-        return Layout(layers=self.shape.layers, young=young, next_uid=self.shape.born.uid)
+        return Layout(layers=self.shape.layers, next_uid=self.shape.born.uid)
 
     def own_state(self) -> dict[str, Tensor]:
         """The state dict, without `lm_head.weight` where it is tied."""
@@ -273,9 +265,6 @@ class TransformerHost(nn.Module):
             raise ValueError("a layer's uid is not its own")
         with torch.device("meta"):
             host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), vocab_size)
-            linears = dict(host.growable())
-            for name, sizes in layout.young.items():
-                linears[name].split_off(sizes)
         tied = {"lm_head.weight": state["wte.weight"]} if spec.tied else {}
         host.load_state_dict({**state, **tied}, assign=True)
         if spec.tied:
