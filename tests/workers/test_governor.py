@@ -60,7 +60,7 @@ def poison(parameter):
 
 
 def seed_weight(run):
-    return run.trainer.kasmina.seeds[-1].groups[0][0]["params"][0]
+    return run.trainer.kasmina.slowed()[0][0].parameter  # the newest seed first
 
 
 FAULTS = {
