@@ -85,7 +85,7 @@ def train(folder: "RunFolder") -> None:
     from esper.pipelines.controllers.workers import gpus_needed
     from esper.platform import cluster
 
-    gpus = None if folder.data is None else gpus_needed(folder.spec)
+    gpus = gpus_needed(folder.spec, surrogates=folder.data is None)
     how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
     with cluster.session(gpus=gpus), stop_signals(how) as check:  # `ray.init` puts in a handler of its own, in C
         summary = train_controller(folder, check=check)

@@ -38,6 +38,17 @@ def _rising(pairs: T) -> T:
     return pairs
 
 
+def _adds_up(gpus: float) -> float:
+    """Ray takes no fraction above 1; of another one below, a part of each GPU would be left over."""
+    parts = 1 / gpus if 0 < gpus < 1 else gpus
+    if abs(parts - round(parts)) > (0.05 if 0 < gpus < 1 else 0):
+        raise ValueError(f"{gpus:g} does not add up to whole GPUs: set a whole number, or a share such as 0.5 or 0.25.")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_adds_up)]
+
+
 def _ordered(span: T) -> T:
     if span[0] > span[1]:
         raise ValueError(f"it is {list(span)}, but the lower number must be the first.")
@@ -170,7 +181,7 @@ class FleetSpec(Frozen):
 
     workers: Annotated[int, Field(ge=1, le=10_000)] | None = None  # none means one a core (or a GPU share)
     cpus: NotNegative = 1.0  # cores of a worker
-    gpus: NotNegative = 0.0  # GPUs of a worker; fractions share one
+    gpus: Gpus = 0.0  # GPUs of a worker; fractions share one
     storage: str | None = None  # where workers save: a path or pyarrow URI that all nodes see; none: beside --out
     deadline: Annotated[float, Field(gt=1)] = 20.0  # times what a decision should take; then its worker is replaced
     grace: Positive = 300.0  # seconds that an order may take beside that: to start, to restore
@@ -189,7 +200,7 @@ class PPOSpec(Frozen):
     entropy: NotNegative = 0.005
     hidden: Annotated[int, Field(ge=4, le=2**12)] = 64  # width of the policy network
     learners: Annotated[int, Field(ge=0, le=1024)] = 0  # learner processes; 0 learns in the driver
-    learner_gpus: NotNegative = 0.0  # GPUs of a learner
+    learner_gpus: Gpus = 0.0  # GPUs of a learner
     held_out: Annotated[int, Field(ge=0, le=64)] = 4  # episodes by which the best policy is chosen; 0 takes the last
 
 

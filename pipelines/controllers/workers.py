@@ -32,15 +32,21 @@ def make_run(spec: RunSpec, data: Path | None) -> GrowthRun | SurrogateRun:
     return SurrogateRun(spec) if data is None else GrowthRun(spec, TokenData.open(data, verify=False))
 
 
-def gpus_needed(spec: RunSpec) -> int | None:
+def gpus_needed(spec: RunSpec, *, surrogates: bool = False) -> int | None:
     """GPUs for one worker and the learners; None for none, or on a cluster that grows."""
-    needed = math.ceil(spec.fleet.gpus + spec.ppo.learners * spec.ppo.learner_gpus)
+    if surrogates:
+        return math.ceil(_for_learners(spec)) or None
+    if spec.device == "cuda" and not spec.fleet.gpus:
+        raise UserError(
+            "device is 'cuda', but fleet.gpus is 0, and Ray hides all GPUs from such runs: set fleet.gpus=0.25."
+        )
+    needed = math.ceil(spec.fleet.gpus + _for_learners(spec))
     return None if _grows(spec) else needed or None
 
 
 def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
     fleet, ppo = spec.fleet, spec.ppo
-    taken = (0 if ppo.learner_gpus else ppo.learners, ppo.learners * ppo.learner_gpus)  # as RLlib asks for them
+    taken = (0 if ppo.learner_gpus else ppo.learners, _for_learners(spec))  # as RLlib asks for them
     room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus, taken)
     count = room if fleet.workers is None else fleet.workers
     if count > room and not cluster.attached():
@@ -57,6 +63,11 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
         return options.remote(partial(make_run, spec, data), storage)
 
     return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus, taken))
+
+
+def _for_learners(spec: RunSpec) -> float:
+    """GPUs; without processes of their own the driver learns on one."""
+    return max(1, spec.ppo.learners) * spec.ppo.learner_gpus
 
 
 def _grows(spec: RunSpec) -> bool:

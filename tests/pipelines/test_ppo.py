@@ -137,6 +137,8 @@ def test_what_is_refused(laws, tiny, tmp_path, refused):
         ([*go_on, "--set", "ppo.hidden=8"], "ppo.hidden, the network's own"),
         ([*tiny, *SMALL, "--out", tmp_path / "a", "--set", "fleet.cpus=999"], "does not fit a cluster"),
         ([*tiny, *SMALL, "--out", tmp_path / "b", "--set", "fleet.workers=999"], "holds"),
+        ([*tiny, *SMALL, "--out", tmp_path / "d", "--set", "device=cuda"], "fleet.gpus is 0"),
+        (["--surrogate", "--out", tmp_path / "e", "--set", "ppo.learner_gpus=0.5"], "1 GPU asked for"),
         ([*tiny, *SMALL, "--out", tmp_path / "c", "--set", "fleet.storage=nonsense://there"], "nonsense://there"),
     ):
         refused(ppo.main, arguments, sentence)
