@@ -169,6 +169,14 @@ class GrowthSpec(Frozen):
     blueprints: dict[str, dict[str, Any]] = Field(default={"attention": {}, "ffn": {}, "block": {}})  # their settings
 
 
+class TrainerSpec(Frozen):
+    """How steps are computed."""
+
+    # By a compiled step (`workers/tolaria/compiled.py`) where the host has no young seeds: auto where that should save
+    # more time than its build takes, on wherever possible, off never.
+    compile: Literal["auto", "on", "off"] = "auto"
+
+
 class RewardSpec(Frozen):
     """The PPO arm's objective, −Loss − Rent."""
 
@@ -230,6 +238,7 @@ class RunSpec(Frozen):
     clock: ClockSpec = ClockSpec()
     budget: BudgetSpec = BudgetSpec()
     growth: GrowthSpec = GrowthSpec()
+    trainer: TrainerSpec = TrainerSpec()
     reward: RewardSpec = RewardSpec()
     fleet: FleetSpec = FleetSpec()
     ppo: PPOSpec = PPOSpec()

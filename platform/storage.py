@@ -24,6 +24,12 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def cache(what: str) -> Path:
+    """The folder of what runs share: below `ESPER_CACHE`, by default `~/.cache/esper`."""
+    folder = os.environ.get("ESPER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "esper"
+    return Path(folder).expanduser() / what
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file and its folders; raises OSError naming `path` and leaves no partial file."""
     partial = _beside(path)

@@ -9,11 +9,12 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from esper.platform.console import say
 from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
@@ -24,13 +25,17 @@ from esper.workers.episode import Episode, EpisodeState, Finite, Point, Rollback
 from esper.workers.kasmina.governor import CHECK_EVERY, fault
 from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import GlobalMeasured, Measured, norm_fields
+from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.rate import rate
 from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, synchronize, within
 
 CONTRIBUTION_SHARE = 0.02  # of a slice's steps that measuring contributions may cost
 IDENTITY = 1e-4  # largest change of a logit that proves a graft harmless: it moves a token's loss by at most twice that
+WAITED = 0.1  # seconds between two looks at a build
 STRIKES = 3  # faults in a row, without a sound decision between them, that end a run
+
+Path = Literal["eager", "building", "compiled"]  # by which a slice's steps go; "building" ones are eager still
 
 
 class RunState(EpisodeState):
@@ -43,6 +48,7 @@ class RunState(EpisodeState):
     inspected: Natural
     strikes: Natural
     reached: Annotated[float, Field(gt=0)] | None
+    path: Path
 
 
 class Trained(Frozen):
@@ -119,6 +125,7 @@ class GrowthRun(Episode):
         self.window: list[float] = []  # the governor's
         self.inspected = 0  # steps of this slice that the governor has looked at
         self.strikes = 0
+        self.path: Path = "eager"
         self.contributed: dict[str, tuple[float, int, int]] = {}  # site → (value, number of its seed, decision)
         self._decay: tuple[float, float] | None = None  # of a cooldown fork: where its rate starts and ends to fall
         self._good: Snapshot = self.trainer.state()  # as the slice under way began, before its action
@@ -145,6 +152,7 @@ class GrowthRun(Episode):
             self.trainer.kasmina.graft(site, candidate.blueprint or "")
         else:
             return
+        self.path = "eager"
         self._resized()
         self._charge(self.spec.clock.graft_seconds, begun)
 
@@ -213,6 +221,10 @@ class GrowthRun(Episode):
 
     def _train_to(self, boundary: float) -> str | None:
         """Train to a reading, at least one step; returns the governor's fault, if any."""
+        if self.trainer.unread == 0:
+            self.path = self._next_path()
+        if self.path == "compiled" and not self.trainer.bound:
+            self._go_compiled()
         while self.trainer.unread == 0 or self.reading() < boundary:
             self._optimizer_step()
             done = self.reading() >= boundary
@@ -228,6 +240,38 @@ class GrowthRun(Episode):
                 self.norms = self.trainer.site_norms()
             self._pause()
         return None
+
+    def _next_path(self) -> Path:
+        """Of the slice that begins: by compiled steps if in the last one the host was as it is, without young seeds.
+
+        By the reference clock only spec and course of the run decide, so that its numbers do not depend on when a build
+        ends.
+        """
+        package = self.trainer.package() if self.spec.trainer.compile != "off" else None
+        if package is None:
+            return "eager"
+        if self.path != "eager":
+            return "compiled"
+        if self.spec.trainer.compile == "auto":  # a package that is there does not count
+            left = self._seconds_of(self.clock.amount - self.reading())
+            if left * compiled.SAVED < compiled.BUILD_SECONDS or compiled.compiler() is None:
+                return "eager"
+        return "building" if package.building() or package.there else "eager"
+
+    def _go_compiled(self) -> None:
+        """Bind the compiled step; one that is being built is waited for by the reference clock, not by the wall's."""
+        package = self.trainer.package()
+        if package is not None and package.building() and self.spec.clock.kind == "reference":
+            say("waiting for a compiled step, which takes about a minute to build (not with trainer.compile=off)")
+            while package.building():
+                time.sleep(WAITED)
+                self._pause()
+        if package is not None and package.there:
+            self.trainer.bind(package)
+        elif package is None or package.failed:
+            self.path = "eager"
+            if package is not None:
+                say(f"a compiled step could not be built, so such steps stay eager ({package.failure} says why)")
 
     def _pause(self) -> None:
         if self.on_step is not None:
@@ -301,6 +345,7 @@ class GrowthRun(Episode):
         kasmina = self.trainer.kasmina
         suspect = kasmina.seeds[-1] if kasmina.seeds and kasmina.seeds[-1].on_probation else None
         self.trainer.roll_back(self._good)
+        self.path = "eager"
         self._resized()
         if self.prunes and self.prunes[-1].decision == self.sequence:  # undone too
             self.prunes.pop()

@@ -10,6 +10,7 @@ from esper.platform.console import counted
 from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.observe import telemetry_space
+from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data.sources import SOURCES
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.trainer import pick_device
@@ -33,6 +34,8 @@ def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "la
     if on != "laws" and spec.device != "cuda":
         check_fits(spec)
     telemetry_space(spec)  # resolves the blueprints
+    if on != "laws":
+        compiled.check(spec)
     if on == "here":
         pick_device(spec)
     return spec

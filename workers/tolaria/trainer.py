@@ -6,7 +6,7 @@ B sequences, T block size, V vocabulary.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from esper.platform.spec import RunSpec
 from esper.workers.kasmina import Kasmina, Seed
 from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.kasmina.slices import Slice
+from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
@@ -109,6 +110,7 @@ class Trainer:
         self, spec: RunSpec, data: TokenData, blueprints: dict[str, Blueprint], seed: int, instance: Instance
     ) -> None:
         self.device = pick_device(spec)
+        compiled.check(spec)
         torch.set_num_threads(spec.threads)
         self._spec, self._blueprints, self._seed = spec, blueprints, seed
         self._born, self._vocab_size = spec.host.starting_with(instance.n_layer), data.manifest.vocab_size
@@ -122,6 +124,9 @@ class Trainer:
         self.take(TransformerHost(self._born, self._vocab_size, torch_stream(seed, "init")))
         self.steps = 0  # optimizer steps done: the data's cursor
         self._measured: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_bound": None}  # its tensors are not a copy's
 
     def take(self, host: TransformerHost, groups: Sequence[GroupState] = ()) -> None:
         """Train this host from now on, with a new optimizer: AdamW, weight decay on matrices (1711.05101)."""
@@ -145,8 +150,41 @@ class Trainer:
             probation_steps=self._spec.growth.probation_steps,
             seed=self._seed,
         )
+        self._bound: tuple[compiled.CompiledStep, tuple[int, int]] | None = None  # with what was grown by then
+
+    def package(self) -> compiled.Package | None:
+        """That of the host's compiled step; None where it has to go eagerly: young seeds, experts and the like."""
+        unfit = compiled.unfit(self._spec, self.host.shape.layers, self.device.type) or self.kasmina.slowed()
+        return None if unfit else compiled.Package(self._spec, self.host, self.device.type)
+
+    def bind(self, package: compiled.Package) -> None:
+        """Take steps by a package that is there, until the host is changed or copied."""
+        self._bound = compiled.CompiledStep(package, self.host, self.optimizer), self._grown
+
+    @property
+    def bound(self) -> bool:
+        return self._bound is not None and self._bound[1] == self._grown
+
+    @property
+    def _grown(self) -> tuple[int, int]:
+        return self.kasmina.grafts, len(self.kasmina.seeds)
 
     def step(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self._bound is not None and self.bound:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, norm = self._bound[0](*self.batches.at(self.steps), rate)
+            for seed in self.kasmina.seeds:
+                seed.age += 1
+            self._measured.append(torch.stack((loss, norm, norm)))
+        else:
+            self._bound = None
+            self._measured.append(self._eager_step())
+        self.steps += 1
+
+    def _eager_step(self) -> Tensor:
+        """Returns a row of `measured`, (3,)."""
         if self._spec.host.dropout > 0:
             key = derive(self._seed, "dropout", self.steps)  # `torch.manual_seed` formats a stack trace at each call
             (torch.cuda.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed)(key)
@@ -154,11 +192,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(inputs, targets)
         loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         norm, seeds = self.kasmina.step(self._spec.optimizer.grad_clip)
-        self._measured.append(torch.stack((loss.detach(), norm, norm if seeds is None else norm + seeds)))
-        self.steps += 1
+        return torch.stack((loss.detach(), norm, norm if seeds is None else norm + seeds))
 
     def evaluate(self, between: Callable[[], None] = lambda: None, *, whole: bool = False) -> float:
         """Mean loss on the part of the held-out set that is for decisions, or on the whole, nats per token.
@@ -204,11 +239,12 @@ class Trainer:
         """Site id → norms of the clipped gradient and AdamW's last update over the weights' norm, where finite."""
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         slowed = self.kasmina.slowed()
+        squares = self._gradient_squares()
         rows = {}
         for site in self.host.shape.injection_specs():
-            if parameters := [p for p in self.host.written_by(site.id) if p.grad is not None]:
+            if parameters := [p for p in self.host.written_by(site.id) if id(p) in squares]:
                 weights = _norm(p.detach() for p in parameters)
-                gradients = _norm(p.grad for p in parameters if p.grad is not None)
+                gradients = torch.stack([squares[id(p)] for p in parameters]).sum().sqrt()
                 updates = _norm(_update(self.optimizer.state[p], p, groups[id(p)], slowed) for p in parameters)
                 rows[site.id] = torch.stack([weights, gradients, updates])
         values = torch.stack(list(rows.values())).tolist() if rows else []  # one wait for the device
@@ -217,6 +253,13 @@ class Trainer:
             for site, (weight, gradient, update) in zip(rows, values, strict=True)
             if math.isfinite(weight + gradient + update)
         }
+
+    def _gradient_squares(self) -> dict[int, Tensor]:
+        """Parameter's id → sum of squares of its clipped gradient in the last step."""
+        if self._bound is not None and self._bound[0].squares is not None:
+            return dict(zip(map(id, self._bound[0].parameters), self._bound[0].squares.unbind(), strict=True))
+        found = [parameter for parameter in self.host.parameters() if parameter.grad is not None]
+        return {id(parameter): parameter.grad.float().square().sum() for parameter in found}
 
     def state(self) -> Snapshot:
         """A copy on the CPU, from which `load` continues with the same numbers."""

@@ -1,7 +1,6 @@
 """Writes a text as a folder of token ids: `prepare` at a given path, `ensure` in the cache."""
 
 import hashlib
-import os
 import re
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from esper.platform.console import duration, say
 from esper.platform.errors import UserError
 from esper.platform.spec import DataSpec
-from esper.platform.storage import check_unused, new_folder, write_json
+from esper.platform.storage import cache, check_unused, new_folder, write_json
 from esper.workers.tolaria.data import sources, tokenizer
 from esper.workers.tolaria.data.shards import FILE, VERSION, Manifest, SplitManifest, write_split
 
@@ -48,12 +47,11 @@ def ensure(data: DataSpec) -> Path:
 
 def _cached(source: sources.Source, data: DataSpec) -> Path:
     """The cache folder, whose name has a hash of all that decides its content."""
-    cache = os.environ.get("ESPER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "esper"
     options = data.tokenizer, data.valid_fraction, data.max_bytes
     key = (VERSION, SPLITTING, source.name, source.fingerprint, *options)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     stem = re.sub(r"[^\w.-]+", "-", f"{Path(source.name).stem}-{data.tokenizer}")
-    return Path(cache).expanduser() / "data" / f"{stem}-{digest}"
+    return cache("data") / f"{stem}-{digest}"
 
 
 def _write(source: sources.Source, data: DataSpec, out: Path) -> Manifest:
