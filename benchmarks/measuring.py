@@ -29,6 +29,18 @@ def trainer(spec: RunSpec, data: TokenData) -> Trainer:
     return Trainer(spec, data, make_blueprints(spec.growth.blueprints), 0, Instance())
 
 
+def bound(each: Trainer) -> Trainer:
+    """The trainer, whose steps are compiled ones from now on; the first call for a shape waits for their build."""
+    each.step(RATE)
+    package = each.package()
+    while package is not None and package.building():
+        time.sleep(0.1)
+    if package is None or not package.there:
+        raise RuntimeError(f"no compiled step: {package.failure.read_text() if package else 'not of this spec'}")
+    each.bind(package)
+    return each
+
+
 def in_turns(works: Mapping[str, Callable[[], object]], steps: int) -> dict[str, list[float]]:
     """Name → seconds of a step in each block. All take turns, so what else the machine does slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in works}

@@ -45,7 +45,7 @@ def unfit(spec: RunSpec, layers: Sequence[LayerSpec], device: str) -> str | None
         "dropout": spec.host.dropout > 0,  # would draw other numbers
         "attention by flash-attn": spec.host.attention != "sdpa",
         "experts": any(layer.experts for layer in layers),  # whose shapes depend on the data
-        "bfloat16 on a CPU": spec.dtype == "bfloat16" and device == "cpu",  # rounds at other places
+        "bfloat16 on a CPU": spec.dtype == "bfloat16" and device == "cpu",  # whose roundings carry the two paths apart
     }
     return next((what for what, there in found.items() if there), None)
 
@@ -124,7 +124,8 @@ class CompiledStep:
     def __init__(self, package: Package, host: TransformerHost, optimizer: torch.optim.Optimizer) -> None:
         # torch._inductor.aoti_load_package imports the compiler, 2 s, to put the inputs in a list.
         if package.path not in _loaders:
-            _loaders[package.path] = torch._C._aoti.AOTIModelPackageLoader(str(package.path), "model", True, 1, -1)
+            aoti: Any = getattr(torch._C, "_aoti")  # noqa: B009  (its stubs leave it out)
+            _loaders[package.path] = aoti.AOTIModelPackageLoader(str(package.path), "model", True, 1, -1)
         self._loader = _loaders[package.path]
         self.parameters = list(host.parameters())
         states = [optimizer.state[parameter] for parameter in self.parameters]

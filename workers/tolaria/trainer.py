@@ -258,8 +258,8 @@ class Trainer:
         """Parameter's id → sum of squares of its clipped gradient in the last step."""
         if self._bound is not None and self._bound[0].squares is not None:
             return dict(zip(map(id, self._bound[0].parameters), self._bound[0].squares.unbind(), strict=True))
-        found = [parameter for parameter in self.host.parameters() if parameter.grad is not None]
-        return {id(parameter): parameter.grad.float().square().sum() for parameter in found}
+        gradients = {id(parameter): parameter.grad for parameter in self.host.parameters()}
+        return {key: grad.float().square().sum() for key, grad in gradients.items() if grad is not None}
 
     def state(self) -> Snapshot:
         """A copy on the CPU, from which `load` continues with the same numbers."""
