@@ -1,4 +1,4 @@
-"""A training step of a host that never grew, eager and compiled, and that of a plain GPT of its shape with nanoGPT's."""
+"""A training step of a host that never grew, eager and compiled, and a plain GPT of its shape with nanoGPT's step."""
 
 import math
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -43,9 +43,10 @@ class TrainingView:
         self._eta, self._started, self._left = Eta(), time.monotonic(), "?"
         self._history: list[dict[str, float]] = []
         terminal: Any = _Terminal()
-        self._console = Console(file=terminal, highlight=False)
+        self._console = _Console(file=terminal, highlight=False)
         results = sys.stdout.isatty()  # elsewhere they go untouched
         self._live = Live(console=self._console, get_renderable=self.drawing, redirect_stdout=results)
+        self._console.whole = self._live._lock
         self._exit = ExitStack()
 
     def iteration(self, number: int, metrics: dict[str, float]) -> None:
@@ -85,6 +86,16 @@ class TrainingView:
         rate = f"{decisions / max(1e-9, elapsed):.3g} decisions/s" if decisions else "first episodes under way"
         told = f" {self._done():.0%}, {duration(elapsed)}, {self._left} left, {rate}"
         return _line(f"iteration {self._number}/{self._iterations}", "bold").append(told, "not bold")
+
+
+class _Console(Console):
+    """Writes what a thread prints before another begins: rich goes back over its last drawing, which must be there."""
+
+    whole: AbstractContextManager[Any] = nullcontext()
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        with self.whole:
+            super().print(*objects, **how)
 
 
 class _Terminal:
