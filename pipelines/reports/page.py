@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.paired_tests import BEST_STATIC, Trials, draw_envelope, pair
 from esper.pipelines.reports.runs import AXES, Sweep, tables
 from esper.pipelines.reports.verdict import Verdict
+from esper.pipelines.sweeps.arms import STATIC
+from esper.pipelines.sweeps.rates import Setting
 from esper.platform.console import counted
 
 CONTROLLED = ("ppo", "openloop")  # arms that a controller's training has to be paid for
@@ -52,7 +55,13 @@ def html(sweep: Sweep, verdicts: Sequence[Verdict]) -> str:
     files = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["told"] = told
-    environment.globals |= {"arm_table": arm_table, "payback": payback, "tables": tables, "picture": picture}
+    environment.globals |= {
+        "arm_table": arm_table,
+        "effort": effort,
+        "payback": payback,
+        "tables": tables,
+        "picture": picture,
+    }
     page = environment.get_template("report.html")
     return page.render(sweep=sweep, verdicts=verdicts, version=__version__, AXES=AXES)
 
@@ -97,6 +106,18 @@ def payback(trials: Trials) -> list[str]:
             then += f"the cost is paid back after {uses}" if uses else "a use saves nothing"
         sentences.append(f"{label} ends at {loss:.4f} after {told(used)} parameter-seconds; {then}.")
     return sentences
+
+
+def effort(record: dict[str, Any], point: dict[str, Any]) -> list[str]:
+    """Each arm's rate (a growing arm's is a factor) and where it starts to fall, and what it took to find them."""
+    tuned = (trial for trial in record["trials"].values() if trial["grid"] == point["grid"])
+    tries = Counter(trial["label"] for trial in tuned if trial["purpose"] == "rates")
+    found = {label: ("" if label.startswith(STATIC) else "×", Setting(*at)) for label, at in point["settings"].items()}
+    spent = {part: point["spent"][part]["parameter_seconds"] for part in ("rates", "tuning")}
+    return [
+        *(f"{label} {sign}{setting} ({counted(tries[label], 'run')})" for label, (sign, setting) in found.items()),
+        "parameter-seconds: " + ", ".join(f"{told(cost)} for {COUNTED[part]}" for part, cost in spent.items()),
+    ]
 
 
 def told(value: Any) -> str:

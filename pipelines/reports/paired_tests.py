@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import stdtr  # the t distribution; scipy.stats takes a second to import
 
-from esper.pipelines.common.statistics import CONFIDENCE, Interval
+from esper.pipelines.common.statistics import CONFIDENCE, Interval, detectable
 from esper.pipelines.reports.runs import NEAR, Run, Seeds
 from esper.pipelines.sweeps.arms import NOT_GROWN, RANDOM, SCHEDULES, STATIC
 from esper.platform.console import counted
@@ -82,6 +82,7 @@ class PairedTest:
         """As JSON values."""
         told = {name: getattr(self, name) for name in ("arm", "baseline", "against", "axis", "p", "p_holm")}
         told |= {"pairs": len(self.differences), "interval": self.interval and self.interval.as_dict()}
+        told["detectable"] = detectable(self.differences)
         return told | dict(zip(("outcome", "reason"), self.outcome, strict=True))
 
 

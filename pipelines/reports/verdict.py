@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.common.statistics import CONFIDENCE
+from esper.pipelines.common.statistics import CONFIDENCE, POWER, detectable
 from esper.pipelines.reports.paired_tests import BEST_STATIC, PAIRS, PairedTest, Trials, best, holm
 from esper.pipelines.reports.runs import AXES, NEAR, Run
+from esper.pipelines.sweeps.arms import STATIC
+from esper.pipelines.sweeps.sizes import Size
 from esper.platform.console import counted
+from esper.platform.spec import HostSpec
 
 UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less
 SPEED = 0.05  # by how much the steps that equal measured budgets give to one static size may differ
@@ -55,8 +58,11 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
         ends = {arm: np.mean([run.loss for run in trials.sound(arm).values()] or [math.inf]) for arm in by_arm}
         first = min(winners or by_arm, key=ends.__getitem__)
         who = f"{', '.join(winners) or 'no grown arm'} {'end' if len(winners) > 1 else 'ends'} lower than all baselines"
-        interval = next(test.interval for test in by_arm[first] if test.baseline == BEST_STATIC)
-        minus = f": {interval} nats to the best static size ({trials.best_static})" if interval else ""
+        test = next(test for test in by_arm[first] if test.baseline == BEST_STATIC)
+        minus = f": {test.interval} nats to the best static size ({trials.best_static})" if test.interval else ""
+        if (least := detectable(test.differences)) is not None:
+            pairs = counted(len(test.differences), "pair")
+            minus += f"; {pairs} with its spread would show a difference of {least:.4f} (power {POWER:.0%})"
         found = [f"at {trials.budget} {who}", f"of the grown arms {first} ends lowest{minus}"]
     sentence = "; ".join([*found, *(f"{arm} did not grow" for arm in trials.idle)]) + "."
     if caveats:
@@ -97,9 +103,15 @@ def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
     if seeds < PAIRS:
         caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
     chosen = {str(trials.best_static), str(best(trials.statics))}  # on tuning seeds, and on the test seeds
-    if "static-1" in chosen:
-        caveats.append("static-1 is the best static size, and the smallest there is: nothing has to grow here.")
-    elif edge := ", ".join(sorted(chosen & {f"static-{tried[0]}", f"static-{tried[-1]}"})):
+    sizes = {
+        f"{STATIC}-{text}": Size.of(str(text)).numbers(HostSpec.checked(point["spec"]["host"], "the host"))
+        for text in tried
+    }
+    if (smallest := next(iter(sizes))) in chosen and sizes[smallest][0] == 1:
+        caveats.append(f"{smallest} is the best static size, and the smallest there is: nothing has to grow here.")
+    elif edge := ", ".join(
+        sorted(label for label in chosen & sizes.keys() if _at_edge(sizes[label], [*sizes.values()]))
+    ):
         caveats.append(f"{edge}, the best static size, is at the edge of those tried: one beyond may be better.")
     if not sweep["rates_tuned"]:
         caveats.append("The rates of the static sizes were not tuned, or the best was the last that was tried.")
@@ -107,6 +119,15 @@ def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
     if not sweep["tuning_seeds"] or any(point.get(key) is None for key in unchosen):
         caveats.append("The best static size or schedule was chosen on the test seeds, which flatters it.")
     return [caveat for caveat in (*caveats, _without_result(trials, sweep["trials"]), _unequal(trials)) if caveat]
+
+
+def _at_edge(size: tuple[int, ...], tried: Sequence[tuple[int, ...]]) -> bool:
+    """Whether none tried is larger, or none smaller, in layers, width or heads alone; nothing is smaller than 1."""
+    for part, own in enumerate(size):
+        line = {other[part] for other in tried if (*other[:part], own, *other[part + 1 :]) == size}
+        if (len(line) > 1 or len(tried) == 1) and (own == max(line) or 1 < own == min(line)):
+            return True
+    return False
 
 
 def _without_result(trials: Trials, planned: dict[str, dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from esper.pipelines.sweeps.sizes import Size
 from esper.platform.errors import UserError, unknown
 from esper.platform.frozen import Frozen
 from esper.policies.arms import ALIASES, ARMS
@@ -44,7 +45,7 @@ class Arm(Frozen):
     """A row of the comparison."""
 
     name: str  # of KINDS
-    size: int | None = None  # layers of a static arm
+    size: Size | None = None  # of a static arm
     of: str | None = None  # label of the arm that it follows
 
     @property
@@ -58,7 +59,7 @@ class Arm(Frozen):
         return f"static-{self.size}" if self.name == STATIC else f"{self.name}:{self.of}" if self.of else self.name
 
 
-def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
+def parse_arms(text: str, sizes: Sequence[Size]) -> list[Arm]:
     """The arms that `--arms` names, static ones first, followers last."""
     parts = [part.strip().partition(":") for part in text.split(",") if part.strip()]
     named = [(ALIASES.get(name, name), ALIASES.get(of, of)) for name, _, of in parts]
@@ -77,11 +78,3 @@ def parse_arms(text: str, sizes: Sequence[int]) -> list[Arm]:
     static = [Arm(name=STATIC, size=size) for size in sizes if (STATIC, "") in named]
     followers = [Arm(name=name, of=of or first) for name, of in named if name in FOLLOWERS]
     return list(dict.fromkeys([*static, *(Arm(name=name) for name in leaders), *followers]))
-
-
-def parse_sizes(text: str) -> list[int]:
-    """The static sizes that `--sizes` names, smallest first."""
-    sizes = [part.strip() for part in text.split(",") if part.strip()]
-    if not sizes or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise UserError(f"--sizes {text!r} is not a list of layers: write it as 1,2,4.")
-    return sorted({int(size) for size in sizes})

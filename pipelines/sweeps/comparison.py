@@ -146,7 +146,8 @@ class Sweep:
             point = {"grid": stages.point.grid, "budget": budget, "spec": spec, "spent": stages.spent()}
             points.append(point | stages.settled)
         state = {
-            **self._plan.model_dump(mode="json", include={"sizes", "seeds", "tuning_seeds", "command"}),
+            **self._plan.model_dump(mode="json", include={"seeds", "tuning_seeds", "command"}),
+            "sizes": [str(size) for size in self._plan.sizes],
             "arms": [arm.label for arm in self._plan.arms],
             "rates_tuned": all(point.get("bracketed") for point in points),
             "points": points,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esper.pipelines.common.arguments import ResumableArguments, flag
-from esper.pipelines.sweeps.arms import FOLLOWERS, LRPATH, NAMES, OPENLOOP, PPO, Arm, parse_arms, parse_sizes
+from esper.pipelines.sweeps.arms import FOLLOWERS, LRPATH, NAMES, OPENLOOP, PPO, Arm, parse_arms
+from esper.pipelines.sweeps.sizes import Size, parse_sizes
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec, value_of
@@ -27,11 +28,11 @@ class SweepArguments(ResumableArguments):
         f"Arms, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: static_final:tamiyo.",
         "A,B,C",
     )
-    sizes: str | None = flag(None, "Layers of the static sizes; none: the preset's own only.", "1,2,4")
+    sizes: str | None = flag(None, "Static sizes: layers, or layers x MLP width; none: the preset's only.", "1,2x96")
     seeds: int = flag(1, "Test seeds of each arm: --seed and those after it.", ge=1, le=1000)
     tuning_seeds: int = flag(2, "Other seeds, that sizes, schedules and rates are chosen on.", ge=0, le=100)
     grid: tuple[str, ...] = flag((), "Compare at each of these values; may be given for several keys.", "KEY=A,B")
-    tune_lr: bool = flag(False, "Find the learning rate of each static size, on tuning seeds.")
+    tune_lr: bool = flag(False, "Find each arm's learning rate and where it starts to fall, on tuning seeds.")
     policy: Path | None = flag(None, "For ppo: a trained policy; without one it is trained first.")
     train_on: TrainedOn = flag("text", "Where no --policy is given: on text, or on loss laws fitted to static runs.")
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
@@ -63,7 +64,7 @@ class SweepPlan(Frozen):
     """What a sweep is, beside its spec; a resumed sweep reads it from its folder."""
 
     arms: tuple[Arm, ...]
-    sizes: tuple[int, ...]  # static ones, in layers, also where only something else needs to know of them
+    sizes: tuple[Size, ...]  # static ones, smallest first, also where only something else needs to know of them
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]  # that everything is chosen on
     grid: tuple[dict[str, Any], ...]  # each point's values by dotted key
@@ -76,7 +77,8 @@ class SweepPlan(Frozen):
     def settled(cls, arguments: SweepArguments, spec: RunSpec) -> "SweepPlan":
         """Read the command line. Raises UserError where an arm, size or grid is not allowed or lacks what it needs."""
         seed, tuning = arguments.seed, TUNING_SEEDS + arguments.seed
-        sizes = [spec.host.n_layer] if arguments.sizes is None else parse_sizes(arguments.sizes)
+        sizes = [Size(layers=spec.host.n_layer)] if arguments.sizes is None else parse_sizes(arguments.sizes)
+        sizes.sort(key=lambda size: size.parameters(spec))
         plan = cls(
             arms=tuple(parse_arms(arguments.arms, sizes)),
             sizes=tuple(sizes),
@@ -109,8 +111,8 @@ class SweepPlan(Frozen):
                 raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
         if "policy" in needs and not policy and not trains:
             raise UserError(f"arm {OPENLOOP!r} replays a trained policy: give --policy CHECKPOINT, or add arm ppo.")
-        if laws and len(self.sizes) < LAW_SIZES:
-            raise UserError(f"--train-on laws needs {LAW_SIZES} static sizes: give more, such as --sizes 1,2,4.")
+        if laws and sum(size.only_layers for size in self.sizes) < LAW_SIZES:
+            raise UserError(f"--train-on laws needs {LAW_SIZES} depths, as static sizes: give more, such as 1,2,4.")
         for point in self.points(spec):
             inputs = ArmInputs(policy=policy, schedule=schedule, blueprints=tuple(point.spec.growth.blueprints))
             for arm in self.arms:

@@ -1,6 +1,6 @@
 """A sweep's stages: what is run after what, and what is settled in between.
 
-1. rates: the learning rate of each static size, on tuning seeds (`--tune-lr`).
+1. rates: the learning rate and its decay, of each static size, then of what grows, on tuning seeds (`--tune-lr`).
 2. tuning: the best static size and schedule, on tuning seeds; then the controller and its schedule for `openloop`.
 3. test: every arm that follows no other, on test seeds.
 4. follow: those that need another arm's run of the same seed.
@@ -17,13 +17,16 @@ from statistics import fmean
 from typing import Any
 from uuid import uuid4
 
+from pydantic import Field
+
 from esper.pipelines.common.run_folder import PLAN, RunFolder
 from esper.pipelines.controllers.evaluation import as_json
-from esper.pipelines.sweeps.arms import FINAL, LRPATH, OPENLOOP, PPO, SCHEDULES, STATIC, Arm
+from esper.pipelines.sweeps.arms import LRPATH, OPENLOOP, PPO, RANDOM, SCHEDULES, STATIC, Arm
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepPlan
-from esper.pipelines.sweeps.rates import ROUNDS, best_rate, bracketed, next_rates
-from esper.pipelines.sweeps.trials import Purpose, Trial, born, cost, lrpath_spec, size_parameters, with_rates
+from esper.pipelines.sweeps.rates import DECAYS, ROUNDS, Setting, best_setting, bracketed, next_settings
+from esper.pipelines.sweeps.sizes import Size, born
+from esper.pipelines.sweeps.trials import Purpose, Trial, cost, lrpath_spec, with_rates
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
@@ -45,9 +48,9 @@ COOLDOWNS = (0.3, 0.6)  # budget fractions of the annealed losses that baselines
 class Settled(Frozen, extra="ignore"):
     """What is settled for a grid point (its entry in `sweep.json`); a field that has not been set is open."""
 
-    rates: dict[int, float] | None = None  # best rate by static size
-    bracketed: bool = False  # each of them lies between two others that were tried
-    size: int | None = None  # the best static one; None where nobody could choose
+    settings: dict[str, Setting] = Field(default={})  # by label; a growing arm's rate is a factor on the sizes'
+    bracketed: bool = False  # the rate of each static size lies between two others that were tried
+    size: str | None = None  # the best static one; None where nobody could choose
     schedule: str | None = None  # label of the best one, likewise
     controller: dict[str, Any] | None = None  # `trained_on`, `checkpoint` and what it has `spent`, if there is one
     no_controller: str | None = None  # why there is none
@@ -72,10 +75,13 @@ class PointStages:
         """The trials, batch by batch; run each batch before asking for the next."""
         arms = self._plan.arms
         if self._plan.tune_lr:
-            yield from self._find_rates()
+            yield from self._find_settings(self._statics)
+            yield from self._find_settings([a for a in arms if a.of is None and a.name not in (STATIC, PPO, OPENLOOP)])
         yield from self._choose()
         if Arm(name=PPO) in arms and "controller" not in self.settled:
             self._train_controller()
+        if Arm(name=PPO) in arms and self._plan.tune_lr and self.settled["controller"]:
+            yield from self._find_settings([Arm(name=PPO)])
         if Arm(name=OPENLOOP) in arms:
             yield from self._distill()
         yield "test", self._trials([arm for arm in arms if arm.of is None], "test"), True
@@ -92,22 +98,30 @@ class PointStages:
         controller = self.settled.get("controller")
         return parts | ({"controller": controller.get("spent")} if controller else {})
 
-    def _find_rates(self) -> Iterator[Batch]:
-        spec, still_open = self.point.spec, "rates" not in self.settled
-        tried: dict[int, dict[float, list[float]]] = {size: {} for size in self._plan.sizes}
-        starts = {size: stable_rate(spec.optimizer, size_parameters(spec, size)) for size in tried}
+    def _find_settings(self, arms: Sequence[Arm]) -> Iterator[Batch]:
+        spec, optimizer, known = self.point.spec, self.point.spec.optimizer, self.settled.get("settings", {})
+        still_open = any(arm.label not in known for arm in arms)
+        fixed = "optimizer.decay_from" in (*self._plan.own, *self.point.values)
+        decays = [optimizer.decay_from] if fixed else [decay for decay in DECAYS if decay > optimizer.warmup]
+        tried: dict[Arm, dict[Setting, list[float]]] = {arm: {} for arm in arms}
+        starts = {arm: stable_rate(optimizer, arm.size.parameters(spec)) if arm.size else 1.0 for arm in arms}
         for _ in range(ROUNDS):
-            new = [(size, rate) for size, losses in tried.items() for rate in next_rates(starts[size], losses)]
+            new = [(a, setting) for a, losses in tried.items() for setting in next_settings(starts[a], decays, losses)]
             if not new:
                 break
-            groups = [self._rate_trials(size, rate) for size, rate in new]
+            groups = [
+                [self._trial(arm, "rates", seed, setting) for seed in self._plan.tuning_seeds] for arm, setting in new
+            ]
             yield "rates", [trial for group in groups for trial in group], still_open
-            for (size, rate), group in zip(new, groups, strict=True):
-                tried[size][rate] = self._losses(group)
+            for (arm, setting), group in zip(new, groups, strict=True):
+                tried[arm][setting] = self._losses(group)
         if still_open:
-            self.settled["rates"] = {size: best_rate(losses) for size, losses in tried.items()}
-            self.settled["bracketed"] = all(map(bracketed, tried.values()))
-        say(f"rates   {self.point}by layers: {self.settled['rates']}")
+            self.settled["settings"] = known | {arm.label: best_setting(losses) for arm, losses in tried.items()}
+            if arms == self._statics:
+                self.settled["bracketed"] = all(map(bracketed, tried.values()))
+        told = [f"{arm.label} {'×' * (not arm.size)}{self.settled['settings'][arm.label]}" for arm in arms]
+        if told:
+            say(f"rates   {self.point}{', '.join(told)}")
 
     def _choose(self) -> Iterator[Batch]:
         schedules = [arm for arm in self._plan.arms if arm.name in SCHEDULES]
@@ -118,7 +132,7 @@ class PointStages:
             yield "tuning", trials, "size" not in self.settled
         if "size" not in self.settled:
             size, schedule = self._best(self._statics, trials), self._best(schedules, trials)
-            self.settled |= {"size": size and size.size, "schedule": schedule and schedule.label}
+            self.settled |= {"size": size and str(size.size), "schedule": schedule and schedule.label}
         if trials:
             size, schedule = self.settled["size"], self.settled["schedule"]
             say(f"tuning  {self.point}best static size: {size}" + (f", schedule: {schedule}" if schedule else ""))
@@ -127,7 +141,7 @@ class PointStages:
         """Train it, resume it or take the one there: on text, or in minutes on loss laws (zero-shot on text then)."""
         from esper.pipelines.controllers.training import ON_LAWS, train_controller  # RLlib takes seconds to import
 
-        out, plan, spec, laws = self.controller, self._plan, self._spec, self._plan.train_on == "laws"
+        out, plan, spec, laws = self.controller, self._plan, self._spec(Arm(name=PPO)), self._plan.train_on == "laws"
         try:
             if not (out / PLAN).exists():
                 if laws:
@@ -149,7 +163,8 @@ class PointStages:
             say(f"ppo     {self.point}no controller: {error}")
 
     def _with_laws(self, spec: RunSpec) -> RunSpec:
-        runs = self._summaries(self._trials(self._statics, "tuning"))
+        fitting = [arm for arm in self._statics if arm.size and arm.size.only_layers]
+        runs = self._summaries(self._trials(fitting, "tuning"))
         fit = fit_laws(spec, [point for run in runs for point in points_of(run)])
         law = ", ".join(f"{name} {value:.3g}" for name, value in asdict(fit.law).items())
         say(f"laws    {law}; off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
@@ -161,36 +176,32 @@ class PointStages:
         if not still_open:
             return
         if played := self._summaries(trials):
-            sites = [site.id for site in start_shape(self._spec, vocab_size=1).injection_specs()]
-            entries = median_schedule(played, self._spec.budget.decisions, sites)
+            sites = [site.id for site in start_shape(self.point.spec, vocab_size=1).injection_specs()]
+            entries = median_schedule(played, self.point.spec.budget.decisions, sites)
             write_json(self._openloop, as_json(entries))
             told = ", ".join(f"{entry.blueprint} at {entry.at:.0%}" for entry in entries)
             say(f"openloop {self.point}{told or 'no graft: the policy waits'}")
         self.settled["openloop"] = bool(played)
 
-    def _rate_trials(self, size: int, rate: float) -> list[Trial]:
-        arm, spec = Arm(name=STATIC, size=size), with_rates(born(self.point.spec, size), {size: rate})
-        note = f"rate{rate:g}"
-        return [Trial(arm, "rates", seed, self.point, spec, note=note) for seed in self._plan.tuning_seeds]
-
     def _trials(self, arms: Sequence[Arm], purpose: Purpose) -> list[Trial]:
         seeds = self._plan.seeds if purpose == "test" else self._plan.tuning_seeds
         return [self._trial(arm, purpose, seed) for arm in arms for seed in seeds]
 
-    def _trial(self, arm: Arm, purpose: Purpose, seed: int) -> Trial:
-        spec, files, impossible = self._spec, {}, None
+    def _trial(self, arm: Arm, purpose: Purpose, seed: int, setting: Setting | None = None) -> Trial:
+        spec, files, impossible = self._spec(arm, setting), {}, None
         try:
-            spec, files = self._needs(arm, purpose, seed)
+            spec, files = self._needs(arm, purpose, seed, spec)
         except UserError as why:
             impossible = str(why)
-        if arm.kind.anneals and not spec.budget.cooldowns:
+        if arm.kind.anneals and not spec.budget.cooldowns and setting is None:
             spec = spec.overridden({"budget.cooldowns": COOLDOWNS})
-        inputs = ArmInputs(seed, blueprints=tuple(spec.growth.blueprints), **files)
-        return Trial(arm, purpose, seed, self.point, spec, inputs, impossible=impossible)
+        inputs, note = ArmInputs(seed, blueprints=tuple(spec.growth.blueprints), **files), ""
+        if setting is not None:
+            note = f"rate{setting.rate:g}-decay{setting.decay_from:g}"
+        return Trial(arm, purpose, seed, self.point, spec, inputs, note, impossible)
 
-    def _needs(self, arm: Arm, purpose: Purpose, seed: int) -> tuple[RunSpec, dict[str, Path]]:
+    def _needs(self, arm: Arm, purpose: Purpose, seed: int, spec: RunSpec) -> tuple[RunSpec, dict[str, Path]]:
         """The spec and the policy's files of an arm. Raises UserError where they cannot be had."""
-        spec, leader = self._spec, {}
         if arm.of is not None:
             followed = self._trial(Arm(name=arm.of), purpose, seed)
             leader = self._log.summary(followed)
@@ -198,14 +209,11 @@ class PointStages:
                 raise UserError(f"{arm.of} has no sound run of this seed to follow")
             if arm.kind.grows:
                 return spec, {"match": self._log.folder(followed) / SUMMARY}
-        if arm.size is not None:
-            return born(spec, arm.size), {}
-        if arm.name == FINAL:
-            return born(spec, leader["layers"], leader["shape"]), {}
-        if arm.name == LRPATH:
+            if arm.name != LRPATH:
+                return born(spec, leader["shape"]), {}
             if self.settled["size"] is None:
                 raise UserError("which static size is best is not known: it takes tuning seeds")
-            return lrpath_spec(spec, self.settled["size"], leader["val_curve"]), {}
+            return lrpath_spec(spec, Size.of(self.settled["size"]), leader["val_curve"]), {}
         if arm.name == OPENLOOP:
             if not self.settled["openloop"]:
                 raise UserError("the policy has no run on tuning seeds to take a schedule from")
@@ -216,9 +224,21 @@ class PointStages:
             return spec, {"policy": Path(self.settled["controller"]["checkpoint"])}
         return spec, {"schedule": self._inputs["schedule"]} if arm.kind.needs == "schedule" else {}
 
-    @property
-    def _spec(self) -> RunSpec:
-        return with_rates(self.point.spec, self.settled.get("rates"))
+    def _spec(self, arm: Arm, setting: Setting | None = None) -> RunSpec:
+        """An arm's spec under a setting, or under the best that was found for it or for the arm that it follows.
+
+        Where there is none, as for a shape from scratch, the rate follows the static sizes' and falls as the best's.
+        """
+        spec, known = self.point.spec, self.settled.get("settings", {})
+        leader = {RANDOM: arm.of, LRPATH: arm.of, OPENLOOP: PPO}.get(arm.name)
+        best = known.get(f"{STATIC}-{self.settled.get('size')}")
+        setting = setting or known.get(leader or arm.label) or (best and Setting(1.0, best[1]))
+        if setting is not None:
+            rate, decay_from = setting
+            sizes = [(each.size, rate * known[each.label][0]) for each in self._statics if each.size and not arm.size]
+            spec = with_rates(spec, [(arm.size, rate)] if arm.size else sizes)
+            spec = spec.overridden({"optimizer.decay_from": decay_from})
+        return arm.size.born(spec) if arm.size else spec
 
     def _summaries(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         return [summary for trial in trials if (summary := self._log.summary(trial)) is not None]

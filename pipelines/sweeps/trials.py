@@ -1,19 +1,19 @@
 """A sweep's trial: one arm on one seed at one grid point, a whole training run; and the specs that arms run under.
 
-Purposes: "rates" and "tuning" run on tuning seeds, and choose the static sizes' learning rates, then the best size and
-schedule. "test" runs on test seeds, and is compared.
+Purposes: "rates" and "tuning" run on tuning seeds, and choose each arm's learning rate and decay, then the best size
+and schedule. "test" runs on test seeds, and is compared.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from esper.pipelines.sweeps.arms import Arm
 from esper.pipelines.sweeps.plan import Point
+from esper.pipelines.sweeps.sizes import Size
 from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.policies.arms import ArmInputs
-from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import rate, stable_rate
 
 Purpose = Literal["rates", "tuning", "test"]
@@ -44,24 +44,13 @@ class Trial:
         return {**whose, "purpose": self.purpose, "grid": self.point.grid}
 
 
-def born(spec: RunSpec, size: int, shape: Sequence[dict[str, Any]] | None = None, **optimizer: Any) -> RunSpec:
-    """With so many layers from the start, all alike or in a shape that a run ended with (its summary's `shape`)."""
-    values = {"host.n_layer": size, "host.layers": shape, "growth.max_layers": max(size, spec.growth.max_layers)}
-    return spec.overridden({**values, **{f"optimizer.{key}": value for key, value in optimizer.items()}})
+def with_rates(spec: RunSpec, rates: Iterable[tuple[Size, float]]) -> RunSpec:
+    """With the stable rates of static sizes, which any run has while it has as many parameters."""
+    pairs = {size.parameters(spec): rate for size, rate in rates}
+    return spec.overridden({"optimizer.rates": sorted(pairs.items())})
 
 
-def size_parameters(spec: RunSpec, size: int) -> int:
-    """Non-embedding parameters of a static size."""
-    return start_shape(born(spec, size), vocab_size=1).parameters_count(non_embedding=True)
-
-
-def with_rates(spec: RunSpec, rates: Mapping[int, float] | None) -> RunSpec:
-    """With the stable rates of static sizes (layers → rate), which any run has while it has that size."""
-    pairs = sorted((size_parameters(spec, size), rate) for size, rate in (rates or {}).items())
-    return spec.overridden({"optimizer.rates": pairs}) if pairs else spec
-
-
-def lrpath_spec(spec: RunSpec, size: int, curve: Iterable[dict[str, float]]) -> RunSpec:
+def lrpath_spec(spec: RunSpec, size: Size, curve: Iterable[dict[str, float]]) -> RunSpec:
     """A static size under the stable rate that a run had (its summary's `val_curve`), read at its decisions."""
     path = []
     for point in curve:
@@ -69,7 +58,7 @@ def lrpath_spec(spec: RunSpec, size: int, curve: Iterable[dict[str, float]]) -> 
         share = rate(spec.optimizer, fraction, 1) / stable_rate(spec.optimizer, 1)  # that warm-up and decay leave
         if share > 0 and fraction >= spec.optimizer.warmup:
             path.append([fraction, point["learning_rate"] / share])
-    return born(spec, size, rate_path=path)
+    return size.born(spec, rate_path=path)
 
 
 def cost(spec: RunSpec, summary: Mapping[str, Any]) -> dict[str, float]:

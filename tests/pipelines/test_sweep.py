@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from esper.pipelines import sweep
 from esper.pipelines.common.stopping import Stopped
 from esper.pipelines.sweeps import comparison, stages
+from esper.pipelines.sweeps.rates import Setting
 from esper.platform import tracking
 from esper.platform.spec import DataSpec
 from esper.workers.tolaria.data import prepare
@@ -62,41 +63,46 @@ def check_tracked(store: MlflowClient, out: Path) -> dict:
 
 
 def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
-    search = itertools.cycle([[0.003], [0.005]])  # a rate for each size; the search has tests of its own
-    monkeypatch.setattr(stages, "next_rates", lambda start, tried: [] if tried else next(search))
+    # For each size and for each schedule; the search has tests of its own.
+    search = itertools.cycle([Setting(0.003, 0.6), Setting(0.005, 0.8), Setting(1.0, 0.6), Setting(2.0, 0.6)])
+    monkeypatch.setattr(stages, "next_settings", lambda start, decays, tried: [] if tried else [next(search)])
     out, late = tmp_path / "sweep", tmp_path / "late.json"
     late.write_text(json.dumps([{"at": 0.99, "blueprint": "ffn"}]))  # never comes: none does while the rate decays
-    flags = ["--arms", ",".join(ARMS), "--sizes", "1,2", "--tuning-seeds", "1", "--tune-lr", "--schedule", str(late)]
+    flags = ["--arms", ",".join(ARMS), "--sizes", "2x24,1", "--tuning-seeds", "1", "--tune-lr", "--schedule", str(late)]
     assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
     printed = capfd.readouterr().err
-    for part in ("rates   2 trials", "tuning ", "test   ", "follow ", "done", "left", "viewStateShareKey"):
+    told = ["rates   2 trials: static-1, static-2x24", "rates   2 trials: onejump, schedule", "tuning ", "test   "]
+    for part in (*told, "follow ", "done", "left", "viewStateShareKey"):
         assert part in printed
     assert "WARNING" not in printed
 
     found = read(out)
     point = found["points"][0]
     assert {trial["status"] for trial in found["trials"].values()} == {"done"}
-    assert point["size"] in (1, 2)
+    assert point["size"] in ("1", "2x24")
     assert point["schedule"] in SCHEDULES
-    assert point["rates"] == {"1": 0.003, "2": 0.005}
+    settings = {"static-1": [0.003, 0.6], "static-2x24": [0.005, 0.8], "onejump": [1.0, 0.6], "schedule": [2.0, 0.6]}
+    assert point["settings"] == settings
     tests = {trial["label"] for trial in found["trials"].values() if trial["purpose"] == "test"}
-    assert tests == {"static-1", "static-2", *ARMS[1:]}
-    # What was spent beside the test runs: 40 steps a trial, and forks of 3 and 5 steps in those that are annealed.
-    assert point["spent"]["rates"]["steps"] == 2 * 40
-    assert point["spent"]["tuning"]["steps"] == 4 * (40 + 3 + 5)
+    assert tests == {"static-1", "static-2x24", *ARMS[1:]}
+    # What was spent beside the test runs: 40 steps a trial, and two forks in those that are annealed.
+    assert point["spent"]["rates"]["steps"] == 4 * 40
+    assert point["spent"]["tuning"]["steps"] == 3 * (40 + 7 + 10) + (40 + 3 + 5)
 
     ended = {arm: summary(out, f"{arm.replace(':', '.of.')}-seed0") for arm in tests}
     # Arms are paired: equal seeds see the same batches and start from the same weights.
     assert len({ended[arm]["val_curve"][0]["val_loss"] for arm in ("static-1", *SCHEDULES)}) == 1
     assert ended["static_final:onejump"]["shape"] == ended["onejump"]["shape"]
-    assert ended["static_lrpath:onejump"]["layers"] == point["size"]
+    assert ended["static_lrpath:onejump"]["layers"] == int(point["size"][0])
+    assert [layer["width"] for layer in ended["static-2x24"]["shape"]] == [24, 24]
     grafted = sorted(graft["blueprint"] for graft in ended["onejump"]["grafts"])
     assert sorted(graft["blueprint"] for graft in ended["random:onejump"]["grafts"]) == grafted != []
     assert len(ended["static-1"]["annealed"]) == 2
-    # An arm that did not graft is that static size to the bit, with its own rate, and is told as such.
+    # An arm that did not graft is that static size, at its factor on that size's rate, and is told as such.
     assert ended["schedule"]["grafts"] == []
-    for key in ("val_loss", "learning_rate", "parameter_seconds"):
-        assert [p[key] for p in ended["schedule"]["val_curve"]] == [p[key] for p in ended["static-1"]["val_curve"]]
+    rates = [[p["learning_rate"] for p in ended[arm]["val_curve"]] for arm in ("static-1", "onejump", "schedule")]
+    assert rates[1][:3] == rates[0][:3]  # it grows later
+    assert rates[2] == pytest.approx([2 * rate for rate in rates[0]])
     assert "it did not grow" in printed
 
     store = client()
@@ -117,7 +123,7 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")}
     assert sweep.main(["--resume", str(out)]) == 1
     assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")} == before
-    assert [read(out)["points"][0][key] for key in ("rates", "size")] == [point[key] for key in ("rates", "size")]
+    assert [read(out)["points"][0][key] for key in ("settings", "size")] == [point[key] for key in ("settings", "size")]
     assert "failed  onejump-seed2000000: it has not been run to its end" in capfd.readouterr().err
     assert len(children(store, out)) == len(runs)
 
@@ -269,7 +275,7 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
         (["--arms", "static,openloop"], "give --policy CHECKPOINT"),
         (["--seeds", "0"], "seeds is '0'"),
         (["--tune-lr", "--tuning-seeds", "0"], "--tuning-seeds is 0: give at least 1"),
-        (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as --sizes 1,2,4"),
+        (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as 1,2,4"),
         (["--grid", "budget.amont=1,2"], "budget.amont"),
         (["--sizes", "one"], "--sizes 'one'"),
         (["--arms", "static", "--policy", "/nowhere"], "no arm of --arms uses --policy"),

@@ -79,7 +79,13 @@ class SyntheticSweep:
     def point(self, **changes: Any) -> dict[str, Any]:
         """The entry of `sweep["points"]`."""
         budget, clock = {"axis": "parameter_seconds", "amount": BUDGET}, {"kind": "reference", "measured_on": "a core"}
-        own = {"grid": self.grid, "budget": budget, "spec": {"clock": clock}, "size": 2, "schedule": "onejump"}
+        own = {
+            "grid": self.grid,
+            "budget": budget,
+            "spec": {"clock": clock, "host": {}},
+            "size": 2,
+            "schedule": "onejump",
+        }
         return own | changes
 
     def sweep(self, **changes: Any) -> dict[str, Any]:

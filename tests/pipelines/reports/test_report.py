@@ -29,7 +29,13 @@ from esper.platform.errors import UserError
 from tests.pipelines.reports.synthetic_sweeps import BUDGET, FAILED, PROVENANCE, SyntheticSweep, graft, log
 
 EXPERIMENT = "esper-tinystories"
-LOST = {"label": "onejump", "grid": "{}", "status": "failed", "error": "OSError: no space left on the device"}
+LOST = {
+    "label": "onejump",
+    "grid": "{}",
+    "purpose": "test",
+    "status": "failed",
+    "error": "OSError: no space left on the device",
+}
 UNDONE = [graft(site="<b>layer</b> 1", outcome="pruned"), graft(budget_fraction=0.7, blueprint="ffn", outcome="kept")]
 ROLLBACK = {"budget_fraction": 0.8, "decision": 6, "optimizer_step": 80, "fault": "x", "removed": "ffn at layer 1"}
 SWEEP = SyntheticSweep(
@@ -44,7 +50,11 @@ SWEEP = SyntheticSweep(
         ("ppo", 0): {"grafts": UNDONE, "rollbacks": [ROLLBACK], "prunes": [UNDONE[0] | {"budget_fraction": 0.6}]},
     },
 )
-RECORD = SWEEP.sweep(trials={"onejump-2": LOST, "ppo-9": LOST | {"status": "missing", "error": None}})
+RATED = {key: {"label": "tamiyo", "grid": "{}", "status": "done", "purpose": "rates"} for key in ("a", "b")}
+SPENT = {part: {"parameter_seconds": cost, "flops": 1.0} for part, cost in {"rates": 1e6, "tuning": 5e5}.items()}
+TUNED = SWEEP.point(settings={"static-2": [0.003, 0.4], "tamiyo": [1.5, 0.6]}, spent=SPENT)
+MISSING = LOST | {"status": "missing", "error": None}
+RECORD = SWEEP.sweep(trials={"onejump-2": LOST, "ppo-9": MISSING, **RATED}, points=[TUNED])
 FEW = SyntheticSweep(statics={1: 1.4}, grown={}, seeds=(0,), tuning_seeds=())
 
 
@@ -107,6 +117,7 @@ def test_the_page_stands_alone_and_shows_everything(made: SimpleNamespace):
     labels = [*SWEEP.truths(), "onejump-2", "ppo-9", "missing", "failed", "diverged", "did not grow"]
     words = ["no space left on the device", "the loss was not finite", "<b>layer</b> 1", *PROVENANCE.values()]
     words += ["--arms static,ppo & more", "test seeds0, 1, 2"]
+    words += ["static-2 0.003 until 40% (0 runs); tamiyo ×1.5 until 60% (2 runs)", "1,000,000 for the search for rates"]
     for text in (*told, *labels, *words):
         assert text in shown
     assert ">better<" not in made.html  # three seeds
@@ -145,8 +156,7 @@ def test_the_command_says_the_verdict_on_each_grid_point(store, capfd, refused):
             assert all(f"  - {reason}" in printed.out for reason in criterion["withheld"])
 
 
-COSTS = {"rates": 1e6, "tuning": 5e5, "controller": 1.5e6}
-SPENT: dict[str, Any] = {part: {"parameter_seconds": cost, "flops": 1.0} for part, cost in COSTS.items()}
+PAID: dict[str, Any] = SPENT | {"controller": {"parameter_seconds": 1.5e6}}
 TEXT = {"trained_on": "text"}
 ALL = "cost 3,000,000 parameter-seconds that no arm's budget contains: 1,000,000 for the search for rates.*in flight.*"
 
@@ -154,12 +164,12 @@ ALL = "cost 3,000,000 parameter-seconds that no arm's budget contains: 1,000,000
 @pytest.mark.parametrize(
     ("controller", "spent", "ppo", "budgets", "told"),
     [
-        (TEXT, SPENT, 1.3, 4, ALL + r"need 2,\d+,\d+ for that loss: the cost is paid back after 3 uses"),
-        (TEXT, SPENT, 1.1, 1, ALL + "no static run ends as low: what a use saves cannot be said"),
-        (TEXT, SPENT, 1.5, 1, ALL + "a use saves nothing"),
+        (TEXT, PAID, 1.3, 4, ALL + r"need 2,\d+,\d+ for that loss: the cost is paid back after 3 uses"),
+        (TEXT, PAID, 1.1, 1, ALL + "no static run ends as low: what a use saves cannot be said"),
+        (TEXT, PAID, 1.5, 1, ALL + "a use saves nothing"),
         (TEXT, None, 1.1, 1, "is not known"),
-        (TEXT, SPENT | {"controller": None}, 1.1, 1, "is not known"),
-        (None, SPENT, 1.1, 1, "^$"),
+        (TEXT, PAID | {"controller": None}, 1.1, 1, "is not known"),
+        (None, PAID, 1.1, 1, "^$"),
     ],
 )
 def test_after_how_many_uses_the_controller_has_paid(controller, spent, ppo, budgets, told):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
+from esper.pipelines.common.statistics import detectable
 from esper.pipelines.reports.paired_tests import BASELINES, PairedTest, holm
 from esper.pipelines.reports.runs import AXES, Run
 from esper.pipelines.reports.verdict import Verdict, efficiency, judge
@@ -82,6 +83,17 @@ def test_holm_and_p_are_the_fields():
     assert PairedTest(-differences).p == 1
     test = replace(PairedTest(np.array([-0.9, -0.1, -0.5, -1.1, -0.3])), p_holm=0.049)
     assert [each.outcome[0] for each in (test, replace(test, p_holm=0.051))] == ["better", "tie"]
+
+
+@pytest.mark.parametrize("pairs", [2, 5, 20])
+def test_a_difference_of_the_size_that_would_show_shows_in_four_of_five_sweeps(pairs):
+    rng = np.random.default_rng(7)
+    spread = np.array([-1.0, 1.0] * (pairs // 2) + [0.0] * (pairs % 2))
+    least = (detectable(spread) or 0.0) / spread.std(ddof=1)  # in standard deviations
+    drawn = rng.normal(-least, 1, (4000, pairs))
+    shown = (ttest_1samp(drawn, 0, axis=1).pvalue <= 0.05) & (drawn.mean(1) < 0)
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.02)
+    assert detectable(spread[:1]) is None
 
 
 def test_every_grown_arm_is_held_against_every_baseline_on_every_axis():
@@ -171,6 +183,8 @@ CAVEATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("static-2, the best static size, is at the edge", {}, {"sizes": [2, 3, 4]}),
     ("static-4, the best static size, is at the edge", {"size": 4}, {}),
     ("static-1 is the best static size, and the smallest", {"size": 1}, {}),
+    ("static-2, the best static size, is at the edge", {}, {"sizes": [1, 2, 3, "2x96", "2x128"]}),  # of 256 as it is
+    ("static-2, the best static size, is at the edge", {}, {"sizes": [1, 2, 3, "2h8"]}),
     ("rates of the static sizes were not tuned", {}, {"rates_tuned": False}),
     ("size or schedule was chosen on the test seeds", {}, {"tuning_seeds": []}),
     ("size or schedule was chosen on the test seeds", {"schedule": None}, {}),
@@ -197,6 +211,8 @@ def test_what_withholds_nothing():
     elsewhere = {"lag-9": LAG | {"grid": '{"budget.amount": 1}'}, "tamiyo-1": LAG | {"status": "done"}}
     truth = SyntheticSweep(grown=WINS, edits={("static-2", 4): {"steps": 96}})
     assert judged(truth, trials=elsewhere).criteria[0].outcome == "met"
+    between = [1, "2x96", 2, "1x512", 3, "2x512"]  # larger and smaller ones in each dimension
+    assert judged(truth, sizes=between).criteria[0].outcome == "met"
     [caveat] = judged(replace(truth, edits={("static-2", 4): {"steps": 94}})).criteria[0].withheld
     assert "Equal measured budgets gave static-2 from 94 to 100 steps, more than 5% apart" in caveat
 
@@ -239,6 +255,7 @@ LOWEST = "At 1,000,000 parameter-seconds ppo ends lower than all baselines; of t
 def test_a_winner_has_to_win_against_all_three(grown, truth, said, outcomes):
     verdict = judged(SyntheticSweep(grown=grown, **truth))
     assert said in verdict.criteria[0].sentence
+    assert "5 pairs with its spread would show a difference of 0.000" in verdict.criteria[0].sentence  # noise: 0.0001
     assert verdict.criteria[0].outcome == ("not met" if said == NOBODY else "met")
     assert [outcome(verdict, "ppo", baseline) for baseline in BASELINES] == outcomes
     family = [found(verdict, arm) for arm in grown if "random" not in arm]

@@ -2,12 +2,14 @@
 
 import pytest
 
-from esper.pipelines.sweeps.arms import Arm, parse_arms, parse_sizes
+from esper.pipelines.sweeps.arms import Arm, parse_arms
 from esper.pipelines.sweeps.plan import Point, parse_grid
-from esper.pipelines.sweeps.trials import Trial, born, lrpath_spec, size_parameters, with_rates
+from esper.pipelines.sweeps.sizes import Size, parse_sizes
+from esper.pipelines.sweeps.trials import Trial, lrpath_spec, with_rates
 from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.workers.run import GrowthRun
+from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import rate
 
 
@@ -22,7 +24,7 @@ from esper.workers.tolaria.rate import rate
     ],
 )
 def test_static_arms_come_first_one_for_each_size_and_followers_last(text, labels):
-    assert [arm.label for arm in parse_arms(text, (1, 2))] == labels.split()
+    assert [arm.label for arm in parse_arms(text, parse_sizes("1,2"))] == labels.split()
 
 
 @pytest.mark.parametrize(
@@ -34,9 +36,11 @@ def test_static_arms_come_first_one_for_each_size_and_followers_last(text, label
         (parse_arms, "static,tamiyo,static_final:ppo", "'static_final:ppo' cannot be"),
         (parse_arms, "tamiyo,static_final:random", "--arms names tamiyo"),
         (parse_arms, "tamiyo,lag:tamiyo", "'lag:tamiyo' cannot be"),
-        (parse_sizes, "", "is not a list of layers"),
-        (parse_sizes, "1,0", "is not a list of layers"),
-        (parse_sizes, "1,x", "is not a list of layers"),
+        (parse_sizes, "", "is not a list of sizes"),
+        (parse_sizes, "1,0", "layers is '0'"),
+        (parse_sizes, "2x0", "width is '0'"),
+        (parse_sizes, "2h", "is not a list of sizes"),
+        (parse_sizes, "1,x96", "is not a list of sizes"),
         (parse_grid, "budget.amount", "is not of the form"),
         (parse_grid, "budget.amount=", "is not of the form"),
         (parse_grid, "budget.amount=1 budget.amount=2", "twice"),
@@ -46,11 +50,12 @@ def test_static_arms_come_first_one_for_each_size_and_followers_last(text, label
 )
 def test_what_cannot_be(parse, text, sentence):
     with pytest.raises(UserError, match=sentence):
-        parse(*([text, [1]] if parse is parse_arms else [text.split()] if parse is parse_grid else [text]))
+        parse(*([text, parse_sizes("1")] if parse is parse_arms else [text.split()] if parse is parse_grid else [text]))
 
 
 def test_sizes_and_a_grid_that_spans_every_combination_also_of_lists_and_objects(tiny_spec):
-    assert parse_sizes("4, 1,2,1") == [1, 2, 4]
+    assert list(map(str, parse_sizes("4, 1,2x96,1h4,3x8h2,1"))) == ["4", "1", "2x96", "1h4", "3x8h2"]
+    assert list(map(str, parse_sizes("1,1"))) == ["1"]
     points = parse_grid(["budget.amount=20,40", "host.n_head=1,2,4"])
     assert len(points) == 6
     assert points[1] == {"budget.amount": 20, "host.n_head": 2}
@@ -71,10 +76,18 @@ def test_names_tell_trials_apart(tiny_spec):
 
 
 def test_a_static_size_may_be_larger_than_growing_may_get_and_has_its_own_rate(tiny_spec):
-    spec = with_rates(born(tiny_spec, 5), {5: 0.02, 1: 0.03})
+    one, five = parse_sizes("1,5")
+    spec = with_rates(five.born(tiny_spec), [(five, 0.02), (one, 0.03)])
     assert (spec.host.n_layer, spec.growth.max_layers) == (5, 5)
-    assert rate(spec.optimizer, 0.5, size_parameters(tiny_spec, 5)) == 0.02
-    assert rate(spec.optimizer, 0.5, size_parameters(tiny_spec, 1)) == 0.03
+    assert rate(spec.optimizer, 0.5, five.parameters(tiny_spec)) == 0.02
+    assert rate(spec.optimizer, 0.5, one.parameters(tiny_spec)) == 0.03
+
+
+def test_a_static_size_of_widths_and_heads_is_the_shape_that_grafts_of_these_lead_to(tiny_spec):
+    grown = start_shape(tiny_spec, 96).with_units("h0.ffn", 8).with_units("h0.attention", 1)
+    assert start_shape(Size.of("1x72h3").born(tiny_spec), 96).layers == grown.layers
+    assert start_shape(Size.of("1x72h3").born(tiny_spec), 96).head_dim == grown.head_dim
+    assert Size.of("1x64h2").parameters(tiny_spec) == Size.of("1").parameters(tiny_spec)
 
 
 def test_a_static_size_under_another_runs_rate(tiny_spec, tokens):
@@ -90,7 +103,7 @@ def test_a_static_size_under_another_runs_rate(tiny_spec, tokens):
     changes = {"optimizer.rate_exponent": 0.5, "optimizer.rate_parameters": 3000, "growth.probation_steps": 8}
     curves, spec = [], tiny_spec.overridden(changes)
     grown = rates(spec, 2)
-    followed = lrpath_spec(spec, 1, curves[0])
+    followed = lrpath_spec(spec, Size(layers=1), curves[0])
     assert followed.host.n_layer == 1
     assert rates(followed, -1) == pytest.approx(grown, rel=1e-6)
     assert grown[0] > 1.1 * grown[5]  # the graft has lowered it

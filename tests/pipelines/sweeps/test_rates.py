@@ -1,4 +1,4 @@
-"""The search for a learning rate, on losses with a known best rate, and the rates by size that it leads to."""
+"""The search for a learning rate and its decay, on losses with a known best, and the rates by size it leads to."""
 
 import math
 
@@ -6,38 +6,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.pipelines.sweeps.rates import FACTOR, ROUNDS, best_rate, bracketed, next_rates
+from esper.pipelines.sweeps.rates import DECAYS, FACTOR, ROUNDS, Setting, best_setting, bracketed, next_settings
 from esper.platform.spec import OptimizerSpec
 from esper.workers.tolaria.rate import stable_rate
 
 
-def search(start: float, best: float) -> dict[float, list[float]]:
-    """Rates tried, where the loss is a parabola in the logarithm with its bottom at `best`."""
-    losses: dict[float, list[float]] = {}
+def search(start: float, best: float, decay: float = 0.4) -> dict[Setting, list[float]]:
+    """What is tried, where the loss is a parabola in the decay and the rate's logarithm, with a bottom there."""
+    losses: dict[Setting, list[float]] = {}
     for _ in range(ROUNDS):
-        rates = next_rates(start, losses)
-        losses |= {rate: [math.log(rate / best) ** 2 + 1, math.log(rate / best) ** 2 + 1.1] for rate in rates}
+        for setting in next_settings(start, DECAYS, losses):
+            loss = math.log(setting.rate / best) ** 2 + (setting.decay_from - decay) ** 2
+            losses[setting] = [loss + 1, loss + 1.1]
     return losses
 
 
-@given(st.floats(1e-5, 0.1), st.floats(-4.4, 4.4))
-def test_it_ends_within_half_a_factor_of_the_best_which_lies_between_two_others(start, powers):
+@given(st.floats(1e-5, 0.1), st.floats(-4.4, 4.4), st.sampled_from(DECAYS))
+def test_it_ends_within_half_a_factor_of_the_best_which_lies_between_two_others(start, powers, decay):
     best = start * FACTOR**powers
-    losses = search(start, best)
-    assert abs(math.log(best_rate(losses) / best)) <= math.log(FACTOR) * 0.51 + 0.01  # 0.01: rates are rounded
+    losses = search(start, best, decay)
+    found = best_setting(losses)
+    assert abs(math.log(found.rate / best)) <= math.log(FACTOR) * 0.51 + 0.01  # 0.01: rates are rounded
+    assert found.decay_from == decay
     assert bracketed(losses)
-    assert next_rates(start, losses) == []
+    assert next_settings(start, DECAYS, losses) == []
+    assert len(losses) <= len(DECAYS) + ROUNDS
 
 
 def test_it_stops_after_some_rounds_where_the_best_is_far_away():
     losses = search(1e-3, 1.0)
-    assert len(losses) == 3 + ROUNDS - 1
+    assert len(losses) == len(DECAYS) + ROUNDS
     assert not bracketed(losses)
 
 
 def test_a_run_that_failed_is_never_the_best_and_of_equal_rates_it_is_the_lowest():
-    assert best_rate({0.1: [math.inf, 1.0], 0.2: [2.0, 2.0]}) == 0.2
-    assert best_rate({0.2: [1.0], 0.1: [1.0]}) == 0.1
+    low, high = Setting(0.1, 0.4), Setting(0.2, 0.4)
+    assert best_setting({low: [math.inf, 1.0], high: [2.0, 2.0]}) == high
+    assert best_setting({high: [1.0], low: [1.0]}) == low
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-6, 1)), min_size=1, unique_by=lambda pair: pair[0]))

@@ -1,0 +1,62 @@
+"""The static sizes of a sweep, `2` or `2x96h4` (layers × MLP width, heads); and the specs of networks born so."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Self
+
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
+from esper.platform.spec import Heads, HostSpec, Layers, Neurons, RunSpec
+
+FORM = re.compile(r"(\d+)(?:x(\d+))?(?:h(\d+))?")
+
+
+class Size(Frozen):
+    """Layers that are all alike; None is the preset's."""
+
+    layers: Layers
+    width: Neurons | None = None  # of an MLP
+    heads: Heads | None = None  # of a layer, each of the preset's dimension
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Read `2x96h4`. Raises UserError for anything else."""
+        if not (found := FORM.fullmatch(text.strip())):
+            raise UserError(f"--sizes {text!r} is not a list of sizes: write it as 1,2,2x96,1x256h4, layers x width.")
+        return cls.checked(dict(zip(cls.model_fields, found.groups(), strict=True)), f"--sizes {text}")
+
+    @property
+    def only_layers(self) -> bool:
+        """Whether all else is the preset's."""
+        return self.width is None and self.heads is None
+
+    def __str__(self) -> str:
+        return f"{self.layers}" + f"x{self.width}" * bool(self.width) + f"h{self.heads}" * bool(self.heads)
+
+    def numbers(self, host: HostSpec) -> tuple[int, int, int]:
+        """Layers, width and heads."""
+        return self.layers, self.width or host.mlp_width or 4 * host.n_embd, self.heads or host.n_head
+
+    def born(self, spec: RunSpec, **optimizer: Any) -> RunSpec:
+        """The spec of a run of this size."""
+        layers, width, heads = self.numbers(spec.host)
+        own = [{"uid": uid, "width": width, "heads": heads} for uid in range(layers)]
+        return born(spec, layers if self.only_layers else own, **optimizer)
+
+    def parameters(self, spec: RunSpec) -> int:
+        """Without embeddings."""
+        from esper.workers.tolaria.hosts import start_shape  # torch: seconds that `esper sweep --help` does not take
+
+        return start_shape(self.born(spec), vocab_size=1).parameters_count(non_embedding=True)
+
+
+def parse_sizes(text: str) -> list[Size]:
+    """The sizes that `--sizes` names, each once."""
+    return list(dict.fromkeys(map(Size.of, text.split(","))))
+
+
+def born(spec: RunSpec, layers: int | Sequence[dict[str, Any]], **optimizer: Any) -> RunSpec:
+    """With so many layers from the start, all alike; or with these (a summary's `shape`)."""
+    count, own = (layers, None) if isinstance(layers, int) else (len(layers), layers)
+    values = {"host.n_layer": count, "host.layers": own, "growth.max_layers": max(count, spec.growth.max_layers)}
+    return spec.overridden({**values, **{f"optimizer.{key}": value for key, value in optimizer.items()}})
