@@ -35,9 +35,10 @@ def bound(each: Trainer) -> Trainer:
     package = each.package()
     while package is not None and package.building():
         time.sleep(0.1)
-    if package is None or not package.there:
+    if package is not None:
+        each.bind(package)
+    if not each.bound:
         raise RuntimeError(f"no compiled step: {package.failure.read_text() if package else 'not of this spec'}")
-    each.bind(package)
     return each
 
 

@@ -260,18 +260,20 @@ class GrowthRun(Episode):
 
     def _go_compiled(self) -> None:
         """Bind the compiled step; one that is being built is waited for by the reference clock, not by the wall's."""
-        package = self.trainer.package()
-        if package is not None and package.building() and self.spec.clock.kind == "reference":
+        package, begun = self.trainer.package(), time.perf_counter()
+        if package is None:
+            self.path = "eager"
+            return
+        if package.building() and self.spec.clock.kind == "reference":
             say("waiting for a compiled step, which takes about a minute to build (not with trainer.compile=off)")
             while package.building():
                 time.sleep(WAITED)
                 self._pause()
-        if package is not None and package.there:
-            self.trainer.bind(package)
-        elif package is None or package.failed:
+            self.ledger.wall_seconds += time.perf_counter() - begun
+        self.trainer.bind(package)
+        if package.failed:
             self.path = "eager"
-            if package is not None:
-                say(f"a compiled step could not be built, so such steps stay eager ({package.failure} says why)")
+            say(f"a compiled step could not be built, so such steps stay eager ({package.failure} says why)")
 
     def _pause(self) -> None:
         if self.on_step is not None:

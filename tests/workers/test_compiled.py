@@ -13,6 +13,7 @@ import torch
 from esper.platform.checkpoint import pack, unpack
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
+from esper.platform.storage import write_bytes
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria import compiled
@@ -170,6 +171,14 @@ def test_a_build_that_fails_leaves_runs_eager(spec, tokens, tmp_path, monkeypatc
     assert paths(run, *[None] * 3) == [BUILDING, EAGER, EAGER]
     assert "could not be built" in capsys.readouterr().err
     assert "Error" in next((tmp_path / "steps").glob("*.failed")).read_text()
+
+
+def test_a_package_that_cannot_be_loaded_leaves_runs_eager(spec, tokens, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ESPER_CACHE", str(tmp_path))
+    run = begun(changed(spec, optimizer={"eps": 1e-7}), tokens)
+    write_bytes(run.trainer.package().path, b"PK")
+    assert paths(run, *[None] * 3) == [BUILDING, EAGER, EAGER]
+    assert "could not be built" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

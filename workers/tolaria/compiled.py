@@ -6,9 +6,11 @@ Parameters and moments are its inputs and change in place: evaluation, saving an
 
 import atexit
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -30,7 +32,6 @@ from esper.platform.spec import HostSpec, LayerSpec, OptimizerSpec, RunSpec
 from esper.platform.storage import cache, write_bytes, write_text
 from esper.workers.tolaria.model.transformer import TransformerHost
 
-FORMAT = 1  # of a package's inputs and output; to be raised whenever `_step` changes
 SAVED = 1 / 3  # of a step's time: half at the `demo` preset's size, a quarter at `tinystories-char` with 4 layers
 BUILD_SECONDS = 45.0  # of a core; 25 to 60 were measured for 1 to 4 layers
 BUILD_LIMIT = 600  # seconds, then a build has failed
@@ -71,17 +72,18 @@ class Package:
 
     def __init__(self, spec: RunSpec, host: TransformerHost, device: str) -> None:
         layers = [layer.model_copy(update={"uid": i}) for i, layer in enumerate(host.shape.layers)]
-        born = host.spec.model_copy(update={"n_layer": len(layers), "layers": tuple(layers)})
+        sizes = {"n_layer": len(layers), "layers": tuple(layers), "head_dim": host.shape.head_dim}
+        unused = {"n_head": 1, "mlp_width": None}
         optimizer = {"betas", "eps", "weight_decay", "grad_clip"}
         content = {
-            "host": born.model_dump(mode="json"),
+            "host": host.spec.model_copy(update=sizes | unused).model_dump(mode="json"),
             "vocab_size": host.shape.vocab_size,
             "batch_size": spec.data.batch_size,
             "optimizer": spec.optimizer.model_dump(mode="json", include=optimizer),
             "dtype": spec.dtype,
             "threads": spec.threads,
             "device": device,
-            "made_by": [FORMAT, torch.__version__, _processor() if device == "cpu" else torch.cuda.get_device_name()],
+            "made_for": [*_machine(), torch.cuda.get_device_name() if device == "cuda" else ""],
         }
         self.order = json.dumps(content, sort_keys=True)
         self.path = cache("steps") / f"{hashlib.sha256(self.order.encode()).hexdigest()[:24]}.pt2"
@@ -114,6 +116,18 @@ class Package:
             )
         return True
 
+    def loader(self) -> Any:
+        """torch's loader of it; None, and a failure from now on, where it cannot be loaded."""
+        # torch._inductor.aoti_load_package imports the compiler, 2 s, to put the inputs in a list.
+        aoti: Any = getattr(torch._C, "_aoti")  # noqa: B009  (its stubs leave it out)
+        try:
+            if self.path not in _loaders:
+                _loaders[self.path] = aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
+        except RuntimeError as error:
+            write_text(self.failure, str(error))
+            self.path.unlink(missing_ok=True)
+        return _loaders.get(self.path)
+
 
 class CompiledStep:
     """A package bound to a host's parameters and their AdamW states, while these stay the same tensors.
@@ -121,12 +135,8 @@ class CompiledStep:
     n parameters, each of which has taken an eager step. A copy has to be bound anew.
     """
 
-    def __init__(self, package: Package, host: TransformerHost, optimizer: torch.optim.Optimizer) -> None:
-        # torch._inductor.aoti_load_package imports the compiler, 2 s, to put the inputs in a list.
-        if package.path not in _loaders:
-            aoti: Any = getattr(torch._C, "_aoti")  # noqa: B009  (its stubs leave it out)
-            _loaders[package.path] = aoti.AOTIModelPackageLoader(str(package.path), "model", True, 1, -1)
-        self._loader = _loaders[package.path]
+    def __init__(self, loader: Any, host: TransformerHost, optimizer: torch.optim.Optimizer) -> None:
+        self._loader = loader
         self.parameters = list(host.parameters())
         states = [optimizer.state[parameter] for parameter in self.parameters]
         self._steps = torch.stack([state["step"] for state in states])  # (n,), of which the states have views
@@ -202,11 +212,14 @@ def _step(host: TransformerHost, spec: OptimizerSpec, dtype: str) -> Callable[..
     return step
 
 
-def _processor() -> str:
-    """What machine code depends on: a cache may be shared by machines."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^(flags|Features)\s*:.*$", info.read_text() if info.exists() else "", re.MULTILINE)
-    return hashlib.sha256(found[0].encode()).hexdigest()[:12] if found else torch.backends.cpu.get_cpu_capability()
+@functools.cache
+def _machine() -> tuple[str, ...]:
+    """What else a package depends on: code that is traced, torch, the C library, the processor's instructions."""
+    here, info = Path(__file__), Path("/proc/cpuinfo")
+    code = b"".join(path.read_bytes() for path in (here, *sorted((here.parent / "model").glob("*.py"))))
+    flags = re.search(r"^(flags|Features)\s*:.*$", info.read_text() if info.exists() else "", re.MULTILINE)
+    found = code, (flags[0] if flags else torch.backends.cpu.get_cpu_capability()).encode()
+    return torch.__version__, *platform.libc_ver(), *(hashlib.sha256(each).hexdigest() for each in found)
 
 
 @atexit.register

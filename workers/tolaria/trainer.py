@@ -158,8 +158,9 @@ class Trainer:
         return None if unfit else compiled.Package(self._spec, self.host, self.device.type)
 
     def bind(self, package: compiled.Package) -> None:
-        """Take steps by a package that is there, until the host is changed or copied."""
-        self._bound = compiled.CompiledStep(package, self.host, self.optimizer), self._grown
+        """Take steps by a package, if it is there and can be loaded, until the host is changed or copied."""
+        if package.there and (loader := package.loader()) is not None:
+            self._bound = compiled.CompiledStep(loader, self.host, self.optimizer), self._grown
 
     @property
     def bound(self) -> bool:
