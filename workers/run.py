@@ -253,8 +253,9 @@ class GrowthRun(Episode):
         if self.path != "eager":
             return "compiled"
         if self.spec.trainer.compile == "auto":  # a package that is there does not count
-            left = self._seconds_of(self.clock.amount - self.reading())
-            if left * compiled.SAVED < compiled.BUILD_SECONDS or compiled.compiler() is None:
+            steps = (self.clock.amount - self.reading()) / float(self.layout.axis_per_step[0])
+            pays = compiled.pays(self.spec.clock, self.shape.depth(), self.layout.step_seconds, steps)
+            if not pays or compiled.compiler() is None:
                 return "eager"
         return "building" if package.building() or package.there else "eager"
 

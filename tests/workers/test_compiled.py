@@ -200,12 +200,12 @@ def test_what_cannot_be_compiled_is_refused_where_it_is_asked_for(spec, tokens, 
 
 
 def test_auto_compiles_only_what_pays(spec, tokens):
-    """Half a minute saved in all does not pay for a build, whatever is in the cache."""
-    step = begun(spec, tokens).layout.step_seconds
-    worth = int(compiled.BUILD_SECONDS / compiled.SAVED / step)
-    for amount, path in ((worth // 2, "eager"), (worth * 2, "building")):
-        auto = changed(spec, trainer={"compile": "auto"}, budget={"amount": amount, "decisions": 1000})
-        assert begun(auto, tokens, None).path == path
+    """Whatever is in the cache: a build that costs more than is saved does not, nor a step that is all arithmetic."""
+    saved = spec.clock.base_seconds + spec.clock.layer_seconds
+    worth, slow = int(compiled.BUILD_SECONDS / saved), spec.clock.flops_per_second / 1e5
+    for steps, rate, path in ((worth // 2, 5e10, "eager"), (worth * 2, 5e10, "building"), (worth * 2, slow, "eager")):
+        parts = {"budget": {"amount": steps, "decisions": 1000}, "clock": {"flops_per_second": rate}}
+        assert begun(changed(spec, trainer={"compile": "auto"}, **parts), tokens, None).path == path
 
 
 def test_the_wall_clock_does_not_wait(spec, tokens, tmp_path, monkeypatch):

@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from esper.platform.clock import ClockSpec
 from esper.platform.errors import UserError
 from esper.platform.spec import HostSpec, LayerSpec, OptimizerSpec, RunSpec
 from esper.platform.storage import cache, write_bytes, write_text
 from esper.workers.tolaria.model.transformer import TransformerHost
 
-SAVED = 1 / 3  # of a step's time: half at the `demo` preset's size, a quarter at `tinystories-char` with 4 layers
-BUILD_SECONDS = 45.0  # of a core; 25 to 60 were measured for 1 to 4 layers
+BUILD_SECONDS = 45.0  # of a core; 20 to 60 were measured for 1 to 4 layers
+LEAST_SAVED = 0.05  # of a step's time, to be worth other last bits
 BUILD_LIMIT = 600  # seconds, then a build has failed
 
 _builds: dict[Path, subprocess.Popen] = {}  # begun by this process
@@ -65,6 +66,17 @@ def check(spec: RunSpec) -> None:
     if spec.trainer.compile == "on" and compiler() is None:
         missing = f"there is no C++ compiler {os.environ.get('CXX') or 'g++'!r} here"
         raise UserError(f"trainer.compile is 'on', but {missing}: install one, name one in CXX, or set it to off.")
+
+
+def pays(clock: ClockSpec, depth: int, step_seconds: float, steps: float) -> bool:
+    """Whether `steps` more steps, of so many predicted seconds, save more than a build takes.
+
+    A compiled step saves about what a step costs whatever its size, which the clock's formula tells apart: 0.6 of it was
+    measured for the `demo` preset, 1 and 1.2 to 2 for `tinystories-char` with 1 and 4 layers; nothing for a host whose
+    matrix products are nearly all its time.
+    """
+    saved = clock.base_seconds + clock.layer_seconds * depth
+    return saved * steps > BUILD_SECONDS and saved > LEAST_SAVED * step_seconds
 
 
 class Package:
