@@ -71,7 +71,7 @@ def check(spec: RunSpec) -> None:
 def pays(clock: ClockSpec, depth: int, step_seconds: float, steps: float) -> bool:
     """Whether `steps` more steps, of so many predicted seconds, save more than a build takes.
 
-    A compiled step saves about what a step costs whatever its size, which the clock's formula tells apart: 0.6 of it was
+    A compiled step saves about what a step costs whatever its size, which the clock's formula tells: 0.6 of that was
     measured for the `demo` preset, 1 and 1.2 to 2 for `tinystories-char` with 1 and 4 layers; nothing for a host whose
     matrix products are nearly all its time.
     """
