@@ -357,9 +357,11 @@ class GrowthRun(Episode):
                     self.grafts[number].outcome = None
         if suspect is not None:
             if suspect.number in self.planted:  # older than the slice
-                self.trainer.kasmina.prune(suspect.site)
+                suspect = self.trainer.kasmina.prune(suspect.site)  # another, where the slice had pruned a newer one
                 self._good = self.trainer.state()
-            self.grafts[suspect.number].outcome = "rolled back"
+            there = {seed.number for seed in self.trainer.kasmina.seeds}
+            for number in {suspect.number, *self.planted} - there:  # those inside it too
+                self.grafts[number].outcome = "rolled back"
             until = self.clock.passed + 1 + self.spec.growth.lockout_decisions
             self.lockout.append((suspect.site, suspect.blueprint, until))
         removed = None if suspect is None else f"{suspect.blueprint} at {suspect.site}"

@@ -133,6 +133,21 @@ def test_a_fault_after_probation_costs_no_graft_and_undoes_a_prune(spec, tokens,
     assert run.grafts[-1].outcome == "kept"
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "gone"),
+    [(("ffn", "h0.ffn"), ("ffn", "h0.ffn"), [1]), (("block", "h0.stream"), ("ffn", "h1.ffn"), [0, 1])],
+    ids=["beside", "inside"],
+)
+def test_a_fault_after_a_prune_of_one_of_two_young_seeds_leaves_true_records(spec, tokens, first, second, gone):
+    run = begun(changed(spec, growth={"probation_steps": 200}), tokens)
+    act(run, *first)
+    act(run, *second)
+    run.on_step = lambda run: poison(run.trainer.host.ln_f.weight) if not run.rollbacks else None
+    act(run, *second, "prune")
+    assert [i for i, graft in enumerate(run.grafts) if graft.outcome == "rolled back"] == gone
+    assert [seed.number for seed in run.trainer.kasmina.seeds] == [i for i in range(2) if i not in gone]
+
+
 def test_three_in_a_row_end_the_run_with_a_sound_checkpoint_and_the_rent_paid(spec, tokens):
     run = started(spec, tokens)
     before, sound = run.loss, weights(run)
