@@ -274,7 +274,8 @@ class GrowthRun(Episode):
         self.trainer.bind(package)
         if package.failed:
             self.path = "eager"
-            say(f"a compiled step could not be built, so such steps stay eager ({package.failure} says why)")
+            told = f"{package.failure} says why; delete it to try again"
+            say(f"a compiled step could not be built, so such steps stay eager ({told})")
 
     def _pause(self) -> None:
         if self.on_step is not None:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from esper.workers.tolaria.model.transformer import TransformerHost
 
 BUILD_SECONDS = 45.0  # of a core; 20 to 60 were measured for 1 to 4 layers
 LEAST_SAVED = 0.05  # of a step's time, to be worth other last bits
-BUILD_LIMIT = 600  # seconds, then a build has failed
+BUILD_LIMIT = 240  # seconds, then a build has failed: less than `fleet.grace`, in which a waiting worker must answer
 
 _builds: dict[Path, subprocess.Popen] = {}  # begun by this process
 _loaders: dict[Path, Any] = {}  # a library is loaded once: a process cannot let go of it
@@ -136,8 +137,9 @@ class Package:
             if self.path not in _loaders:
                 _loaders[self.path] = aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
         except RuntimeError as error:
-            write_text(self.failure, str(error))
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                write_text(self.failure, str(error))
+                self.path.unlink(missing_ok=True)
         return _loaders.get(self.path)
 
 
@@ -236,25 +238,31 @@ def _machine() -> tuple[str, ...]:
 
 @atexit.register
 def end_builds() -> None:
-    """End those that this process has begun."""
+    """End those that this process has begun, compilers included."""
     for build in _builds.values():
-        build.terminate()
+        if build.poll() is None:
+            os.killpg(build.pid, signal.SIGTERM)
         build.wait()
     _builds.clear()
 
 
 def main(order: str, path: Path) -> None:
-    """Build a package, niced, and one at a time on this machine; whole or not at all."""
+    """Build a package, niced, whole or not at all; of processes that want the same one, one does."""
     os.nice(10)
-    with (Path(tempfile.gettempdir()) / f"esper-build-{os.getuid()}.lock").open("w") as lock:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and temporary folders go
+    failure = path.with_suffix(".failed")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() or failure.exists():
+            return
         signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(BUILD_LIMIT)
         try:
-            if not path.exists():
-                write_bytes(path, _build(json.loads(order)))
+            write_bytes(path, _build(json.loads(order)))
         except Exception:
-            write_text(path.with_suffix(".failed"), traceback.format_exc())
+            with suppress(OSError):
+                write_text(failure, traceback.format_exc())
             raise
 
 
