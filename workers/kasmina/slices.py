@@ -5,6 +5,7 @@ rate is applied after the optimizer's step, as its way from the old to the new v
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -94,5 +95,7 @@ class Apart(Generic[Owner]):
             return
         torch._foreach_copy_(self._before, self._views)  # pyright: ignore[reportPrivateImportUsage]
         optimizer.step()
-        held = [share for owner, slices in self.slowed for share in [1 - weight(owner)] * len(slices)]
-        torch._foreach_lerp_(self._views, self._before, held)  # pyright: ignore[reportPrivateImportUsage]
+        views, before = iter(self._views), iter(self._before)
+        for owner, slices in self.slowed:  # a GPU works on all tensors of a call at once, and owners share some
+            now, then = list(islice(views, len(slices))), list(islice(before, len(slices)))
+            torch._foreach_lerp_(now, then, 1 - weight(owner))  # pyright: ignore[reportPrivateImportUsage]
