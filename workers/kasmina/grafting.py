@@ -100,6 +100,7 @@ class Kasmina:
             raise UserError(f"{blueprint_name!r} cannot be grafted at {site_id!r}: {sites}.")
         if not blueprint.allowed(self.host.shape, site_id):
             raise UserError(f"site {site_id!r} is at the limit that blueprint {blueprint_name!r} sets: {blueprint}.")
+        surgery.check(self.optimizer)
         probation = self.probation_steps * blueprint.patience(self.host, site_id)
         part, resized, added = blueprint.graft(self.host, site_id, torch_stream(self._random, "graft", self.grafts))
         for change in resized:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.platform.contracts import Resized
+from esper.platform.errors import UserError
 
 
 @torch.no_grad()
@@ -27,6 +28,15 @@ def resize(optimizer: Optimizer, change: Resized) -> None:
     if state := optimizer.state.pop(old, None):
         optimizer.state[new] = {key: follow(value) for key, value in state.items()}
     new.grad = follow(old.grad)
+
+
+def check(optimizer: Optimizer) -> None:
+    """Raise UserError where a state has tensors, but for step counts, of other shapes than their parameter's."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                what = f"{type(optimizer).__name__} cannot follow a graft: its {key!r} has not its parameter's shape"
+                raise UserError(f"{what}: take an optimizer whose state is per weight, as AdamW's is.")
 
 
 def add(optimizer: Optimizer, pairs: Iterable[tuple[Any, Any]]) -> None:

@@ -150,6 +150,17 @@ def test_other_optimizers_grow_too(make):
     assert_owned(kasmina)
 
 
+def test_an_optimizer_whose_state_cannot_grow_is_told_of_before_anything_changes():
+    host, _ = small()
+    kasmina = Kasmina(host, torch.optim.Adafactor(host.parameters()))
+    train(host, kasmina)
+    shape = host.shape
+    with pytest.raises(UserError, match="Adafactor cannot follow a graft: its 'row_var'"):
+        kasmina.graft("h0.ffn", "ffn")
+    assert (host.shape, kasmina.grafts) == (shape, 0)
+    train(host, kasmina)
+
+
 @pytest.mark.parametrize(
     ("site", "blueprint", "sentence"),
     [
