@@ -20,6 +20,7 @@ from step import PlainGPT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from esper.pipelines.common.play import play
+from esper.pipelines.reports.verdict import moved_by
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec, load_spec
 from esper.policies.schedule import Entry, SchedulePolicy
@@ -188,7 +189,7 @@ def growth(device: str) -> Iterator[Row]:
     run.reset()
     summary = play(run, SchedulePolicy(plan), arm="schedule")
     losses = [point["val_loss"] for point in summary["val_curve"]]
-    moved = max(abs((each["val_loss_after"] or 99.0) - each["val_loss_before"]) for each in summary["grafts"])
+    moved = max(moved_by(each) for each in summary["grafts"])
     rise = max(after - before for before, after in pairwise(losses))
     outcomes = ", ".join(f"{each['blueprint']} {each['outcome']}" for each in summary["grafts"])
     yield "grown: grafts", "3, all kept", outcomes

@@ -77,7 +77,7 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     if not grown:
         return Criterion("Mechanics", "Whether growing does harm cannot be said: no run grew.", "cannot say")
     grafts = [graft for run in grown for graft in run.summary["grafts"]]
-    change = max(_moved(graft) for graft in grafts)
+    change = max(moved_by(graft) for graft in grafts)
     undone = sum(graft["outcome"] == "rolled back" for graft in grafts)
     diverged = [f"{run.label} on seed {run.seed}" for run in grown if run.diverged]
     sentence = (
@@ -89,7 +89,7 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     return Criterion("Mechanics", sentence, "met" if met else "not met")
 
 
-def _moved(graft: dict[str, Any]) -> float:
+def moved_by(graft: dict[str, Any]) -> float:
     """By how many nats a graft moved the loss: as evaluated, or at most, as a logit moves a loss by at most twice."""
     if graft.get("identity") is not None:
         return 2 * graft["identity"]
