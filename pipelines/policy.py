@@ -16,6 +16,7 @@ from esper.policies.arms import ARMS
 from esper.policies.named_schedules import NAMED
 
 TRAINED, OPENLOOP, BOUND = "ppo", "openloop", "bound"  # the policy itself, its median schedule, the oracle's bound
+PLANNER = "planner"
 PLAYED = (*(arm for arm in ARMS if arm != TRAINED), OPENLOOP, BOUND)
 
 
@@ -33,6 +34,15 @@ class PlayArguments(InfoArguments):
     episodes: int | None = flag(None, "Play only the first N instances of the set.", ge=1)
 
 
+class FitArguments(Frozen):
+    """Fit loss laws to runs, for arm planner: static ones of three sizes at least, and any that grew."""
+
+    runs: Path = flag(
+        ..., "A folder of runs: of `esper train`, `esper sweep`, or one that has several.", positional=True
+    )
+    out: Path = flag(..., "A new file for the laws; must be given.", "FILE")
+
+
 class EvaluateArguments(PlayArguments, CommonArguments):
     """Play a trained policy and other arms on an instance set, on loss laws or (with --data) on text."""
 
@@ -40,6 +50,7 @@ class EvaluateArguments(PlayArguments, CommonArguments):
         None, f"Of {', '.join(PLAYED)} (default: all that can be had but {', '.join(NAMED)}).", "A,B,C"
     )
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts, not the best on training ones.", "FILE")
+    laws: Path | None = flag(None, "For planner: fitted laws; on loss laws, draws of the preset's without it.", "FILE")
 
 
 class DistillArguments(PlayArguments):
@@ -55,12 +66,14 @@ ACTIONS: dict[str, tuple[type[Frozen], str]] = {
     "info": (InfoArguments, "say what a trained policy is"),
     "evaluate": (EvaluateArguments, "play it and the other arms on an instance set"),
     "distill": (DistillArguments, "write its median schedule as JSON"),
+    "fit": (FitArguments, "fit loss laws to runs, for arm planner"),
 }
 
 
 def run(action: str, arguments: Any) -> None:
     """Do one of the actions, whose module imports torch."""
-    getattr(import_module("esper.pipelines.controllers.policy_actions"), action)(arguments)
+    module = "law_fitting" if action == "fit" else "policy_actions"
+    getattr(import_module(f"esper.pipelines.controllers.{module}"), action)(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,12 @@ from pydantic import model_validator
 from esper.pipelines.common.arguments import ResumableArguments, command, flag
 from esper.policies.arms import ALIASES, ARMS, arm_name
 
-USED_BY = {"policy": "ppo", "schedule": "schedule", "match": "random"}  # what is given → the arm it is for
+USED_BY = {
+    "policy": "ppo",
+    "schedule": "schedule",
+    "match": "random",
+    "laws": "planner",
+}  # what is given → the arm it is for
 
 
 class TrainArguments(ResumableArguments):
@@ -23,6 +28,7 @@ class TrainArguments(ResumableArguments):
     policy: Path | None = flag(None, "For ppo: a policy that `esper ppo` trained.")
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
     match: Path | None = flag(None, "For random: a summary.json, to graft as often and the same kinds.", "FILE")
+    laws: Path | None = flag(None, "For planner: loss laws that `esper policy fit` fitted.", "FILE")
 
     @model_validator(mode="after")
     def _uses_what_is_given(self) -> Self:

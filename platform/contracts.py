@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from esper.platform.frozen import Frozen
 from esper.platform.telemetry import CHECKED, Telemetry
+
+if TYPE_CHECKING:
+    from esper.platform.law_file import FittedLaws
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SiteKind = Literal["pre_attention", "post_ffn", "residual_stream"]
@@ -170,9 +173,11 @@ class Worker(Protocol):
 
 
 class Probe(Protocol):
-    """Tries actions on copies of the run: training losses on equal batches, float64 (len(actions), optimizer_steps)."""
+    """What a policy may ask of the run that it decides for."""
 
+    # Tries actions on copies: training losses on equal batches, float64 (len(actions), optimizer_steps).
     def twins(self, actions: Sequence[GraftAction], optimizer_steps: int) -> np.ndarray: ...
+    def forecast(self, laws: "FittedLaws") -> np.ndarray: ...  # expected final loss of each row, nats; ∞: none
 
 
 @runtime_checkable

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.errors import UserError, unknown
+from esper.platform.law_file import FIT, FittedLaws
+from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json
 from esper.policies.lag import LagPolicy
 from esper.policies.named_schedules import NAMED
+from esper.policies.planner import PlannerPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.static import StaticPolicy
 from esper.policies.tamiyo import TamiyoPolicy
@@ -23,13 +26,14 @@ class ArmInputs:
     policy: Path | None = None  # a trained policy, for `ppo`
     schedule: Path | None = None  # a JSON file, for `schedule`; those of `named_schedules.py` are arms of their own
     match: Path | None = None  # `summary.json` of a run whose grafts `random` should match in number and kind
-    blueprints: tuple[str, ...] | None = None  # those the run has: a schedule or a match may name no others
+    laws: Path | None = None  # fitted loss laws, for `planner`
+    spec: RunSpec | None = None  # the run's: a schedule or a match may name its blueprints only, laws are of its preset
 
     def check(self, what: str, wanted: Iterable[str]) -> None:
         """Raise UserError where the run lacks a blueprint."""
         for name in wanted:
-            if self.blueprints is not None and name not in self.blueprints:
-                raise unknown(f"blueprint in {what}", name, self.blueprints)
+            if self.spec is not None and name not in self.spec.growth.blueprints:
+                raise unknown(f"blueprint in {what}", name, self.spec.growth.blueprints)
 
 
 def _ppo(inputs: ArmInputs) -> GrowthPolicy:
@@ -46,6 +50,15 @@ def _schedule(inputs: ArmInputs) -> GrowthPolicy:
     policy = SchedulePolicy.load(inputs.schedule)
     inputs.check(f"--schedule {inputs.schedule}", (entry.blueprint for entry in policy.entries))
     return policy
+
+
+def _planner(inputs: ArmInputs) -> GrowthPolicy:
+    if inputs.laws is None:
+        raise UserError(f"arm 'planner' needs fitted laws: give --laws FILE, made by `{FIT}`.")
+    laws = FittedLaws.read(inputs.laws)
+    if inputs.spec is not None:
+        laws.check(inputs.spec)
+    return PlannerPolicy(laws)
 
 
 def _named(name: str, inputs: ArmInputs) -> GrowthPolicy:
@@ -76,6 +89,7 @@ ARMS: dict[str, Callable[[ArmInputs], GrowthPolicy]] = {
     **{name: partial(_named, name) for name in NAMED},
     "tamiyo": lambda inputs: TamiyoPolicy(),
     "lag": lambda inputs: LagPolicy(),
+    "planner": _planner,
     "ppo": _ppo,
 }
 ALIASES = {"baseline": "static", "heuristic": "tamiyo"}

@@ -17,10 +17,13 @@ from esper.platform.clock import DecisionClock
 from esper.platform.contracts import GraftAction, HostShape, Instance, Transition
 from esper.platform.errors import UserError, in_a_sentence
 from esper.platform.frozen import Frozen
+from esper.platform.law_file import FittedLaws
 from esper.platform.ledger import AXES, Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
 from esper.workers.kasmina.registry import Natural, Planted
+from esper.workers.laws.forecast import forecast
+from esper.workers.laws.scaling_law import SIZE, size_of
 from esper.workers.observe import Measured, Observer, batch_tokens
 from esper.workers.tolaria.hosts import start_shape
 
@@ -216,6 +219,10 @@ class Episode(ABC):
             self.ledger.add(ledger.less(before))
         return np.array(losses)
 
+    def forecast(self, laws: FittedLaws) -> np.ndarray:
+        """Expected final loss of each row, nats, float64 (A',); ∞: not legal, or not foretold."""
+        return forecast(self, laws)
+
     def summary(self) -> dict[str, Any]:
         """Loss, sizes, ledger axes, curve and changes so far, as JSON values."""
         return {
@@ -303,7 +310,11 @@ class Episode(ABC):
 
     def _point(self) -> Point:
         axes = {axis: getattr(self.ledger, axis) for axis in (*AXES, "wall_seconds")}
-        return {"budget_fraction": self.fraction(), **axes, "parameters": self.layout.parameters, "val_loss": self.loss}
+        sizes = {
+            "parameters": self.layout.parameters,
+            **dict(zip(SIZE, map(int, size_of(self.shape)[:, 0]), strict=True)),
+        }
+        return {"budget_fraction": self.fraction(), **axes, **sizes, "val_loss": self.loss}
 
     def _seconds_of(self, amount: float) -> float:
         """Predicted seconds of `amount` on the budget's axis at the current size."""

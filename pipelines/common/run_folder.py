@@ -21,6 +21,7 @@ from esper.pipelines.common.preset import describe
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
+from esper.platform.law_file import FittedLaws
 from esper.platform.provenance import INPUTS, PINS, SPEC, check_pins, pin
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import alone, check_unused, read_json, write_json
@@ -141,6 +142,12 @@ class RunFolder(Frozen):
             raise UserError(f"MLflow did not take everything of {self.out}: try again once it is there.")
         say(f"MLflow has had everything of {self.out} now.")
         return True
+
+    def tell_laws(self, path: Path | None) -> None:
+        """Say what differs between these runs and those that laws were fitted to, if anything."""
+        unlike = [] if path is None else FittedLaws.read(path).unlike(self.spec, self._fingerprint or "")
+        if unlike:
+            say(f"notice  {path} was fitted to runs that differ from these in {', '.join(unlike)}")
 
     def _check_text(self) -> None:
         manifest, block = self.tokens.manifest, self.spec.host.block_size

@@ -35,6 +35,7 @@ def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]
     files = {**files, "policy": policy and policy_file(policy)}
     _policy(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
     folder = RunFolder.new(arguments, spec, f"train-{arm}")
+    folder.tell_laws(files["laws"])
     with folder.begin("train", {"arm": arm}, files) as inputs:
         growth = GrowthRun(spec, folder.tokens)
         growth.reset(seed=folder.seed)
@@ -150,5 +151,5 @@ def _report(summary: Mapping[str, Any], fraction: float) -> None:
 
 def _policy(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:
     """The arm's controller, from the files that the user named or their copies."""
-    given = {name: files.get(name) for name in ("policy", "schedule", "match")}
-    return make_policy(arm, ArmInputs(seed=seed, blueprints=tuple(spec.growth.blueprints), **given))
+    given = {name: files.get(name) for name in ("policy", "schedule", "match", "laws")}
+    return make_policy(arm, ArmInputs(seed=seed, spec=spec, **given))

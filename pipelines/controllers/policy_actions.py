@@ -17,7 +17,7 @@ from esper.pipelines.common.preset import describe, resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.controllers.evaluation import Evaluation, Summaries, as_json
-from esper.pipelines.policy import BOUND, OPENLOOP, PLAYED, TRAINED
+from esper.pipelines.policy import BOUND, OPENLOOP, PLANNER, PLAYED, TRAINED
 from esper.platform.console import say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.errors import UserError, unknown
@@ -25,15 +25,17 @@ from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, write_json
 from esper.policies.arms import ALIASES, ArmInputs, make_policy
 from esper.policies.named_schedules import NAMED
+from esper.policies.planner import PlannerPolicy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.simic.policy import SimicPolicy, policy_file
 from esper.workers.instances import SetName, instance_set
-from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.laws.surrogate import SurrogateRun, drawn_laws
 from esper.workers.run import GrowthRun
 
 if TYPE_CHECKING:
     from esper.pipelines.policy import DistillArguments, EvaluateArguments, InfoArguments
 
+MEMBERS = 32  # draws of the preset's laws that `planner` plays by on loss laws
 ON_TEXT = 4  # instances that are played where the user does not say how many
 ON_LAWS_ONLY = ("schedule", OPENLOOP, BOUND)  # a schedule may also be given
 REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens", "grafts", "prunes")
@@ -57,12 +59,17 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     policy, spec = SimicPolicy.load(file), spec_for(arguments, file, on_text=on_text)
     if arguments.schedule is not None:
         schedules["schedule"] = SchedulePolicy.load(arguments.schedule).entries
-    arms = parse_arms(arguments.arms, on_text=on_text, given=schedules)
-    inputs = ArmInputs(schedule=arguments.schedule, blueprints=tuple(spec.growth.blueprints))
-    for arm in {*schedules, *NAMED.keys() & arms}:
-        make_policy(arm, inputs)  # refuses a blueprint that the runs lack
+    given = {*schedules, *([] if arguments.laws is None else [PLANNER])}
+    arms = parse_arms(arguments.arms, on_text=on_text, given=given)
+    inputs = ArmInputs(schedule=arguments.schedule, laws=arguments.laws, spec=spec)
+    ready: dict[str, GrowthPolicy] = {TRAINED: policy}
+    if PLANNER in arms and PLANNER not in given and not on_text:
+        ready[PLANNER] = PlannerPolicy(drawn_laws(spec, range(MEMBERS)))
+    for arm in {*schedules, *({*NAMED, PLANNER} & {*arms} - ready.keys())}:
+        make_policy(arm, inputs)  # refuses a blueprint that the runs lack, and laws of others
     chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None))
     place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
+    place.tell_laws(arguments.laws if on_text else None)
     make_run = partial(GrowthRun, spec, place.tokens) if on_text else partial(SurrogateRun, spec)
     here, where = Evaluation(spec, chosen, make_run, arguments.seed), "text" if on_text else "loss laws"
     write_json(place.out / "spec.json", spec.model_dump(mode="json"))
@@ -70,7 +77,7 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     choose(arms, policy, here, schedules)
     played = {}
     for arm in (*[arm for arm in arms if arm != BOUND], TRAINED):
-        played[arm] = here.play(arm, partial(_player, arm, policy, schedules))
+        played[arm] = here.play(arm, partial(_player, arm, ready, schedules, inputs))
         say(f"  {arm}: played")
     bounds = here.bounds() if BOUND in arms else None
     reference = next((arm for arm in ("schedule", "static") if arm in played), None)
@@ -110,10 +117,12 @@ def choose(arms: list[str], policy: SimicPolicy, here: Evaluation, schedules: di
             schedules[arm] = best
 
 
-def _player(arm: str, policy: SimicPolicy, schedules: Mapping[str, list[Entry]], seed: int) -> GrowthPolicy:
-    if arm == TRAINED:
-        return policy
-    return SchedulePolicy(schedules[arm]) if arm in schedules else make_policy(arm, ArmInputs(seed))
+def _player(
+    arm: str, ready: Mapping[str, GrowthPolicy], schedules: Mapping[str, list[Entry]], inputs: ArmInputs, seed: int
+) -> GrowthPolicy:
+    if arm in schedules:
+        return SchedulePolicy(schedules[arm])
+    return ready[arm] if arm in ready else make_policy(arm, replace(inputs, seed=seed))
 
 
 def rows(
@@ -181,7 +190,7 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
     """The arms named, without the policy, by default all but the named schedules. UserError for one not to be had."""
     here = [arm for arm in PLAYED if not on_text or arm in given or arm not in ON_LAWS_ONLY]
     if names is None:
-        return [arm for arm in here if arm not in NAMED]
+        return [arm for arm in here if arm not in NAMED and (arm != PLANNER or arm in given or not on_text)]
     arms = [ALIASES.get(name.strip(), name.strip()) for name in names.split(",")]
     for arm in arms:
         if arm not in (*here, TRAINED):

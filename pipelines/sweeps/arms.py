@@ -20,7 +20,7 @@ class Kind:
     plays: str  # the policy of its runs (`policies/arms.py`)
     grows: bool = True  # its runs may graft
     anneals: bool = False  # its loss is also taken annealed on the way: it is a baseline on every axis
-    needs: Literal["policy", "schedule"] | None = None  # that has to be given; a policy may be trained first
+    needs: Literal["policy", "schedule", "laws"] | None = None  # that has to be given; a policy may be trained first
     follows: Literal["may", "must"] | None = None  # it takes after another arm's run on the same seed
 
 
@@ -29,6 +29,7 @@ SCHEDULES = ("schedule", *NAMED)
 KINDS: dict[str, Kind] = {
     **{name: Kind(name, anneals=name in NAMED) for name in ARMS},
     "schedule": Kind("schedule", anneals=True, needs="schedule"),
+    "planner": Kind("planner", needs="laws"),
     STATIC: Kind("static", grows=False, anneals=True),
     RANDOM: Kind("random", follows="may"),  # grafts as often and the same kinds
     PPO: Kind("ppo", needs="policy"),

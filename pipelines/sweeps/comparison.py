@@ -43,6 +43,8 @@ def begin(arguments: SweepArguments, name: str = "sweep") -> int:
     plan = SweepPlan.settled(arguments, spec)
     folder = RunFolder.new(arguments, spec, name)
     files = {"policy": arguments.policy and policy_file(arguments.policy), "schedule": arguments.schedule}
+    files["laws"] = arguments.laws
+    folder.tell_laws(arguments.laws)
     with folder.begin("sweep", plan.model_dump(mode="json"), files) as inputs:
         return compare(folder, plan, inputs)
 

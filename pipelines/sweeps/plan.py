@@ -36,6 +36,7 @@ class SweepArguments(ResumableArguments):
     policy: Path | None = flag(None, "For ppo: a trained policy; without one it is trained first.")
     train_on: TrainedOn = flag("text", "Where no --policy is given: on text, or on loss laws fitted to static runs.")
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
+    laws: Path | None = flag(None, "For planner: loss laws that `esper policy fit` fitted.", "FILE")
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,18 @@ class SweepPlan(Frozen):
             own=tuple(override.partition("=")[0] for override in arguments.set),
             command=tuple(sys.argv),
         )
-        plan._check(arguments.policy, arguments.schedule, spec)
+        plan._check(arguments, spec)
         return plan
 
     def points(self, spec: RunSpec) -> list[Point]:
         """The grid's."""
         return [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
 
-    def _check(self, policy: Path | None, schedule: Path | None, spec: RunSpec) -> None:
-        names, needs = {arm.name for arm in self.arms}, {arm.kind.needs for arm in self.arms}
+    def _check(self, given: SweepArguments, spec: RunSpec) -> None:
+        files: dict[str, Any] = {"policy": given.policy, "schedule": given.schedule, "laws": given.laws}
+        names, needs, policy = {arm.name for arm in self.arms}, {arm.kind.needs for arm in self.arms}, given.policy
         laws, trains = self.train_on == "laws", policy is None and PPO in names
-        unused = {"policy": policy and "policy" not in needs, "schedule": schedule and "schedule" not in needs}
+        unused = {name: path and name not in needs for name, path in files.items()}
         untuned = {"--tune-lr": self.tune_lr, "--train-on laws": laws, f"arm {OPENLOOP!r}": OPENLOOP in names}
         untuned[f"arm {LRPATH!r} with several sizes"] = LRPATH in names and len(self.sizes) > 1
         for flag_name, wrong in {**unused, "train-on laws": laws and not trains}.items():
@@ -114,7 +116,7 @@ class SweepPlan(Frozen):
         if laws and sum(size.only_layers for size in self.sizes) < LAW_SIZES:
             raise UserError(f"--train-on laws needs {LAW_SIZES} depths, as static sizes: give more, such as 1,2,4.")
         for point in self.points(spec):
-            inputs = ArmInputs(policy=policy, schedule=schedule, blueprints=tuple(point.spec.growth.blueprints))
+            inputs = ArmInputs(spec=point.spec, **files)
             for arm in self.arms:
                 if arm.kind.needs != "policy" or policy is not None:
                     make_policy(PPO if arm.kind.needs == "policy" else arm.kind.plays, inputs)

@@ -35,7 +35,7 @@ from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.policies.arms import ArmInputs
 from esper.policies.simic.distill import median_schedule
-from esper.workers.laws.fit import fit_laws, points_of
+from esper.workers.laws.fit import annealed_losses, fit_laws
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import stable_rate
 
@@ -163,9 +163,8 @@ class PointStages:
             say(f"ppo     {self.point}no controller: {error}")
 
     def _with_laws(self, spec: RunSpec) -> RunSpec:
-        fitting = [arm for arm in self._statics if arm.size and arm.size.only_layers]
-        runs = self._summaries(self._trials(fitting, "tuning"))
-        fit = fit_laws(spec, [point for run in runs for point in points_of(run)])
+        runs = self._summaries(self._trials(self._statics, "tuning"))
+        fit = fit_laws(spec, [annealed_losses(run) for run in runs])
         law = ", ".join(f"{name} {value:.3g}" for name, value in asdict(fit.law).items())
         say(f"laws    {law}; off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
         return spec.model_copy(update={"laws": fit.laws})
@@ -195,7 +194,7 @@ class PointStages:
             impossible = str(why)
         if arm.kind.anneals and not spec.budget.cooldowns and setting is None:
             spec = spec.overridden({"budget.cooldowns": COOLDOWNS})
-        inputs, note = ArmInputs(seed, blueprints=tuple(spec.growth.blueprints), **files), ""
+        inputs, note = ArmInputs(seed, spec=spec, **files), ""
         if setting is not None:
             note = f"rate{setting.rate:g}-decay{setting.decay_from:g}"
         return Trial(arm, purpose, seed, self.point, spec, inputs, note, impossible)
@@ -222,7 +221,8 @@ class PointStages:
             if self.settled["controller"] is None:
                 raise UserError(f"there is no controller: {self.settled['no_controller']}")
             return spec, {"policy": Path(self.settled["controller"]["checkpoint"])}
-        return spec, {"schedule": self._inputs["schedule"]} if arm.kind.needs == "schedule" else {}
+        need = arm.kind.needs
+        return spec, {need: self._inputs[need]} if need else {}
 
     def _spec(self, arm: Arm, setting: Setting | None = None) -> RunSpec:
         """An arm's spec under a setting, or under the best that was found for it or for the arm that it follows.

@@ -63,7 +63,7 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert pipeline.main(["evaluate", str(trained), *FEW, "--out", str(out)]) == 0
     table = capsys.readouterr().out.splitlines()
-    arms = ["static", "random", "schedule", "tamiyo", "lag", "openloop", "ppo", "bound"]
+    arms = ["static", "random", "schedule", "tamiyo", "lag", "planner", "openloop", "ppo", "bound"]
     assert [line.split()[0] for line in table[1:]] == arms
     result = evaluation_of(out)
     rows = {row["arm"]: row for row in result["rows"]}
@@ -122,7 +122,10 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("inform {run}", "unknown action 'inform': it must be one of distill, evaluate, info. Did you mean 'info'?"),
+        (
+            "inform {run}",
+            "unknown action 'inform': it must be one of distill, evaluate, fit, info. Did you mean 'info'?",
+        ),
         ("info nowhere", "policy nowhere does not exist"),
         ("evaluate {run} --instances tset", "instances is 'tset': input should be 'train' or 'test'"),
         ("evaluate {run} --arms static,tamio", "unknown arm 'tamio'"),

@@ -75,10 +75,10 @@ def test_planned_grafts_that_were_not_played_are_known(spec):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_schedules_graft_all_that_they_name(spec, name):
-    policy = make_policy(name, ArmInputs(blueprints=tuple(spec.growth.blueprints)))
+    policy = make_policy(name, ArmInputs(spec=spec))
     assert kinds(spec, policy) == [entry.blueprint for entry in NAMED[name]]
     with pytest.raises(UserError, match=f"blueprint in arm '{name}'"):
-        make_policy(name, ArmInputs(blueprints=("expert",)))
+        make_policy(name, ArmInputs(spec=load_spec("tinystories-char", ['growth.blueprints={"expert":{}}'])))
 
 
 @pytest.mark.parametrize(

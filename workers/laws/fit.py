@@ -1,21 +1,26 @@
-"""Fits the scaling law (`scaling_law.py`) to annealed losses of static runs, for controllers that meet that text.
+"""Fits scaling laws (`scaling_law.py`) to annealed losses of static and growing runs: one law, and an ensemble.
 
 E, A, α, B and β by Hoffmann et al. 2022 (2203.15556, section 3.3): a Huber loss on the log loss, the best of a grid of
-starts. Static sizes differ in depth only, so `heads`, `width` and `layer` keep their ranges.
+starts. Static sizes that differ in depth say nothing of `heads`, `width` and `layer`: growing runs do, whose loss is
+followed from size to size. An ensemble's member is fitted under random weights of the runs (the Bayesian bootstrap,
+Rubin 1981) and pulled to a prior's random draw (randomize-then-optimize, Bardsley et al. 2014): what runs say nothing
+of keeps the prior's spread.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from esper.platform.errors import UserError
+from esper.platform.seeding import stream
 from esper.platform.spec import LawSpec, Range, RunSpec
-from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, size_of
+from esper.workers.laws.forecast import member_losses, steady
+from esper.workers.laws.scaling_law import SIZE, VOCABULARY, ScalingLaw, size_of
 from esper.workers.tolaria.hosts import start_shape
 
 BOUNDS: dict[str, Range] = {  # of the fitted constants: growing always helps a little
@@ -25,6 +30,7 @@ BOUNDS: dict[str, Range] = {  # of the fitted constants: growing always helps a 
     "data": (1e-4, 4.0),
     "data_exponent": (0.05, 2.0),
 }
+WEIGHTS = ("heads", "width", "layer")  # fitted within the spec's ranges
 STARTS = (0.25, 0.6, 1.3)  # exponents at which fits start, in all pairs
 TOLERANCE = 0.01  # Huber threshold on the log loss, about the spread of seeds
 # Nats above the lowest loss that halve a loss's weight: early losses fall faster than a power law. 8 short runs of
@@ -34,13 +40,14 @@ SHARE, WIDEST = 0.25, 2.0  # a constant's range: at least this share and at most
 SIZES, APART = 3, 1.2  # least number of sizes, and least ratio of a size's token counts
 START = math.log(VOCABULARY)  # a surrogate's first loss, nats
 ROOM = 0.95  # of that, for the largest E + A
+MEMBERS = 32  # of an ensemble
 
 
-class StaticPoint(NamedTuple):
-    """An annealed loss of a static run: its last, or a cooldown fork's."""
+class Annealed(NamedTuple):
+    """A loss that a run's rate was let down for: its last, or a cooldown fork's."""
 
-    layers: int
-    tokens: float  # trained on until then
+    sizes: np.ndarray  # by `SIZE`, of each stage, float64 (S, 3)
+    tokens: np.ndarray  # trained on in each stage, float64 (S,)
     loss: float  # on validation, nats per token
     seed: int
 
@@ -48,95 +55,161 @@ class StaticPoint(NamedTuple):
 class LawFit(NamedTuple):
     """What was fitted."""
 
-    law: ScalingLaw  # heads, width and layer: geometric middles of their ranges
+    law: ScalingLaw
     laws: LawSpec  # ranges around its constants
-    residual: float  # nats, root mean square over the points
+    ensemble: list[ScalingLaw]
+    residual: float  # nats, root mean square over the losses
 
 
-def points_of(summary: Mapping[str, Any]) -> list[StaticPoint]:
-    """The annealed losses (cooldowns and last) in a static run's summary; empty if it diverged."""
-    found = (
-        [] if summary["diverged"] else [end for end in (*summary["annealed"], summary) if end["val_loss"] is not None]
-    )
-    return [StaticPoint(summary["layers"], end["tokens"], end["val_loss"], summary["seed"]) for end in found]
+def annealed_losses(summary: Mapping[str, Any]) -> list[Annealed]:
+    """Those of a run, by its summary; none where it diverged, was pruned or rolled back."""
+    curve, found = summary["val_curve"], []
+    if summary["diverged"] or summary["prunes"] or summary["rollbacks"]:
+        return found
+    for fork in summary["annealed"]:
+        same = [i for i, point in enumerate(curve) if _same(point, fork) and point["tokens"] <= fork["tokens"]]
+        if same and fork["val_loss"] is not None:  # what the run did after the fork began is another size
+            found.append(Annealed(*stages([*curve[: same[-1] + 1], fork]), fork["val_loss"], summary["seed"]))
+    return [*found, Annealed(*stages(curve), summary["val_loss"], summary["seed"])]
 
 
-def fit_laws(spec: RunSpec, points: Sequence[StaticPoint]) -> LawFit:
-    """Fit a law to static runs of the spec's host, from any budget, and the ranges to train controllers on.
+def stages(curve: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of a run's curve: sizes, float64 (S, 3), and tokens, float64 (S,)."""
+    sizes, tokens = [], []
+    for before, point in pairwise(curve):
+        if not sizes or not _same(before, point):
+            sizes.append([point[name] for name in SIZE])
+            tokens.append(0)
+        tokens[-1] += point["tokens"] - before["tokens"]
+    return np.array(sizes, float), np.array(tokens, float)
 
-    A range reaches two standard errors over seeds (jackknife: Efron 1982) to each side, and at least `SHARE`, for the
-    misfit of the law's form. UserError for too few sizes or token counts, or losses outside (0, ln V).
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in SIZE)
+
+
+def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = MEMBERS) -> LawFit:
+    """Fit laws to the losses of each run, of the spec's host and any budget; ranges are to train controllers on.
+
+    A range reaches two of the ensemble's standard deviations to each side, and at least `SHARE`, for the misfit of the
+    law's form. UserError for too few sizes or token counts, or losses outside (0, ln V).
     """
+    points = [point for run in runs for point in run]
     if not _enough(points):
-        sizes = ", ".join(map(str, sorted({point.layers for point in points}))) or "none"
+        sizes = ", ".join(map(str, sorted({int(point.sizes[-1, 2]) for point in points}))) or "none"
         raise UserError(
             f"laws are fitted to {SIZES} sizes or more, with losses below {START:.2f} nats at two token counts each, "
             f"and the sizes here are (layers): {sizes}: run more, with --set budget.cooldowns=[0.25,0.5]."
         )
-    middles = {name: math.sqrt(math.prod(getattr(spec.laws, name))) for name in ("heads", "width", "layer")}
+    ranges = {name: getattr(spec.laws, name) for name in WEIGHTS}
+    middles = {name: math.sqrt(low * high) for name, (low, high) in ranges.items()}
     fixed = {name: (value, value) for name, value in (dict.fromkeys(BOUNDS, 1.0) | middles).items()}
     unfitted = ScalingLaw.drawn(0, spec.model_copy(update={"laws": LawSpec.model_validate(fixed)}))
-    size, tokens = _places(spec, points)
-    losses, seeds = (np.array([getattr(point, name) for point in points]) for name in ("loss", "seed"))
-    weights = 1 / (1 + (losses - losses.min()) / NEAR)
-    bounds = np.log(np.array(list(BOUNDS.values())).T)
+    one = size_of(start_shape(spec, VOCABULARY, 1))[:, 0]
+    sizes, tokens = _padded(points)
+    losses = np.array([point.loss for point in points])
+    near = 1 / (1 + (losses - losses.min()) / NEAR)
+    bounds = np.log(np.array([*BOUNDS.values(), *ranges.values()]).T)
+    spread = np.maximum(1e-9, (bounds[1] - bounds[0])[-len(WEIGHTS) :] / math.sqrt(12))  # of the prior's logarithms
+    bounds += 1e-9 * np.array([[-1], [1]])  # a range may be a point
 
     def with_constants(logs: np.ndarray) -> ScalingLaw:
-        return replace(unfitted, **dict(zip(BOUNDS, np.exp(logs).tolist(), strict=True)))
+        constants = dict(zip((*BOUNDS, *WEIGHTS), np.exp(logs).tolist(), strict=True))
+        law = replace(unfitted, **{**constants, "layer": constants["layer"] * float(one[:2].sum())})
+        return replace(law, reference=law.effective(one))
 
     def start(alpha: float, beta: float) -> np.ndarray:
         """Log constants at these exponents, with the best E, A and B: equation 2 is linear in them."""
-        size_part = replace(unfitted, floor=0.0, size_exponent=alpha).size_loss(size)
-        columns = [np.ones(len(points)), size_part, (tokens / unfitted.tokens) ** -beta]
+        size_part = replace(unfitted, floor=0.0, size_exponent=alpha).size_loss(sizes[-1])
+        columns = [np.ones(len(points)), size_part, (tokens.sum(axis=0) / unfitted.tokens) ** -beta]
         floor, scale, data = nnls(np.stack(columns, axis=1), losses)[0]
-        return np.clip(np.log(np.maximum([floor, scale, alpha, data, beta], 1e-9)), bounds[0] + 1e-3, bounds[1] - 1e-3)
+        logs = np.log(np.maximum([floor, scale, alpha, data, beta, *middles.values()], 1e-9))
+        return np.clip(logs, bounds[0] + 1e-3, np.maximum(bounds[0] + 1e-3, bounds[1] - 1e-3))
 
-    def residuals(logs: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    def residuals(logs: np.ndarray, weights: np.ndarray, prior: np.ndarray) -> np.ndarray:
         law = with_constants(logs)
         if law.floor + law.size >= ROOM * START:
-            return np.full(kept.sum() + 2, 10.0)
-        ends = law.trained(START, law.size_loss(size), tokens)
-        pull = TOLERANCE * np.log([2 * law.size_exponent, 2 * law.data_exponent])  # weak, to exponents of 1/2
-        return np.append((weights * np.log(ends / losses))[kept], pull)
+            return np.full(len(losses) + len(prior), 10.0)
+        ends = law.followed(sizes, tokens)[-1]
+        own = logs[[2, 4, *range(len(BOUNDS), len(logs))]]  # a weak pull: of exponents to 1/2
+        pull = TOLERANCE * (own - prior) / [1, 1, *spread]
+        return np.append(weights * near * np.log(ends / losses), pull)
 
-    def search(begin: np.ndarray, kept: np.ndarray) -> Any:
-        robust: Any = {"loss": "huber", "f_scale": TOLERANCE, "max_nfev": 500}
-        return least_squares(residuals, begin, bounds=tuple(bounds), args=(kept,), **robust)
+    def search(begin: np.ndarray, weights: np.ndarray, prior: np.ndarray) -> Any:
+        robust: Any = {"loss": "huber", "f_scale": TOLERANCE, "max_nfev": 500, "x_scale": 1.0}
+        return least_squares(residuals, begin, bounds=tuple(bounds), args=(weights, prior), **robust)
 
-    found = [search(start(alpha, beta), seeds == seeds) for alpha, beta in product(STARTS, STARTS)]
+    middle = np.log([0.5, 0.5, *middles.values()])
+    found = [search(start(*exponents), np.ones(len(points)), middle) for exponents in product(STARTS, STARTS)]
     best = min(found, key=lambda result: result.cost).x
-    others = [seed for seed in sorted(set(seeds)) if _enough([point for point in points if point.seed != seed])]
-    refits = [search(best, seeds != seed).x for seed in others]
-    errors = np.sqrt((len(refits) - 1) * np.var(refits, axis=0)) if len(refits) > 1 else np.zeros(len(BOUNDS))
+    random, fitted = stream(0, "ensemble"), []
+    for _ in range(members):
+        weights = np.repeat(np.sqrt(random.exponential(size=len(runs))), [len(run) for run in runs])
+        prior = np.append(middle[:2] + random.standard_normal(2), random.uniform(*bounds[:, -len(WEIGHTS) :]))
+        fitted.append(search(np.append(best[: len(BOUNDS)], prior[2:]), weights, prior).x)
     law = with_constants(best)
-    residual = float(np.sqrt(np.mean(np.square(predicted(law, spec, points) - losses))))
-    return LawFit(law, spec.laws.model_copy(update=_ranges(law, errors)), residual)
+    residual = float(np.sqrt(np.mean(np.square(law.followed(sizes, tokens)[-1] - losses))))
+    errors = np.std(fitted, axis=0) if fitted else np.zeros(len(best))
+    laws = _ranges(law, errors)
+    return LawFit(law, spec.laws.model_copy(update=laws), [with_constants(each) for each in fitted], residual)
 
 
-def _enough(points: Sequence[StaticPoint]) -> bool:
-    tokens: dict[int, list[float]] = {}
+def held_out_residual(spec: RunSpec, runs: Sequence[Sequence[Annealed]]) -> float | None:
+    """Root mean square, nats, over growing runs, each foretold by a law fitted without those of its seed; None: none.
+
+    UserError as for `fit_laws`.
+    """
+    growing = [run for run in runs if any(len(point.tokens) > 1 for point in run)]
+    misses = []
+    for seed in sorted({run[0].seed for run in growing}):
+        left_out = [run for run in growing if run[0].seed == seed]
+        law = fit_laws(spec, [run for run in runs if not any(run is other for other in left_out)], 0).law
+        misses += [predicted(law, run) - [point.loss for point in run] for run in left_out]
+    return float(np.sqrt(np.mean(np.square(np.concatenate(misses))))) if misses else None
+
+
+def decision_losses(law: ScalingLaw, runs: Sequence[tuple[RunSpec, Mapping[str, Any]]]) -> dict[str, Any]:
+    """How a run's losses before the rate decays follow from the law's: `offset` to `misfit` of `FittedLaws`."""
+    seen, told = [], []
+    for spec, summary in runs:
+        curve = summary["val_curve"][:-1]  # the last loss is another
+        losses = np.array([point["val_loss"] for point in curve])
+        used = steady(spec, np.array([point["budget_fraction"] for point in curve]), losses)
+        seen.append(losses[used])
+        told.append(member_losses(curve, law)[used, 0])
+    factor, offset = np.polyfit(np.concatenate(told), np.concatenate(seen), 1).tolist()
+    errors = [losses - offset - factor * own for losses, own in zip(seen, told, strict=True)]
+    noise, misfit = np.sqrt(np.mean([each.var() for each in errors])), np.std([each.mean() for each in errors])
+    least = 1e-3  # computed runs have next to none
+    return {"offset": offset, "factor": max(0.1, factor), "noise": max(least, noise), "misfit": max(least, misfit)}
+
+
+def _enough(points: Sequence[Annealed]) -> bool:
+    """Whether static ones of them have enough sizes and token counts."""
+    tokens: dict[tuple[float, ...], list[float]] = {}
     for point in points:
-        tokens.setdefault(point.layers, []).append(point.tokens)
-    possible = all(0 < point.loss < START and 0 < point.tokens < math.inf for point in points)
+        if len(point.tokens) == 1:
+            tokens.setdefault(tuple(point.sizes[0]), []).append(point.tokens[0])
+    possible = all(0 < point.loss < START and 0 < point.tokens.sum() < math.inf for point in points)
     return possible and len(tokens) >= SIZES and all(max(each) >= APART * min(each) for each in tokens.values())
 
 
-def predicted(law: ScalingLaw, spec: RunSpec, points: Sequence[StaticPoint]) -> np.ndarray:
-    """The law's losses at the points' layers and tokens, nats, float64 (points,)."""
-    size, tokens = _places(spec, points)
-    return law.trained(START, law.size_loss(size), tokens)
+def predicted(law: ScalingLaw, points: Sequence[Annealed]) -> np.ndarray:
+    """The law's losses at the points, nats, float64 (points,)."""
+    return law.followed(*_padded(points))[-1]
 
 
-def _places(spec: RunSpec, points: Sequence[StaticPoint]) -> tuple[np.ndarray, np.ndarray]:
-    """By `size_of`, float64 (3, points), and tokens, float64 (points,)."""
-    shapes = [start_shape(spec, VOCABULARY, point.layers) for point in points]
-    return size_of(*shapes), np.array([point.tokens for point in points], float)
+def _padded(points: Sequence[Annealed]) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes, float64 (S, 3, points), and tokens, float64 (S, points): short ones end with stages of no tokens."""
+    most = max(len(point.tokens) for point in points)
+    sizes = [np.pad(point.sizes, ((0, most - len(point.tokens)), (0, 0)), mode="edge") for point in points]
+    return np.stack(sizes, -1), np.stack([np.pad(p.tokens, (0, most - len(p.tokens))) for p in points], -1)
 
 
 def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:
     """Each constant's range within its bounds, with E + A at most `ROOM` of `START`."""
     ranges = {}
-    for (name, (lowest, highest)), error in zip(BOUNDS.items(), errors, strict=True):
+    for (name, (lowest, highest)), error in zip(BOUNDS.items(), errors, strict=False):
         value, factor = getattr(law, name), min(WIDEST, max(1 + SHARE, math.exp(2 * error)))
         ranges[name] = max(lowest, value / factor), min(highest, value * factor)
     level, top = law.floor + law.size, ranges["floor"][1] + ranges["size"][1]

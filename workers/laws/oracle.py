@@ -21,7 +21,7 @@ from esper.platform.contracts import Instance
 from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina.registry import Blueprint, make_blueprints
-from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
+from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, Array, ScalingLaw, size_of, whole_steps
 from esper.workers.observe import batch_tokens, within_caps
 from esper.workers.tolaria.hosts import start_shape
 
@@ -57,14 +57,13 @@ class Course(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _classes(part: str, n_layer: int | None) -> Classes:
-    """Of a spec's runs that start with `n_layer` layers."""
+def _classes(part: str, start: Any, most: int) -> Classes:
+    """Of a spec's runs that start in a shape, after at most so many grafts."""
     spec = RunSpec.model_validate_json(part)
     growth, axis, tokens = spec.growth, spec.budget.axis, batch_tokens(spec)
     blueprints = make_blueprints(growth.blueprints)
-    shapes: list[Any] = [start_shape(spec, VOCABULARY, n_layer)]
-    number, depth = {_totals(shapes[0]): 0}, [0]  # of each class, and the grafts that lead to it
-    most = sum(_slices(spec, Instance())[1] < spec.optimizer.decay_from)  # one graft a decision
+    shapes: list[Any] = [start]
+    number, depth = {_totals(start): 0}, [0]  # of each class, and the grafts that lead to it
     targets = []
     for here, shape in enumerate(shapes):  # which grows on the way
         row = [NONE] * len(blueprints)
@@ -116,32 +115,71 @@ def _slices(spec: RunSpec, instance: Instance) -> tuple[np.ndarray, np.ndarray]:
 
 def course(spec: RunSpec, instance: Instance, seed: int = 0) -> Course:
     """The course of an instance; `seed` draws the law where it names none."""
-    known = _classes(spec.model_dump_json(exclude={"laws", "ppo", "fleet"}), instance.n_layer)
     law = ScalingLaw.drawn(seed if instance.law is None else instance.law, spec)
-    used, fractions = _slices(spec, instance)
-    steps = spec.budget.amount * instance.budget / spec.budget.decisions / known.axis_per_step
-    growing, legal = fractions < spec.optimizer.decay_from, steps >= spec.growth.min_optimizer_steps
-    spans = np.maximum(1, np.ceil(known.graft_cost / used[1] - 1e-9)).astype(int)
-    return Course(known, law, law.size_loss(known.size), used, fractions, growing, legal, spans)
+    slice_ = spec.budget.amount * instance.budget / spec.budget.decisions
+    shape = start_shape(spec, VOCABULARY, instance.n_layer)
+    most = sum(_slices(spec, Instance())[1] < spec.optimizer.decay_from)  # one graft a decision
+    return course_from(spec, shape, most, law, slice_, *_slices(spec, instance))
+
+
+def course_from(
+    spec: RunSpec, shape: Any, most: int, law: ScalingLaw, slice_: float, used: np.ndarray, fractions: np.ndarray
+) -> Course:
+    """From a shape, with at most so many grafts; the constants of M laws as arrays make `size_loss` (C, M)."""
+    known = _classes(spec.model_dump_json(exclude={"laws", "ppo", "fleet"}), shape, most)
+    size_loss = law.size_loss(known.size[..., None] if isinstance(law.floor, np.ndarray) else known.size)
+    legal = slice_ / known.axis_per_step >= spec.growth.min_optimizer_steps
+    spans = np.maximum(1, np.ceil(known.graft_cost / slice_ - 1e-9)).astype(int)
+    return Course(known, law, size_loss, used, fractions, fractions < spec.optimizer.decay_from, legal, spans)
 
 
 def bound(spec: RunSpec, instance: Instance, seed: int = 0) -> float:
     """The lowest final loss, nats per token, that any controller can reach; `seed` as for `course`."""
-    known, law, size_loss, used, _, growing, legal, spans = course(spec, instance, seed)
-    last, each = len(growing), np.arange(len(size_loss))
-    best = np.full((last + 1, len(each)), np.inf)
-    best[0, 0] = np.log(VOCABULARY)
+    return float(best_plans(course(spec, instance, seed), 0, 0, np.log(VOCABULARY))[0][0])
+
+
+def best_plans(course: Course, k: int, at: int, loss: Array) -> tuple[np.ndarray, np.ndarray]:
+    """From a loss (of each of M laws) in class `at` before decision k: the lowest final losses, nats, float64 (M,).
+
+    Also the classes that each of them is reached by, in every slice from k on, int64 (M, K); before, zero.
+    """
+    known, law, size_loss, used, _, growing, legal, spans = course
+    size_loss = size_loss.reshape(len(legal), -1)  # (C, M)
+    last, (classes, laws) = len(growing), size_loss.shape
+    each = np.arange(classes)
+    best, came = np.full((last + 1, classes, laws), np.inf), np.zeros((last + 1, classes, laws), int)
+    best[k, at] = loss
     wait = [(each, np.ones_like(legal), np.ones_like(spans), np.zeros_like(known.graft_cost))]
     grafts = [(to, legal, spans, known.graft_cost) for to in known.target]
-    for k in range(last):
-        for target, allowed, lengths, costs in wait + grafts if growing[k] else wait:
-            here = np.flatnonzero((target != NONE) & allowed[target] & np.isfinite(best[k]))
+    for now in range(k, last):
+        for target, allowed, lengths, costs in wait + grafts if growing[now] else wait:
+            here = np.flatnonzero((target != NONE) & allowed[target] & np.isfinite(best[now, :, 0]))
             to = target[here]  # each class once
-            ends = np.minimum(last, k + lengths[to])
-            tokens = np.maximum(0.0, used[ends] - used[k] - costs[to]) * known.tokens_per_unit[to]
-            after = law.trained(best[k, here], size_loss[to], tokens)
+            ends = np.minimum(last, now + lengths[to])
+            tokens = np.maximum(0.0, used[ends] - used[now] - costs[to]) * known.tokens_per_unit[to]
+            after = law.trained(best[now, here], size_loss[to], tokens[:, None])
+            came[ends, to] = np.where(after < best[ends, to], (now * classes + here)[:, None], came[ends, to])
             best[ends, to] = np.minimum(best[ends, to], after)
-    return float(best[last].min())
+    plans, end, own = np.zeros((laws, last), int), np.full(laws, last), np.arange(laws)
+    to = best[last].argmin(axis=0)
+    for now in reversed(range(k, last)):
+        plans[:, now] = to
+        begun, before = np.divmod(came[end, to, own], classes)
+        to, end = np.where(begun == now, before, to), np.where(begun == now, now, end)
+    return best[last].min(axis=0), plans
+
+
+def followed(course: Course, k: int, at: int, loss: np.ndarray, plans: np.ndarray) -> np.ndarray:
+    """Final losses of plans int64 (P, K) by each of M laws, nats, float64 (P, M), from `loss` in `at` before k."""
+    known, law, size_loss, used = course[:4]
+    before, owed = np.full(len(plans), at), np.zeros(len(plans))
+    for now in range(k, plans.shape[1]):
+        to, amount = plans[:, now], used[now + 1] - used[now]
+        owed = owed + np.where(to == before, 0.0, known.graft_cost[to])
+        paid, before = np.minimum(owed, amount), to
+        owed, tokens = owed - paid, (amount - paid) * known.tokens_per_unit[to]
+        loss = law.trained(loss, size_loss[to], tokens[:, None])
+    return loss
 
 
 def best_fixed_schedule(spec: RunSpec, instances: Iterable[Instance], *, seed: int = 0) -> list[Entry]:

@@ -21,13 +21,14 @@ from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.model.shape import TransformerShape
 
 VOCABULARY = 96
+SIZE = ("attention_parameters", "other_parameters", "layers")  # what a law knows of a shape
 CONTINUOUS = ("parameter_seconds", "seconds", "flops")  # axes on which a surrogate trains parts of a step
 
 Array = Any  # a float or a float64 array
 
 
 def size_of(*shapes: TransformerShape) -> np.ndarray:
-    """Each shape's parameters of attention's matrices, its others without embeddings, and layers: float64 (3, …)."""
+    """By `SIZE`, of attention's matrices, of all else but embeddings, and layers: float64 (3, …)."""
     attention = [4 * shape.n_embd * shape.head_dim * sum(layer.heads for layer in shape.layers) for shape in shapes]
     rest = [shape.parameters_count(non_embedding=True) for shape in shapes]
     return np.array([attention, np.subtract(rest, attention), [shape.depth() for shape in shapes]], float)
@@ -70,14 +71,25 @@ class ScalingLaw:
 
     def size_loss(self, size: Sequence[Array] | np.ndarray) -> Array:
         """E + A·(N/N₀)^(−α), nats, of a `size_of`: the loss at infinite tokens; every growth lowers it."""
+        return self.floor + self.size * (self.effective(size) / self.reference) ** -self.size_exponent
+
+    def effective(self, size: Sequence[Array] | np.ndarray) -> Array:
+        """N of a `size_of`."""
         attention, other, layers = size
-        effective = self.heads * attention + self.width * other + self.layer * layers
-        return self.floor + self.size * (effective / self.reference) ** -self.size_exponent
+        return self.heads * attention + self.width * other + self.layer * layers
 
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
         """The loss after `tokens` more at a size, monotone in `loss`, which must exceed `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
+
+    def followed(self, sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Losses of a run after each of its stages, (S, …), by the stages' sizes, (S, 3, …), and tokens, (S, …)."""
+        loss, found = math.log(VOCABULARY), []
+        for size, more in zip(sizes, tokens, strict=True):
+            loss = self.trained(loss, self.size_loss(size), more)
+            found.append(loss)
+        return np.array(found)
 
 
 def whole_steps(left: float, per_step: float) -> int:

@@ -6,7 +6,7 @@ exact. Observations are noisy, rewards and records exact; a site's gradient norm
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from esper.platform.contracts import GraftAction
+from esper.platform.law_file import FittedLaws
 from esper.platform.ledger import Ledger
 from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate
 from esper.workers.episode import Episode, EpisodeState
 from esper.workers.kasmina.registry import Planted
+from esper.workers.laws.forecast import ensemble
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
 from esper.workers.observe import Layout, Measured, norm_fields
 from esper.workers.tolaria.model.shape import TransformerShape
@@ -143,6 +145,20 @@ class SurrogateRun(Episode):
         noisy = zip(self._uses.items(), self._norm_noise[self.sequence], strict=False)
         norms = {site: use * math.exp(error) for (site, use), error in noisy}
         return Measured(sites={site: norm_fields(norm, UPDATE * norm) for site, norm in norms.items() if norm > 0})
+
+
+def drawn_laws(spec: RunSpec, numbers: Iterable[int]) -> FittedLaws:
+    """What there is to know of a spec's surrogates before they are seen: these draws of their laws."""
+    return FittedLaws(
+        preset=spec.preset,
+        tokenizer=spec.data.tokenizer,
+        host=spec.host,
+        text="",
+        **dict.fromkeys(("runs", "grown", "losses", "residual", "misfit"), 0),
+        command="drawn",
+        noise=LOSS_NOISE,
+        ensemble=ensemble([ScalingLaw.drawn(number, spec) for number in numbers]),
+    )
 
 
 @lru_cache(maxsize=512)

@@ -9,8 +9,8 @@ import pytest
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, load_spec
-from esper.workers.laws.fit import BOUNDS, LawFit, StaticPoint, fit_laws, points_of, predicted
-from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, budget_tokens
+from esper.workers.laws.fit import BOUNDS, Annealed, LawFit, annealed_losses, fit_laws, held_out_residual, predicted
+from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, budget_tokens, size_of
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.tolaria.hosts import start_shape
 from tests.workers.growing_run import play
@@ -28,30 +28,41 @@ def truth(constants: dict[str, float]) -> ScalingLaw:
 def static_points(law: ScalingLaw, sizes=(1, 2, 3, 4, 6), fractions=(0.25, 0.5, 1.0), seeds=5, noise=NOISE):
     """Annealed losses of static runs that fall by a law."""
     random = np.random.default_rng(0)
+    shapes = {layers: start_shape(SPEC, VOCABULARY, layers) for layers in sizes}
     points = [
-        StaticPoint(layers, fraction * budget_tokens(SPEC, start_shape(SPEC, VOCABULARY, layers)), 1.0, seed)
+        Annealed(size_of(shapes[layers]).T, np.array([fraction * budget_tokens(SPEC, shapes[layers])]), 1.0, seed)
         for layers in sizes
         for fraction in fractions
         for seed in range(seeds)
     ]
-    losses = predicted(law, SPEC, points) + noise * random.standard_normal(len(points))
+    losses = predicted(law, points) + noise * random.standard_normal(len(points))
     return [point._replace(loss=float(loss)) for point, loss in zip(points, losses, strict=True)]
 
 
+def by_run(points):
+    """The points of each size and seed."""
+    runs = {}
+    for point in points:
+        runs.setdefault((point.seed, point.sizes[0, 2]), []).append(point)
+    return list(runs.values())
+
+
 @pytest.fixture(scope="module", params=[{}, TEXT], ids=["default", "text"])
-def fitted(request) -> tuple[ScalingLaw, list[StaticPoint], LawFit]:
+def fitted(request) -> tuple[ScalingLaw, list[Annealed], LawFit]:
     law = truth(request.param)
     points = static_points(law)
-    return law, points, fit_laws(SPEC, points)
+    return law, points, fit_laws(SPEC, by_run(points))
 
 
 def test_it_foretells_every_size_at_every_count_of_tokens(fitted):
     law, points, fit = fitted
     others = static_points(law, sizes=range(1, 7), fractions=(0.2, 0.35, 0.7, 1.5), noise=0)
     exact = [*static_points(law, noise=0), *others]
-    assert np.abs(predicted(fit.law, SPEC, exact) - [point.loss for point in exact]).max() < 0.01
+    assert np.abs(predicted(fit.law, exact) - [point.loss for point in exact]).max() < 0.01
     assert 0.8 * NOISE < fit.residual < 1.2 * NOISE
-    assert fit_laws(SPEC, points[::-1]).law.floor == pytest.approx(fit.law.floor, rel=1e-3)  # the order says nothing
+    assert fit_laws(SPEC, by_run(points[::-1]), 0).law.floor == pytest.approx(
+        fit.law.floor, rel=1e-3
+    )  # the order says nothing
 
 
 def test_the_ranges_surround_the_truth_the_fit_and_the_curves(fitted):
@@ -65,7 +76,7 @@ def test_the_ranges_surround_the_truth_the_fit_and_the_curves(fitted):
         assert getattr(fit.laws, name) == getattr(SPEC.laws, name)
     exact = static_points(law, noise=0, seeds=1)
     spec = SPEC.model_copy(update={"laws": fit.laws})
-    curves = np.array([predicted(ScalingLaw.drawn(seed, spec), SPEC, exact) for seed in range(200)])
+    curves = np.array([predicted(ScalingLaw.drawn(seed, spec), exact) for seed in range(200)])
     losses = np.array([point.loss for point in exact])
     assert ((curves.min(axis=0) < losses) & (losses < curves.max(axis=0))).all()
 
@@ -77,10 +88,11 @@ def test_a_surrogate_that_stays_at_a_size_ends_where_it_was_seen_to(fitted):
     for layers in (1, 3, 6):
         run.reset(Instance(n_layer=layers), seed=3)
         play(run)
-        last = max(point.tokens for point in points if point.layers == layers)
-        measured = np.mean([point.loss for point in points if (point.layers, point.tokens) == (layers, last)])
-        assert abs(run.loss - measured) < 0.02
-        assert points_of(run.summary()) == [StaticPoint(layers, run.ledger.tokens, run.loss, 3)]
+        own = [point for point in points if point.sizes[0, 2] == layers]
+        last = max(point.tokens[0] for point in own)
+        assert abs(run.loss - np.mean([point.loss for point in own if point.tokens[0] == last])) < 0.02
+        (found,) = annealed_losses(run.summary())
+        assert (found.sizes[:, 2], found.tokens, found.loss, found.seed) == (layers, run.ledger.tokens, run.loss, 3)
 
 
 GOOD = static_points(truth({}), seeds=1)
@@ -90,15 +102,50 @@ GOOD = static_points(truth({}), seeds=1)
     "points",
     [
         [],
-        [p for p in GOOD if p.layers < 3],
-        [p for p in GOOD if p.layers < 6 or p.tokens > 1e6],  # one number of tokens at 6 layers
-        [*GOOD, StaticPoint(1, 1e5, math.nan, 0)],
+        [p for p in GOOD if p.sizes[0, 2] < 3],
+        [p for p in GOOD if p.sizes[0, 2] < 6 or p.tokens[0] > 1e6],  # one number of tokens at 6 layers
+        [*GOOD, GOOD[0]._replace(loss=math.nan)],
     ],
 )
 def test_what_cannot_be_fitted_is_told_in_one_sentence(points):
-    sizes = ", ".join(map(str, sorted({point.layers for point in points}))) or "none"
+    sizes = ", ".join(map(str, sorted({int(point.sizes[0, 2]) for point in points}))) or "none"
     with pytest.raises(UserError, match=rf"3 sizes or more.* 4.56 nats.*\(layers\): {sizes}: .*cooldowns=\["):
-        fit_laws(SPEC, points)
+        fit_laws(SPEC, [points])
+
+
+@pytest.fixture(scope="module")
+def grown():
+    """Losses of static and of growing runs, two seeds of each, that fall by the law of number 8."""
+    run, found = SurrogateRun(SPEC), []
+    for plan in ((), ("ffn", "ffn"), ("attention", "ffn", "block"), ("block", "attention", "attention")):
+        for budget, seed in ((0.5, 1), (1.0, 2)):
+            run.reset(Instance(law=8, budget=budget), seed)
+            play(run, {3 * (i + 1): kind for i, kind in enumerate(plan)})
+            found.append(annealed_losses(run.summary()))
+    law = ScalingLaw.drawn(8, SPEC)
+    return law, by_run(static_points(law, seeds=2)) + found
+
+
+def test_growing_runs_tell_what_heads_and_width_are_worth(grown):
+    law, runs = grown
+    random = np.random.default_rng(0)
+    noisy = [[p._replace(loss=p.loss + 0.5 * NOISE * random.standard_normal()) for p in run] for run in runs]
+    fit, blind = (fit_laws(SPEC, [run for run in noisy if known or len(run[0].tokens) == 1], 12) for known in (1, 0))
+    one = size_of(start_shape(SPEC, VOCABULARY, 1))[:, 0]
+    for i, name in enumerate(("heads", "width")):
+
+        def share(law, i=i, name=name):  # of a layer that these parameters make up
+            return getattr(law, name) * one[i] / law.reference
+
+        assert share(fit.law) == pytest.approx(share(law), abs=0.08)
+        spread, before = (np.std([share(each) for each in fitted.ensemble]) for fitted in (fit, blind))
+        assert 2 * spread < before  # static runs of one width leave it where it was
+    raised = [point._replace(loss=point.loss + 0.1) for point in runs[-1]]
+    sound, odd = (held_out_residual(SPEC, each) for each in (noisy, [*noisy[:-1], raised]))
+    assert sound is not None
+    assert odd is not None
+    assert sound < 0.015 < odd
+    assert held_out_residual(SPEC, by_run(static_points(law, seeds=2))) is None
 
 
 # (size, size_exponent, data, data_exponent, heads, width, layer, reference) of tinystories-char, E = 0.3

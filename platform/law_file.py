@@ -1,0 +1,69 @@
+"""Fitted scaling laws as a file: an ensemble of them, what they were fitted to, and how well they fit it."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from esper.platform.errors import UserError
+from esper.platform.frozen import Frozen
+from esper.platform.spec import HostSpec, NotNegative, Positive, RunSpec
+from esper.platform.storage import read_json
+
+FIT = "esper policy fit RUNS --out FILE"  # the command that makes one
+
+# What a law is made of, by the names of `ScalingLaw` (`workers/laws/scaling_law.py`); one number a member.
+Constant = Literal[
+    "floor", "size", "size_exponent", "data", "data_exponent", "heads", "width", "layer", "reference", "tokens"
+]
+Constants = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1024)]
+
+
+class FittedLaws(Frozen):
+    """What `esper policy fit` writes. Losses in nats per token."""
+
+    version: Literal[1] = 1
+    preset: str
+    tokenizer: str
+    host: HostSpec  # of the runs; their layers and widths differ
+    text: str  # fingerprint of theirs; empty for none
+    runs: int  # that they were fitted to,
+    grown: int  # of which so many grew,
+    losses: int  # by so many annealed losses
+    command: str
+    residual: NotNegative  # root mean square over these,
+    held_out: NotNegative | None = None  # and over growing runs whose seed was left out
+    # A loss at a decision, before the rate decays, is `offset + factor × the law's`, and two Gaussian errors:
+    offset: float = 0.0
+    factor: Positive = 1.0
+    noise: Positive  # standard deviation of each decision's own,
+    misfit: NotNegative  # and of that which a run's decisions share
+    ensemble: dict[Constant, Constants]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if missing := {*get_args(Constant)} - self.ensemble.keys():
+            raise ValueError(f"its ensemble lacks {', '.join(sorted(missing))}.")
+        if len({len(values) for values in self.ensemble.values()}) > 1:
+            raise ValueError("its ensemble's constants are not of equally many members.")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file; a UserError where it is missing or malformed."""
+        name = f"--laws {path}"
+        return cls.checked(read_json(path, name, f"a file that `{FIT}` wrote"), name)
+
+    def check(self, spec: RunSpec) -> None:
+        """Raise UserError where they are of another preset or kind of token than a run's."""
+        pairs = {"preset": (self.preset, spec.preset), "tokenizer": (self.tokenizer, spec.data.tokenizer)}
+        for what, (own, its) in pairs.items():
+            if own != its:
+                told = f"the laws were fitted to runs of {what} {own!r}, and this one is of {its!r}"
+                raise UserError(f"{told}: fit others, with `{FIT}`, to runs of that {what}.")
+
+    def unlike(self, spec: RunSpec, text: str) -> list[str]:
+        """What differs, but forbids nothing."""
+        fields = [name for name in HostSpec.model_fields if name not in ("n_layer", "layers")]
+        found = [f"host.{name}" for name in fields if getattr(self.host, name) != getattr(spec.host, name)]
+        return found + (["the text"] if text != self.text else [])
