@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from esper.platform.law_file import Constant, FittedLaws
+from esper.platform.errors import UserError
+from esper.platform.law_file import FIT, Constant, FittedLaws
 from esper.platform.spec import RunSpec
 from esper.workers.laws.oracle import NONE, best_plans, course_from, followed
 from esper.workers.laws.scaling_law import SIZE, VOCABULARY, ScalingLaw
@@ -23,7 +24,10 @@ NEAR = 0.2  # nats above the lowest loss so far within which losses weigh: laws 
 def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
     """Expected final loss if a row of telemetry is played now, nats, float64 (A',); ∞: not legal, or a prune."""
     law = members(laws)
-    losses = member_losses(run.curve, law)
+    with np.errstate(invalid="ignore"):
+        losses = member_losses(run.curve, law)
+    if not np.isfinite(losses).all():  # a size's own loss is above ln V
+        raise UserError(f"the laws say nothing of a host as small as this one: fit others, with `{FIT}`, to its like.")
     weights = member_weights(run, laws, losses)
     k, clock, now = run.clock.passed, run.clock, losses[-1]
     used, fractions = clock.slice * np.arange(clock.decisions + 1), np.arange(clock.decisions) / clock.decisions

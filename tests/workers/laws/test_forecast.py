@@ -108,6 +108,10 @@ def test_it_plays_legal_rows_and_asks_for_a_probe(run):
     np.testing.assert_array_equal(np.isfinite(finals), legal)
     with pytest.raises(UserError, match="given no probe"):
         policy.act(telemetry)
+    steep = policy.laws.model_copy(update={"ensemble": {**policy.laws.ensemble, "reference": (1e9,)}})
+    run.step(StaticPolicy().act(telemetry))
+    with pytest.raises(UserError, match="say nothing of a host as small as this one"):
+        run.forecast(steep)
 
 
 @pytest.mark.parametrize(
