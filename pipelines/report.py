@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 from esper.pipelines.common.arguments import command, flag
-from esper.pipelines.reports.page import as_dict, html
+from esper.pipelines.reports.budgets import over_budgets
+from esper.pipelines.reports.page import as_dict, html, short_tables
 from esper.pipelines.reports.runs import Sweep, Tables, read_sweeps, tables
 from esper.pipelines.reports.verdict import Verdict, judge
 from esper.platform.console import say
 from esper.platform.errors import reason, shown
 from esper.platform.frozen import Frozen
 from esper.platform.storage import check_unused, naming, write_json, write_text
+from esper.platform.tracking import milliseconds
 
 FILES = ("report.html", "report.png", "report.json")
 
@@ -34,13 +36,15 @@ def run(arguments: ReportArguments) -> None:
     out = arguments.out or Path("reports") / re.sub(r"[^\w\-]", "_", sweep.name)
     check_unused(out)
     say(f"sweep   {sweep.name} of {sweep.experiment}, in {shown(sweep.client.tracking_uri)}")
-    for verdict in write_report(sweep, out):
+    verdicts = write_report(sweep, out)
+    for verdict in verdicts:
         if verdict.trials.title:
             print(f"{verdict.trials.title}:")
         for criterion in verdict.criteria:
             print(f"{criterion.criterion}: {criterion.outcome}. {criterion.sentence}")
             for why in criterion.withheld:
                 print(f"  - {why}")
+    print("\n".join(short_tables(verdicts)))
     say(f"results: {', '.join(str(out / name) for name in FILES)}")
 
 
@@ -58,14 +62,20 @@ def write_report(sweep: Sweep, out: Path) -> list[Verdict]:
     from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
 
     verdicts = [judge(sweep.runs, point, sweep.record) for point in sweep.record["points"]]
+    overs = over_budgets(verdicts)
     out.mkdir(parents=True, exist_ok=True)
     with naming(out / "report.png"):
-        save_picture([verdict.trials for verdict in verdicts], out / "report.png", "png")
+        drawn = overs or [verdict.trials for verdict in verdicts]
+        save_picture(drawn, out / "report.png", "png")
     write_json(out / "report.json", as_dict(sweep, verdicts))
     write_text(out / "report.html", html(sweep, verdicts))
     try:
         for name in FILES:
             sweep.client.log_artifact(sweep.run_id, str(out / name), "report")
+        if metrics := [metric for number, over in enumerate(overs) for metric in over.metrics(number)]:
+            from mlflow.entities import Metric
+
+            sweep.client.log_batch(sweep.run_id, [Metric(key, value, milliseconds(), at) for key, value, at in metrics])
     except Exception as error:  # the store may be read-only: the report itself is written
         say(f"note    MLflow did not take the report ({reason(error)}): it is only in {out}.")
     return verdicts

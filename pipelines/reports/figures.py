@@ -6,7 +6,7 @@ A label has one colour everywhere: greys for static sizes; followers (`static_fi
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import matplotlib
 
@@ -15,9 +15,10 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from esper.pipelines.common.statistics import Interval
+from esper.pipelines.reports.budgets import OverBudgets
 from esper.pipelines.reports.paired_tests import Trials, draw_envelope
 from esper.pipelines.reports.runs import AXES
 
@@ -93,12 +94,49 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
     axes.invert_yaxis()
 
 
-def save_picture(points: Sequence[Trials], file: Path | IO[bytes], kind: str) -> None:
-    """All of it as `png` or `svg`; per grid point loss against budget, differences, other costs, legend."""
-    rows = math.ceil((len(AXES) + 2) / COLUMNS) * len(points)
+def draw_budgets(axes: Axes, over: OverBudgets, what: Literal["regret", "saved"]) -> None:
+    """Every label's regret, or the part of the budget that it saves, over the budgets, with 95 % intervals."""
+    arms, edges = {label: arm for trials in over.points for label, arm in trials.arms.items()}, [0.0]
+    means = {row.arm: row.cells()[0] for row in over.rows if row.budget is None}
+    for number, (label, look) in enumerate(looks(arms).items()):
+        rows = [row for row in over.rows if row.arm == label and row.budget and row.interval]
+        if what == "saved":
+            rows = [row for row in rows if row.saved]
+            ends = [(*row.saved, *row.saved * 2)[:3] for row in rows]
+        else:
+            halves = [(row.interval.mean, row.interval.half or 0.0) for row in rows if row.interval]
+            ends = [(mean, mean - half, mean + half) for mean, half in halves]
+        mean, low, high = np.reshape(ends, (-1, 3)).T
+        edges += [] if arms[label] == "static" else [*low, *high]
+        beside = np.array([row.budget for row in rows], float) * 1.01 ** (number - len(arms) / 2)
+        bars, told = (mean - low, high - mean), f"{label}: {means[label]}"
+        axes.errorbar(beside, mean, yerr=bars, capsize=3, label=told, markersize=5, **look)
+    axes.axhline(0, color="black", linewidth=2.6, alpha=0.5, label="best static at each budget", zorder=1)
+    bottom, top = max(min(edges), -1.0) if what == "saved" else min(edges), max(edges)
+    room = 0.1 * (top - bottom) or 0.01
+    axes.set(ylim=(bottom - room, top + room), xscale="log", xlabel=f"budget ({AXES[over.points[0].axis]})")
+    axes.set_xticks(over.budgets, list(map(EngFormatter(sep=""), over.budgets)))
+    axes.minorticks_off()
+    axes.set_ylabel("regret: loss minus the best static's (nats)" if what == "regret" else "part of the budget saved")
+    if what == "saved":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+
+
+def save_picture(drawn: Sequence[Trials | OverBudgets], file: Path | IO[bytes], kind: str) -> None:
+    """All of it as `png` or `svg`, a few rows each: regrets over budgets; or a grid point's losses over each cost."""
+    heights = [1 if isinstance(one, OverBudgets) else math.ceil((len(AXES) + 2) / COLUMNS) for one in drawn]
+    rows = sum(heights)
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(rows, COLUMNS, figsize=(17, 4.5 * rows), layout="constrained")
-        for trials, (first, differences, *cells) in zip(points, grid.reshape(len(points), -1), strict=True):
+        figure, grid = plt.subplots(rows, COLUMNS, figsize=(17, 4.5 * rows), layout="constrained", squeeze=False)
+        for trials, end, height in zip(drawn, np.cumsum(heights), heights, strict=True):
+            first, differences, *cells = grid[end - height : end].flat
+            if isinstance(trials, OverBudgets):
+                draw_budgets(first, trials, "regret")
+                draw_budgets(differences, trials, "saved")
+                first.set_title(trials.title)
+                cells[0].set_axis_off()
+                cells[0].legend(*first.get_legend_handles_labels(), loc="center left", title="mean regret over budgets")
+                continue
             others = [axis for axis in AXES if axis != trials.axis]
             draw_losses(first, trials, trials.axis)
             first.set_title(trials.title)

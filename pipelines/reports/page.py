@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from esper import __version__
 from esper.pipelines.common.statistics import Interval
+from esper.pipelines.reports.budgets import OverBudgets, over_budgets
 from esper.pipelines.reports.paired_tests import BEST_STATIC, Trials, draw_envelope, pair
 from esper.pipelines.reports.runs import AXES, Sweep, tables
 from esper.pipelines.reports.verdict import Verdict
@@ -41,6 +42,7 @@ def as_dict(sweep: Sweep, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         point |= {"criteria": [asdict(criterion) for criterion in verdict.criteria]}
         points.append(point | {"tests": [t.as_dict() for t in verdict.tests], "arms": _records(arm_table(verdict))})
     told = {"experiment": sweep.experiment, "sweep": sweep.name, "verdicts": points}
+    told["budgets"] = [{"grid": o.title, "rows": [row.as_dict() for row in o.rows]} for o in over_budgets(verdicts)]
     return told | {"provenance": sweep.provenance, "finals": _records(tables(sweep.runs).finals)}
 
 
@@ -48,22 +50,18 @@ def html(sweep: Sweep, verdicts: Sequence[Verdict]) -> str:
     """The page."""
     from esper.pipelines.reports.figures import save_picture  # matplotlib takes a second
 
-    def picture(trials: Trials) -> str:
-        save_picture([trials], file := io.BytesIO(), "svg")
+    def picture(drawn: Trials | OverBudgets) -> str:
+        save_picture([drawn], file := io.BytesIO(), "svg")
         return base64.b64encode(file.getvalue()).decode()  # so that ids of two pictures cannot collide
 
     files = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["told"] = told
-    environment.globals |= {
-        "arm_table": arm_table,
-        "effort": effort,
-        "payback": payback,
-        "tables": tables,
-        "picture": picture,
-    }
+    own = (arm_table, budget_tables, effort, payback, tables, picture)
+    environment.globals |= {function.__name__: function for function in own}
     page = environment.get_template("report.html")
-    return page.render(sweep=sweep, verdicts=verdicts, version=__version__, AXES=AXES)
+    overs = over_budgets(verdicts)
+    return page.render(sweep=sweep, verdicts=verdicts, overs=overs, version=__version__, AXES=AXES)
 
 
 def arm_table(verdict: Verdict) -> pd.DataFrame:
@@ -80,6 +78,32 @@ def arm_table(verdict: Verdict) -> pd.DataFrame:
         means = pd.DataFrame([run.summary | {"grafts": run.grafts} for run in runs], columns=MEANS).mean()
         rows.append(row | means.rename(AXES).to_dict())
     return pd.DataFrame(rows)
+
+
+def budget_tables(over: OverBudgets) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Regrets, and the parts of budgets saved: a row per label, a column per budget and for their mean."""
+    regret: dict[str, dict[str, str]] = {}
+    saved: dict[str, dict[str, str]] = {}
+    for row in over.rows:
+        at, (cell, least, part) = short(row.budget) if row.budget else "mean", row.cells()
+        regret.setdefault(row.arm, {"arm": row.arm})[at] = cell
+        saved.setdefault(row.arm, {"arm": row.arm})[at] = part
+        if row.budget is None:
+            minus = (
+                {f"minus {over.best_schedule}": str(over.minus_schedule(row.arm) or "–")} if over.best_schedule else {}
+            )
+            regret[row.arm] |= {"would show": least, **minus, "budget saved": part}
+    return pd.DataFrame([*regret.values()]), pd.DataFrame([*saved.values()])
+
+
+def short_tables(verdicts: Sequence[Verdict]) -> list[str]:
+    """For a terminal: regrets over the budgets, or, at one budget, the arms."""
+    found = [
+        (f"{over.title} regret over budgets, nats".strip(), budget_tables(over)[0]) for over in over_budgets(verdicts)
+    ]
+    found = found or [(verdict.trials.title, arm_table(verdict).iloc[:, :6]) for verdict in verdicts]
+    frames = [(title, frame.astype(object).to_string(index=False, na_rep="–")) for title, frame in found]
+    return ["\n".join(filter(None, part)) for part in frames]
 
 
 def payback(trials: Trials) -> list[str]:
@@ -129,6 +153,12 @@ def told(value: Any) -> str:
     if abs(value) >= 1e8:
         return f"{value:.3g}"
     return f"{float(value):.4f}" if abs(value) < 100 and value % 1 else f"{float(value):,.0f}"
+
+
+def short(amount: float) -> str:
+    """A budget in a few letters: 500k, 1.5M."""
+    power = max(0, min(5, int(math.log10(amount) // 3)))
+    return f"{amount / 1000**power:g}{' kMGTP'[power].strip()}"
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
-from esper.pipelines.reports.page import arm_table
+from esper.pipelines.reports.page import short_tables
 from esper.pipelines.reports.runs import read_sweeps
 from esper.pipelines.sweeps.arms import PPO
 from esper.pipelines.sweeps.chart_view import curve_names, share_view
@@ -79,9 +79,8 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
         say(f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}")
         return int(failed)
     try:
-        for verdict in write_report(read_sweeps(parent.uri, None, parent.run_id)[0], out / "report"):
-            table = arm_table(verdict).iloc[:, :6].astype(object).to_string(index=False, na_rep="–")
-            say("\n".join(filter(None, [verdict.trials.title, table])))
+        for table in short_tables(write_report(read_sweeps(parent.uri, None, parent.run_id)[0], out / "report")):
+            say(table)
         say(f"report:  {out / 'report' / 'report.html'}")
     except UserError as error:
         say(f"no report: {error}")

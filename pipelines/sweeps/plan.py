@@ -1,6 +1,7 @@
 """A sweep's plan: arms, seeds and grid points, as the command line asks for them. Imports no torch."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any, Literal
 from esper.pipelines.common.arguments import ResumableArguments, flag
 from esper.pipelines.sweeps.arms import FOLLOWERS, LRPATH, NAMES, OPENLOOP, PPO, Arm, parse_arms
 from esper.pipelines.sweeps.sizes import Size, parse_sizes
+from esper.platform.console import counted
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec, value_of
 from esper.policies.arms import ArmInputs, make_policy
 
 TUNING_SEEDS = 2_000_000  # tuning seeds start here, far from any test seed
+AMOUNT = "budget.amount"  # the key of a grid of budgets
 LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
 TrainedOn = Literal["text", "laws"]  # a controller: on GPTs, or on loss laws fitted to the sweep's static runs
 
@@ -31,6 +34,7 @@ class SweepArguments(ResumableArguments):
     sizes: str | None = flag(None, "Static sizes: layers, or layers x MLP width; none: the preset's only.", "1,2x96")
     seeds: int = flag(1, "Test seeds of each arm: --seed and those after it.", ge=1, le=1000)
     tuning_seeds: int = flag(2, "Other seeds, that sizes, schedules and rates are chosen on.", ge=0, le=100)
+    budgets: str | None = flag(None, "Compare at each of these budgets, and over all of them.", "0.5e6,1e6,…")
     grid: tuple[str, ...] = flag((), "Compare at each of these values; may be given for several keys.", "KEY=A,B")
     tune_lr: bool = flag(False, "Find each arm's learning rate and where it starts to fall, on tuning seeds.")
     policy: Path | None = flag(None, "For ppo: a trained policy; without one it is trained first.")
@@ -58,7 +62,8 @@ class Point:
         return f"{arm.label} {self.grid}" if self.several else arm.label
 
     def __str__(self) -> str:
-        return f"{self.grid}: " if self.values else ""
+        told = (f"{key} = {value:,}" if key == AMOUNT else f"{key} = {value}" for key, value in self.values.items())
+        return f"{', '.join(told)}: " if self.values else ""
 
 
 class SweepPlan(Frozen):
@@ -85,7 +90,7 @@ class SweepPlan(Frozen):
             sizes=tuple(sizes),
             seeds=tuple(range(seed, seed + arguments.seeds)),
             tuning_seeds=tuple(range(tuning, tuning + arguments.tuning_seeds)),
-            grid=tuple(parse_grid(arguments.grid)),
+            grid=tuple(parse_grid(arguments.grid, arguments.budgets)),
             tune_lr=arguments.tune_lr,
             train_on=arguments.train_on,
             own=tuple(override.partition("=")[0] for override in arguments.set),
@@ -113,18 +118,41 @@ class SweepPlan(Frozen):
                 raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
         if "policy" in needs and not policy and not trains:
             raise UserError(f"arm {OPENLOOP!r} replays a trained policy: give --policy CHECKPOINT, or add arm ppo.")
-        if laws and sum(size.only_layers for size in self.sizes) < LAW_SIZES:
-            raise UserError(f"--train-on laws needs {LAW_SIZES} depths, as static sizes: give more, such as 1,2,4.")
+        if laws and len(self.sizes) < LAW_SIZES:
+            raise UserError(f"--train-on laws needs {LAW_SIZES} static sizes: give more, such as --sizes 1,2,4.")
         for point in self.points(spec):
+            _check_budget(point.spec)
             inputs = ArmInputs(spec=point.spec, **files)
             for arm in self.arms:
                 if arm.kind.needs != "policy" or policy is not None:
                     make_policy(PPO if arm.kind.needs == "policy" else arm.kind.plays, inputs)
 
 
-def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:
-    """The points that `--grid key=a,b,c`, given once per key, spans; one without values where none is given."""
-    points: list[dict[str, Any]] = [{}]
+def _check_budget(spec: RunSpec) -> None:
+    from esper.workers.tolaria.hosts import start_shape  # torch: seconds that `esper sweep --help` does not take
+
+    axis, amount, tokens = spec.budget.axis, spec.budget.amount, spec.data.batch_size * spec.host.block_size
+    step = spec.clock.axis_per_step(axis, start_shape(spec, vocab_size=1), tokens)  # at least: a text has more
+    known = spec.clock.kind == "reference" or axis in ("steps", "tokens", "flops")
+    if known and amount < step * spec.budget.decisions:
+        what = f"a budget of {amount:,.6g} {axis} in {counted(spec.budget.decisions, 'decision')}"
+        raise UserError(f"{what} holds less than one optimizer step in each: give a larger one, or fewer decisions.")
+
+
+def parse_budgets(text: str) -> list[float]:
+    """The budgets that `--budgets` names, from the smallest on."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = [math.nan]
+    if not all(0 < budget < math.inf for budget in found):
+        raise UserError(f"--budgets {text!r} is not a list of positive numbers: write it as 0.5e6,1e6,2e6.")
+    return [int(budget) if budget.is_integer() else budget for budget in found]
+
+
+def parse_grid(grids: Sequence[str], budgets: str | None = None) -> list[dict[str, Any]]:
+    """The points that `--grid key=a,b,c`, given once per key, and `--budgets` span; one without values for none."""
+    points: list[dict[str, Any]] = [{AMOUNT: budget} for budget in parse_budgets(budgets)] if budgets else [{}]
     for grid in grids:
         key, _, text = grid.partition("=")
         try:
@@ -132,7 +160,9 @@ def parse_grid(grids: Sequence[str]) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             values = [value_of(part.strip()) for part in text.split(",") if part.strip()]
         if not key or not values:
-            raise UserError(f"--grid {grid!r} is not of the form key.path=a,b,c, such as budget.amount=1e6,3e6.")
+            raise UserError(f"--grid {grid!r} is not of the form key.path=a,b,c, such as host.n_embd=32,64.")
+        if key == AMOUNT:
+            raise UserError(f"--grid {grid} is told by --budgets: give --budgets {text}.")
         if key in points[0]:
             raise UserError(f"--grid names {key} twice: give all its values at once.")
         if key.startswith("data.") and key not in ("data.batch_size", "data.eval_tokens", "data.decision_tokens"):

@@ -25,11 +25,6 @@ class Size(Frozen):
             raise UserError(f"--sizes {text!r} is not a list of sizes: write it as 1,2,2x96,1x256h4, layers x width.")
         return cls.checked(dict(zip(cls.model_fields, found.groups(), strict=True)), f"--sizes {text}")
 
-    @property
-    def only_layers(self) -> bool:
-        """Whether all else is the preset's."""
-        return self.width is None and self.heads is None
-
     def __str__(self) -> str:
         return f"{self.layers}" + f"x{self.width}" * bool(self.width) + f"h{self.heads}" * bool(self.heads)
 
@@ -41,7 +36,7 @@ class Size(Frozen):
         """The spec of a run of this size."""
         layers, width, heads = self.numbers(spec.host)
         own = [{"uid": uid, "width": width, "heads": heads} for uid in range(layers)]
-        return born(spec, layers if self.only_layers else own, **optimizer)
+        return born(spec, own if self.width or self.heads else layers, **optimizer)
 
     def parameters(self, spec: RunSpec) -> int:
         """Without embeddings."""

@@ -34,6 +34,8 @@ from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.policies.arms import ArmInputs
+from esper.policies.named_schedules import NAMED
+from esper.policies.schedule import SchedulePolicy
 from esper.policies.simic.distill import median_schedule
 from esper.workers.laws.fit import annealed_losses, fit_laws
 from esper.workers.tolaria.hosts import start_shape
@@ -101,12 +103,13 @@ class PointStages:
     def _find_settings(self, arms: Sequence[Arm]) -> Iterator[Batch]:
         spec, optimizer, known = self.point.spec, self.point.spec.optimizer, self.settled.get("settings", {})
         still_open = any(arm.label not in known for arm in arms)
-        fixed = "optimizer.decay_from" in (*self._plan.own, *self.point.values)
-        decays = [optimizer.decay_from] if fixed else [decay for decay in DECAYS if decay > optimizer.warmup]
+        decays = {arm: self._decays(arm) for arm in arms}
         tried: dict[Arm, dict[Setting, list[float]]] = {arm: {} for arm in arms}
         starts = {arm: stable_rate(optimizer, arm.size.parameters(spec)) if arm.size else 1.0 for arm in arms}
         for _ in range(ROUNDS):
-            new = [(a, setting) for a, losses in tried.items() for setting in next_settings(starts[a], decays, losses)]
+            new = [
+                (a, setting) for a, losses in tried.items() for setting in next_settings(starts[a], decays[a], losses)
+            ]
             if not new:
                 break
             groups = [
@@ -122,6 +125,16 @@ class PointStages:
         told = [f"{arm.label} {'×' * (not arm.size)}{self.settled['settings'][arm.label]}" for arm in arms]
         if told:
             say(f"rates   {self.point}{', '.join(told)}")
+
+    def _decays(self, arm: Arm) -> Sequence[float]:
+        """Where an arm's rate may start to fall: after the last graft of its schedule, for then none is legal."""
+        spec, last = self.point.spec, self.point.spec.optimizer.warmup
+        if "optimizer.decay_from" in (*self._plan.own, *self.point.values):
+            return [spec.optimizer.decay_from]
+        if arm.name in SCHEDULES:
+            entries = NAMED[arm.name] if arm.name in NAMED else SchedulePolicy.load(self._inputs["schedule"]).entries
+            last = max([last, *(math.ceil(e.at * spec.budget.decisions) / spec.budget.decisions for e in entries)])
+        return [decay for decay in DECAYS if decay > last] or [spec.optimizer.decay_from]
 
     def _choose(self) -> Iterator[Batch]:
         schedules = [arm for arm in self._plan.arms if arm.name in SCHEDULES]

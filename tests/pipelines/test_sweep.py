@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -128,16 +129,33 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     assert len(children(store, out)) == len(runs)
 
 
-@pytest.mark.slow
-def test_a_grid_compares_at_each_point(tiny, client, tmp_path):
+def test_two_budgets_give_regrets_and_the_budget_saved(tiny, client, tmp_path, capfd):
     out = tmp_path / "sweep"
-    flags = ["--arms", "static,onejump", "--grid", "budget.amount=24,40", "--grid", "host.n_head=1,2"]
-    assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
-    found = read(out)
-    assert (len(found["points"]), len(found["trials"])) == (4, 8)
-    runs = children(client(), out).values()
-    assert Counter(run.data.tags["grid"] for run in runs) == dict.fromkeys([p["grid"] for p in found["points"]], 2)
-    assert all(run.data.metrics["steps"] == json.loads(run.data.tags["grid"])["budget.amount"] for run in runs)
+    flags = ["--arms", "static,onejump", "--sizes", "1,2x24", "--budgets", "40,24", "--seeds", "2"]
+    assert sweep.main([*flags, "--tuning-seeds", "1", *tiny, "--out", str(out)]) == 0
+    points = read(out)["points"]
+    assert [point["budget"]["amount"] for point in points] == [24, 40]
+    runs = children(client(), out)
+    assert Counter(run.data.tags["grid"] for run in runs.values()) == dict.fromkeys([p["grid"] for p in points], 8)
+    assert all(run.data.metrics["steps"] == json.loads(run.data.tags["grid"])["budget.amount"] for run in runs.values())
+
+    ends = {
+        (t["label"], t["grid"], t["seed"]): summary(out, name)["val_loss"] for name, t in read(out)["trials"].items()
+    }
+    regrets = [
+        [ends["onejump", p["grid"], s] - ends[f"static-{p['size']}", p["grid"], s] for s in (0, 1)] for p in points
+    ]
+    rows = {
+        row["budget"]: row for row in read(out, "report/report.json")["budgets"][0]["rows"] if row["arm"] == "onejump"
+    }
+    assert [rows[budget]["regret"]["mean"] for budget in (24, 40)] == pytest.approx(np.mean(regrets, axis=1).tolist())
+    assert rows[None]["regret"]["mean"] == pytest.approx(np.mean(regrets))
+    assert re.search(r"arm +24 +40 +mean +would show", capfd.readouterr().err)
+
+    parent = next(iter(runs.values())).data.tags["mlflow.parentRunId"]
+    tracked = {point.step: point.value for point in client().get_metric_history(parent, "regret/onejump")}
+    assert tracked == {budget: pytest.approx(rows[budget]["regret"]["mean"]) for budget in (24, 40)}
+    assert client().get_run(parent).data.metrics["mean_regret/onejump"] == pytest.approx(np.mean(regrets))
 
 
 def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, client, tmp_path, capfd):
@@ -275,8 +293,10 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
         (["--arms", "static,openloop"], "give --policy CHECKPOINT"),
         (["--seeds", "0"], "seeds is '0'"),
         (["--tune-lr", "--tuning-seeds", "0"], "--tuning-seeds is 0: give at least 1"),
-        (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as 1,2,4"),
+        (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as --sizes 1,2,4"),
         (["--grid", "budget.amont=1,2"], "budget.amont"),
+        (["--budgets", "40,-1"], "--budgets '40,-1' is not a list of positive numbers"),
+        (["--budgets", "40,7"], "a budget of 7 steps in 8 decisions holds less than one optimizer step in each"),
         (["--sizes", "one"], "--sizes 'one'"),
         (["--arms", "static", "--policy", "/nowhere"], "no arm of --arms uses --policy"),
         (["--resume", "/nowhere"], "--resume takes everything from /nowhere"),

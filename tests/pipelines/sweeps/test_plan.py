@@ -1,9 +1,11 @@
 """A sweep's arms, sizes and grid, as its command line names them; and its trials' names and specs."""
 
+import json
+
 import pytest
 
 from esper.pipelines.sweeps.arms import Arm, parse_arms
-from esper.pipelines.sweeps.plan import Point, parse_grid
+from esper.pipelines.sweeps.plan import Point, parse_budgets, parse_grid
 from esper.pipelines.sweeps.sizes import Size, parse_sizes
 from esper.pipelines.sweeps.trials import Trial, lrpath_spec, with_rates
 from esper.platform.contracts import GraftAction
@@ -41,9 +43,14 @@ def test_static_arms_come_first_one_for_each_size_and_followers_last(text, label
         (parse_sizes, "2x0", "width is '0'"),
         (parse_sizes, "2h", "is not a list of sizes"),
         (parse_sizes, "1,x96", "is not a list of sizes"),
-        (parse_grid, "budget.amount", "is not of the form"),
-        (parse_grid, "budget.amount=", "is not of the form"),
-        (parse_grid, "budget.amount=1 budget.amount=2", "twice"),
+        (parse_grid, "host.n_embd", "is not of the form"),
+        (parse_grid, "host.n_embd=", "is not of the form"),
+        (parse_grid, "host.n_embd=1 host.n_embd=2", "twice"),
+        (parse_grid, "budget.amount=1,2", "give --budgets 1,2"),
+        (parse_budgets, "1e6,0", "is not a list of positive numbers"),
+        (parse_budgets, "1e6,-1", "is not a list of positive numbers"),
+        (parse_budgets, "nan", "is not a list of positive numbers"),
+        (parse_budgets, "1e6,much", "is not a list of positive numbers"),
         (parse_grid, "data.tokenizer=char,bpe:64", "would change the text"),
         (parse_grid, "fleet.cpus=1,2", "changes no number of a run"),
     ],
@@ -56,9 +63,10 @@ def test_what_cannot_be(parse, text, sentence):
 def test_sizes_and_a_grid_that_spans_every_combination_also_of_lists_and_objects(tiny_spec):
     assert list(map(str, parse_sizes("4, 1,2x96,1h4,3x8h2,1"))) == ["4", "1", "2x96", "1h4", "3x8h2"]
     assert list(map(str, parse_sizes("1,1"))) == ["1"]
-    points = parse_grid(["budget.amount=20,40", "host.n_head=1,2,4"])
+    points = parse_grid(["host.n_head=1,2,4"], "40,2e1,40.0")
     assert len(points) == 6
     assert points[1] == {"budget.amount": 20, "host.n_head": 2}
+    assert json.dumps(parse_budgets("0.5e6,2.5")) == "[2.5, 500000]"
     assert parse_grid([]) == [{}]
     assert [p["budget.cooldowns"] for p in parse_grid(["budget.cooldowns=[],[0.3,0.5]"])] == [[], [0.3, 0.5]]
     kinds = parse_grid(['growth.blueprints={"ffn": {}},{"ffn": {}, "block": {}}'])
