@@ -214,7 +214,11 @@ class Kasmina:
             mine = self.blueprints[seed.blueprint].slices(self.host, seed.planted, newer[seed.site])
             newer[seed.site] += seed.planted.units
             if seed.age < seed.settled:
-                slowed.append(((seed, self._betas(mine[0].parameter, groups) if seed.older else None), mine))
+                by_betas: dict[Any, list[Slice]] = {}
+                for each in mine:
+                    betas = self._betas(each.parameter, groups) if seed.older else None
+                    by_betas.setdefault(betas, []).append(each)
+                slowed += [((seed, betas), slices) for betas, slices in by_betas.items()]
             if seed.on_probation:
                 clipped.append(rest(mine, taken))
                 taken += clipped[-1]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria.model.transformer import TransformerHost
 from tests.workers.kasmina.growing import BETAS, batch, grow, growths, logits, named, pick, small, train, tree
@@ -103,6 +104,19 @@ def test_a_seed_settles_when_its_moments_are_old_enough():
     assert [weight for _, weight in kasmina.slowed()] == pytest.approx([1] * 3, abs=1e-6)
     train(host, kasmina)
     assert kasmina.slowed() == []
+
+
+def test_a_slice_is_corrected_by_the_betas_of_its_own_group():
+    host, _ = small()
+    betas = {2: (0.9, 0.95), 1: (0.5, 0.6)}  # of matrices, of vectors
+    groups = [{"params": [p for p in host.parameters() if p.dim() == dim], "betas": betas[dim]} for dim in betas]
+    kasmina = Kasmina(host, torch.optim.AdamW(groups))
+    train(host, kasmina, 2)
+    seed = kasmina.graft("h0.ffn", "ffn")
+    train(host, kasmina)
+    weights = {each.parameter.dim(): weight for each, weight in kasmina.slowed()}
+    assert weights == {dim: seed.weight(own) for dim, own in betas.items()}
+    assert weights[1] != weights[2]
 
 
 def test_unused_parameters_are_left_alone():
