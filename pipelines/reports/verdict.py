@@ -108,7 +108,7 @@ def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
         for text in tried
     }
     if (smallest := next(iter(sizes))) in chosen and sizes[smallest][0] == 1:
-        caveats.append(f"{smallest} is the best static size, and the smallest there is: nothing has to grow here.")
+        caveats.append(f"{smallest} is the best static size, and the smallest tried: nothing has to grow here.")
     elif edge := ", ".join(
         sorted(label for label in chosen & sizes.keys() if _at_edge(sizes[label], [*sizes.values()]))
     ):
