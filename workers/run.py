@@ -274,7 +274,8 @@ class GrowthRun(Episode):
         self.trainer.bind(package)
         if package.failed:
             self.path = "eager"
-            told = f"{package.failure} says why; delete it to try again"
+            why = f"{package.failure} says why; delete it to try again"
+            told = why if package.failure.exists() else f"it took over {compiled.BUILD_LIMIT} s, or the cache is full"
             say(f"a compiled step could not be built, so such steps stay eager ({told})")
 
     def _pause(self) -> None:
