@@ -3,6 +3,7 @@
 A step's package is built once a session and shape, 25 s each. Alone: `pytest tests/workers/test_compiled.py`.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from tests.workers.growing_run import act, begun, changed, outcome, same_weights
 
 @pytest.fixture(scope="session")
 def steps(tmp_path_factory):
-    """The cache of packages of this session."""
-    return tmp_path_factory.mktemp("cache")
+    """The cache of packages of this session, which xdist's processes share."""
+    root = tmp_path_factory.getbasetemp()
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "packages"
 
 
 @pytest.fixture(autouse=True)
