@@ -36,6 +36,10 @@ class ClockSpec(Frozen):
         counts = {"steps": 1, "tokens": tokens, "flops": tokens * shape.flops_per_token(), "seconds": seconds}
         return float(counts[axis] if axis in counts else seconds * shape.parameters_count())
 
+    def foretells(self, axis: Axis) -> bool:
+        """Whether a step's use of a budget axis is known beforehand."""
+        return self.kind == "reference" or axis in ("steps", "tokens", "flops")
+
     def reading(self, predicted: float, measured: float) -> float:
         """Seconds charged: `predicted` by the reference clock, else `measured`."""
         return predicted if self.kind == "reference" else measured

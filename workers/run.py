@@ -131,7 +131,7 @@ class GrowthRun(Episode):
         self._good: Snapshot = self.trainer.state()  # as the slice under way began, before its action
         self._resized()
         axis, step = self.spec.budget.axis, float(self.layout.axis_per_step[0])
-        if self.clock.amount < step and (self.spec.clock.kind == "reference" or axis in ("steps", "tokens", "flops")):
+        if self.clock.amount < step and self.spec.clock.foretells(axis):
             what = f"the budget is {self.clock.amount:g} {axis}, and one optimizer step uses {step:,.6g}"
             raise UserError(f"{what}: set a larger budget.amount, or a smaller host or batch.")
 

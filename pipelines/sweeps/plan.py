@@ -129,12 +129,13 @@ class SweepPlan(Frozen):
 
 
 def _check_budget(spec: RunSpec) -> None:
-    from esper.workers.tolaria.hosts import start_shape  # torch: seconds that `esper sweep --help` does not take
+    from esper.workers.observe import batch_tokens  # torch: seconds that `esper sweep --help` does not take
+    from esper.workers.tolaria.hosts import start_shape
 
-    axis, amount, tokens = spec.budget.axis, spec.budget.amount, spec.data.batch_size * spec.host.block_size
-    step = spec.clock.axis_per_step(axis, start_shape(spec, vocab_size=1), tokens)  # at least: a text has more
-    known = spec.clock.kind == "reference" or axis in ("steps", "tokens", "flops")
-    if known and amount < step * spec.budget.decisions:
+    axis, amount = spec.budget.axis, spec.budget.amount
+    # At least: a text has a larger vocabulary.
+    step = spec.clock.axis_per_step(axis, start_shape(spec, vocab_size=1), batch_tokens(spec))
+    if spec.clock.foretells(axis) and amount < step * spec.budget.decisions:
         what = f"a budget of {amount:,.6g} {axis} in {counted(spec.budget.decisions, 'decision')}"
         raise UserError(f"{what} holds less than one optimizer step in each: give a larger one, or fewer decisions.")
 
