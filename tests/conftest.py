@@ -62,14 +62,6 @@ def tiny_spec() -> RunSpec:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """For xdist's `--dist loadgroup`: tests that share Ray run in one process, all others file by file."""
-    for item in items:
-        shared = "one_ray" if "one_ray" in item.fixturenames else item.path.relative_to(item.config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group(shared))
-
-
 def pytest_configure(config):
     import torch
 
