@@ -43,7 +43,7 @@ fmt: $(READY)  ## mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## measure speed, about five minutes on an idle machine: the table of docs/performance.md
+bench: $(READY)  ## measure speed, about seven minutes on an idle machine: the table of docs/performance.md
 	@$(BIN)/python benchmarks/run.py
 
 gpu: $(READY)  ## check and time everything on an NVIDIA GPU in six minutes; DEVICE=cpu rehearses it
