@@ -67,7 +67,7 @@ def evaluate(arguments: "EvaluateArguments") -> None:
         ready[PLANNER] = PlannerPolicy(drawn_laws(spec, range(MEMBERS)))
     for arm in {*schedules, *({*NAMED, PLANNER} & {*arms} - ready.keys())}:
         make_policy(arm, inputs)  # refuses a blueprint that the runs lack, and laws of others
-    chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None))
+    chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None), text=on_text)
     place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
     place.tell_laws(arguments.laws if on_text else None)
     make_run = partial(GrowthRun, spec, place.tokens) if on_text else partial(SurrogateRun, spec)
@@ -208,9 +208,9 @@ def spec_for(arguments: CommonArguments, file: Path, *, on_text: bool) -> RunSpe
     return spec
 
 
-def instances(spec: RunSpec, name: SetName, first: int | None) -> dict[int, Instance]:
+def instances(spec: RunSpec, name: SetName, first: int | None, *, text: bool = False) -> dict[int, Instance]:
     """The first instances of a set; UserError where it has too few."""
-    whole = instance_set(name, spec)
+    whole = instance_set(name, spec, text=text)
     if first is not None and first > len(whole):
         raise UserError(f"--episodes is {first}, but the {name} set has {len(whole)} instances: ask for fewer.")
     return dict(islice(whole.items(), first))

@@ -1,6 +1,6 @@
 """Selects a training's best policy by its mean final loss over held-out episodes, the same for all candidates.
 
-On text their seeds are used nowhere else; on loss laws they are the tuning set's instances.
+They are the tuning set's instances, on text and on loss laws alike.
 """
 
 import math
@@ -35,7 +35,7 @@ def held_out(spec: RunSpec, data: Path | None, out: Path, seed: int, check: Call
     `data`: None on loss laws. `check` may raise; a later call continues.
     """
     number = spec.ppo.held_out
-    instances = [Instance()] * number if data else list(islice(instance_set("tuning", spec).values(), number))
+    instances = list(islice(instance_set("tuning", spec, text=data is not None).values(), number))
     tasks: dict[Key, Task] = {}
     for path in checkpoints(out):
         policy = SimicPolicy.load(path)

@@ -95,13 +95,13 @@ def train_controller(
         iterations = counted(spec.ppo.iterations, "iteration")
         say(f"ppo     {iterations} of {spec.ppo.decisions} decisions; building the learner")
         _note(history, tracker, reached)  # the process may have died before it did
-        instances = list(instance_set("train", spec).values())
+        instances = list(instance_set("train", spec, text=not surrogate).values())
         training = PPOTraining(
             spec,
             telemetry_space(spec),
             fleet_maker(spec, folder.data, storage),
             seed=folder.seed,
-            instances=(lambda number: instances[number % len(instances)]) if surrogate else None,
+            instances=lambda number: instances[number % len(instances)],
             journal=out / EPISODES,
             check=check,
             start=next(reversed(checkpoints(out)), None),

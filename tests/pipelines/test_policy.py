@@ -95,6 +95,7 @@ def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys):
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     plan.write_text('[{"at": 0.25, "blueprint": "ffn"}]')
     command = ["evaluate", str(trained), *tiny, "--episodes", "2", "--schedule", str(plan), "--out", str(out)]
+    command += ["--set", "budget.amount=80"]
     assert pipeline.main([*command, "--arms", "static,schedule,width"]) == 0
     result = evaluation_of(out)
     assert result["on"] == "text"

@@ -3,6 +3,7 @@
 Needs a local Ray cluster, which the pipeline starts. Alone: `pytest tests/pipelines/test_ppo.py`.
 """
 
+import math
 import pickle
 import signal
 from pathlib import Path
@@ -20,6 +21,7 @@ from esper.platform.spec import load_spec
 from esper.platform.storage import alone
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.policy import SimicPolicy
+from esper.workers.instances import instance_set
 from tests.pipelines.helpers import made_net, sets, start, summary_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_ray")
@@ -196,11 +198,15 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, tm
     assert all(0 < last[share] <= 1 for share in ("busy", "learned_share"))
     assert 0 < last["waiting"] < 1
 
-    # What it spent is all of it: whole episodes of 200 steps, those in flight, and a held-out one for each policy.
+    # What it spent is all of it: whole episodes, those in flight, and a held-out one for each policy.
+    spec = load_spec(out / "spec.json")
+    sizes = [instance_set(name, spec, text=True).values() for name in ("train", "tuning")]
+    train_steps, tuning_steps = ([math.ceil(200 * each.budget) for each in instances] for instances in sizes)
+    assert len(set(train_steps)) > 50  # instances differ
     parts = summary["spent_on"]
     assert parts.keys() == {"learned", "in_flight", "dropped", "held_out"}
-    assert parts["learned"]["steps"] == 200 * len(learned)
-    assert parts["held_out"]["steps"] == 200 * len(summary["held_out_losses"])
+    assert parts["learned"]["steps"] == sum(train_steps[: len(learned)])
+    assert parts["held_out"]["steps"] == tuning_steps[0] * len(summary["held_out_losses"])
     assert summary["spent"]["steps"] == sum(part["steps"] for part in parts.values())
 
 
