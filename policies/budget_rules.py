@@ -12,8 +12,28 @@ def trainable_grafts(telemetry: Telemetry, tokens_per_parameter: float) -> list[
     seen = 10 ** telemetry.get("tokens_per_parameter") - 1
     steps = _steps_per_decision(telemetry)
     tokens = seen * (1 - used) / used * steps / steps[0] / np.exp(telemetry.candidate_column("parameters"))
-    grafts = [int(i) for i in telemetry.legal() if telemetry.actions[i].operation == "graft"]
-    return [i for i in grafts if tokens[i] >= tokens_per_parameter]
+    return [i for i in legal_grafts(telemetry) if tokens[i] >= tokens_per_parameter]
+
+
+def legal_grafts(telemetry: Telemetry) -> list[int]:
+    """Rows of the grafts that are legal now."""
+    return [int(i) for i in telemetry.legal() if telemetry.actions[i].operation == "graft"]
+
+
+def steps_left(telemetry: Telemetry) -> float:
+    """Optimizer steps that the rest of the budget holds at this size."""
+    return 10 ** telemetry.get("steps_left") - 1
+
+
+def step_costs(telemetry: Telemetry) -> np.ndarray:
+    """What a step costs after each candidate, on the budget's axis, over WAIT's, float64 (A',)."""
+    steps = _steps_per_decision(telemetry)
+    return steps[0] / np.maximum(steps, 1e-9)
+
+
+def slope_per_step(telemetry: Telemetry) -> float:
+    """The part of the validation loss that a step takes off it now; the slow slope may span the first fall."""
+    return min(telemetry.get("slope_fast"), telemetry.get("slope_slow")) / _steps_in_budget(telemetry)
 
 
 def trial_cost(telemetry: Telemetry, rows: list[int], optimizer_steps: int) -> float:
@@ -33,4 +53,4 @@ def _steps_per_decision(telemetry: Telemetry) -> np.ndarray:
 
 
 def _steps_in_budget(telemetry: Telemetry) -> float:
-    return (10 ** telemetry.get("steps_left") - 1) / (1 - telemetry.get("budget_used"))
+    return steps_left(telemetry) / (1 - telemetry.get("budget_used"))

@@ -1,4 +1,5 @@
-"""The fixed growth plans to beat, in budget fractions; chosen on `tinystories-char`, before any sweep's test seeds.
+"""The fixed growth plans to beat, in budget fractions; all before the rate decays there; tried on
+`tinystories-char`, on seeds that no test uses.
 
 Depth: Du et al. 2024 (2405.15319), 2511.04981; several kinds in turn: MSG (Yao et al. 2023, 2305.02869).
 """
@@ -6,16 +7,23 @@ Depth: Du et al. 2024 (2405.15319), 2511.04981; several kinds in turn: MSG (Yao 
 from esper.policies.schedule import Entry
 
 LAYER, HEAD, WIDTH = "block", "attention", "ffn"  # blueprints
-OFTEN = (0.1, 0.25, 0.4)
+THRICE = (0.04, 0.2, 0.29)
+
+
+def _grafts(blueprint: str, *fractions: float) -> tuple[Entry, ...]:
+    return tuple(Entry(at=at, blueprint=blueprint) for at in fractions)
+
 
 NAMED: dict[str, tuple[Entry, ...]] = {
-    "onejump": (Entry(at=0.15, blueprint=LAYER),),
-    "gradual": (Entry(at=0.08, blueprint=LAYER), Entry(at=0.4, blueprint=LAYER)),
+    "onejump": _grafts(LAYER, 0.15),
+    "gradual": _grafts(LAYER, 0.08, 0.3),
     "periodic": tuple(
         Entry(at=at, blueprint=blueprint)
-        for at, blueprint in zip((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), (WIDTH, HEAD, LAYER) * 2, strict=True)
+        for at, blueprint in zip((0.05, 0.11, 0.17, 0.23, 0.29, 0.35), (WIDTH, HEAD, LAYER) * 2, strict=True)
     ),
-    "heads": tuple(Entry(at=at, blueprint=HEAD) for at in OFTEN),
-    "width": tuple(Entry(at=at, blueprint=WIDTH) for at in OFTEN),
-    "layers": tuple(Entry(at=at, blueprint=LAYER) for at in OFTEN),
+    "heads": _grafts(HEAD, *THRICE),
+    "width": _grafts(WIDTH, *THRICE),
+    "twice": _grafts(WIDTH, 0.12, 0.29),
+    "mixed": (*_grafts(WIDTH, 0.04, 0.12), *_grafts(LAYER, 0.25)),
+    "layers": _grafts(LAYER, *THRICE),
 }

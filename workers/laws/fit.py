@@ -37,7 +37,7 @@ TOLERANCE = 0.01  # Huber threshold on the log loss, about the spread of seeds
 # `tinystories-char` predict 9 long ones to 0.026 nats, unweighted to 0.038; seeds differ by 0.015.
 NEAR = 0.2
 SHARE, WIDEST = 0.25, 2.0  # a constant's range: at least this share and at most this factor to each side
-SIZES, APART = 3, 1.2  # least number of sizes, and least ratio of a size's token counts
+SIZES, APART = 3, 1.2  # least number of sizes of several token counts, and least ratio of these
 START = math.log(VOCABULARY)  # a surrogate's first loss, nats
 ROOM = 0.95  # of that, for the largest E + A
 MEMBERS = 32  # of an ensemble
@@ -185,13 +185,13 @@ def decision_losses(law: ScalingLaw, runs: Sequence[tuple[RunSpec, Mapping[str, 
 
 
 def _enough(points: Sequence[Annealed]) -> bool:
-    """Whether static ones of them have enough sizes and token counts."""
+    """Whether static ones of them have enough sizes of two token counts or more."""
     tokens: dict[tuple[float, ...], list[float]] = {}
     for point in points:
         if len(point.tokens) == 1:
             tokens.setdefault(tuple(point.sizes[0]), []).append(point.tokens[0])
     possible = all(0 < point.loss < START and 0 < point.tokens.sum() < math.inf for point in points)
-    return possible and len(tokens) >= SIZES and all(max(each) >= APART * min(each) for each in tokens.values())
+    return possible and sum(max(each) >= APART * min(each) for each in tokens.values()) >= SIZES
 
 
 def predicted(law: ScalingLaw, points: Sequence[Annealed]) -> np.ndarray:

@@ -103,7 +103,7 @@ GOOD = static_points(truth({}), seeds=1)
     [
         [],
         [p for p in GOOD if p.sizes[0, 2] < 3],
-        [p for p in GOOD if p.sizes[0, 2] < 6 or p.tokens[0] > 1e6],  # one number of tokens at 6 layers
+        [p for p in GOOD if p.sizes[0, 2] < 3 or p.tokens[0] > 2e6],  # one number of tokens at the larger sizes
         [*GOOD, GOOD[0]._replace(loss=math.nan)],
     ],
 )
