@@ -61,6 +61,10 @@ def _planner(inputs: ArmInputs) -> GrowthPolicy:
     return PlannerPolicy(laws)
 
 
+def _tamiyo(inputs: ArmInputs) -> GrowthPolicy:
+    return TamiyoPolicy() if inputs.spec is None else TamiyoPolicy(warm_up=inputs.spec.growth.probation_steps)
+
+
 def _named(name: str, inputs: ArmInputs) -> GrowthPolicy:
     inputs.check(f"arm {name!r}", (entry.blueprint for entry in NAMED[name]))
     return SchedulePolicy(NAMED[name])
@@ -87,7 +91,7 @@ ARMS: dict[str, Callable[[ArmInputs], GrowthPolicy]] = {
     "random": _random,
     "schedule": _schedule,
     **{name: partial(_named, name) for name in NAMED},
-    "tamiyo": lambda inputs: TamiyoPolicy(),
+    "tamiyo": _tamiyo,
     "lag": lambda inputs: LagPolicy(),
     "planner": _planner,
     "ppo": _ppo,

@@ -7,8 +7,8 @@ parameters, a graft raises that rate, roughly, where
     ln(N'/N) / (√(c'/c) − 1)  >  (L − E(N)) / g  =  `worth` · √(part of the loss that 1,000 steps take off)
 
 1. Wait while the loss still falls too fast for that, or less than `patience` of all decisions since the last graft.
-2. Leave out grafts after which the rest of the budget holds fewer than `steps` optimizer steps, and attention heads:
-   on TinyStories their parameters are worth a third of others'.
+2. Leave out grafts after which the rest of the budget does not hold `warm_ups` of a seed, and attention heads: on
+   TinyStories their parameters are worth a third of others'.
 3. Of the grafts left take the one with the greatest left side, the deepest of equal ones.
 """
 
@@ -28,7 +28,8 @@ class TamiyoPolicy:
 
     worth: float = 2.2  # per √(part of the loss taken off by 1,000 steps): the larger, the later a graft
     patience: float = 0.08  # fraction of the decisions to wait after a graft: slopes then span the growth no more
-    steps: int = 1100  # some three times a seed's warm-up there: what a graft needs to pay
+    warm_ups: float = 2.75  # that a graft needs to pay
+    warm_up: int = 400  # optimizer steps (`growth.probation_steps`)
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
         """One legal graft, or WAIT with the reason."""
@@ -39,7 +40,7 @@ class TamiyoPolicy:
             return wait("the last graft is young")
         costs = step_costs(telemetry)
         kept, heads = legal_grafts(telemetry), telemetry.candidate_column("adds_heads")
-        kept = [i for i in kept if steps_left(telemetry) / costs[i] >= self.steps and not heads[i]]
+        kept = [i for i in kept if steps_left(telemetry) / costs[i] >= self.warm_ups * self.warm_up and not heads[i]]
         if not kept:
             return wait("no graft that the rest of the budget can train")
         falls = 1000 * max(0.0, slope_per_step(telemetry))
