@@ -14,9 +14,20 @@ FIT = "esper policy fit RUNS --out FILE"  # the command that makes one
 
 # What a law is made of, by the names of `ScalingLaw` (`workers/laws/scaling_law.py`); one number a member.
 Constant = Literal[
-    "floor", "size", "size_exponent", "data", "data_exponent", "heads", "width", "layer", "reference", "tokens"
+    "floor",
+    "size",
+    "size_exponent",
+    "data",
+    "data_exponent",
+    "heads",
+    "width",
+    "layer",
+    "reference",
+    "tokens",
+    "depth",
+    "slowness",
 ]
-Constants = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=1024)]
+Constants = Annotated[tuple[NotNegative, ...], Field(min_length=1, max_length=1024)]
 
 
 class FittedLaws(Frozen):

@@ -58,6 +58,7 @@ def _ordered(span: T) -> T:
 Rates = Annotated[tuple[tuple[Count, Positive], ...], AfterValidator(_rising)]
 RatePath = Annotated[tuple[tuple[float, Positive], ...], AfterValidator(_rising)]
 Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]  # low and high; equal where nothing is drawn
+RangeFrom0 = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ordered)]
 
 
 class ExpertSpec(Frozen):
@@ -226,6 +227,8 @@ class LawSpec(Frozen):
     heads: Range = (0.03, 6.0)  # weight of an attention parameter; log
     width: Range = (0.03, 6.0)  # weight of any other parameter; log
     layer: Range = (0.02, 1.0)  # weight of a layer itself, in parameters of the first; log
+    depth: RangeFrom0 = (0.0, 0.0)  # λ: A falls as layers^(−λ)
+    slowness: RangeFrom0 = (0.0, 0.0)  # κ: tokens count layers^(−κ)
 
 
 class RunSpec(Frozen):

@@ -31,6 +31,8 @@ BOUNDS: dict[str, Range] = {  # of the fitted constants: growing always helps a 
     "data_exponent": (0.05, 2.0),
 }
 WEIGHTS = ("heads", "width", "layer")  # fitted within the spec's ranges
+DEPTH: dict[str, Range] = {"depth": (1e-3, 1.0), "slowness": (1e-3, 1.2)}  # what layers do beside, within these;
+NO_DEPTH: dict[str, Range] = dict.fromkeys(DEPTH, (1e-9, 1e-9))  # by static runs alone it looks like an exponent
 STARTS = (0.25, 0.6, 1.3)  # exponents at which fits start, in all pairs
 TOLERANCE = 0.01  # Huber threshold on the log loss, about the spread of seeds
 # Nats above the lowest loss that halve a loss's weight: early losses fall faster than a power law. 8 short runs of
@@ -101,7 +103,8 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
             f"laws are fitted to {SIZES} sizes or more, with losses below {START:.2f} nats at two token counts each, "
             f"and the sizes here are (layers): {sizes}: run more, with --set budget.cooldowns=[0.25,0.5]."
         )
-    ranges = {name: getattr(spec.laws, name) for name in WEIGHTS}
+    grew = any(len(point.tokens) > 1 for point in points)
+    ranges = {name: getattr(spec.laws, name) for name in WEIGHTS} | (DEPTH if grew else NO_DEPTH)
     middles = {name: math.sqrt(low * high) for name, (low, high) in ranges.items()}
     fixed = {name: (value, value) for name, value in (dict.fromkeys(BOUNDS, 1.0) | middles).items()}
     unfitted = ScalingLaw.drawn(0, spec.model_copy(update={"laws": LawSpec.model_validate(fixed)}))
@@ -110,11 +113,11 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
     losses = np.array([point.loss for point in points])
     near = 1 / (1 + (losses - losses.min()) / NEAR)
     bounds = np.log(np.array([*BOUNDS.values(), *ranges.values()]).T)
-    spread = np.maximum(1e-9, (bounds[1] - bounds[0])[-len(WEIGHTS) :] / math.sqrt(12))  # of the prior's logarithms
+    spread = np.maximum(1e-9, (bounds[1] - bounds[0])[-len(ranges) :] / math.sqrt(12))  # of the prior's logarithms
     bounds += 1e-9 * np.array([[-1], [1]])  # a range may be a point
 
     def with_constants(logs: np.ndarray) -> ScalingLaw:
-        constants = dict(zip((*BOUNDS, *WEIGHTS), np.exp(logs).tolist(), strict=True))
+        constants = dict(zip((*BOUNDS, *ranges), np.exp(logs).tolist(), strict=True))
         law = replace(unfitted, **{**constants, "layer": constants["layer"] * float(one[:2].sum())})
         return replace(law, reference=law.effective(one))
 
@@ -124,7 +127,8 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
         columns = [np.ones(len(points)), size_part, (tokens.sum(axis=0) / unfitted.tokens) ** -beta]
         floor, scale, data = nnls(np.stack(columns, axis=1), losses)[0]
         logs = np.log(np.maximum([floor, scale, alpha, data, beta, *middles.values()], 1e-9))
-        return np.clip(logs, bounds[0] + 1e-3, np.maximum(bounds[0] + 1e-3, bounds[1] - 1e-3))
+        inside = np.minimum(1e-3, (bounds[1] - bounds[0]) / 2)
+        return np.clip(logs, bounds[0] + inside, bounds[1] - inside)
 
     def residuals(logs: np.ndarray, weights: np.ndarray, prior: np.ndarray) -> np.ndarray:
         law = with_constants(logs)
@@ -145,12 +149,12 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
     random, fitted = stream(0, "ensemble"), []
     for _ in range(members):
         weights = np.repeat(np.sqrt(random.exponential(size=len(runs))), [len(run) for run in runs])
-        prior = np.append(middle[:2] + random.standard_normal(2), random.uniform(*bounds[:, -len(WEIGHTS) :]))
+        prior = np.append(middle[:2] + random.standard_normal(2), random.uniform(*bounds[:, -len(ranges) :]))
         fitted.append(search(np.append(best[: len(BOUNDS)], prior[2:]), weights, prior).x)
     law = with_constants(best)
     residual = float(np.sqrt(np.mean(np.square(law.followed(sizes, tokens)[-1] - losses))))
     errors = np.std(fitted, axis=0) if fitted else np.zeros(len(best))
-    laws = _ranges(law, errors)
+    laws = _ranges(law, errors, BOUNDS | DEPTH if grew else BOUNDS)
     return LawFit(law, spec.laws.model_copy(update=laws), [with_constants(each) for each in fitted], residual)
 
 
@@ -206,11 +210,12 @@ def _padded(points: Sequence[Annealed]) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(sizes, -1), np.stack([np.pad(p.tokens, (0, most - len(p.tokens))) for p in points], -1)
 
 
-def _ranges(law: ScalingLaw, errors: np.ndarray) -> dict[str, Range]:
+def _ranges(law: ScalingLaw, errors: np.ndarray, bounds: Mapping[str, Range]) -> dict[str, Range]:
     """Each constant's range within its bounds, with E + A at most `ROOM` of `START`."""
     ranges = {}
-    for (name, (lowest, highest)), error in zip(BOUNDS.items(), errors, strict=False):
-        value, factor = getattr(law, name), min(WIDEST, max(1 + SHARE, math.exp(2 * error)))
+    of = dict(zip((*BOUNDS, *WEIGHTS, *DEPTH), errors, strict=True))
+    for name, (lowest, highest) in bounds.items():
+        value, factor = getattr(law, name), min(WIDEST, max(1 + SHARE, math.exp(2 * of[name])))
         ranges[name] = max(lowest, value / factor), min(highest, value * factor)
     level, top = law.floor + law.size, ranges["floor"][1] + ranges["size"][1]
     kept = min(1.0, (ROOM * START - level) / (top - level))

@@ -38,7 +38,7 @@ def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
 
     def expected(to: int, end: int, cost: float) -> float:
         """Of a first action that leads to a class, which is paid at decision `end`."""
-        tokens = max(0.0, used[end] - used[k] - cost) * known.tokens_per_unit[to]
+        tokens = max(0.0, used[end] - used[k] - cost) * course.tokens_per_unit[to]
         plans = np.unique(best_plans(course, end, to, law.trained(now, course.size_loss[to], tokens))[1], axis=0)
         plans[:, k:end] = to
         return float((followed(course, k, 0, now, plans) @ weights).min())

@@ -37,7 +37,6 @@ class Classes(NamedTuple):
 
     blueprints: tuple[str, ...]
     size: np.ndarray  # by `size_of`, float64 (3, C)
-    tokens_per_unit: np.ndarray  # tokens that one unit of the budget's axis buys, float64 (C,)
     graft_cost: np.ndarray  # of a graft that leads here, on the budget's axis, float64 (C,)
     axis_per_step: np.ndarray  # a step's cost in each class, float64 (C,)
     target: np.ndarray  # class after a blueprint's graft in this one, or NONE, int64 (B, C)
@@ -49,6 +48,7 @@ class Course(NamedTuple):
     classes: Classes
     law: ScalingLaw
     size_loss: np.ndarray  # nats, float64 (C,)
+    tokens_per_unit: np.ndarray  # effective tokens that one unit of the budget's axis buys, float64 (C,)
     used: np.ndarray  # on the budget's axis at each decision and at the end, float64 (K + 1,)
     fractions: np.ndarray  # of the budget at each decision, float64 (K,)
     growing: np.ndarray  # before the rate's decay, bool (K,)
@@ -81,7 +81,6 @@ def _classes(part: str, start: Any, most: int) -> Classes:
     return Classes(
         blueprints=tuple(blueprints),
         size=size_of(*shapes),
-        tokens_per_unit=tokens / per_step,
         graft_cost=spec.clock.graft_seconds * np.array(cost.get(axis, [0] * len(shapes)), float),
         axis_per_step=per_step,
         target=np.array(targets).T,
@@ -125,12 +124,14 @@ def course(spec: RunSpec, instance: Instance, seed: int = 0) -> Course:
 def course_from(
     spec: RunSpec, shape: Any, most: int, law: ScalingLaw, slice_: float, used: np.ndarray, fractions: np.ndarray
 ) -> Course:
-    """From a shape, with at most so many grafts; the constants of M laws as arrays make `size_loss` (C, M)."""
+    """From a shape, with at most so many grafts; the constants of M laws as arrays make what rests on them (C, M)."""
     known = _classes(spec.model_dump_json(exclude={"laws", "ppo", "fleet"}), shape, most)
-    size_loss = law.size_loss(known.size[..., None] if isinstance(law.floor, np.ndarray) else known.size)
+    several = (..., None) if isinstance(law.floor, np.ndarray) else ()
+    size, per_unit = known.size[several], (batch_tokens(spec) / known.axis_per_step)[several]
+    size_loss, per_unit = law.size_loss(size), per_unit * law.pace(size)
     legal = slice_ / known.axis_per_step >= spec.growth.min_optimizer_steps
     spans = np.maximum(1, np.ceil(known.graft_cost / slice_ - 1e-9)).astype(int)
-    return Course(known, law, size_loss, used, fractions, fractions < spec.optimizer.decay_from, legal, spans)
+    return Course(known, law, size_loss, per_unit, used, fractions, fractions < spec.optimizer.decay_from, legal, spans)
 
 
 def bound(spec: RunSpec, instance: Instance, seed: int = 0) -> float:
@@ -143,8 +144,8 @@ def best_plans(course: Course, k: int, at: int, loss: Array) -> tuple[np.ndarray
 
     Also the classes that each of them is reached by, in every slice from k on, int64 (M, K); before, zero.
     """
-    known, law, size_loss, used, _, growing, legal, spans = course
-    size_loss = size_loss.reshape(len(legal), -1)  # (C, M)
+    known, law, size_loss, per_unit, used, _, growing, legal, spans = course
+    size_loss, per_unit = (each.reshape(len(legal), -1) for each in (size_loss, per_unit))  # (C, M)
     last, (classes, laws) = len(growing), size_loss.shape
     each = np.arange(classes)
     best, came = np.full((last + 1, classes, laws), np.inf), np.zeros((last + 1, classes, laws), int)
@@ -156,8 +157,8 @@ def best_plans(course: Course, k: int, at: int, loss: Array) -> tuple[np.ndarray
             here = np.flatnonzero((target != NONE) & allowed[target] & np.isfinite(best[now, :, 0]))
             to = target[here]  # each class once
             ends = np.minimum(last, now + lengths[to])
-            tokens = np.maximum(0.0, used[ends] - used[now] - costs[to]) * known.tokens_per_unit[to]
-            after = law.trained(best[now, here], size_loss[to], tokens[:, None])
+            tokens = np.maximum(0.0, used[ends] - used[now] - costs[to])[:, None] * per_unit[to]
+            after = law.trained(best[now, here], size_loss[to], tokens)
             came[ends, to] = np.where(after < best[ends, to], (now * classes + here)[:, None], came[ends, to])
             best[ends, to] = np.minimum(best[ends, to], after)
     plans, end, own = np.zeros((laws, last), int), np.full(laws, last), np.arange(laws)
@@ -171,14 +172,14 @@ def best_plans(course: Course, k: int, at: int, loss: Array) -> tuple[np.ndarray
 
 def followed(course: Course, k: int, at: int, loss: np.ndarray, plans: np.ndarray) -> np.ndarray:
     """Final losses of plans int64 (P, K) by each of M laws, nats, float64 (P, M), from `loss` in `at` before k."""
-    known, law, size_loss, used = course[:4]
+    known, law, size_loss, per_unit, used = course[:5]
     before, owed = np.full(len(plans), at), np.zeros(len(plans))
     for now in range(k, plans.shape[1]):
         to, amount = plans[:, now], used[now + 1] - used[now]
         owed = owed + np.where(to == before, 0.0, known.graft_cost[to])
         paid, before = np.minimum(owed, amount), to
-        owed, tokens = owed - paid, (amount - paid) * known.tokens_per_unit[to]
-        loss = law.trained(loss, size_loss[to], tokens[:, None])
+        owed, tokens = owed - paid, (amount - paid)[:, None] * per_unit[to]
+        loss = law.trained(loss, size_loss[to], tokens)
     return loss
 
 
@@ -229,7 +230,8 @@ class Simulator:
     def _played(self, courses: list[Course], schedules: np.ndarray) -> np.ndarray:
         known = courses[0].classes
         law = ScalingLaw(*np.array([astuple(course.law) for course in courses]).T)
-        size_loss, used, fractions, growing, legal, spans = map(np.array, list(zip(*courses, strict=True))[2:])
+        parts = map(np.array, list(zip(*courses, strict=True))[2:])
+        size_loss, per_unit, used, fractions, growing, legal, spans = parts
         last = growing.shape[1]
         due = np.searchsorted([self._at(k) for k in range(self.decisions)], fractions, side="right")
         order = np.argsort(schedules == NONE, axis=1, kind="stable")  # decisions with a graft first
@@ -247,7 +249,7 @@ class Simulator:
             at, played = np.where(grows, to, at), played + grows
             ends = np.minimum(last, k + np.where(grows, spans[each, at], 1))
             amount = used[each, ends] - used[:, k] - np.where(grows, known.graft_cost[at], 0.0)
-            tokens = np.where(free, np.maximum(0.0, amount) * known.tokens_per_unit[at], 0.0)
+            tokens = np.where(free, np.maximum(0.0, amount) * per_unit[each, at], 0.0)
             loss = law.trained(loss, size_loss[each, at], tokens)
             free_from = np.where(free, ends, free_from)
         return loss

@@ -1,9 +1,10 @@
 """The scaling law of a surrogate's loss, with constants drawn per episode.
 
-    L(N, D) = E + A·(N/N₀)^(−α) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2)
+    L(N, D) = E + A·(N/N₀)^(−α)·l^(−λ) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2, for λ = 0)
 
-N effective parameters (N₀: one layer of the born shape), D effective tokens (D₀: its tokens in the spec's budget), so A
-and B are nats. The state is L: D is what the current size would have needed for it, so grafts keep L continuous.
+N effective parameters (N₀: one layer of the born shape), l layers, D effective tokens (D₀: that shape's in the spec's
+budget), so A and B are nats. A token counts l^(−κ) of one: a deeper host gets further, and takes more tokens. The state
+is L: D is what the current size would have needed for it, so grafts keep L continuous.
 """
 
 import math
@@ -48,6 +49,8 @@ class ScalingLaw:
     layer: Array  # how much a layer counts beside its parameters
     reference: Array  # N₀
     tokens: Array  # D₀
+    depth: Array  # λ
+    slowness: Array  # κ
 
     @classmethod
     def drawn(cls, seed: int, spec: RunSpec) -> Self:
@@ -56,8 +59,9 @@ class ScalingLaw:
         if (highest := laws.floor[1] + laws.size[1]) >= start:
             what = f"laws.floor and laws.size reach {highest:.2f} nats together"
             raise UserError(f"{what}, and a surrogate starts at ln {VOCABULARY} = {start:.2f}: set them lower.")
-        drawn = {}  # the floor is drawn last, so its range does not change the others
-        for name in ("heads", "width", "layer", "size", "size_exponent", "data", "data_exponent", "floor"):
+        drawn = {}  # what came later is drawn last, so its range does not change the others
+        first = ("heads", "width", "layer", "size", "size_exponent", "data", "data_exponent", "floor")
+        for name in (*first, "depth", "slowness"):
             low, high = getattr(laws, name)
             if name in ("heads", "width", "layer", "data"):
                 drawn[name] = math.exp(random.uniform(math.log(low), math.log(high)))
@@ -70,16 +74,21 @@ class ScalingLaw:
         return cls(**drawn, reference=reference, tokens=budget_tokens(spec, one))
 
     def size_loss(self, size: Sequence[Array] | np.ndarray) -> Array:
-        """E + A·(N/N₀)^(−α), nats, of a `size_of`: the loss at infinite tokens; every growth lowers it."""
-        return self.floor + self.size * (self.effective(size) / self.reference) ** -self.size_exponent
+        """E + A·(N/N₀)^(−α)·l^(−λ), nats, of a `size_of`: the loss at infinite tokens; every growth lowers it."""
+        relative = (self.effective(size) / self.reference) ** -self.size_exponent
+        return self.floor + self.size * relative * size[2] ** -self.depth
 
     def effective(self, size: Sequence[Array] | np.ndarray) -> Array:
         """N of a `size_of`."""
         attention, other, layers = size
         return self.heads * attention + self.width * other + self.layer * layers
 
+    def pace(self, size: Sequence[Array] | np.ndarray) -> Array:
+        """What a token counts at a `size_of`: l^(−κ)."""
+        return size[2] ** -self.slowness
+
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
-        """The loss after `tokens` more at a size, monotone in `loss`, which must exceed `size_loss`."""
+        """The loss after `tokens` more, times the size's `pace`, monotone in `loss`, which must exceed `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
 
@@ -87,7 +96,7 @@ class ScalingLaw:
         """Losses of a run after each of its stages, (S, …), by the stages' sizes, (S, 3, …), and tokens, (S, …)."""
         loss, found = math.log(VOCABULARY), []
         for size, more in zip(sizes, tokens, strict=True):
-            loss = self.trained(loss, self.size_loss(size), more)
+            loss = self.trained(loss, self.size_loss(size), more * self.pace(size))
             found.append(loss)
         return np.array(found)
 

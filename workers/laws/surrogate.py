@@ -63,7 +63,7 @@ class SurrogateRun(Episode):
         super()._resized()
         self._uses: dict[str, float] = {}  # site → nats by which a graft there lowers the size loss
         (_, now), *grafts = _sizes(self.layout)
-        self.size_loss = self.law.size_loss(now)
+        self.size_loss, self.pace = self.law.size_loss(now), self.law.pace(now)
         for site, size in grafts:
             self._uses[site] = max(self._uses.get(site, 0.0), self.size_loss - self.law.size_loss(size))
 
@@ -76,7 +76,7 @@ class SurrogateRun(Episode):
             twin.ledger = replace(self.ledger)
             twin._change(twin._accept(action))
             own = TWIN_NOISE * random.standard_normal(optimizer_steps)
-            losses = twin.law.trained(twin.loss_now, twin.size_loss, tokens) + shared + own
+            losses = twin.law.trained(twin.loss_now, twin.size_loss, twin.pace * tokens) + shared + own
             twin._step(float(optimizer_steps))
             yield losses, twin.ledger
 
@@ -121,7 +121,7 @@ class SurrogateRun(Episode):
         return self.loss_now, self.loss_now
 
     def _step(self, steps: float) -> None:
-        self.loss_now = self.law.trained(self.loss_now, self.size_loss, steps * self.tokens_per_step)
+        self.loss_now = self.law.trained(self.loss_now, self.size_loss, steps * self.tokens_per_step * self.pace)
         self._charge(steps * self.layout.step_seconds, steps)
 
     def _charge(self, seconds: float, steps: float = 0.0) -> None:
