@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.spec import HostSpec, NotNegative, Positive, RunSpec
+from esper.platform.spec import Count, HostSpec, NotNegative, Positive, RunSpec
 from esper.platform.storage import read_json
 
 FIT = "esper policy fit RUNS --out FILE"  # the command that makes one
@@ -49,6 +49,9 @@ class FittedLaws(Frozen):
     factor: Positive = 1.0
     noise: Positive  # standard deviation of each decision's own,
     misfit: NotNegative  # and of that which a run's decisions share
+    # Of each run: tokens of its first slice, and the sum of both errors at evenly spaced decisions, start and end too.
+    errors: tuple[tuple[Positive, Annotated[tuple[float, ...], Field(min_length=2)]], ...] = ()
+    vocab_size: Count | None = None
     ensemble: dict[Constant, Constants]
 
     @model_validator(mode="after")

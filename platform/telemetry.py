@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import ConfigDict
 
-VERSION = 2
+VERSION = 3  # 2 let learned policies see what HIDDEN names
 
 GLOBALS = (
     "budget_used",  # fraction of the budget spent
@@ -57,6 +57,12 @@ SITE = (
     "contribution",  # loss with the newest seed masked minus loss with it, in nats
     "contribution_measured",
 )
+
+# Learned policies do not see these: scaling laws cannot show them as runs do, and a policy that learned from what is
+# shown there would be misled on text (there a site's gradient norm, for one, does not tell what a graft is worth).
+HIDDEN = frozenset(
+    f"{name}{flag}" for name in ("train_gap", "gradient_noise", "contribution") for flag in ("", "_measured")
+) | {"gradient_norm", "update_norm", "norms_measured"}
 
 OPERATIONS = ("wait", "graft", "prune")
 GROWTH_KINDS = ("heads", "width", "expert", "layer")

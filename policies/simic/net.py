@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
+from esper.platform.telemetry import CANDIDATE, GLOBALS, HIDDEN, SITE
 
 ILLEGAL = -1e9  # a logit; finite, so that entropy and KL stay finite: exp(−1e9) is exactly 0 and 0 · 1e9 is 0
 WAIT_PRIOR = 0.7  # 24 decisions then hold some 7 grafts; most decisions of a good schedule are WAIT
 
-SCALES = {"gradient_norm": 10.0, "update_norm": 10.0, "parameters": 5.0, "seconds": 5.0}  # else lost in LayerNorm
+SCALES = {"parameters": 5.0, "seconds": 5.0} | dict.fromkeys(HIDDEN, 0.0)  # else lost in LayerNorm; 0 hides
 
 _SITE_PRESENT = SITE.index("present")
 _IS_WAIT = CANDIDATE.index("is_wait")
@@ -34,6 +34,7 @@ class ControllerNet(nn.Module):
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
         self.hidden = hidden
+        self.globals = Scaled(GLOBALS)
         self.policy_sites = SitePool(hidden)
         self.policy_context = _encoder(len(GLOBALS) + 2 * hidden, hidden)
         self.candidate = nn.Sequential(Scaled(CANDIDATE), _encoder(len(CANDIDATE), hidden))
@@ -75,7 +76,9 @@ class ControllerNet(nn.Module):
         At equal scores WAIT then has probability p = WAIT_PRIOR for any n: new sites do not shift whether to act.
         """
         candidates, legal = inputs["candidates"], inputs["mask"] > 0.5
-        context = torch.cat([inputs["globals"], self.policy_sites(inputs["sites"])], dim=-1)  # (B, G + 2H)
+        context = torch.cat(
+            [self.globals(inputs["globals"]), self.policy_sites(inputs["sites"])], dim=-1
+        )  # (B, G + 2H)
         of, row = legal.nonzero(as_tuple=True)  # N legal rows; the others, mostly padding, are not computed
         joint, activation, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.score))
         of_row, of_context = joint.weight.split(self.hidden, dim=1)
@@ -91,7 +94,7 @@ class ControllerNet(nn.Module):
     def value(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Expected sum of the shaped rewards (`baseline.py`) still to come, float32 (B,)."""
         pooled = self.value_sites(inputs["sites"])  # (B, 2H)
-        return self.value_head(torch.cat([inputs["globals"], pooled], dim=-1)).squeeze(-1)
+        return self.value_head(torch.cat([self.globals(inputs["globals"]), pooled], dim=-1)).squeeze(-1)
 
 
 class SitePool(nn.Module):
@@ -112,7 +115,7 @@ class SitePool(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Rows with the columns of `SCALES` raised. No weights."""
+    """Rows times their columns' `SCALES`. No weights."""
 
     scales: Tensor
 

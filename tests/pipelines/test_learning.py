@@ -23,9 +23,14 @@ from esper.workers.observe import telemetry_space
 from esper.workers.worker import EpisodeWorker
 
 WORKERS = 64
-SMALL = ["budget.decisions=6", "growth.max_layers=2", "ppo.iterations=16", "ppo.decisions=384", "ppo.minibatch=128"]
+SMALL = ["budget.decisions=6", "growth.max_layers=4", "ppo.iterations=16", "ppo.decisions=384", "ppo.minibatch=128"]
 SMALL += ["growth.blueprints.attention.heads=4", "growth.blueprints.ffn.width=128", "ppo.hidden=32"]
 SMALL += ["ppo.learning_rate=0.002"]
+SMALL += [
+    "laws.heads=[0.3,0.3]",
+    "laws.width=[1.2,1.2]",
+    "laws.layer=[0.3,0.3]",
+]  # worth of a kind, which nothing shows
 LARGE = ["ppo.iterations=80", "ppo.decisions=1024", "ppo.minibatch=256"]
 
 

@@ -173,19 +173,34 @@ def held_out_residual(spec: RunSpec, runs: Sequence[Sequence[Annealed]]) -> floa
 
 
 def decision_losses(law: ScalingLaw, runs: Sequence[tuple[RunSpec, Mapping[str, Any]]]) -> dict[str, Any]:
-    """How a run's losses before the rate decays follow from the law's: `offset` to `misfit` of `FittedLaws`."""
-    seen, told = [], []
+    """How a run's losses before the rate decays follow from the law's: `offset` to `vocab_size` of `FittedLaws`."""
+    seen, told, used, fractions = [], [], [], []
     for spec, summary in runs:
-        curve = summary["val_curve"][:-1]  # the last loss is another
-        losses = np.array([point["val_loss"] for point in curve])
-        used = steady(spec, np.array([point["budget_fraction"] for point in curve]), losses)
-        seen.append(losses[used])
-        told.append(member_losses(curve, law)[used, 0])
-    factor, offset = np.polyfit(np.concatenate(told), np.concatenate(seen), 1).tolist()
-    errors = [losses - offset - factor * own for losses, own in zip(seen, told, strict=True)]
-    noise, misfit = np.sqrt(np.mean([each.var() for each in errors])), np.std([each.mean() for each in errors])
-    least = 1e-3  # computed runs have next to none
-    return {"offset": offset, "factor": max(0.1, factor), "noise": max(least, noise), "misfit": max(least, misfit)}
+        curve = summary["val_curve"]
+        seen.append(np.array([point["val_loss"] for point in curve]))
+        told.append(member_losses(curve, law)[:, 0])
+        fractions.append(np.array([point["budget_fraction"] for point in curve]))
+        used.append(np.append(steady(spec, fractions[-1][:-1], seen[-1][:-1]), False))  # the last loss is another
+    pairs = [np.stack([own, losses])[:, there] for own, losses, there in zip(told, seen, used, strict=True)]
+    by_law, by_run = np.concatenate(pairs, axis=1)
+    factor, offset = np.polyfit(by_law, by_run, 1).tolist()
+    factor, errors = max(0.1, factor), []
+    shown = [losses - offset - factor * own for own, losses in zip(told, seen, strict=True)]
+    for (spec, summary), own, at in zip(runs, shown, fractions, strict=True):
+        evenly = np.interp(np.linspace(0, 1, spec.budget.decisions + 1), at, own)
+        errors.append((summary["val_curve"][1]["tokens"], evenly.round(5).tolist()))
+    steady_ones = [each[there] for each, there in zip(shown, used, strict=True)]
+    noise = np.sqrt(np.mean([each.var() for each in steady_ones]))
+    misfit = np.std([each.mean() for each in steady_ones])
+    one, two = (start_shape(runs[0][0], vocabulary).parameters_count() for vocabulary in (1, 2))
+    return {
+        "offset": offset,
+        "factor": factor,
+        "noise": max(1e-3, noise),  # computed runs have next to none
+        "misfit": max(1e-3, misfit),
+        "errors": errors,
+        "vocab_size": 1 + (runs[0][1]["val_curve"][0]["parameters"] - one) // (two - one),
+    }
 
 
 def _enough(points: Sequence[Annealed]) -> bool:

@@ -1,15 +1,13 @@
 """SurrogateRun: an episode whose loss follows a scaling law; under a millisecond per decision.
 
 A graft keeps the loss, a prune adds the rise in size loss. Continuous axes train parts of a step, so `oracle.py` is
-exact. Observations are noisy, rewards and records exact; a site's gradient norm is a noisy gain of a graft there.
+exact. Observations are noisy, rewards and records exact. What `telemetry.HIDDEN` names is not shown.
 """
 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -23,13 +21,14 @@ from esper.workers.episode import Episode, EpisodeState
 from esper.workers.kasmina.registry import Planted
 from esper.workers.laws.forecast import ensemble
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
-from esper.workers.observe import Layout, Measured, norm_fields
+from esper.workers.observe import Measured
+from esper.workers.run import CONTRIBUTION_SHARE
 from esper.workers.tolaria.model.shape import TransformerShape
+from esper.workers.tolaria.trainer import CONTRIBUTION_BATCHES
 
-LOSS_NOISE = 0.003  # nats, of a validation loss as seen
-NORM_NOISE = 0.2  # of the logarithm of a gradient norm as seen
+LOSS_NOISE = 0.003  # nats, of a validation loss as seen, where no run tells
+LIKE = 8  # runs, those whose decisions began the most alike, of which one lends its errors
 BATCH_NOISE, TWIN_NOISE = 0.02, 0.0003  # nats, of a batch's loss: shared by twins, and each twin's own
-UPDATE = 0.01  # norm of an update over the gradient's
 
 
 class SurrogateState(EpisodeState):
@@ -42,30 +41,43 @@ class SurrogateState(EpisodeState):
 
 
 class SurrogateRun(Episode):
-    """The Run contract over a scaling law, with GrowthRun's spec, ledger, candidates, telemetry and reward."""
+    """The Run contract over a scaling law, with GrowthRun's spec, ledger, candidates, telemetry and reward.
+
+    With `laws` an episode follows a member of their ensemble, and all its losses but the last look as a run's do: they
+    differ from the law's as one of the fitted runs' did.
+    """
 
     State = SurrogateState
 
-    def __init__(self, spec: RunSpec) -> None:
-        super().__init__(spec, VOCABULARY)
+    def __init__(self, spec: RunSpec, laws: FittedLaws | None = None) -> None:
+        super().__init__(spec, (laws and laws.vocab_size) or VOCABULARY)
+        self.laws = laws
 
     def _start(self) -> None:
-        self.law = ScalingLaw.drawn(self.seed if self.instance.law is None else self.instance.law, self.spec)
+        number = self.seed if self.instance.law is None else self.instance.law
         self.shape = self._born
         self.planted = {}
         self.loss_now = math.log(VOCABULARY)
         self.steps = 0.0  # that the ledger's are the rounded sum of
         random, points = stream(self.seed, "noise"), self.spec.budget.decisions + 1
-        self._loss_noise = LOSS_NOISE * random.standard_normal(points)
-        self._norm_noise = NORM_NOISE * random.standard_normal((points, self.space.sites))
+        self._errors = LOSS_NOISE * random.standard_normal(points)
+        if self.laws is None:
+            self.law = ScalingLaw.drawn(number, self.spec)
+            return
+        constants = self.laws.ensemble.items()
+        self.law = ScalingLaw(**{name: values[number % len(values)] for name, values in constants})
+        if self.laws.errors:
+            steps = self.clock.slice / self.spec.clock.axis_per_step(
+                self.spec.budget.axis, self.shape, self.tokens_per_step
+            )
+            apart = [abs(math.log(tokens / (steps * self.tokens_per_step))) for tokens, _ in self.laws.errors]
+            _, errors = self.laws.errors[int(random.choice(np.argsort(apart)[:LIKE]))]
+            self._errors = np.interp(np.linspace(0, 1, points), np.linspace(0, 1, len(errors)), errors)
 
     def _resized(self) -> None:
         super()._resized()
-        self._uses: dict[str, float] = {}  # site → nats by which a graft there lowers the size loss
-        (_, now), *grafts = _sizes(self.layout)
-        self.size_loss, self.pace = self.law.size_loss(now), self.law.pace(now)
-        for site, size in grafts:
-            self._uses[site] = max(self._uses.get(site, 0.0), self.size_loss - self.law.size_loss(size))
+        size = size_of(self.shape)[:, 0]
+        self.size_loss, self.pace = self.law.size_loss(size), self.law.pace(size)
 
     def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[np.ndarray, Ledger]]:
         random = stream(self.seed, "twins", self.ledger.steps)
@@ -85,8 +97,10 @@ class SurrogateRun(Episode):
         fraction, passed = super().fraction(), self.clock.passed / self.clock.decisions
         return passed if math.isclose(fraction, passed, rel_tol=1e-9) else fraction
 
-    def seen(self) -> list[tuple[float, float]]:  # with noise
-        return [(at, loss + float(error)) for (at, loss), error in zip(super().seen(), self._loss_noise, strict=False)]
+    def seen(self) -> list[tuple[float, float]]:
+        if self.laws is not None:
+            return super().seen()
+        return [(at, loss + float(error)) for (at, loss), error in zip(super().seen(), self._errors, strict=False)]
 
     def _change(self, candidate: Candidate) -> None:
         before, size_loss = self.shape, self.size_loss
@@ -110,15 +124,31 @@ class SurrogateRun(Episode):
         self._charge(self.spec.clock.graft_seconds)
 
     def _train(self, boundary: float) -> tuple[float, float]:
-        """On continuous axes train exactly to the boundary, or to the next one that a graft's cost has not passed."""
+        """On continuous axes train exactly to the boundary, or to the next one that a graft's cost has not passed.
+
+        With fitted laws train whole steps, as runs do.
+        """
         reading, per_step = self.reading(), float(self.layout.axis_per_step[0])
-        if self.spec.budget.axis in CONTINUOUS:
+        if self.spec.budget.axis in CONTINUOUS and self.laws is None:
             slice_ = self.clock.slice
             end = min(max(boundary, math.ceil(reading / slice_ - 1e-9) * slice_), self.clock.amount)
             self._step(max(0.0, end - reading) / per_step)
         else:
-            self._step(float(whole_steps(boundary - reading, per_step)))
-        return self.loss_now, self.loss_now
+            steps = whole_steps(boundary - reading, per_step)
+            self._step(float(steps))
+            if self.laws is not None and self.fraction() < 1:
+                self._charge(self._measuring(steps))
+        for number in self.planted:
+            self.grafts[number].outcome = None if self._young(number) else "kept"
+        loss = self._evaluate()
+        return loss, loss
+
+    def _measuring(self, steps: int) -> float:
+        """Seconds that a run would measure seeds' contributions for, after so many steps."""
+        cost = CONTRIBUTION_BATCHES / 3  # of a pass, in steps
+        sites = len({seed.site for seed in self.planted.values()})
+        measured = min(sites, int(CONTRIBUTION_SHARE * steps / cost) - 1)
+        return (1 + measured) * cost * self.layout.step_seconds if measured > 0 else 0.0
 
     def _step(self, steps: float) -> None:
         self.loss_now = self.law.trained(self.loss_now, self.size_loss, steps * self.tokens_per_step * self.pace)
@@ -137,14 +167,20 @@ class SurrogateRun(Episode):
         )
 
     def _evaluate(self) -> float:
-        return self.loss_now
+        if self.laws is None or self.clock.ends(self.reading()):
+            return self.loss_now
+        error = float(self._errors[round(self.fraction() * self.clock.decisions)])
+        return self.laws.offset + self.laws.factor * self.loss_now + error
 
     def _measured(self) -> Measured:
-        if not self.sequence:
-            return Measured()
-        noisy = zip(self._uses.items(), self._norm_noise[self.sequence], strict=False)
-        norms = {site: use * math.exp(error) for (site, use), error in noisy}
-        return Measured(sites={site: norm_fields(norm, UPDATE * norm) for site, norm in norms.items() if norm > 0})
+        sites: dict[str, dict[str, float]] = {}
+        for number, seed in self.planted.items():
+            sites.setdefault(seed.site, {})["on_probation" if self._young(number) else "established"] = 1.0
+        return Measured(sites=sites)
+
+    def _young(self, number: int) -> bool:
+        """Whether the seed of a graft is on probation."""
+        return self.steps - self.grafts[number].optimizer_step < self.spec.growth.probation_steps
 
 
 def drawn_laws(spec: RunSpec, numbers: Iterable[int]) -> FittedLaws:
@@ -159,11 +195,3 @@ def drawn_laws(spec: RunSpec, numbers: Iterable[int]) -> FittedLaws:
         noise=LOSS_NOISE,
         ensemble=ensemble([ScalingLaw.drawn(number, spec) for number in numbers]),
     )
-
-
-@lru_cache(maxsize=512)
-def _sizes(layout: Layout) -> list[tuple[str, list[float]]]:
-    """(Site, size) of WAIT, then of every graft."""
-    options: Any = [each for each in layout.options if each.candidate.operation != "prune" and each.after is not None]
-    sizes = size_of(*(each.after for each in options)).T.tolist()
-    return [(each.candidate.site or "", size) for each, size in zip(options, sizes, strict=True)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from simic_toy import bold_net
 
-from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE
+from esper.platform.telemetry import CANDIDATE, GLOBALS, HIDDEN, SITE
 from esper.policies.simic.net import ILLEGAL, WAIT_PRIOR, ControllerNet, entropy
 
 
@@ -38,6 +38,17 @@ def test_order_and_padding_change_nothing_but_the_order_of_the_logits(net: Contr
     torch.testing.assert_close(net.logits(y)[:, :6], net.logits(x)[:, order])
     assert (net.logits(y)[:, 6:] == ILLEGAL).all()
     torch.testing.assert_close(net.value(y), net.value(x))
+
+
+def test_what_is_hidden_changes_nothing(net: ControllerNet):
+    x = inputs(2, 4, 6, legal=3)
+    y = {name: array.clone() for name, array in x.items()}
+    for array, columns in (("globals", GLOBALS), ("sites", SITE), ("candidates", CANDIDATE)):
+        hidden = [i for i, column in enumerate(columns) if column.removeprefix("site_") in HIDDEN]
+        assert len(hidden) == (4 if array == "globals" else 5)
+        y[array][..., hidden] += 3
+    for changed, same in zip(net(y), net(x), strict=True):
+        assert torch.equal(changed, same)
 
 
 def test_no_sites_and_no_grafts_are_fine(net: ControllerNet):

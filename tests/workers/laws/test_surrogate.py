@@ -15,7 +15,7 @@ from esper.platform.telemetry import CANDIDATE, SITE
 from esper.workers.instances import instance_set
 from esper.workers.laws.oracle import bound
 from esper.workers.laws.scaling_law import CONTINUOUS, ScalingLaw, size_of
-from esper.workers.laws.surrogate import LOSS_NOISE, VOCABULARY, SurrogateRun
+from esper.workers.laws.surrogate import LOSS_NOISE, VOCABULARY, SurrogateRun, drawn_laws
 from tests.workers.growing_run import act, row, same_telemetry
 
 AMOUNTS = {"parameter_seconds": 5e5, "steps": 4000, "tokens": 4e6, "seconds": 30, "flops": 4e11}
@@ -155,6 +155,33 @@ def test_noise_is_in_what_is_seen_alone():
             assert run.curve[-1]["val_loss"] == run.loss
     assert np.std(errors) == pytest.approx(LOSS_NOISE, rel=0.15)
     assert abs(np.mean(errors)) < 5 * LOSS_NOISE / len(errors) ** 0.5
+
+
+def test_with_fitted_laws_losses_err_as_a_runs_did_until_the_last():
+    exact = start("steps", law=5)
+    spec, decisions = exact.spec, exact.spec.budget.decisions
+    errors = np.linspace(0.5, -0.1, decisions + 1)
+    seen = {"offset": 0.1, "factor": 0.9, "errors": ((1e4, tuple(errors.tolist())),), "vocab_size": 91}
+    run = SurrogateRun(spec, drawn_laws(spec, [5]).model_copy(update=seen))
+    run.reset(seed=3)
+    while not run.ended:
+        law = exact.curve[-1]["val_loss"]
+        assert run.loss == pytest.approx(0.1 + 0.9 * law + errors[run.sequence])
+        assert run.telemetry.get("loss") == pytest.approx(run.loss / math.log(91))
+        act(exact)
+        act(run)
+    assert run.loss == pytest.approx(exact.loss)
+
+
+def test_a_seed_is_on_probation_for_as_many_steps_as_in_a_run():
+    run, flags = start("steps", "growth.probation_steps=400"), []  # two decisions are 333 steps
+    act(run, "block")
+    for _ in range(3):
+        flags.append([run.telemetry.site_column(name).sum() for name in ("on_probation", "established")])
+        flags[-1].append(run.telemetry.get("last_graft_outcome"))
+        act(run)
+    assert flags == [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
+    assert run.grafts[0].outcome == "kept"
 
 
 @settings(max_examples=8)
