@@ -7,11 +7,15 @@ esper ppo --resume runs/ppo-20260101-120000         # with the episodes under wa
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from pydantic import model_validator
 
 from esper.pipelines.common.arguments import ResumableArguments, command, flag
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
+from esper.platform.law_file import FittedLaws
+from esper.platform.storage import write_json
 
 if TYPE_CHECKING:
     from esper.pipelines.common.run_folder import RunFolder
@@ -25,6 +29,16 @@ class PPOArguments(ResumableArguments):
     beside_resume: ClassVar[tuple[str, ...]] = ("set",)
 
     surrogate: bool = flag(False, "Train on loss laws, not on text: minutes, and no proof of anything on text.")
+    laws: Path | None = flag(None, "Fitted loss laws: begin with a clone of the planner that plays by them.", "FILE")
+    rounds: int | None = flag(None, "Fit --laws anew N times, to episodes on text too, and clone anew.", ge=2)
+
+    @model_validator(mode="after")
+    def _rounds_have_laws_and_text(self) -> Self:
+        if self.rounds is not None and (self.laws is None or self.surrogate):
+            lacks = "fits the laws of --laws FILE anew: give them" if self.laws is None else "needs episodes on text"
+            raise ValueError(f"--rounds {lacks}, or leave it out.")
+        return self
+
     resume: Path | None = flag(None, "Go on with the training in this folder; takes --set ppo.… and fleet.….", "DIR")
 
 
@@ -32,6 +46,7 @@ def run(arguments: PPOArguments) -> None:
     """Settle, connect, train, report."""
     from esper.pipelines.common.preset import resolve_spec
     from esper.pipelines.common.run_folder import RunFolder
+    from esper.pipelines.controllers.cloning import BEFORE, runs_of
     from esper.pipelines.controllers.training import ON_LAWS
 
     if arguments.resume is not None:
@@ -43,10 +58,19 @@ def run(arguments: PPOArguments) -> None:
     if surrogate:
         of_laws = [f"{key}={value}" for key, value in ON_LAWS.items()]
         arguments = arguments.model_copy(update={"set": (*of_laws, *arguments.set)})
-    spec = resolve_spec(arguments, on="laws" if surrogate else "fleet")
+    spec, laws, rounds = resolve_spec(arguments, on="laws" if surrogate else "fleet"), arguments.laws, arguments.rounds
+    if laws is not None:
+        FittedLaws.read(laws).check(spec)
+    if rounds is not None and spec.ppo.iterations < rounds:
+        raise UserError(f"--rounds is {rounds}, but ppo.iterations only {spec.ppo.iterations}: set it to as many.")
     folder = RunFolder.new(arguments, spec, "ppo", laws=surrogate)
-    with folder.begin("ppo"):
-        train(folder)
+    before = None if laws is None or rounds is None else runs_of(laws, folder.tokens.manifest.fingerprint())
+    folder.tell_laws(None if surrogate else laws)
+    if before is not None:
+        write_json(folder.out / BEFORE, before)
+    plan, inputs = {"rounds": rounds}, {"laws": laws, "runs": before and folder.out / BEFORE}
+    with folder.begin("ppo", plan, inputs) as kept:
+        train(folder.model_copy(update={"plan": plan}), kept.get("laws"))
 
 
 def resume(arguments: PPOArguments, out: Path) -> None:
@@ -75,10 +99,10 @@ def resume(arguments: PPOArguments, out: Path) -> None:
             folder.pin(inputs)
         done = f"{counted(reached.iterations, 'iteration')}, {reached.decisions:.0f} decisions"
         say(f"resume  {folder.out}: {done}")
-        train(folder)
+        train(folder, inputs.get("laws"))
 
 
-def train(folder: "RunFolder") -> None:
+def train(folder: "RunFolder", laws: Path | None) -> None:
     """Connect, train, and say where everything is."""
     from esper.pipelines.common.stopping import stop_signals
     from esper.pipelines.controllers.training import train_controller
@@ -88,7 +112,7 @@ def train(folder: "RunFolder") -> None:
     gpus = gpus_needed(folder.spec, surrogates=folder.data is None)
     how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
     with cluster.session(gpus=gpus), stop_signals(how) as check:  # `ray.init` puts in a handler of its own, in C
-        summary = train_controller(folder, check=check)
+        summary = train_controller(folder, laws=laws, check=check)
     say(f"results: {folder.out / 'summary.json'}; curves: {folder.out / 'training.png'}")
     say(f"compare: {summary['where']}")
 

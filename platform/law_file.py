@@ -38,6 +38,7 @@ class FittedLaws(Frozen):
     tokenizer: str
     host: HostSpec  # of the runs; their layers and widths differ
     text: str  # fingerprint of theirs; empty for none
+    folder: str = ""  # where they are, for laws to be fitted anew with others
     runs: int  # that they were fitted to,
     grown: int  # of which so many grew,
     losses: int  # by so many annealed losses

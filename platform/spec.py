@@ -207,6 +207,7 @@ class PPOSpec(Frozen):
     gae_lambda: Fraction = 0.95
     clip: Share = 0.2
     entropy: NotNegative = 0.005
+    anchor: NotNegative = 0.3  # coefficient of the KL divergence from a clone of the planner, where there is one
     hidden: Annotated[int, Field(ge=4, le=2**12)] = 64  # width of the policy network
     learners: Annotated[int, Field(ge=0, le=1024)] = 0  # learner processes; 0 learns in the driver
     learner_gpus: Gpus = 0.0  # GPUs of a learner

@@ -26,13 +26,15 @@ FILE = "heldout.jsonl"  # in the output folder, an episode a line: choosing can 
 WAIT = 0.25  # seconds between two calls of `check`
 
 Key = tuple[int, int]  # iteration, episode
-Task = tuple[RunSpec, Path | None, SimicPolicy, Instance, int]  # of `_episode`
+Task = tuple[RunSpec, Path | None, Path | None, SimicPolicy, Instance, int]  # of `_episode`
 
 
-def held_out(spec: RunSpec, data: Path | None, out: Path, seed: int, check: Callable[[], None]) -> list[dict[str, Any]]:
+def held_out(
+    spec: RunSpec, data: Path | None, out: Path, seed: int, check: Callable[[], None], laws: Path | None = None
+) -> list[dict[str, Any]]:
     """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and checkpoint in `out`.
 
-    `data`: None on loss laws. `check` may raise; a later call continues.
+    `data`: None on loss laws, the spec's or fitted ones. `check` may raise; a later call continues.
     """
     number = spec.ppo.held_out
     instances = list(islice(instance_set("tuning", spec, text=data is not None).values(), number))
@@ -40,7 +42,7 @@ def held_out(spec: RunSpec, data: Path | None, out: Path, seed: int, check: Call
     for path in checkpoints(out):
         policy = SimicPolicy.load(path)
         for i, instance in enumerate(instances):
-            tasks[int(path.name), i] = (spec, data, policy, instance, derive(seed, "held out", i))
+            tasks[int(path.name), i] = (spec, data, laws, policy, instance, derive(seed, "held out", i))
     with closing(Journal(out / FILE)) as journal:
         played: dict[Key, dict[str, Any]] = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
         missing = {key: task for key, task in tasks.items() if key not in played}
@@ -61,8 +63,10 @@ def mean_losses(played: list[dict[str, Any]]) -> dict[int, float]:
     return {iteration: fmean(values) for iteration, values in losses.items()}
 
 
-def _episode(spec: RunSpec, data: Path | None, policy: SimicPolicy, instance: Instance, seed: int) -> dict[str, Any]:
-    run = make_run(spec, data)
+def _episode(
+    spec: RunSpec, data: Path | None, laws: Path | None, policy: SimicPolicy, instance: Instance, seed: int
+) -> dict[str, Any]:
+    run = make_run(spec, data, laws)
     run.reset(instance, seed)
     summary = play(run, policy, arm="ppo")
     return {name: summary[name] for name in ("val_loss", "diverged", *AXES)}

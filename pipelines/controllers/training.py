@@ -14,6 +14,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from esper.pipelines.common.run_folder import RunFolder
+from esper.pipelines.controllers.cloning import Rounds
 from esper.pipelines.controllers.live import TrainingView
 from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
@@ -76,11 +77,16 @@ class Reached(Frozen):
 
 
 def train_controller(
-    folder: RunFolder, *, parent: Tracker | None = None, check: Callable[[], None] = lambda: None
+    folder: RunFolder,
+    *,
+    laws: Path | None = None,
+    parent: Tracker | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train on the connected cluster, or resume, and return the summary, also left in the folder.
 
-    A folder without data trains on loss laws. `check` is called often and may raise; the training can be resumed.
+    A folder without data trains on loss laws. Fitted `laws` give it a clone of the planner to begin with, and as many
+    rounds as the folder's plan says. `check` is called often and may raise; the training can be resumed.
     """
     out, surrogate = folder.out, folder.data is None
     spec = folder.spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
@@ -95,11 +101,14 @@ def train_controller(
         iterations = counted(spec.ppo.iterations, "iteration")
         say(f"ppo     {iterations} of {spec.ppo.decisions} decisions; building the learner")
         _note(history, tracker, reached)  # the process may have died before it did
+        rounds = None if laws is None else Rounds(folder, spec, laws, folder.plan.get("rounds") or 1, check)
+        if rounds is not None and not checkpoints(out):
+            rounds.begin(_checkpoint(out, 0), reached.model_dump(mode="json"))
         instances = list(instance_set("train", spec, text=not surrogate).values())
         training = PPOTraining(
             spec,
             telemetry_space(spec),
-            fleet_maker(spec, folder.data, storage),
+            fleet_maker(spec, folder.data, storage, laws),
             seed=folder.seed,
             instances=lambda number: instances[number % len(instances)],
             journal=out / EPISODES,
@@ -107,12 +116,14 @@ def train_controller(
             start=next(reversed(checkpoints(out)), None),
         )
         try:
-            reached = _iterate(training, spec.ppo.iterations, out, reached, partial(_note, history, tracker))
+            reached = _iterate(training, spec.ppo.iterations, out, reached, partial(_note, history, tracker), rounds)
         finally:
             training.stop()
-        played = held_out(spec, folder.data, out, folder.seed, check)
+        clones = [] if rounds is None else rounds.told()
+        played = held_out(spec, folder.data, out, folder.seed, check, laws)
         dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
+        left |= {"clones": clones} if clones else {}
         if not surrogate:
             spent = {**dispatcher.spent(), "held_out": {axis: sum(entry[axis] for entry in played) for axis in AXES}}
             with CheckpointStore(storage) as saves:
@@ -140,7 +151,12 @@ def _note(history: Journal, tracker: Tracker, reached: Reached) -> None:
 
 
 def _iterate(
-    training: PPOTraining, iterations: int, out: Path, reached: Reached, note: Callable[[Reached], None]
+    training: PPOTraining,
+    iterations: int,
+    out: Path,
+    reached: Reached,
+    note: Callable[[Reached], None],
+    rounds: Rounds | None,
 ) -> Reached:
     """Train to the last iteration, a checkpoint after each, of which the newest stays, and `CANDIDATES`."""
     health, every = Health(iterations), math.ceil(iterations / CANDIDATES)
@@ -148,8 +164,12 @@ def _iterate(
         health.look(metrics)  # said already
     with TrainingView(iterations, reached.iterations, training.dispatcher.workers) as view:
         while reached.iterations < iterations:
+            if rounds is not None:
+                training.anchor = rounds.anchor(reached.iterations)
             metrics = training.iterate()
             reached = reached.after(metrics)
+            if rounds is not None:
+                rounds.note(reached.iterations, training.episodes)
             try:
                 training.save(_checkpoint(out, reached.iterations), reached.model_dump(mode="json"))
             except OSError as error:

@@ -43,6 +43,7 @@ PANELS = (
     Panel("entropy of the policy", "nats", {"entropy": ""}),
     Panel("what is chosen", "share of the decisions", {kind: kind for kind in KINDS}),
     Panel("KL of an update (dotted: target)", "nats", {"kl": ""}, mark=KL_TARGET),
+    Panel("KL from the planner's clone", "nats", {"anchor_kl": ""}),
     Panel("clipped decisions", "fraction", {"clip_fraction": ""}),
     Panel("policy's loss", "no unit", {"policy_loss": ""}, False, 0.0),
     Panel("value's loss", "squared, in units of its spread", {"value_loss": ""}),

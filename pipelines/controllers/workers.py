@@ -9,6 +9,7 @@ from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
+from esper.platform.law_file import FittedLaws
 from esper.platform.spec import RunSpec
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.workers.laws.surrogate import SurrogateRun
@@ -19,17 +20,19 @@ from esper.workers.worker import EpisodeWorker, GrowthWorker
 SURROGATES = 16  # surrogate runs side by side in the driver
 
 
-def fleet_maker(spec: RunSpec, data: Path | None, storage: str) -> Callable[[], Fleet]:
+def fleet_maker(spec: RunSpec, data: Path | None, storage: str, laws: Path | None = None) -> Callable[[], Fleet]:
     """A maker of the workers, which save runs in `storage`; without data they are surrogates and save nothing."""
     if data is None:
-        return partial(LocalFleet, lambda: EpisodeWorker(partial(SurrogateRun, spec)), SURROGATES)
+        return partial(LocalFleet, lambda: EpisodeWorker(partial(make_run, spec, None, laws)), SURROGATES)
     CheckpointStore(storage).close()  # a place that cannot be is told of here, not by each worker
     return partial(_ray_fleet, spec, data, storage)
 
 
-def make_run(spec: RunSpec, data: Path | None) -> GrowthRun | SurrogateRun:
-    """A worker's run, made in its own process."""
-    return SurrogateRun(spec) if data is None else GrowthRun(spec, TokenData.open(data, verify=False))
+def make_run(spec: RunSpec, data: Path | None, laws: Path | None = None) -> GrowthRun | SurrogateRun:
+    """A worker's run, made in its own process: on text, or without data on the spec's laws, or on fitted ones."""
+    if data is not None:
+        return GrowthRun(spec, TokenData.open(data, verify=False))
+    return SurrogateRun(spec, None if laws is None else FittedLaws.read(laws))
 
 
 def gpus_needed(spec: RunSpec, *, surrogates: bool = False) -> int | None:

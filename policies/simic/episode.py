@@ -35,7 +35,7 @@ class Decision(Frozen):
     # A diverged network's value is NaN.
     model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=True, ser_json_inf_nan="constants")
 
-    version: Literal[4] = 4
+    version: Literal[5] = 5
     episode: int  # its number
     k: int  # number of the decision in it
     observation: Floats  # (size,): the telemetry's arrays, one after another
@@ -47,7 +47,7 @@ class Decision(Frozen):
     worked: float = 0.0  # seconds
     waited: float = 0.0
     reached: dict[str, Any] = Field(default_factory=dict)  # of `REACHED`, as far as known
-    final_loss: float | None = None  # validation loss of an ended run, nats per token
+    summary: dict[str, Any] = Field(default_factory=dict)  # of an ended run
     # What was chosen: by the time of its outcome there may be new weights. Nothing at an episode's end.
     action: int | None = None  # the row
     logits: Floats | None = None  # (A,)
@@ -73,7 +73,7 @@ class Played:
     terminated: bool  # whether nothing is to come after the last state
     worked: np.ndarray  # seconds (K,)
     waited: np.ndarray  # seconds (K,)
-    final_loss: float | None
+    summary: dict[str, Any] = field(default_factory=dict)  # of the run
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -82,6 +82,11 @@ class Played:
     def states(self) -> np.ndarray:
         """Globals, float32 (K + 1, G)."""
         return self.observations["globals"]
+
+    @property
+    def final_loss(self) -> float | None:
+        """Validation loss at the end, nats per token; None where it is not known or not finite."""
+        return _finite(self.summary.get("val_loss"))
 
     @property
     def to_come(self) -> np.ndarray:
@@ -146,7 +151,7 @@ class InFlight:
         if isinstance(outcome, Transition):
             point, summary = outcome.info.get("point", {}), outcome.info.get("summary") or {}
             came = {name: getattr(outcome, name) for name in ("reward", "terminated", "truncated")}
-            came |= {"worked": reply.worked, "waited": reply.waited, "final_loss": _finite(summary.get("val_loss"))}
+            came |= {"worked": reply.worked, "waited": reply.waited, "summary": summary}
             came["reached"] = {key: _finite(point[key]) for key in REACHED if key in point}
         seen = np.concatenate([array.ravel() for array in observation(telemetry).values()])
         self.decisions.append(Decision(episode=self.number, k=asked, observation=seen, expected=reply.expected, **came))
@@ -174,7 +179,7 @@ class InFlight:
             terminated=outcomes[-1].terminated,
             worked=np.array([each.worked for each in outcomes]),
             waited=np.array([each.waited for each in outcomes]),
-            final_loss=outcomes[-1].final_loss,
+            summary=outcomes[-1].summary,
         )
 
 

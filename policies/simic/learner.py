@@ -2,6 +2,8 @@
 
 1. Advantages are standardised over decisions alone: RLlib adds a row to each episode, for its last state's value.
 2. The seed and the update's number fix the order of minibatches.
+3. The loss has `anchor` · KL(policy ‖ anchor) of each decision, where the batch has an anchor's logits: refining
+   what is known already must not destroy it (Vieillard et al. 2020, 2003.14089).
 """
 
 from typing import Any, cast
@@ -19,8 +21,9 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from torch import Tensor
 
 from esper.platform.seeding import derive
-from esper.policies.simic.net import ControllerNet
+from esper.policies.simic.net import ControllerNet, divergence
 
+ANCHOR = "anchor_logits"  # a batch's column, float32 (B, A)
 SMALLEST = 1e-4  # standard deviation that advantages are divided by; RLlib's
 
 
@@ -61,6 +64,17 @@ class SimicLearner(PPOTorchLearner):
         super().build()
         assert self._learner_connector is not None
         self._learner_connector.append(DecisionsOnly())
+
+    def compute_loss_for_module(
+        self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
+    ) -> Tensor:
+        """PPO's loss, and the divergence from the anchor."""
+        given: Any = {"module_id": module_id, "config": config, "batch": batch, "fwd_out": fwd_out}
+        loss = cast(Tensor, super().compute_loss_for_module(**given))
+        if ANCHOR not in batch:
+            return loss
+        kl = divergence(fwd_out[Columns.ACTION_DIST_INPUTS], batch[ANCHOR]).mean()
+        return loss + config.learner_config_dict[ANCHOR] * kl
 
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
         """Seed numpy's global generator, by which RLlib shuffles."""

@@ -7,7 +7,7 @@ import torch
 
 from esper.platform.telemetry import CANDIDATE, GROWTH_KINDS, OPERATIONS
 from esper.policies.simic.episode import Played
-from esper.policies.simic.net import ControllerNet, entropy
+from esper.policies.simic.net import ControllerNet, divergence, entropy
 
 
 def stacked(episodes: Sequence[Played], name: str) -> np.ndarray:
@@ -60,14 +60,30 @@ def _action_shares(episodes: Sequence[Played]) -> dict[str, float]:
     return shares | {kind: (grafts * chosen[:, CANDIDATE.index(f"adds_{kind}")]).mean() for kind in GROWTH_KINDS}
 
 
-def update_metrics(episodes: Sequence[Played], net: ControllerNet, clip: float) -> dict[str, float]:
-    """`clip_fraction`: decisions with p_new/p_old outside 1 ± clip; `kl`: mean of Σ p_old ln(p_old/p_new), nats."""
+def decided_on(episodes: Sequence[Played]) -> dict[str, torch.Tensor]:
+    """The observations that decisions were taken on, float32 (N, …) by name."""
     names = episodes[0].observations
-    seen = {name: np.concatenate([each.observations[name][:-1] for each in episodes]) for name in names}
-    before = torch.from_numpy(stacked(episodes, "logits")).log_softmax(dim=-1)
+    return {
+        name: torch.from_numpy(np.concatenate([each.observations[name][:-1] for each in episodes])) for name in names
+    }
+
+
+def update_metrics(
+    episodes: Sequence[Played], net: ControllerNet, clip: float, anchor: np.ndarray | None = None
+) -> dict[str, float]:
+    """`clip_fraction`: decisions with p_new/p_old outside 1 ± clip; `kl`: mean of Σ p_old ln(p_old/p_new), nats.
+
+    And by an anchor's logits, float32 (N, A), `anchor_kl`: mean of Σ p_new ln(p_new/p_anchor), nats.
+    """
+    before = torch.from_numpy(stacked(episodes, "logits"))
     with torch.no_grad():
-        after = net.logits({name: torch.from_numpy(array) for name, array in seen.items()}).log_softmax(dim=-1)
+        after = net.logits(decided_on(episodes))
     actions = torch.from_numpy(stacked(episodes, "actions")).unsqueeze(-1)
-    ratio = (after - before).gather(-1, actions).exp()
-    kl = (before.exp() * (before - after)).sum(dim=-1)
-    return {"clip_fraction": float(((ratio - 1).abs() > clip).float().mean()), "kl": float(kl.mean())}
+    ratio = (after.log_softmax(dim=-1) - before.log_softmax(dim=-1)).gather(-1, actions).exp()
+    metrics = {
+        "clip_fraction": float(((ratio - 1).abs() > clip).float().mean()),
+        "kl": float(divergence(before, after).mean()),
+    }
+    if anchor is not None:
+        metrics["anchor_kl"] = float(divergence(after, torch.from_numpy(anchor)).mean())
+    return metrics

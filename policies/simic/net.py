@@ -145,3 +145,9 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy of each row's choice in nats: float32 (B, A) → (B,)."""
     log_p = functional.log_softmax(logits, dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def divergence(logits: Tensor, others: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row's choices in nats, Σ p ln(p/q): float32 (B, A), (B, A) → (B,)."""
+    log_p = functional.log_softmax(logits, dim=-1)
+    return (log_p.exp() * (log_p - functional.log_softmax(others, dim=-1))).sum(dim=-1)

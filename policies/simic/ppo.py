@@ -38,8 +38,8 @@ from esper.policies.simic.baseline import Baseline
 from esper.policies.simic.dispatcher import Dispatcher, Progress
 from esper.policies.simic.episode import Played
 from esper.policies.simic.fleet import Fleet
-from esper.policies.simic.learner import SimicLearner, SimicModule
-from esper.policies.simic.metrics import sample_metrics, stacked, update_metrics
+from esper.policies.simic.learner import ANCHOR, SimicLearner, SimicModule
+from esper.policies.simic.metrics import decided_on, sample_metrics, stacked, update_metrics
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import FILE, SimicPolicy
 
@@ -81,6 +81,8 @@ class PPOTraining:
         self._clip, self._config = spec.ppo.clip, _config(spec.ppo, space, derive(seed, "rllib") % 2**31)
         self._kl_coefficient = float(self._config.kl_coeff or 0)
         self._check, self._net, self.baseline = check, ControllerNet(spec.ppo.hidden), Baseline()
+        self.anchor: ControllerNet | None = None  # that updates are held near to, by `ppo.anchor`
+        self.episodes: list[Played] = []  # of the last iteration
         for noisy in ("ray.rllib", "ray.tune"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         torch.set_num_threads(1)  # on busy cores two made an update 8 times slower; also fixes the rounding
@@ -113,11 +115,14 @@ class PPOTraining:
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):  # musl has none
             ctypes.CDLL(None).malloc_trim(0)  # glibc keeps 5 MiB per 512 decisions (measured)
         config, begun = self._config, time.perf_counter()
-        episodes = self.dispatcher.collect(config.total_train_batch_size, self._check)
+        self.episodes = episodes = self.dispatcher.collect(config.total_train_batch_size, self._check)
         potentials = self.baseline.potentials(episodes)
         said = np.concatenate([each[:-1] for each in potentials]) + self.baseline.scale * stacked(episodes, "values")
         metrics = sample_metrics(episodes, said, self._updates) | self._fleet_metrics(episodes)
-        shaped: list[Any] = list(map(_shaped, episodes, self.baseline.shaped(episodes, potentials)))
+        anchor = None if self.anchor is None else self.anchor.logits(decided_on(episodes)).detach().numpy()
+        ends = np.cumsum([len(each) for each in episodes])[:-1]
+        anchors: Any = [None] * len(episodes) if anchor is None else np.split(anchor, ends)
+        shaped: list[Any] = list(map(_shaped, episodes, self.baseline.shaped(episodes, potentials), anchors))
         self.baseline.update(episodes)
         sampled = time.perf_counter()
         results = MetricsLogger(root=True)
@@ -135,7 +140,7 @@ class PPOTraining:
         learned = time.perf_counter()
         return {
             **metrics,
-            **update_metrics(episodes, self._net, self._clip),
+            **update_metrics(episodes, self._net, self._clip, anchor),
             **of_learning,
             "sample_seconds": sampled - begun,
             "learn_seconds": learned - sampled,
@@ -150,19 +155,11 @@ class PPOTraining:
         if (folder / FILE).exists():
             raise UserError(f"checkpoint {folder} exists already: name a new folder, or delete it first.")
         [optimizer] = self._state()[COMPONENT_OPTIMIZER].values()
-        values, baseline = self.baseline.state()
-        tensors = {f"baseline.{name}": tensor for name, tensor in baseline.items()}
-        for index, moments in optimizer["state"]["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.tensor(array) for name, array in moments.items()}
-        state = LearnerState(
-            updates=self._updates,
-            kl_coefficient=self._kl_coefficient,
-            progress=self.dispatcher.progress,
-            baseline=values,
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(folder / STATE, state.model_dump(mode="json"), tensors)
-        self.policy().save(folder / FILE, extra)
+        moments = {}
+        for index, each in optimizer["state"]["state"].items():
+            moments |= {f"optimizer.{index}.{name}": torch.tensor(array) for name, array in each.items()}
+        progress = {"updates": self._updates, "kl_coefficient": self._kl_coefficient}
+        _write(folder, self.policy(), self.baseline, extra, moments, progress=self.dispatcher.progress, **progress)
         self.dispatcher.forget()
 
     def stop(self) -> None:
@@ -211,12 +208,34 @@ class PPOTraining:
         return metrics
 
 
+def begin_from(policy: SimicPolicy, baseline: Baseline, folder: Path, extra: dict[str, Any]) -> None:
+    """Write a checkpoint from which a training begins with another's policy and baseline; `extra` as for `save`."""
+    kl_coefficient = float(PPOConfig().kl_coeff or 0)
+    _write(folder, policy, baseline, extra, {}, updates=0, kl_coefficient=kl_coefficient, progress=Progress())
+
+
+def _write(
+    folder: Path, policy: SimicPolicy, baseline: Baseline, extra: Any, moments: dict[str, Tensor], **state: Any
+) -> None:
+    values, tensors = baseline.state()
+    known = LearnerState(baseline=values, **state)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {f"baseline.{name}": tensor for name, tensor in tensors.items()}
+    checkpoint.write(folder / STATE, known.model_dump(mode="json"), own | moments)
+    policy.save(folder / FILE, extra)
+
+
 def _config(ppo: PPOSpec, space: TelemetrySpace, seed: int) -> PPOConfig:
     learners = max(1, ppo.learners)
     return (
         PPOConfig()
         .environment(observation_space=observation_space(space), action_space=action_space(space))
-        .learners(learner_class=SimicLearner, num_learners=ppo.learners, num_gpus_per_learner=ppo.learner_gpus)
+        .learners(
+            learner_class=SimicLearner,
+            num_learners=ppo.learners,
+            num_gpus_per_learner=ppo.learner_gpus,
+            learner_config_dict={ANCHOR: ppo.anchor},
+        )
         .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
         .training(
             gamma=1.0,  # the return is the sum of loss drops, and grafts pay late
@@ -236,13 +255,13 @@ def _config(ppo: PPOSpec, space: TelemetrySpace, seed: int) -> PPOConfig:
     )
 
 
-def _shaped(played: Played, rewards: np.ndarray) -> SingleAgentEpisode:
-    """The episode for RLlib, with other rewards, float32 (K,)."""
+def _shaped(played: Played, rewards: np.ndarray, anchor: np.ndarray | None = None) -> SingleAgentEpisode:
+    """The episode for RLlib, with other rewards, float32 (K,), and an anchor's logits, float32 (K, A)."""
     outputs = {
         Columns.ACTION_DIST_INPUTS: played.logits,
         Columns.ACTION_LOGP: played.log_p,
         Columns.VF_PREDS: played.values,
-    }
+    } | ({} if anchor is None else {ANCHOR: anchor})
     return SingleAgentEpisode(
         id_=str(played.number),
         observations=InfiniteLookbackBuffer(played.observations),  # pyright: ignore[reportArgumentType]

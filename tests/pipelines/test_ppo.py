@@ -12,16 +12,20 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from esper.pipelines import ppo, train
-from esper.pipelines.controllers import selection, workers
+from esper.pipelines import policy, ppo, train
+from esper.pipelines.controllers import cloning, selection, workers
 from esper.platform import checkpoint
 from esper.platform.journal import read_entries
+from esper.platform.law_file import FittedLaws
 from esper.platform.ledger import AXES
 from esper.platform.spec import load_spec
 from esper.platform.storage import alone
+from esper.policies.simic import clone
 from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.policy import SimicPolicy
 from esper.workers.instances import instance_set
+from esper.workers.laws.fit import annealed_losses
+from esper.workers.laws.surrogate import drawn_laws
 from tests.pipelines.helpers import made_net, sets, start, summary_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_ray")
@@ -96,9 +100,27 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     assert summary_of(tmp_path / "played")["arm"] == "ppo"
 
 
-def test_resumed_it_is_the_same_to_the_bit(laws):
+@pytest.fixture
+def short_lessons(monkeypatch):
+    for name, number in {"LESSONS": 2, "EPISODES": 4, "HELD_OUT": 2}.items():
+        monkeypatch.setattr(cloning, name, number)
+    monkeypatch.setattr(clone, "STEPS", 20)
+
+
+@pytest.fixture
+def fitted(tiny_spec, tmp_path) -> Path:
+    """A file of laws, as if fitted to runs of the tiny preset."""
+    path = tmp_path / "laws.json"
+    path.write_text(drawn_laws(tiny_spec, range(9)).model_dump_json())
+    return path
+
+
+@pytest.mark.parametrize("cloned", [False, True])
+@pytest.mark.usefixtures("short_lessons")
+def test_resumed_it_is_the_same_to_the_bit(laws, fitted, cloned):
     """Weights, optimizer, KL coefficient and metrics; whatever lies in the folder, nothing of it is unpickled."""
-    straight, resumed = laws(4, "straight"), laws(2, "resumed")
+    flags = ["--laws", str(fitted)] if cloned else []
+    straight, resumed = laws(4, "straight", *flags), laws(2, "resumed", *flags)
     for name in ("algorithm_state.pkl", "class_and_ctor_args.pkl", "state.pkl"):
         (resumed / "checkpoints" / "000002" / name).write_bytes(pickle.dumps(Bomb(resumed / "exploded")))
     assert ppo.main(["--resume", str(resumed), *more(4)]) == 0
@@ -111,6 +133,7 @@ def test_resumed_it_is_the_same_to_the_bit(laws):
     one, other = (summary_of(out)["history"] for out in (straight, resumed))
     for metrics in (*one, *other):
         assert "kl_coefficient" in metrics
+        assert ("anchor_kl" in metrics) == cloned
         for name in timed:
             metrics.pop(name, None)
     assert one == other
@@ -124,6 +147,64 @@ class Bomb:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.usefixtures("short_lessons")
+def test_it_begins_with_a_clone_of_the_planner(laws, fitted, capfd):
+    out = laws(1, "cloned", "--laws", str(fitted))
+    summary, told = summary_of(out), capfd.readouterr().err
+    assert "clone   the planner by 2 lessons of 4 surrogate episodes" in told
+    [judged] = summary["clones"]
+    assert f"agrees in {judged['agreement']:.0%} of its decisions" in told
+    assert judged["clone_loss"] >= judged["planner_loss"] - 0.05
+    assert set(summary["held_out_losses"]) == {"0", "1"}  # the clone is a candidate too
+    first, anchor = (SimicPolicy.load(out / path) for path in ("checkpoints/000000", "rounds/000000"))
+    torch.testing.assert_close(first.net.state_dict(), anchor.net.state_dict(), rtol=0, atol=0)
+    later = SimicPolicy.load(out / "checkpoints" / "000001")
+    assert 0 < summary["history"][0]["anchor_kl"] < 0.5
+    assert any((a != b).any() for a, b in zip(later.net.parameters(), anchor.net.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("short_lessons")
+def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_path, monkeypatch, refused, capfd):
+    path, runs, out = tmp_path / "laws.json", tmp_path / "runs", tmp_path / "out"
+    for layers in (1, 2, 3):
+        more_of = sets(f"host.n_layer={layers}", "budget.cooldowns=[0.5]")
+        assert train.main(["static", *tiny, "--out", str(runs / f"s{layers}"), *more_of]) == 0
+    assert policy.main(["fit", str(runs), "--out", str(path)]) == 0
+    small = sets("ppo.iterations=2", "ppo.decisions=16", "ppo.minibatch=16", "ppo.epochs=1", "ppo.held_out=1")
+    command = [*tiny, *small, *sets("budget.amount=160"), "--laws", str(path)]
+    assert ppo.main([*command, "--rounds", "2", "--out", str(out)]) == 0
+    assert "laws    fitted anew" in capfd.readouterr().err
+    before, between, after = (FittedLaws.read(each) for each in (path, *sorted(out.glob("rounds/*/laws.json"))))
+    entries = read_entries(out / "runs.jsonl")
+    assert {entry["iteration"] for entry in entries} == {1, 2}
+    sound = [entry for entry in entries if annealed_losses(entry["summary"])]  # no law is fitted to one with prunes
+    assert before.runs == 3
+    assert between.runs == 3 + sum(entry["iteration"] == 1 for entry in sound)
+    assert after.runs == 3 + len(sound) > between.runs
+    assert [each["iterations"] for each in summary_of(out)["clones"]] == [0, 1]
+    (out / "summary.json").unlink()  # as if killed right at its end
+    with monkeypatch.context() as patch:
+        patch.setattr(cloning.Lessons, "clone", lambda self: pytest.fail("cloned again"))
+        assert ppo.main(["--resume", str(out)]) == 0
+
+    nowhere = tmp_path / "nowhere.json"
+    nowhere.write_text(before.model_copy(update={"folder": ""}).model_dump_json())
+    text = tmp_path / "text.json"
+    text.write_text(before.model_copy(update={"text": "another"}).model_dump_json())
+    other = tmp_path / "other.json"
+    other.write_text(before.model_copy(update={"preset": "demo"}).model_dump_json())
+    for arguments, sentence in (
+        ([*command, "--rounds", "9"], "--rounds is 9, but ppo.iterations only 2"),
+        ([*tiny, "--rounds", "2"], "--rounds fits the laws of --laws FILE anew: give them, or leave it out"),
+        ([*command[:2], "--surrogate", "--laws", path, "--rounds", "2"], "--rounds needs episodes on text"),
+        ([*tiny, *small, "--laws", nowhere, "--rounds", "2"], "fit it again, with `esper policy fit"),
+        ([*tiny, *small, "--laws", text, "--rounds", "2"], "and they are of another: leave it out"),
+        ([*tiny, *small, "--laws", other], "the laws were fitted to runs of preset 'demo'"),
+        (["--resume", out, "--rounds", "2"], "leave out --rounds"),
+    ):
+        refused(ppo.main, arguments, sentence)
 
 
 def test_what_is_refused(laws, tiny, tmp_path, refused):
@@ -257,7 +338,7 @@ def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, 
 
 def test_killed_before_its_first_checkpoint_it_begins_anew(laws, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "train", lambda folder: None)
+        patch.setattr(ppo, "train", lambda folder, laws: None)
         out = laws(1)
     assert ppo.main(["--resume", str(out)]) == 0
     assert summary_of(out)["iterations"] == 1

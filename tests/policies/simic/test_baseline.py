@@ -20,7 +20,7 @@ def episode(random: np.random.Generator, instance: str | None = None, end: float
     rewards = -np.diff(loss)
     rewards[-1] += end
     unused = np.zeros(decisions)
-    return Played(0, instance, {"globals": states}, *[unused] * 5, rewards, True, unused, unused, None)
+    return Played(0, instance, {"globals": states}, *[unused] * 5, rewards, True, unused, unused)
 
 
 def shape(made: Baseline, played: list[Played]) -> list[np.ndarray]:

@@ -337,7 +337,7 @@ def test_a_driver_that_dies_anywhere_is_gone_on_with(kept, turns):
 def test_damage_before_the_last_line_is_told_of(kept, tmp_path):
     kept(4)
     path = tmp_path / "000000000.jsonl"
-    for old, new in (('"version":4', '"version":2'), ('"observation":"', '"observation":"!!'), ("{", "[")):
+    for old, new in (('"version":5', '"version":2'), ('"observation":"', '"observation":"!!'), ("{", "[")):
         whole = path.read_text()
         path.write_text(whole.replace(old, new, 1))
         with pytest.raises(UserError, match=r"000000000.jsonl is damaged.*delete"):

@@ -15,6 +15,9 @@ from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.policies.simic import ppo
 from esper.policies.simic.health import Health
+from esper.policies.simic.learner import ANCHOR
+from esper.policies.simic.metrics import decided_on
+from esper.policies.simic.net import ILLEGAL
 from esper.policies.simic.policy import SimicPolicy
 from esper.policies.simic.ppo import STATE
 
@@ -104,3 +107,39 @@ def test_advantages_by_hand(make, monkeypatch):
     assert {len(batch[column]) for column in batch if column != Columns.OBS} == {len(expected)}
     wanted = (np.array(expected) - np.mean(expected)) / np.std(expected)
     np.testing.assert_allclose(batch[Postprocessing.ADVANTAGES].numpy(), wanted, atol=1e-5)
+
+
+def test_the_anchors_term_by_hand(make):
+    """0.5 · KL(p ‖ q), p = (0.7, 0.2, 0.1), q = (0.5, 0.25, 0.25); rows that are not legal add nothing."""
+    training = make(anchor=0.5)
+    training.anchor = training.policy().net
+    episodes = training.dispatcher.collect(128)
+    potentials = training.baseline.potentials(episodes)
+    anchors = [training.anchor.logits(decided_on([each])).detach().numpy() for each in episodes]
+    given = list(map(ppo._shaped, episodes, training.baseline.shaped(episodes, potentials), anchors))
+    learner = training._learners._learner
+    batch = learner._learner_connector(
+        rl_module=learner.module, batch={}, episodes=given, shared_data={}, metrics=learner.metrics
+    )[DEFAULT_MODULE_ID]
+    np.testing.assert_array_equal(batch[ANCHOR].numpy(), np.concatenate(anchors))
+    odd = [ILLEGAL, ILLEGAL]
+    p, q = (torch.tensor([*np.log(each), *odd]).float() for each in ([0.7, 0.2, 0.1], [0.5, 0.25, 0.25]))
+    outputs = {Columns.ACTION_DIST_INPUTS: p.expand(len(batch[ANCHOR]), -1)}
+    how = {"module_id": DEFAULT_MODULE_ID, "config": learner.config, "fwd_out": outputs}
+    loss = lambda rows: learner.compute_loss_for_module(batch=rows, **how).item()  # noqa: E731
+    without = {name: column for name, column in batch.items() if name != ANCHOR}
+    term = loss(batch | {ANCHOR: q.expand(len(batch[ANCHOR]), -1)}) - loss(without)
+    assert term == pytest.approx(0.0496, abs=1e-4)
+
+
+def test_an_anchor_holds_the_policy(make):
+    """By so much of it, updates that learn the toy without one change next to nothing."""
+    ends = []
+    for coefficient in (0.0, 100.0):
+        training = make(seed=2, anchor=coefficient)
+        training.anchor = training.policy().net
+        ends.append([training.iterate() for _ in range(4)][-1])
+    free, held = ends
+    assert free["anchor_kl"] > 0.05
+    assert held["anchor_kl"] < 0.1 * free["anchor_kl"]
+    assert held["return_mean"] < free["return_mean"] - 0.5

@@ -1,0 +1,216 @@
+"""A controller's start: a clone of the planner, taught on surrogates of fitted laws; and rounds of fitting them anew.
+
+1. Surrogates follow the ensemble's laws. The planner labels their decisions. It plays the first lesson, and the clone
+   so far the others, so that the clone knows the states its own mistakes lead to (DAgger, Ross et al. 2011, 1011.0686).
+2. After each of R rounds the laws are fitted to the runs before and the episodes learned from since, and the planner on
+   these is cloned: the anchor of the next round. The policy goes on.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from esper.pipelines.common.play import play
+from esper.pipelines.common.run_folder import RunFolder
+from esper.pipelines.controllers.law_fitting import Found, fitted, runs_in
+from esper.platform.console import counted, say
+from esper.platform.contracts import GraftAction, Instance
+from esper.platform.errors import UserError
+from esper.platform.journal import Journal, read_entries
+from esper.platform.law_file import FIT, FittedLaws
+from esper.platform.provenance import INPUTS
+from esper.platform.seeding import derive, stream
+from esper.platform.spaces import observation
+from esper.platform.spec import RunSpec
+from esper.platform.storage import read_json, write_text
+from esper.policies.planner import PlannerPolicy
+from esper.policies.simic.baseline import Baseline
+from esper.policies.simic.clone import agreement, choice, teach, untaught
+from esper.policies.simic.episode import Played
+from esper.policies.simic.net import ControllerNet
+from esper.policies.simic.policy import FILE, SimicPolicy
+from esper.policies.simic.ppo import begin_from
+from esper.workers.instances import instance_set
+from esper.workers.laws.surrogate import SurrogateRun
+
+LESSONS, EPISODES = 3, 32  # lessons, and episodes of each
+HELD_OUT, EVERY = 12, 8  # episodes by which a clone is judged, on every eighth law of the ensemble
+ROUNDS, RUNS = "rounds", "runs.jsonl"  # in the output folder: laws and clones by iteration; episodes learned from
+BEFORE = f"{INPUTS}/runs.json"  # the runs that the given laws were fitted to
+
+
+class Cloned(NamedTuple):
+    """What comes of lessons."""
+
+    policy: SimicPolicy
+    baseline: Baseline  # of the lessons' returns
+    told: dict[str, float]  # how it does beside the planner, in nats, on laws that no lesson showed
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Lessons by the planner on fitted laws; `check` is called at every decision, and may raise."""
+
+    spec: RunSpec
+    laws: FittedLaws  # that the planner plans with
+    seed: int
+    text: bool  # whether instances are those of text
+    check: Callable[[], None]
+
+    def clone(self) -> Cloned:
+        """Teach a fresh network."""
+        torch.set_num_threads(1)  # fixes the rounding
+        taught, unseen = parted(self.laws)
+        net, baseline, episodes = untaught(self.spec.ppo.hidden, self.seed), Baseline(), []
+        for lesson in range(LESSONS):
+            numbers = range(lesson * EPISODES, (lesson + 1) * EPISODES)
+            new = [self._played(taught, "train", number, net if lesson else None) for number in numbers]
+            episodes += new
+            baseline.update(new)
+            teach(net, episodes, baseline, derive(self.seed, "lesson", lesson), self.check)
+        return Cloned(SimicPolicy(net), baseline, self._judged(net, unseen))
+
+    def _judged(self, net: ControllerNet, laws: FittedLaws) -> dict[str, float]:
+        labelled = [self._played(laws, "tuning", number, net) for number in range(HELD_OUT)]
+        losses = []
+        for number in range(HELD_OUT):
+            losses.append([])
+            for policy in (SimicPolicy(net), PlannerPolicy(self.laws)):
+                self.check()
+                run = SurrogateRun(self.spec, laws)
+                run.reset(self._instance("tuning", number), derive(self.seed, "judged", number))
+                losses[-1].append(play(run, policy, arm="ppo")["val_loss"])
+        own, planner = np.mean(losses, axis=0).tolist()
+        return {"agreement": agreement(net, labelled), "clone_loss": own, "planner_loss": planner}
+
+    def _instance(self, name: str, number: int) -> Instance:
+        instances = list(instance_set(name, self.spec, text=self.text).values())
+        return instances[number % len(instances)].model_copy(update={"law": number})
+
+    def _played(self, laws: FittedLaws, name: str, number: int, net: ControllerNet | None) -> Played:
+        """An episode that the planner labels, and that it plays, or a network."""
+        run, seed = SurrogateRun(self.spec, laws), derive(self.seed, name, number)
+        telemetry, random = run.reset(self._instance(name, number), seed), stream(seed, "played")
+        seen, labels, actions, rewards = [observation(telemetry)], [], [], []
+        while not run.ended:
+            self.check()
+            foretold = run.forecast(self.laws) if telemetry.mask.sum() > 1 else np.zeros(1)
+            labels.append(choice(foretold, run.space.candidates))
+            logits = torch.from_numpy(labels[-1])
+            if net is not None:
+                with torch.no_grad():
+                    logits = net.logits({key: torch.from_numpy(array)[None] for key, array in seen[-1].items()})[0]
+            # A prune, which the planner cannot foretell, leads where it could say nothing.
+            chances = logits[: len(foretold)][np.isfinite(foretold)].double().softmax(dim=-1).numpy()
+            actions.append(int(random.choice(np.flatnonzero(np.isfinite(foretold)), p=chances)))
+            outcome = run.step(GraftAction(actions[-1], telemetry.sequence))
+            telemetry = outcome.telemetry
+            seen.append(observation(telemetry))
+            rewards.append(outcome.reward)
+        unused = np.zeros(len(actions), np.float32)
+        return Played(
+            number=number,
+            instance=None,
+            observations={key: np.stack([each[key] for each in seen]) for key in seen[0]},
+            actions=np.array(actions),
+            logits=np.array(labels),
+            **dict.fromkeys(("log_p", "values", "weights", "worked", "waited"), unused),
+            rewards=np.array(rewards),
+            terminated=True,
+        )
+
+
+class Rounds:
+    """The laws and anchors of a training from fitted laws, by iteration; all lies in its folder, made once."""
+
+    def __init__(self, folder: RunFolder, spec: RunSpec, laws: Path, rounds: int, check: Callable[[], None]) -> None:
+        self._folder, self._spec, self._given, self._check = folder, spec, laws, check
+        self._starts = [spec.ppo.iterations * number // rounds for number in range(rounds)]
+        self._refits = rounds > 1
+
+    def begin(self, first: Path, extra: dict[str, Any]) -> None:
+        """Leave the clone of the planner on the given laws as a training's first checkpoint."""
+        cloned = self._clone(0)
+        begin_from(cloned.policy, cloned.baseline, first, extra)
+
+    def anchor(self, iteration: int) -> ControllerNet:
+        """The clone that an iteration's update is held near to."""
+        start = max(start for start in self._starts if start <= iteration)
+        path = self._folder.out / ROUNDS / f"{start:06d}" / FILE
+        return SimicPolicy.load(path).net if path.exists() else self._clone(start).policy.net
+
+    def note(self, iteration: int, episodes: Iterable[Played]) -> None:
+        """Keep what an iteration has learned from, for laws to be fitted to."""
+        if self._refits:
+            with closing(Journal(self._folder.out / RUNS, lambda entry: entry["episode"])) as journal:
+                for each in episodes:
+                    journal.add({"episode": each.number, "iteration": iteration, "summary": each.summary})
+
+    def laws(self, iteration: int) -> Path:
+        """The laws after an iteration: fitted to the runs before and to all that was learned from until then."""
+        out = self._folder.out
+        path = out / ROUNDS / f"{iteration:06d}" / "laws.json" if iteration else self._given
+        if not path.exists():
+            runs = [Found.of(**entry) for entry in read_json(out / BEFORE, "the runs before", "them")]
+            text = self._folder.tokens.manifest.fingerprint()
+            entries = [entry for entry in read_entries(out / RUNS) if entry["iteration"] <= iteration]
+            runs += [Found.of(self._spec, text, entry["summary"]) for entry in entries]
+            laws, _ = fitted(Path(FittedLaws.read(self._given).folder), runs)
+            write_text(path, laws.model_dump_json(indent=2) + "\n")
+            told = f"{laws.runs} runs, {counted(len(entries), 'episode')} of this training among them"
+            say(f"laws    fitted anew to {told}; they miss {laws.residual:.4f} nats (rms)")
+        return path
+
+    def told(self) -> list[dict[str, Any]]:
+        """How each clone did; the last laws are fitted to all that was learned from."""
+        if self._refits:
+            self.laws(self._spec.ppo.iterations)
+        clones = sorted((self._folder.out / ROUNDS).glob(f"*/{FILE}"))
+        return [SimicPolicy.load(path).card["extra"] for path in clones]
+
+    def _clone(self, iteration: int) -> Cloned:
+        laws = FittedLaws.read(self.laws(iteration))
+        say(f"clone   the planner by {LESSONS} lessons of {EPISODES} surrogate episodes")
+        seed, text = derive(self._folder.seed, "clone", iteration), self._folder.data is not None
+        cloned = Lessons(self._spec, laws, seed, text, self._check).clone()
+        told = cloned.told
+        say(
+            f"        it agrees in {told['agreement']:.0%} of its decisions on laws held out, and ends at "
+            f"{told['clone_loss']:.4f} there, the planner at {told['planner_loss']:.4f}"
+        )
+        cloned.policy.save(self._folder.out / ROUNDS / f"{iteration:06d}" / FILE, {"iterations": iteration, **told})
+        return cloned
+
+
+def runs_of(path: Path, text: str) -> list[dict[str, Any]]:
+    """The runs that laws were fitted to, as `Rounds` keeps them; a UserError for none, or where the text is another."""
+    laws = FittedLaws.read(path)
+    folder = Path(laws.folder)
+    if laws.text != text:
+        raise UserError(
+            f"--rounds fits --laws {path} anew to this text too, and they are of another: leave it out, or give laws "
+            "of runs on this text."
+        )
+    if not folder.is_dir() or folder == Path():
+        raise UserError(
+            f"--rounds fits laws anew to the runs of --laws {path}, and these are not where they were "
+            f"({folder}): fit it again, with `{FIT}`."
+        )
+    return [found.kept() for found in runs_in(folder)]
+
+
+def parted(laws: FittedLaws) -> tuple[FittedLaws, FittedLaws]:
+    """The ensemble without every `EVERY`th member, and these alone; of too few, both are all."""
+    parts = []
+    for held_out in (False, True):
+        chosen = {
+            name: tuple(value for i, value in enumerate(values) if (i % EVERY == EVERY - 1) == held_out)
+            for name, values in laws.ensemble.items()
+        }
+        parts.append(laws.model_copy(update={"ensemble": chosen if all(chosen.values()) else laws.ensemble}))
+    return parts[0], parts[1]

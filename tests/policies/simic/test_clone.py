@@ -1,0 +1,73 @@
+"""Cloning: labels from a teacher's forecasts, and a network that learns them.
+
+Alone: `pytest tests/policies/simic/test_clone.py`.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from simic_toy import ToyRun
+
+from esper.platform.contracts import GraftAction
+from esper.platform.spaces import observation
+from esper.policies.simic.baseline import Baseline
+from esper.policies.simic.clone import TEMPERATURE, agreement, choice, teach, untaught
+from esper.policies.simic.episode import Played
+
+
+def test_labels_by_hand():
+    """WAIT against the best row is one choice, what to graft another; of equal rows the last; ∞ is never chosen."""
+    finals = 1.3 + TEMPERATURE * np.log([1, 3, 2, 3, math.inf, 4])  # e times as likely a temperature lower
+    chances = torch.from_numpy(choice(finals, 8)).softmax(dim=-1).numpy()
+    acting = {2: 1 / 2, 3: 1 / 3, 5: 1 / 4}  # in proportion, 13/12 in all
+    expected = [2 / 3, *[acting.get(row, 0.0) * 12 / 13 / 3 for row in range(1, 8)]]
+    np.testing.assert_allclose(chances, expected, atol=1e-6)
+    alone = torch.from_numpy(choice(np.array([1.3, math.inf]), 4)).softmax(dim=-1)
+    assert alone.tolist() == [1, 0, 0, 0]
+
+
+def lesson(seed: int) -> Played:
+    """An episode of the toy, played at random; the labels prefer the row that pays."""
+    run, random = ToyRun(), np.random.default_rng(seed)
+    telemetry, ended = run.reset(None, seed), False
+    seen, labels, actions, rewards = [observation(telemetry)], [], [], []
+    while not ended:
+        finals = np.array([1.0, 1.01, 1.01])
+        finals[run.paying] = 0.99
+        labels.append(choice(finals, 5))
+        actions.append(int(random.integers(3)))
+        outcome = run.step(GraftAction(actions[-1], telemetry.sequence))
+        telemetry, ended = outcome.telemetry, outcome.terminated
+        seen.append(observation(telemetry))
+        rewards.append(outcome.reward)
+    unused = np.zeros(len(actions))
+    arrays = {name: np.stack([each[name] for each in seen]) for name in seen[0]}
+    return Played(
+        seed, None, arrays, np.array(actions), np.array(labels), *[unused] * 3, np.array(rewards), True, unused, unused
+    )
+
+
+def test_a_clone_plays_as_its_teacher_and_is_the_same_each_time():
+    nets, baseline, episodes = [untaught(16, 5), untaught(16, 5)], Baseline(), [lesson(seed) for seed in range(40)]
+    baseline.update(episodes)
+    unseen = [lesson(seed) for seed in range(100, 110)]
+    assert agreement(nets[0], unseen) < 0.9
+    for net in nets:
+        torch.rand(3)  # whatever the process draws beside
+        teach(net, episodes, baseline, 7, lambda: None)
+    assert agreement(nets[0], unseen) > 0.98
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert untaught(16, 6).score[0].weight.ne(untaught(16, 5).score[0].weight).any()  # pyright: ignore
+
+
+def test_a_stop_ends_the_lessons():
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    episodes, baseline = [lesson(0)], Baseline()
+    baseline.update(episodes)
+    with pytest.raises(KeyboardInterrupt):
+        teach(untaught(8, 0), episodes, baseline, 0, stop)
