@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from growth import contenders
+from growth import rows as growth_rows
 from measuring import BURN_IN, RATE, Row, bound, in_turns, text, times, trainer
 from step import PlainGPT
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -127,11 +127,7 @@ def step(device: str, compiled: bool = False) -> Iterator[Row]:
 
 def born(device: str) -> Iterator[Row]:
     """A grown host against one born that shape."""
-    spec = spec_of(device)
-    trainers = contenders(spec, text(spec))
-    seconds = in_turns({stage: lambda each=each: each.step(RATE) for stage, each in trainers.items()}, STEPS[device])
-    for stage, goal in (("on probation", "≤ 1.05 ×"), ("settled", "≤ 1.02 ×")):
-        yield f"step with six seeds {stage} against born that shape", goal, times(seconds[stage], seconds["born"])
+    yield from growth_rows(spec_of(device), STEPS[device], "")
 
 
 class Packed:

@@ -1,6 +1,7 @@
 """A training step of a host that has grown, against one born that shape: while its six seeds are young, and after."""
 
 import copy
+from collections.abc import Iterator
 
 from measuring import RATE, Row, in_turns, text, times, trainer
 from step import SHAPES
@@ -30,13 +31,15 @@ def contenders(spec: RunSpec, data: TokenData) -> dict[str, Trainer]:
     return {"born": born, "on probation": young, "settled": settled}
 
 
+def rows(spec: RunSpec, steps: int, what: str) -> Iterator[Row]:
+    """Of a spec: a row a stage."""
+    trainers = contenders(spec, text(spec))
+    seconds = in_turns({stage: lambda each=each: each.step(RATE) for stage, each in trainers.items()}, steps)
+    for stage, goal in (("on probation", "≤ 1.05 ×"), ("settled", "≤ 1.02 ×")):
+        told = f"step with {len(GRAFTS)} seeds {stage} against born that shape{what}"
+        yield told, goal, times(seconds[stage], seconds["born"])
+
+
 def measure() -> list[Row]:
     """Rows: a shape and stage each."""
-    rows = []
-    for name, (steps, spec) in list(SHAPES.items())[:2]:
-        trainers = contenders(spec, text(spec))
-        seconds = in_turns({stage: lambda each=each: each.step(RATE) for stage, each in trainers.items()}, steps)
-        for stage, goal in (("on probation", "≤ 1.05 ×"), ("settled", "≤ 1.02 ×")):
-            told = f"step with {len(GRAFTS)} seeds {stage} against born that shape: {name}"
-            rows.append((told, goal, times(seconds[stage], seconds["born"])))
-    return rows
+    return [row for name, (steps, spec) in list(SHAPES.items())[:2] for row in rows(spec, steps, f": {name}")]

@@ -32,7 +32,7 @@ def cache(what: str) -> Path:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file and its folders; raises OSError naming `path` and leaves no partial file."""
-    partial = _beside(path)
+    partial = beside(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -72,7 +72,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises UserError where it cannot be written.
     """
-    partial = _beside(path.absolute())
+    partial = beside(path.absolute())
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -111,5 +111,6 @@ def check_unused(out: Path, *, file: bool = False) -> None:
     raise UserError(f"--out {out} {problem}: name a new {'file' if file else 'or empty folder'} where you may write.")
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """A place for what is to be renamed to `path` once it is whole."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from esper.platform.console import say
 from esper.platform.errors import UserError, reason, shown
 from esper.platform.journal import Entry
+from esper.platform.storage import beside
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -89,7 +89,7 @@ def connect(uri: str) -> "MlflowClient":
         with file.with_name(f"{file.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists() or file.stat().st_size == 0:
-                partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
+                partial = beside(file)
                 MlflowClient(f"sqlite:///{partial}")
                 partial.replace(file)
     return MlflowClient(uri)

@@ -14,7 +14,6 @@ from esper.platform import cluster
 from esper.platform.spec import DataSpec, RunSpec
 from esper.platform.tracking_store import ENVIRONMENT, connect
 from esper.workers.tolaria.data import TokenData, prepare
-from tests.mlflow_servers import MlflowServer, mlflow_server
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
@@ -88,14 +87,6 @@ def store(template, tmp_path, monkeypatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.fixture(scope="session")
-def server(template, tmp_path_factory) -> Iterator[MlflowServer]:
-    """An MLflow server that lives as long as the session; nobody may kill it."""
-    folder = tmp_path_factory.mktemp("server")
-    with mlflow_server(folder, f"sqlite:///{shutil.copy(template, folder / 'server.db')}") as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 START_SECONDS = 120
@@ -21,8 +20,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class MlflowServer:
-    """One `mlflow server` in a process group of its own, at the same port each time it is started."""
+class MlflowServer(contextlib.AbstractContextManager["MlflowServer"]):
+    """One `mlflow server` in a process group of its own, at the same port each time; killed at a `with` block's end."""
 
     def __init__(self, folder: Path, backend: str) -> None:
         self.port = free_port()
@@ -54,13 +53,5 @@ class MlflowServer:
             self._process.wait(30)
             self._process = None
 
-
-@contextlib.contextmanager
-def mlflow_server(folder: Path, backend: str) -> Iterator[MlflowServer]:
-    """A server that runs."""
-    server = MlflowServer(folder, backend)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.kill()
+    def __exit__(self, *_: object) -> None:
+        self.kill()

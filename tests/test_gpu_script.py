@@ -1,7 +1,4 @@
-"""`benchmarks/gpu.py` on a CPU: its quick sections come to their ends, and one that does not stops no other.
-
-Alone: `pytest tests/test_gpu_script.py`.
-"""
+"""`benchmarks/gpu.py` on a CPU: its quick sections come to their ends, and one that does not stops no other."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
 """The files of `infra/` say what the repository and the pinned Ray can do: nothing they name is missing or misspelt.
 
 No docker, Kubernetes or cloud is needed, and none is tried; each file's head says what was tried by hand. The slow test
-is a real cluster of two `ray start` nodes. Alone: `pytest tests/test_infra.py`.
+is a real cluster of two `ray start` nodes.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""The house keeps its shape and its size: imports go one way, `platform` stays the standard library's, limits hold.
-
-Alone: `pytest tests/test_structure.py`.
-"""
+"""The house keeps its shape and its size: imports go one way, `platform` stays the standard library's, limits hold."""
 
 import ast
 import io

@@ -1,7 +1,4 @@
-"""A model is a command line: what was typed arrives checked, and what is wrong is one sentence and exit code 2.
-
-Alone: `pytest tests/pipelines/test_arguments.py`.
-"""
+"""A model is a command line: what was typed arrives checked, and what is wrong is one sentence and exit code 2."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The live view of a training as a person sees it in a terminal, and plain lines elsewhere."""
+"""What a person sees of a training: the live view in a terminal, plain lines elsewhere, and a picture in the end."""
 
 import contextlib
 import io
@@ -7,9 +7,12 @@ import sys
 import threading
 import time
 
+import pytest
+from matplotlib.image import imread
 from rich.console import Console
 
 from esper.pipelines.controllers.live import TrainingView
+from esper.pipelines.controllers.training_picture import COLUMNS, PANELS, training_picture
 from esper.platform.console import said_to, say
 from tests.pipelines.helpers import wait_for
 
@@ -146,3 +149,19 @@ def test_no_line_is_wider_than_the_terminal_and_values_that_are_no_number_are_ma
         assert lines[0].startswith("iteration 5/")
         assert all(len(line) <= width for line in lines)
     assert "▁▅!█!" in capture.get()
+
+
+FULL = {name: 0.5 for panel in PANELS for name in panel.lines}
+ALL = (COLUMNS, -(-len(PANELS) // COLUMNS))
+GAPS = [FULL | {"kl": float(kl), "value_loss": float(kl)} for kl in ("1", "nan", "inf")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "panels"), [(GAPS, ALL), ([{"return_mean": 1.0, "kl": 0.1}, {"failures": 1}], (3, 1))]
+)
+def test_what_was_logged_has_its_panel(tmp_path, rows, panels):
+    training_picture([{"iteration": float(i), **row} for i, row in enumerate(rows, 7)], tmp_path / "training.png")
+    height, width, _ = imread(tmp_path / "training.png").shape
+    assert (round(width / (3.6 * 120)), round(height / (2.5 * 120))) == panels
+    training_picture([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()

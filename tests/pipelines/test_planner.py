@@ -1,13 +1,10 @@
-"""From runs in folders to laws in a file, and an arm that plays by them.
-
-Alone: `pytest tests/pipelines/test_planner.py`.
-"""
+"""From runs in folders to laws in a file, and an arm that plays by them."""
 
 import json
 
 import pytest
 
-from esper.pipelines import policy, sweep, train
+from esper.pipelines import policy, train
 from esper.platform.law_file import FittedLaws
 from tests.pipelines.helpers import sets, summary_of
 
@@ -49,22 +46,3 @@ def test_laws_are_fitted_to_runs_and_played_by(tiny, runs, tmp_path, capfd, refu
     (runs / "s1" / "spec.json").write_text((runs / "s1" / "spec.json").read_text().replace('"tiny"', '"tinier"'))
     refused(policy.main, ["fit", runs, "--out", tmp_path / "w"], "are of several: tinier, tiny: name others")
     assert not (tmp_path / "w").exists()
-
-
-@pytest.mark.parametrize(
-    ("main", "arguments", "sentence"),
-    [
-        (train.main, ["planner"], "needs fitted laws: give --laws FILE, made by `esper policy fit RUNS --out FILE`"),
-        (train.main, ["static", "--laws", "x"], "--laws is for arm 'planner'"),
-        (train.main, ["planner", "--laws", "nowhere.json"], "--laws nowhere.json"),
-        (sweep.main, ["--arms", "static,planner"], "needs fitted laws: give --laws FILE"),
-        (sweep.main, ["--arms", "static", "--laws", "x"], "no arm of --arms uses --laws"),
-    ],
-)
-def test_what_lacks_is_said_in_a_sentence(tiny, tmp_path, refused, main, arguments, sentence):
-    refused(main, [*arguments, *tiny, "--out", tmp_path / "out"], sentence)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_without_runs_is_refused(tmp_path, refused):
-    refused(policy.main, ["fit", tmp_path, "--out", tmp_path / "laws.json"], "holds no ended run")

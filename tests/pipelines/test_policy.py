@@ -1,7 +1,4 @@
-"""`esper policy`: what a checkpoint is, how it does beside the other arms, and its median schedule. Without Ray.
-
-Alone: `pytest tests/pipelines/test_policy.py`.
-"""
+"""`esper policy`: what a checkpoint is, how it does beside the other arms, and its median schedule. Without Ray."""
 
 import hashlib
 import json
@@ -118,27 +115,3 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
     run.reset(seed=0)
     grafts = play(run, make_policy("schedule", ArmInputs(schedule=plan)), arm="schedule")["grafts"]
     assert {graft["blueprint"] for graft in grafts} == {entry.blueprint for entry in entries}
-
-
-@pytest.mark.parametrize(
-    ("command", "says"),
-    [
-        (
-            "inform {run}",
-            "unknown action 'inform': it must be one of distill, evaluate, fit, info. Did you mean 'info'?",
-        ),
-        ("info nowhere", "policy nowhere does not exist"),
-        ("evaluate {run} --instances tset", "instances is 'tset': input should be 'train' or 'test'"),
-        ("evaluate {run} --arms static,tamio", "unknown arm 'tamio'"),
-        ('evaluate {run} --arms heads --set growth.blueprints={{"ffn":{{}}}}', "unknown blueprint in arm 'heads'"),
-        ("evaluate {run} --episodes 65", "the test set has 64 instances"),
-        ('evaluate {run} --set growth.blueprints={{"blok":{{}}}}', "unknown blueprint 'blok'"),
-        ("evaluate {run} --data text.txt --arms bound", "unknown arm on text (schedule: with --schedule FILE) 'bound'"),
-        ("distill {run}", "out is missing"),
-        ("distill {run} --out text.txt", "is a file: name a new file"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_leaves_nothing(trained, tmp_path, refused, command, says):
-    (tmp_path / "text.txt").write_text("text")
-    refused(pipeline.main, command.format(run=trained).split(), says)
-    assert {path.name for path in tmp_path.iterdir()} == {"ppo", "text.txt"}

@@ -1,6 +1,6 @@
 """`esper ppo` end to end: on laws, on text over real Ray workers, through deaths of workers and of itself, and resumed.
 
-Needs a local Ray cluster, which the pipeline starts. Alone: `pytest tests/pipelines/test_ppo.py`.
+Needs a local Ray cluster, which the pipeline starts.
 """
 
 import math

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import time
 from collections import Counter
@@ -20,8 +19,6 @@ from esper.pipelines.common.stopping import Stopped
 from esper.pipelines.sweeps import comparison, stages
 from esper.pipelines.sweeps.rates import Setting
 from esper.platform import tracking
-from esper.platform.spec import DataSpec
-from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port
 from tests.pipelines.helpers import sets, start, summary_of, wait_for
 
@@ -132,22 +129,20 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
 def test_two_budgets_give_regrets_and_the_budget_saved(tiny, client, tmp_path, capfd):
     out = tmp_path / "sweep"
     flags = ["--arms", "static,onejump", "--sizes", "1,2x24", "--budgets", "40,24", "--seeds", "2"]
-    assert sweep.main([*flags, "--tuning-seeds", "1", *tiny, "--out", str(out)]) == 0
+    assert sweep.main([*flags, "--tuning-seeds", "0", *tiny, "--out", str(out)]) == 0
     points = read(out)["points"]
     assert [point["budget"]["amount"] for point in points] == [24, 40]
     runs = children(client(), out)
-    assert Counter(run.data.tags["grid"] for run in runs.values()) == dict.fromkeys([p["grid"] for p in points], 8)
+    assert Counter(run.data.tags["grid"] for run in runs.values()) == dict.fromkeys([p["grid"] for p in points], 6)
     assert all(run.data.metrics["steps"] == json.loads(run.data.tags["grid"])["budget.amount"] for run in runs.values())
 
-    ends = {
-        (t["label"], t["grid"], t["seed"]): summary(out, name)["val_loss"] for name, t in read(out)["trials"].items()
-    }
-    regrets = [
-        [ends["onejump", p["grid"], s] - ends[f"static-{p['size']}", p["grid"], s] for s in (0, 1)] for p in points
-    ]
-    rows = {
-        row["budget"]: row for row in read(out, "report/report.json")["budgets"][0]["rows"] if row["arm"] == "onejump"
-    }
+    def end(label, point, seed):
+        name, *_ = (n for n, t in trials.items() if (t["label"], t["grid"], t["seed"]) == (label, point["grid"], seed))
+        return summary(out, name)["val_loss"]
+
+    trials, [told] = read(out)["trials"], read(out, "report/report.json")["budgets"]
+    regrets = [[end("onejump", p, s) - end(f"static-{p['size']}", p, s) for s in (0, 1)] for p in points]
+    rows = {row["budget"]: row for row in told["rows"] if row["arm"] == "onejump"}
     assert [rows[budget]["regret"]["mean"] for budget in (24, 40)] == pytest.approx(np.mean(regrets, axis=1).tolist())
     assert rows[None]["regret"]["mean"] == pytest.approx(np.mean(regrets))
     assert re.search(r"arm +24 +40 +mean +would show", capfd.readouterr().err)
@@ -158,7 +153,10 @@ def test_two_budgets_give_regrets_and_the_budget_saved(tiny, client, tmp_path, c
     assert client().get_run(parent).data.metrics["mean_regret/onejump"] == pytest.approx(np.mean(regrets))
 
 
-def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, client, tmp_path, capfd):
+def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(comparison, "SYNC_SECONDS", 3)
+    monkeypatch.setattr(tracking, "AWAY_SECONDS", 1)
     plan, out = tmp_path / "plan.json", tmp_path / "sweep"
     plan.write_text(json.dumps([{"at": 0.5, "blueprint": "ffn", "site": "h7.ffn"}]))
     flags = ["--arms", "static,schedule,static_final:schedule", "--schedule", str(plan)]
@@ -167,17 +165,17 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(tiny, client, tmp_path
     printed = capfd.readouterr().err
     assert "failed  schedule-seed0: unknown site for ffn in the schedule 'h7.ffn'" in printed
     assert "failed  static_final.of.schedule-seed0: schedule has no sound run of this seed to follow" in printed
-    statuses = {name: run.info.status for name, run in children(client(), out).items()}
-    assert statuses == {"static-1-seed0": "FINISHED", "schedule-seed0": "FAILED"}
+    assert f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}" in printed
+    assert "this takes 3 s at most" in printed
     assert read(out)["trials"]["static_final.of.schedule-seed0"]["status"] == "failed"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert sweep.main(["--resume", str(out)]) == 1
+    statuses = {name: run.info.status for name, run in children(MlflowClient(), out).items()}
+    assert statuses == {"static-1-seed0": "FINISHED", "schedule-seed0": "FAILED"}
 
 
-def test_a_resumed_sweep_goes_on_from_the_same_text_spec_and_files_only(tiny, tmp_path, shards, refused, monkeypatch):
-    data, other, out, plan = (tmp_path / name for name in ("data", "other", "sweep", "plan.json"))
-    shutil.copytree(shards, data)
-    text = tmp_path / "other.txt"
-    text.write_text("\n<|endoftext|>\n".join("to be or not to be " * 20 for _ in range(200)))
-    prepare(DataSpec(source=str(text)), other)
+def test_a_resumed_sweep_rests_on_what_it_began_with(tiny, tmp_path, refused, monkeypatch):
+    out, plan = tmp_path / "sweep", tmp_path / "plan.json"
     plan.write_text(json.dumps([{"at": 0.5, "blueprint": "ffn"}]))
 
     def stopped(*arguments):
@@ -185,14 +183,8 @@ def test_a_resumed_sweep_goes_on_from_the_same_text_spec_and_files_only(tiny, tm
 
     with monkeypatch.context() as patched:
         patched.setattr(comparison, "run_trials", stopped)
-        flags = ["--arms", "static,schedule", "--schedule", str(plan), *tiny[:2], "--data", str(data)]
-        assert sweep.main([*flags, "--out", str(out)]) == 128 + signal.SIGINT
-
-    data.rename(tmp_path / "same")
-    shutil.copytree(other, data)
-    refused(sweep.main, ["--resume", out], "began with other text")
-    shutil.rmtree(data)
-    (tmp_path / "same").rename(data)
+        flags = ["--arms", "static,schedule", "--schedule", str(plan), *tiny, "--out", str(out)]
+        assert sweep.main(flags) == 128 + signal.SIGINT
     before = (out / "inputs/schedule.json").read_text()
     (out / "inputs/schedule.json").write_text(before + " ")
     refused(sweep.main, ["--resume", out], f"{out / 'inputs/schedule.json'} was changed")
@@ -229,7 +221,7 @@ def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
 
 def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     out = tmp_path / "sweep"
-    slow = sets("budget.amount=8000", "budget.cooldowns=[0.3]", "host.n_embd=64")
+    slow = sets("budget.amount=4000", "budget.cooldowns=[0.3]", "host.n_embd=64")
     process = start("sweep", ["--arms", "static,lag", *tiny, *slow, "--out", str(out)], tmp_path / "stderr")
     try:
         wait_for(lambda: len(trial_processes(process.pid)) == 2 and list(out.glob("saves/*")))
@@ -243,23 +235,9 @@ def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     assert time.monotonic() - begun < 15
     wait_for(lambda: not any(map(psutil.pid_exists, trials)), 5)
     said = (tmp_path / "stderr").read_text()
-    assert re.search(r"a run that stays at its starting size sees each 11\.\d times \(epochs\)", said)
+    assert re.search(r"a run that stays at its starting size sees each 5\.\d times \(epochs\)", said)
     assert f"go on with: esper sweep --resume {out}" in said
     assert {run.info.status for run in children(client(), out).values()} == {"KILLED"}
-
-
-def test_a_server_that_never_comes(tiny, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(comparison, "SYNC_SECONDS", 3)
-    monkeypatch.setattr(tracking, "AWAY_SECONDS", 1)
-    out = tmp_path / "sweep"
-    assert sweep.main(["--arms", "static", *tiny, "--out", str(out)]) == 0
-    printed = capfd.readouterr().err
-    assert f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}" in printed
-    assert "this takes 3 s at most" in printed
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert sweep.main(["--resume", str(out)]) == 0
-    check_tracked(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), out)
 
 
 @pytest.mark.slow
@@ -282,26 +260,3 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
     [run] = other.search_runs([other.get_experiment_by_name("esper-controllers").experiment_id])
     assert [point.step for point in other.get_metric_history(run.info.run_id, "return_mean")] == [1, 2]
     assert other.get_run(run.data.tags["mlflow.parentRunId"]).data.tags["kind"] == "sweep"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--arms", ","], "names no arm"),
-        (["--arms", "schedule"], "needs a schedule"),
-        (["--arms", "ppo", "--policy", "/nowhere"], "policy /nowhere"),
-        (["--arms", "static,openloop"], "give --policy CHECKPOINT"),
-        (["--seeds", "0"], "seeds is '0'"),
-        (["--tune-lr", "--tuning-seeds", "0"], "--tuning-seeds is 0: give at least 1"),
-        (["--arms", "static,ppo", "--train-on", "laws"], "give more, such as --sizes 1,2,4"),
-        (["--grid", "budget.amont=1,2"], "budget.amont"),
-        (["--budgets", "40,-1"], "--budgets '40,-1' is not a list of positive numbers"),
-        (["--budgets", "40,7"], "a budget of 7 steps in 8 decisions holds less than one optimizer step in each"),
-        (["--sizes", "one"], "--sizes 'one'"),
-        (["--arms", "static", "--policy", "/nowhere"], "no arm of --arms uses --policy"),
-        (["--resume", "/nowhere"], "--resume takes everything from /nowhere"),
-    ],
-)
-def test_bad_input(tiny, tmp_path, refused, arguments, sentence):
-    refused(sweep.main, [*tiny, *arguments, "--out", tmp_path / "out"], sentence)
-    assert not (tmp_path / "out").exists()

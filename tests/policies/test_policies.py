@@ -10,7 +10,7 @@ from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.telemetry import GLOBALS
-from esper.policies.arms import ALIASES, ARMS, ArmInputs, arm_name, make_policy
+from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.named_schedules import NAMED
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import Entry, SchedulePolicy
@@ -175,7 +175,3 @@ def test_tamiyo_waits(flat, changed, reason):
     action = TamiyoPolicy().act(other(flat, **changed))
     assert action.index == 0
     assert reason in action.reason
-
-
-def test_aliases_are_of_arms():
-    assert {arm_name(alias) for alias in ALIASES} <= set(ARMS)

@@ -1,6 +1,6 @@
 """Compiled steps: they agree with eager ones, and a run by them is as reproducible, to the bit.
 
-A step's package is built once a session and shape, 25 s each. Alone: `pytest tests/workers/test_compiled.py`.
+A step's package is built once a session and shape, 25 s each.
 """
 
 import os
@@ -164,24 +164,20 @@ def test_a_copy_is_bound_anew_and_leaves_its_run_alone(spec, tokens):
     assert same_weights(run, weights(fork))
 
 
-def test_a_build_that_fails_leaves_runs_eager(spec, tokens, tmp_path, monkeypatch, capsys):
+def test_a_build_that_fails_or_a_package_that_cannot_be_loaded_leaves_runs_eager(
+    spec, tokens, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("ESPER_CACHE", str(tmp_path))
+    loaded = begun(changed(spec, optimizer={"eps": 1e-7}), tokens)
+    write_bytes(loaded.trainer.package().path, b"PK")
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    run = begun(changed(spec, data={"batch_size": 5}), tokens)
-    assert paths(run, *[None] * 3) == [BUILDING, EAGER, EAGER]
-    assert "could not be built" in capsys.readouterr().err
-    assert "Error" in next((tmp_path / "steps").glob("*.failed")).read_text()
-
-
-def test_a_package_that_cannot_be_loaded_leaves_runs_eager(spec, tokens, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ESPER_CACHE", str(tmp_path))
-    run = begun(changed(spec, optimizer={"eps": 1e-7}), tokens)
-    write_bytes(run.trainer.package().path, b"PK")
-    assert paths(run, *[None] * 3) == [BUILDING, EAGER, EAGER]
-    assert "could not be built" in capsys.readouterr().err
+    for run in (loaded, begun(changed(spec, data={"batch_size": 5}), tokens)):
+        assert paths(run, *[None] * 3) == [BUILDING, EAGER, EAGER]
+        assert "could not be built" in capsys.readouterr().err
+    assert all("Error" in file.read_text() for file in (tmp_path / "steps").glob("*.failed"))
 
 
 @pytest.mark.parametrize(

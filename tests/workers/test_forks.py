@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 
 from esper.platform.contracts import GraftAction
+from esper.platform.ledger import AXES
 from esper.workers.run import CONTRIBUTION_SHARE
 from esper.workers.tolaria.trainer import EVAL_TOKENS_AT_ONCE
-from tests.workers.growing_run import act, begun, changed, outcome, play, row, same_weights, weights
+from tests.workers.growing_run import act, begun, changed, outcome, play, row
 
 
 @pytest.fixture
@@ -88,13 +90,17 @@ def test_a_run_hears_of_a_stop_within_its_copies_and_evaluations(spec, tokens, m
 def test_a_probe_is_charged_on_every_axis_and_in_the_rent_and_leaves_the_run_alone(spec, tokens):
     run = begun(changed(spec, budget={"axis": "tokens", "amount": 25600}), tokens)
     first, rewards = run.loss, [act(run).reward]
-    ledger, steps, before = dataclasses.replace(run.ledger), run.trainer.steps, weights(run)
-    assert run.twins(rows(run, "block"), 20).shape == (2, 20)
-    assert run.trainer.steps == steps
-    assert same_weights(run, before)
+    ledger, expected, before = (dataclasses.replace(run.ledger) for _ in range(3))
+    actions, state = rows(run, "block"), deepcopy(run.trainer.state())
+    for action in actions:
+        alone = run.fork()
+        alone.twins([action], 20)
+        expected.add(alone.ledger.less(before))
+    assert run.twins(actions, 20).shape == (2, 20)
+    torch.testing.assert_close(run.trainer.state(), state, rtol=0, atol=0)  # weights, moments, steps
     used = run.ledger.less(ledger)
     assert (used.steps, used.tokens) == (40, 40 * run.tokens_per_step)
-    assert used.seconds > 40 * run.layout.step_seconds  # of which half are at a larger size
+    assert {axis: run.ledger.read(axis) for axis in AXES} == pytest.approx({axis: expected.read(axis) for axis in AXES})
     while not run.ended:
         rewards.append(act(run).reward)
     rent = run.spec.reward.rent * run.ledger.parameter_seconds / run.reference

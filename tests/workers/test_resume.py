@@ -97,7 +97,7 @@ def odd_tensors(tensors, chance):
     """The tensors with one missing, of another shape, of other numbers, or under another name."""
     rest, name = tensors.copy(), chance.choice(sorted(tensors))
     tensor = rest.pop(name)
-    return rest | chance.choice([{}, {name: torch.zeros(3)}, {name: tensor * 0}, {name + "x": tensor}])
+    return rest | chance.choice([{}, {name: torch.zeros(3)}, {name: tensor * torch.nan}, {name + "x": tensor}])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

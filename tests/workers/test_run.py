@@ -101,17 +101,6 @@ def test_every_graft_ends_with_an_outcome(tiny_spec, tokens):
     assert [graft["outcome"] for graft in last.summary()["grafts"]] == ["on probation"]
 
 
-def test_no_site_is_ever_called_as_another_was(tiny_spec, tokens):
-    run = begun(tiny_spec, tokens)
-    act(run, "block", "h0.stream")
-    act(run, "ffn", "h1.ffn")
-    act(run, "block", "h0.stream", "prune")
-    telemetry = act(run, "block", "h0.stream").telemetry
-    assert "h1.ffn" not in telemetry.site_ids
-    site = telemetry.site_ids.index("h2.ffn")
-    assert [telemetry.site_column(name)[site] for name in ("grafts", "since_graft")] == [0, 1]
-
-
 @pytest.mark.parametrize("axis", ["parameter_seconds", "tokens", "seconds", "flops"])
 def test_a_budget_on_any_axis_is_kept(tiny_spec, tokens, axis):
     whole, _ = played(tiny_spec, tokens, {})

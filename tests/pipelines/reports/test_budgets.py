@@ -1,7 +1,4 @@
-"""Regret to the static envelope and the part of the budget saved, on sweeps over budgets whose truth is known.
-
-Alone: `pytest tests/pipelines/reports/test_budgets.py`.
-"""
+"""Regret to the static envelope and the part of the budget saved, on sweeps over budgets whose truth is known."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -7,6 +7,7 @@ picture stays in the test's folder.
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,13 @@ def trial(client: MlflowClient, parent: Tracker, label: str, seed: int, purpose:
 
 def start(folder: Path, experiment: str, name: str = "sweep") -> Tracker:
     return Tracker(folder / name, experiment, name, key=f"{experiment}/{name}", tags={"kind": "sweep"})
+
+
+@pytest.fixture
+def server(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
+    with MlflowServer(tmp_path, f"sqlite:///{shutil.copy(template, tmp_path)}") as running:
+        running.start()
+        yield running
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium)")

@@ -1,7 +1,4 @@
-"""The planner on laws, where the truth is known: it plans as the oracle does, and learns which law it is in.
-
-Alone: `pytest tests/workers/laws/test_forecast.py`: seconds.
-"""
+"""The planner on laws, where the truth is known: it plans as the oracle does, and learns which law it is in."""
 
 import json
 

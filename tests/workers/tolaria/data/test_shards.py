@@ -1,22 +1,17 @@
 """Prepared text: windows, a map that is no copy, and damage that is refused, always in a sentence."""
 
-import contextlib
 import hashlib
 import json
 import pickle
-import random
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.data.shards import FILE
-from tests.workers.growing_run import mutated
 
 
 @pytest.fixture
@@ -94,15 +89,3 @@ def test_a_damaged_manifest_or_tokenizer_is_refused(prepared, name, content):
     (prepared / name).unlink() if content is None else (prepared / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name}.* cannot be (used|read) .*: make (its|the) folder anew"):
         TokenData.open(prepared)
-
-
-@given(seed=st.integers(0, 2**32), verify=st.booleans())
-def test_any_mutated_file_is_whole_or_refused_in_a_sentence(shards, tmp_path_factory, seed, verify):
-    chance, folder = random.Random(seed), tmp_path_factory.mktemp("mutated") / "out"
-    shutil.copytree(shards, folder)
-    file = folder / chance.choice([FILE, "characters.json", "train.arrow"])
-    file.write_bytes(mutated(file.read_bytes(), chance))
-    with contextlib.suppress(UserError):
-        data = TokenData.open(folder, verify=verify)
-        assert data.tokens("train") > 1000
-        assert data.tokenizer.encode("cat")

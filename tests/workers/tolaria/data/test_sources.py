@@ -1,6 +1,5 @@
 """Sources: documents from files of all kinds, folders and the hub's format; and their split."""
 
-import contextlib
 import json
 import random
 import socket
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import sources
-from tests.workers.growing_run import mutated
 
 DOCUMENTS = [f"Story {i}: " + f"the cat saw {i} dogs. " * 10 + "Bye." for i in range(50)]
 
@@ -59,14 +57,6 @@ def test_a_damaged_line_of_jsonl_is_refused(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "whole"}\n\n' + line + b"\n")
     with pytest.raises(UserError, match=r"a\.jsonl is no whole .jsonl file \(.*\): write it anew"):
         load(tmp_path / "a.jsonl")
-
-
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(sources.KINDS))
-def test_any_mutated_file_is_read_or_refused_in_a_sentence(tmp_path_factory, seed, kind):
-    chance, path = random.Random(seed), write(tmp_path_factory.mktemp("mutated") / f"a{kind}", DOCUMENTS)
-    path.write_bytes(mutated(path.read_bytes(), chance))
-    with contextlib.suppress(UserError):
-        load(path)
 
 
 @pytest.mark.parametrize("valid", ["valid.txt", "validation-00000-of-00001.parquet"])

@@ -1,4 +1,4 @@
-"""An entry in a journal is whole, and there once, whatever was cut off."""
+"""A file is whole or absent; an entry in a journal is whole, and there once, whatever was cut off."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from esper.platform.errors import UserError
 from esper.platform.journal import Journal, read_entries
+from esper.platform.storage import write_text
 
 
 def test_what_is_added_is_read_again_and_once_for_each_identity(tmp_path: Path):
@@ -54,3 +55,14 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_not_half_a_line(tmp_pat
     journal.add({"step": 3})
     journal.close()
     assert read_entries(journal.path) == [{"step": 1}, {"step": 3}]
+
+
+def test_a_write_that_a_full_disk_cuts_short_names_its_file_and_leaves_the_old_one(tmp_path, files_of_at_most):
+    path = tmp_path / "folder" / "file.txt"
+    write_text(path, "before")
+    with files_of_at_most(100), pytest.raises(OSError, match=f"too large: '{path}'$"):
+        write_text(path, "x" * 1000)
+    assert path.read_text() == "before"
+    assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+    with pytest.raises(OSError, match=f"'{path}/in it'$"):
+        write_text(path / "in it", "text")

@@ -1,0 +1,88 @@
+"""Whatever is wrong with a command line is one sentence and exit code 2, and nothing is left."""
+
+import pytest
+
+from esper.pipelines.common import cli
+from esper.platform import checkpoint
+from esper.platform.spec import load_spec
+from esper.policies.simic.policy import FILE, SimicPolicy
+from esper.workers.run import GrowthRun
+from tests.pipelines.helpers import made_net
+
+LINES = [
+    ("train statik", "unknown arm 'statik'"),
+    ("train ppo", "needs a trained policy"),
+    ("train schedule", "needs a schedule"),
+    ("train planner", "needs fitted laws: give --laws FILE, made by `esper policy fit RUNS --out FILE`"),
+    ("train planner --laws nowhere.json", "--laws nowhere.json"),
+    ("train static --laws x", "--laws is for arm 'planner'"),
+    ("train static --schedule bad.json", "--schedule is for arm 'schedule', and 'static' does not use it"),
+    ("train static --set budget.amount=0", "budget.amount is 0"),
+    ('train static --set growth.blueprints={"fnn":{}}', "Did you mean 'ffn'"),
+    ("train static --set data.tokenizer=bpe:300", "ask for 'char'"),
+    ("train static --set host.block_size=100000", "too few for a context"),
+    ("train static --task poems", "unknown task"),
+    ("train static --out /proc/x", "--out /proc/x cannot be made"),
+    ("train static --out .", "already holds another run"),
+    ("sweep --arms ,", "names no arm"),
+    ("sweep --arms schedule", "needs a schedule"),
+    ("sweep --arms ppo --policy /nowhere", "policy /nowhere"),
+    ("sweep --arms static,openloop", "give --policy CHECKPOINT"),
+    ("sweep --arms static,planner", "needs fitted laws: give --laws FILE"),
+    ("sweep --arms static --laws x", "no arm of --arms uses --laws"),
+    ("sweep --arms static --policy /nowhere", "no arm of --arms uses --policy"),
+    ("sweep --arms static,ppo --train-on laws", "give more, such as --sizes 1,2,4"),
+    ("sweep --seeds 0", "seeds is '0'"),
+    ("sweep --tune-lr --tuning-seeds 0", "--tuning-seeds is 0: give at least 1"),
+    ("sweep --grid budget.amont=1,2", "budget.amont"),
+    ("sweep --budgets 40,-1", "--budgets '40,-1' is not a list of positive numbers"),
+    ("sweep --budgets 40,7", "a budget of 7 steps in 8 decisions holds less than one optimizer step in each"),
+    ("sweep --sizes one", "--sizes 'one'"),
+    ("sweep --resume /nowhere", "--resume takes everything from /nowhere"),
+    ("prepare --data /nowhere.txt", "unknown source '/nowhere.txt': it must be one of"),
+    ("prepare --tokenizer words", "unknown tokenizer 'words'"),
+]
+# Of a controller, a run that was trained, a damaged one, and a file.
+OF_FILES = [
+    ("policy inform ppo", "'inform': it must be one of distill, evaluate, fit, info. Did you mean 'info'?"),
+    ("policy info nowhere", "policy nowhere does not exist"),
+    ("policy evaluate ppo --instances tset", "instances is 'tset': input should be 'train' or 'test'"),
+    ("policy evaluate ppo --arms static,tamio", "unknown arm 'tamio'"),
+    ('policy evaluate ppo --arms heads --set growth.blueprints={"ffn":{}}', "unknown blueprint in arm 'heads'"),
+    ("policy evaluate ppo --episodes 65", "the test set has 64 instances"),
+    ('policy evaluate ppo --set growth.blueprints={"blok":{}}', "unknown blueprint 'blok'"),
+    ("policy evaluate ppo --data file --arms bound", "unknown arm on text (schedule: with --schedule FILE) 'bound'"),
+    ("policy distill ppo", "out is missing"),
+    ("policy distill ppo --out file", "is a file: name a new file"),
+    ("policy fit run --out laws.json", "holds no ended run"),
+    ("export nowhere --out out", "nowhere/checkpoints/run.safetensors is not there"),
+    ("export damaged --out out", "is damaged"),
+    ("export run --out run", "--out run already holds another run"),
+    ("export run --out file", "is a file"),
+    ("export run", "out is missing"),
+    ("export run --out out --format gguf", "input should be 'native' or 'gpt2'"),
+    ("export run --out out --format gpt2", "layer h0 has 3 head(s)"),
+]
+
+
+@pytest.mark.parametrize(("line", "sentence"), LINES)
+def test_what_is_asked_for_in_vain(tiny, tmp_path, refused, line, sentence):
+    command, *words = line.split()
+    refused(cli.main, [command, *tiny, "--out", tmp_path / "out", *words], sentence)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_files_cannot_give(store, tiny_spec, tokens, tmp_path, refused):
+    SimicPolicy(made_net(0, 0)).save(tmp_path / "ppo" / FILE)
+    (tmp_path / "ppo" / "spec.json").write_text(load_spec("tinystories-char").model_dump_json())
+    host = tiny_spec.host.model_copy(update={"n_head": 3, "head_dim": 8})  # which GPT-2's layout cannot have
+    growth = GrowthRun(tiny_spec.model_copy(update={"host": host}), tokens)
+    growth.reset()
+    for name in ("run", "damaged"):
+        checkpoint.write(tmp_path / name / "checkpoints" / "run.safetensors", *growth.state())
+    (tmp_path / "damaged" / "checkpoints" / "run.safetensors").write_bytes(b"")
+    (tmp_path / "file").write_text("text")
+    before = {path.name for path in tmp_path.iterdir()}
+    for line, sentence in OF_FILES:
+        refused(cli.main, line.split(), sentence)
+        assert {path.name for path in tmp_path.iterdir()} == before
