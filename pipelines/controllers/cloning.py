@@ -9,14 +9,16 @@
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from esper.pipelines.common.play import play
 from esper.pipelines.common.run_folder import RunFolder
+from esper.pipelines.controllers.evaluation import Evaluation
 from esper.pipelines.controllers.law_fitting import Found, fitted, runs_in
 from esper.platform.console import counted, say
 from esper.platform.contracts import GraftAction, Instance
@@ -77,16 +79,13 @@ class Lessons:
 
     def _judged(self, net: ControllerNet, laws: FittedLaws) -> dict[str, float]:
         labelled = [self._played(laws, "tuning", number, net) for number in range(HELD_OUT)]
-        losses = []
-        for number in range(HELD_OUT):
-            losses.append([])
-            for policy in (SimicPolicy(net), PlannerPolicy(self.laws)):
-                self.check()
-                run = SurrogateRun(self.spec, laws)
-                run.reset(self._instance("tuning", number), derive(self.seed, "judged", number))
-                losses[-1].append(play(run, policy, arm="ppo")["val_loss"])
-        own, planner = np.mean(losses, axis=0).tolist()
-        return {"agreement": agreement(net, labelled), "clone_loss": own, "planner_loss": planner}
+        instances = {number: self._instance("tuning", number) for number in range(HELD_OUT)}
+        here = Evaluation(self.spec, instances, partial(SurrogateRun, self.spec, laws), self.seed)
+        told = {"agreement": agreement(net, labelled)}
+        for arm, policy in (("clone", SimicPolicy(net)), ("planner", PlannerPolicy(self.laws))):
+            self.check()
+            told[f"{arm}_loss"] = fmean(run["val_loss"] for run in here.play(arm, lambda seed, policy=policy: policy))
+        return told
 
     def _instance(self, name: str, number: int) -> Instance:
         instances = list(instance_set(name, self.spec, text=self.text).values())
