@@ -17,7 +17,7 @@ from esper.policies.simic.metrics import decided_on, stacked
 from esper.policies.simic.net import ILLEGAL, ControllerNet
 from esper.policies.simic.policy import likeliest
 
-TEMPERATURE = 5e-4  # nats of expected final loss by which a choice is e times as likely as another
+TEMPERATURE = 1e-3  # nats of expected final loss by which a choice is e times as likely as another
 BATCH, STEPS, RATE = 128, 600, 3e-3
 VALUE = 0.5  # weight of the value's squared error
 
