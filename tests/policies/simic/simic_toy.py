@@ -23,7 +23,7 @@ def bold_net(hidden: int = 8, seed: int = 0) -> ControllerNet:
 
 
 class ToyRun:
-    """An episode of 8 decisions. Row 1 adds heads, row 2 width; `gradient_noise` > 0 says that heads pay.
+    """An episode of 8 decisions. Row 1 adds heads, row 2 width; `slope_fast` > 0 says that heads pay.
 
     Rewards: 1 for the row that pays, −1 for the other, 0.2 for WAIT. Best return 8; always WAIT 1.6.
 
@@ -67,7 +67,7 @@ class ToyRun:
         sign = int(np.random.default_rng([self.seed, self.k]).choice([-1, 1]))
         self.paying = 1 if sign > 0 else 2
         arrays = {name: np.zeros(shape, np.float32) for name, shape in SPACE.shapes.items()}
-        arrays["globals"][GLOBALS.index("gradient_noise")] = sign
+        arrays["globals"][GLOBALS.index("slope_fast")] = sign
         arrays["globals"][GLOBALS.index("budget_used")] = self.k / DECISIONS
         arrays["sites"][:2, SITE.index("present")] = 1
         for i, shown in enumerate((("is_wait",), ("is_graft", "adds_heads"), ("is_graft", "adds_width"))):
