@@ -2,7 +2,7 @@
 
 Regret: a final loss minus that of the static size chosen for the same budget B on tuning seeds, on the same test seed.
 Budget saved: 1 − B/B', where the envelope (these sizes' mean losses) reaches the arm's loss at B'. Intervals are 95 %
-paired t over seeds, of a seed's regret or its log B'/B, or their means over the budgets; the envelope counts as known.
+over seeds, of a seed's regret or its log B'/B, or their means over the budgets; the envelope counts as known.
 """
 
 import json
@@ -28,31 +28,37 @@ class Regret:
     budget: float | None  # None: the mean
     values: np.ndarray  # nats (pairs,)
     gains: np.ndarray  # log B'/B (pairs,)
+    sequential: bool  # seeds were added while one looked
 
     @property
     def interval(self) -> Interval | None:
         """The mean regret."""
-        return Interval.of(self.values) if len(self.values) else None
+        return Interval.of(self.values, self.sequential) if len(self.values) else None
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest regret that so many seeds with this spread would show."""
+        return detectable(self.values, self.sequential)
 
     @property
     def saved(self) -> list[float]:
-        """The part of the budget saved, and with two pairs the ends of its interval; empty where it is not known."""
+        """The part of the budget saved, and the ends of its interval if it has one; empty where it is not known."""
         if not len(self.gains) or not np.isfinite(self.gains).all():
             return []
-        found = Interval.of(self.gains)
+        found = Interval.of(self.gains, self.sequential)
         ends = [] if found.half is None else [found.mean - found.half, found.mean + found.half]
         return (-np.expm1(-np.array([found.mean, *ends]))).tolist()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
         told = {"arm": self.arm, "budget": self.budget, "pairs": len(self.values), "saved": self.saved}
-        return told | {"regret": self.interval and self.interval.as_dict(), "detectable": detectable(self.values)}
+        return told | {"regret": self.interval and self.interval.as_dict(), "detectable": self.detectable}
 
     def cells(self) -> tuple[str, str, str]:
         """For a table: the regret, what would have shown, and the part saved, as `+15% (+3% to +25%)`."""
         if not self.values.any():
             return ("0", "–", "0") if len(self.values) else ("–", "–", "–")  # the size itself, or an arm that is one
-        least, (mean, *ends) = detectable(self.values), [f"{part:+.0%}" for part in self.saved] or ["–"]
+        least, (mean, *ends) = self.detectable, [f"{part:+.0%}" for part in self.saved] or ["–"]
         return str(self.interval), f"{least:.4f}" if least else "–", mean + f" ({' to '.join(ends)})" * bool(ends)
 
 
@@ -62,6 +68,11 @@ class OverBudgets:
 
     points: Sequence[Trials]
     title: str  # the rest of the grid
+
+    @property
+    def sequential(self) -> bool:
+        """Whether seeds were added while one looked."""
+        return self.points[0].sequential
 
     @cached_property
     def budgets(self) -> np.ndarray:
@@ -77,7 +88,7 @@ class OverBudgets:
     @cached_property
     def regrets(self) -> dict[str, np.ndarray]:
         """Nats (seeds, budgets) by label, the seeds in order; NaN where one of a pair has no loss."""
-        labels = dict.fromkeys(label for trials in self.points for label in trials.test)
+        labels = [label for label in self.points[0].labels if any(label in trials.test for trials in self.points)]
         seeds = sorted({run.seed for trials in self.points for run in trials.test_runs()})
         found = {}
         for label in labels:
@@ -109,7 +120,7 @@ class OverBudgets:
             columns = [(amount, regret[:, k], gain[:, k]) for k, amount in enumerate(self.budgets.tolist())]
             for amount, values, gains in [*columns, (None, regret.mean(1), gain.mean(1))]:
                 sound = np.isfinite(values)
-                rows.append(Regret(label, amount, values[sound], gains[sound]))
+                rows.append(Regret(label, amount, values[sound], gains[sound], self.sequential))
         return rows
 
     def metrics(self, number: int) -> Iterator[tuple[str, float, int]]:
@@ -141,7 +152,7 @@ class OverBudgets:
         if self.best_schedule in (None, label):
             return None
         values = (self.regrets[label] - self.regrets[self.best_schedule]).mean(1)
-        return Interval.of(sound) if len(sound := values[np.isfinite(values)]) else None
+        return Interval.of(sound, self.sequential) if len(sound := values[np.isfinite(values)]) else None
 
 
 def over_budgets(verdicts: Sequence[Verdict]) -> list[OverBudgets]:

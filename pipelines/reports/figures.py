@@ -82,7 +82,7 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
         if values:
             found[label] = np.array(values)
     for label, values in sorted(found.items(), key=lambda item: item[1].mean()):
-        interval = Interval.of(values)
+        interval = Interval.of(values, trials.sequential)
         name = f"{label} {interval.mean:+.3f}"  # what is beyond the range is told by its name
         axes.errorbar(interval.mean, name, xerr=interval.half or 0, color="black", capsize=4, marker="|", markersize=12)
         dots: Look = looks(trials.arms)[label] | {"linestyle": ""}

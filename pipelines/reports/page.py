@@ -71,9 +71,12 @@ def arm_table(verdict: Verdict) -> pd.DataFrame:
     outcomes |= {t.arm: t.outcome[0] for t in verdict.tests if (t.baseline, t.axis) == (BEST_STATIC, trials.axis)}
     for label, seeds in trials.test.items():
         runs = list(trials.sound(label).values())
-        minus = pair(seeds, base, trials.axis).interval if base and label != trials.best_static else None
+        minus = (
+            pair(seeds, base, trials.axis, trials.sequential).interval if base and label != trials.best_static else None
+        )
         row = {"arm": label, "seeds": len(runs), "diverged": sum(run.diverged for run in seeds.values())}
-        row["final loss"] = str(Interval.of(np.array([run.loss for run in runs])))[1:] if runs else None
+        losses = np.array([run.loss for run in runs])
+        row["final loss"] = str(Interval.of(losses, trials.sequential))[1:] if runs else None
         row |= {f"minus {trials.best_static}": minus and str(minus), "outcome": outcomes.get(label)}
         means = pd.DataFrame([run.summary | {"grafts": run.grafts} for run in runs], columns=MEANS).mean()
         rows.append(row | means.rename(AXES).to_dict())
@@ -133,15 +136,21 @@ def payback(trials: Trials) -> list[str]:
 
 
 def effort(record: dict[str, Any], point: dict[str, Any]) -> list[str]:
-    """Each arm's rate (a growing arm's is a factor) and where it starts to fall, and what it took to find them."""
-    tuned = (trial for trial in record["trials"].values() if trial["grid"] == point["grid"])
-    tries = Counter(trial["label"] for trial in tuned if trial["purpose"] == "rates")
-    found = {label: ("" if label.startswith(STATIC) else "×", Setting(*at)) for label, at in point["settings"].items()}
-    spent = {part: point["spent"][part]["parameter_seconds"] for part in ("rates", "tuning")}
-    return [
-        *(f"{label} {sign}{setting} ({counted(tries[label], 'run')})" for label, (sign, setting) in found.items()),
-        "parameter-seconds: " + ", ".join(f"{told(cost)} for {COUNTED[part]}" for part, cost in spent.items()),
+    """Each arm's rate (a growing arm's is a factor), where it starts to fall, sizes tried, and what all that took."""
+    trials = [trial for trial in record["trials"].values() if trial["grid"] == point["grid"]]
+    tries = Counter((trial["label"], trial["purpose"]) for trial in trials)
+    runs, found = Counter(trial["purpose"] for trial in trials), []
+    for label, at in point.get("settings", {}).items():
+        sign = "" if label.startswith(STATIC) else "×"
+        found.append(f"{label} {sign}{Setting(*at)} ({counted(tries[label, 'rates'], 'run')})")
+    if sizes := [size for step in point.get("sizes", ()) for size in step]:
+        found.append(f"sizes tried, the best of which and its neighbours were tested: {', '.join(sizes)}")
+    axis = point["budget"]["axis"]
+    spent = [
+        f"{counted(runs[part], 'run')} and {told(point['spent'][part][axis])} for {COUNTED[part]}"
+        for part in ("rates", "tuning")
     ]
+    return [*found, f"{axis.replace('_', '-')}: {', '.join(spent)}"]
 
 
 def told(value: Any) -> str:

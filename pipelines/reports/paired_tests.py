@@ -1,21 +1,19 @@
 """Paired tests of the arms of a sweep that grew, each against its baselines at equal cost; a pair is a seed.
 
 The baselines: the static run of the arm's final size, the best static size, the best fixed schedule. "Better" takes
-five pairs and a 95 % t interval below 0 after Holm's step-down over the grown arms. Against the best static size it
-takes every size (an intersection-union test: Berger 1982, Technometrics 24).
+five pairs and a 95 % interval below 0 (`common/statistics.py`) after Holm's step-down over the grown arms. Against the
+best static size it takes every size (an intersection-union test: Berger 1982, Technometrics 24).
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import stdtr  # the t distribution; scipy.stats takes a second to import
 
-from esper.pipelines.common.statistics import CONFIDENCE, Interval, detectable
+from esper.pipelines.common.statistics import CONFIDENCE, Interval, detectable, p_below
 from esper.pipelines.reports.runs import NEAR, Run, Seeds
 from esper.pipelines.sweeps.arms import NOT_GROWN, RANDOM, SCHEDULES, STATIC
 from esper.platform.console import counted
@@ -36,6 +34,7 @@ class PairedTest:
     diverged: str = ""  # seeds on which the arm diverged, in words: it is worse then, however low the rest
     doubt: str = ""  # why "better" cannot be said, whatever the interval says
     left_out: str = ""  # seeds without a pair, in words
+    sequential: bool = False  # pairs were added while one looked
     weakest: float = 0.0  # the largest p-value against all static sizes, where the baseline is the best of them
     p_holm: float = 1.0  # `p` adjusted over the grown arms, or over the random controls
     arm: str = ""
@@ -46,17 +45,17 @@ class PairedTest:
     @property
     def interval(self) -> Interval | None:
         """The mean difference with its 95 % interval; None without a pair at equal cost."""
-        return Interval.of(self.differences) if len(self.differences) and not self.beyond else None
+        return Interval.of(self.differences, self.sequential) if len(self.differences) and not self.beyond else None
 
     @property
     def p(self) -> float:
-        """Twice the one-sided p-value of a paired t test that the mean is below 0; 1 where none can be made."""
-        n = len(self.differences)
-        if n < 2 or self.beyond:
-            return 1.0
-        mean, error = self.differences.mean(), self.differences.std(ddof=1) / math.sqrt(n)
-        t = mean / error if error else math.copysign(math.inf, mean)
-        return max(self.weakest, min(1.0, 2 * float(stdtr(n - 1, t))))
+        """Twice the one-sided p-value of a paired test that the mean is below 0; 1 where none can be made."""
+        return 1.0 if self.beyond else max(self.weakest, p_below(self.differences, self.sequential))
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest difference that so many pairs with this spread would show."""
+        return detectable(self.differences, self.sequential)
 
     @property
     def outcome(self) -> tuple[Outcome, str]:
@@ -68,7 +67,7 @@ class PairedTest:
         if len(self.differences) < PAIRS:
             few = f"{counted(len(self.differences), 'pair')}, and a test takes {PAIRS}"
             return "cannot say", self.doubt or "; ".join(filter(None, [few, self.left_out]))
-        found = Interval.of(self.differences)
+        found = Interval.of(self.differences, self.sequential)
         low, high = found.mean - (found.half or 0.0), found.mean + (found.half or 0.0)
         if low > 0:
             return "worse", "it was lower at a lower cost already" if self.beyond else self.left_out
@@ -80,13 +79,14 @@ class PairedTest:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        told = {name: getattr(self, name) for name in ("arm", "baseline", "against", "axis", "p", "p_holm")}
+        told = {
+            name: getattr(self, name) for name in ("arm", "baseline", "against", "axis", "p", "p_holm", "detectable")
+        }
         told |= {"pairs": len(self.differences), "interval": self.interval and self.interval.as_dict()}
-        told["detectable"] = detectable(self.differences)
         return told | dict(zip(("outcome", "reason"), self.outcome, strict=True))
 
 
-def pair(arm: Seeds, other: Seeds, axis: str) -> PairedTest:
+def pair(arm: Seeds, other: Seeds, axis: str, sequential: bool = False) -> PairedTest:
     """Pair an arm's sound runs with a baseline's at the cost at which the arm ended, an axis of AXES."""
     diverged = ", ".join(f"{run.label} diverged on seed {seed}" for seed, run in arm.items() if run.diverged)
     differences, left_out, beyond = [], [], False
@@ -101,7 +101,7 @@ def pair(arm: Seeds, other: Seeds, axis: str) -> PairedTest:
         differences.append(run.loss - (baseline.loss if ended else float(baseline.loss_at(axis, cost))))
     if not np.isfinite(differences).all():
         return PairedTest(np.empty(0), doubt="it has no annealed loss at so low a cost")
-    return PairedTest(np.array(differences), beyond, diverged, left_out="; ".join(left_out))
+    return PairedTest(np.array(differences), beyond, diverged, left_out="; ".join(left_out), sequential=sequential)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -113,10 +113,15 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 class Trials:
-    """One grid point's runs, by what they are for: an entry of `points` of a `sweep.json`."""
+    """One grid point's runs, by what they are for: an entry of `points` of a `sweep.json`.
 
-    def __init__(self, runs: Iterable[Run], point: dict[str, Any], labels: Sequence[str]) -> None:
-        self.point = point
+    `sequential`: seeds were added while one looked.
+    """
+
+    def __init__(
+        self, runs: Iterable[Run], point: dict[str, Any], labels: Sequence[str], sequential: bool = False
+    ) -> None:
+        self.point, self.labels, self.sequential = point, labels, sequential
         self.runs = [run for run in runs if run.grid == point["grid"]]
         self.title = ", ".join(f"{key} = {value}" for key, value in json.loads(point["grid"]).items())
         axis, self.amount = str(point["budget"]["axis"]), float(point["budget"]["amount"])
@@ -163,7 +168,7 @@ class Trials:
         against = self._final_size(arm) if baseline == FINAL_SIZE else self.schedule
         if baseline == BEST_STATIC:
             # The arm must beat every size: else an arm equal to the best wins 8 % of sweeps with 4 nearly equal sizes.
-            pairs = {label: pair(mine, self.test[label], axis) for label in self.statics}
+            pairs = {label: pair(mine, self.test[label], axis, self.sequential) for label in self.statics}
             equal = {label: test for label, test in pairs.items() if test.interval}
             weakest, against = max((test.p for test in equal.values()), default=0.0), self.best_static
             if axis != self.axis:
@@ -173,7 +178,7 @@ class Trials:
                     doubt = f"{unknown} has no loss at this cost, and may be lower"
         if against is None or against not in self.test:
             return PairedTest(np.empty(0), doubt="it was not trained", arm=arm, baseline=baseline, axis=axis)
-        found = pair(mine, self.test[against], axis)
+        found = pair(mine, self.test[against], axis, self.sequential)
         grew = sum(run.grafts > 0 for run in mine.values())
         if grew < PAIRS <= len(found.differences):
             doubt = f"it grew on {counted(grew, 'seed')} only, and a test takes {PAIRS}"

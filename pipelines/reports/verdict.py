@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.pipelines.common.statistics import CONFIDENCE, POWER, detectable
+from esper.pipelines.common.statistics import CONFIDENCE, POWER
 from esper.pipelines.reports.paired_tests import BEST_STATIC, PAIRS, PairedTest, Trials, best, holm
 from esper.pipelines.reports.runs import AXES, NEAR, Run
 from esper.pipelines.sweeps.arms import STATIC
@@ -41,7 +41,7 @@ class Verdict:
 
 def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> Verdict:
     """Judge one entry of `sweep["points"]` of a `sweep.json`: test runs are compared, tuning runs choose baselines."""
-    trials = Trials(runs, point, sweep["arms"])
+    trials = Trials(runs, point, sweep["arms"], sequential=bool(sweep.get("width")))
     tests = [test for axis in AXES for test in trials.tests(axis)]
     return Verdict(trials, tests, (efficiency(trials, tests, find_caveats(trials, sweep)), mechanics(trials.runs)))
 
@@ -60,10 +60,12 @@ def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[st
         who = f"{', '.join(winners) or 'no grown arm'} {'end' if len(winners) > 1 else 'ends'} lower than all baselines"
         test = next(test for test in by_arm[first] if test.baseline == BEST_STATIC)
         minus = f": {test.interval} nats to the best static size ({trials.best_static})" if test.interval else ""
-        if (least := detectable(test.differences)) is not None:
+        if test.detectable is not None:
             pairs = counted(len(test.differences), "pair")
-            minus += f"; {pairs} with its spread would show a difference of {least:.4f} (power {POWER:.0%})"
+            minus += f"; {pairs} with its spread would show a difference of {test.detectable:.4f} (power {POWER:.0%})"
         found = [f"at {trials.budget} {who}", f"of the grown arms {first} ends lowest{minus}"]
+    if trials.sequential:
+        found.append("seeds were added on the way, so intervals and p-values are those of a confidence sequence")
     sentence = "; ".join([*found, *(f"{arm} did not grow" for arm in trials.idle)]) + "."
     if caveats:
         return Criterion("Efficiency", f"By the numbers alone, {sentence}", "withheld", tuple(caveats))
@@ -99,10 +101,14 @@ def moved_by(graft: dict[str, Any]) -> float:
 
 def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
     """What this grid point cannot say; any caveat withholds the efficiency verdict."""
-    seeds, tried, point, caveats = len(sweep["seeds"]), sweep["sizes"], trials.point, []
+    seeds, point, caveats, chosen = len(sweep["seeds"]), trials.point, [], {str(trials.best_static)}
+    if searched := {size for step in point.get("sizes", ()) for size in step}:
+        tried = [size for size in sweep["sizes"] if size in searched]
+    else:
+        tried = sweep["sizes"]
+        chosen.add(str(best(trials.statics)))  # on the test seeds; the search has gone round the first
     if seeds < PAIRS:
         caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
-    chosen = {str(trials.best_static), str(best(trials.statics))}  # on tuning seeds, and on the test seeds
     sizes = {
         f"{STATIC}-{text}": Size.of(str(text)).numbers(HostSpec.checked(point["spec"]["host"], "the host"))
         for text in tried

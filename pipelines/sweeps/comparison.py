@@ -1,9 +1,11 @@
 """Running a sweep in its folder: what is missing, and no more; then the report."""
 
-from collections.abc import Callable
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
@@ -12,11 +14,12 @@ from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
 from esper.pipelines.reports.page import short_tables
 from esper.pipelines.reports.runs import read_sweeps
-from esper.pipelines.sweeps.arms import PPO
-from esper.pipelines.sweeps.chart_view import curve_names, share_view
+from esper.pipelines.sweeps.arms import PPO, STATIC
+from esper.pipelines.sweeps.chart_view import share_view
 from esper.pipelines.sweeps.log import SUMMARY, TRIAL_SECONDS, SweepLog
-from esper.pipelines.sweeps.plan import SweepArguments, SweepPlan
-from esper.pipelines.sweeps.stages import Inputs, PointStages, Settled
+from esper.pipelines.sweeps.plan import AT_ONCE, SweepArguments, SweepPlan
+from esper.pipelines.sweeps.seeds import widest
+from esper.pipelines.sweeps.stages import Batch, Inputs, PointStages, Settled, static_arms
 from esper.pipelines.sweeps.tune import run_trials
 from esper.platform import cluster
 from esper.platform.console import say
@@ -34,6 +37,7 @@ class State(Frozen, extra="ignore"):
     """What a resumed sweep needs of its `sweep.json`."""
 
     points: list[Settled]
+    seeds: tuple[int, ...]
 
 
 def begin(arguments: SweepArguments, name: str = "sweep") -> int:
@@ -96,10 +100,11 @@ class Sweep:
     ) -> None:
         self._folder, self._plan, self._parent = folder, plan, parent
         points, path = plan.points(folder.spec), folder.out / STATE
-        curves = curve_names(point.row(arm) for point in points for arm in plan.arms)
-        self._log, settled = SweepLog(folder, parent, curves, check), [Settled() for _ in points]
+        self._log, settled = SweepLog(folder, parent, check), [Settled() for _ in points]
+        self._seeds = plan.seeds if plan.width is None else plan.seeds[:AT_ONCE]  # begun
         if path.exists():
-            settled = State.checked(read_json(path, str(path), "the state of a sweep"), str(path)).points
+            state = State.checked(read_json(path, str(path), "the state of a sweep"), str(path))
+            settled, self._seeds = state.points, state.seeds
         if len(settled) != len(points):
             raise UserError(f"{path} is not what this sweep wrote: restore it, or start the sweep anew.")
         self._points = [
@@ -112,19 +117,39 @@ class Sweep:
         self._parent.artifact(self._folder.out / "spec.json")
         seconds, sent = TRIAL_SECONDS, False  # where the sweep is stopped
         try:
-            for batches in zip_longest(*(point.batches() for point in self._points)):
-                now = [batch for batch in batches if batch is not None]
-                stage = "+".join(dict.fromkeys(stage for stage, _, _ in now))
-                wanted = {trial: wanted for _, trials, wanted in now for trial in trials}
-                if missing := self._log.begin(stage, wanted):
-                    run_trials(stage, missing, self._folder, self._log)
-                self._keep()
+            self._run(chain(point.choices(), point.tests(self._seeds)) for point in self._points)
+            while more := self._more_seeds():
+                self._seeds += more
+                self._run(point.tests(more) for point in self._points)
             seconds = SYNC_SECONDS
         finally:
             sent = self._log.close([stages.controller for stages in self._points], seconds)
             self._keep()
         if not sent:
             say(f"MLflow has not had everything: send the rest with: esper sweep --resume {self._folder.out}")
+
+    def _run(self, stages: Iterable[Iterator[Batch]]) -> None:
+        """Run what is missing of each grid point's batches, side by side."""
+        for batches in zip_longest(*stages):
+            now = [batch for batch in batches if batch is not None]
+            stage = "+".join(dict.fromkeys(stage for stage, _, _ in now))
+            wanted = {trial: wanted for _, trials, wanted in now for trial in trials}
+            if missing := self._log.begin(stage, wanted):
+                run_trials(stage, missing, self._folder, self._log)
+            self._keep()
+
+    def _more_seeds(self) -> tuple[int, ...]:
+        """The test seeds to add: some while an arm's interval is wider than it may be and some are left."""
+        plan, begun, groups = self._plan, len(self._seeds), dict[str, list[dict[str, np.ndarray]]]()
+        if plan.width is None:
+            return ()
+        for stages in self._points:
+            groups.setdefault(stages.point.beside_budget, []).append(stages.regrets(self._seeds))
+        label, width = widest(groups.values())
+        more = plan.seeds[begun : begun + AT_ONCE] if width > plan.width else ()
+        told = f"the interval of {label}'s regret is {width:.4f} nats wide" if label else "no arm has a regret"
+        say(f"seeds   {begun} of at most {len(plan.seeds)}: {told}" + f"; {len(more)} more" * bool(more))
+        return more
 
     def tell(self) -> tuple[list[dict[str, Any]], bool]:
         """Write and print the test runs' summaries; returns them, and whether a trial failed."""
@@ -141,15 +166,20 @@ class Sweep:
     def _keep(self) -> None:
         """Write `sweep.json`: the report and a resumed sweep read it."""
         points: list[dict[str, Any]] = []
+        others = [arm for arm in self._plan.arms if arm.name != STATIC]
+        sizes = {str(arm.size): arm.size for stages in self._points for arm in stages.statics if arm.size}
+        statics = static_arms(sizes.values(), self._folder.spec)
         for stages in self._points:
             spec = stages.point.spec.model_dump(mode="json")
             budget = {key: spec["budget"][key] for key in ("axis", "amount")}
             point = {"grid": stages.point.grid, "budget": budget, "spec": spec, "spent": stages.spent()}
             points.append(point | stages.settled)
         state = {
-            **self._plan.model_dump(mode="json", include={"seeds", "tuning_seeds", "command"}),
-            "sizes": [str(size) for size in self._plan.sizes],
-            "arms": [arm.label for arm in self._plan.arms],
+            **self._plan.model_dump(mode="json", include={"width", "tuning_seeds", "command"}),
+            "seeds": self._seeds,
+            "most_seeds": len(self._plan.seeds),
+            "sizes": [str(arm.size) for arm in statics],
+            "arms": [arm.label for arm in (*statics, *others)],
             "rates_tuned": all(point.get("bracketed") for point in points),
             "points": points,
             "controller": points[0].get("controller"),

@@ -15,7 +15,7 @@ from ray import tune
 
 from esper.pipelines.common.play import metrics, unplayed
 from esper.pipelines.common.run_folder import RunFolder
-from esper.pipelines.sweeps.chart_view import CURVE
+from esper.pipelines.sweeps.chart_view import CURVE, curve_names
 from esper.pipelines.sweeps.trials import Trial
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import Eta, counted, say
@@ -29,20 +29,16 @@ TRIAL_SECONDS = 2.0  # that MLflow has to take the last of a trial while others 
 
 
 class SweepLog(tune.Callback):
-    """The driver's side of all trials: children of the sweep's run.
+    """The driver's side of all trials: children of the sweep's run; what `check` raises, called often, ends it."""
 
-    `curves` names the chart's curves by row; what `check` raises, which is called often, ends the sweep.
-    """
-
-    def __init__(
-        self, folder: RunFolder, parent: Tracker, curves: Mapping[str, str], check: Callable[[], None]
-    ) -> None:
+    def __init__(self, folder: RunFolder, parent: Tracker, check: Callable[[], None]) -> None:
         self.out, place = folder.out, folder.spec.fleet.storage
         self.saves = str(folder.out / "saves") if place is None else below(place, folder.key)  # of trials under way
         self.trials: dict[str, Trial] = {}  # all that were planned, by name
         self.failures: dict[str, str] = {}
         self.parent, self.check = parent, check
-        self._folder, self._curves = folder, curves
+        self._folder = folder
+        self._curves: dict[str, str] = {}  # the chart's names, by row of a table of test trials
         self._store = CheckpointStore(self.saves)
         self._summaries: dict[str, dict[str, Any]] = {}  # as read: one is never written twice
         self._fractions: dict[str, float] = {}
@@ -66,6 +62,8 @@ class SweepLog(tune.Callback):
     def begin(self, stage: str, trials: Mapping[Trial, bool]) -> list[Trial]:
         """Note trials, and whether they are wanted; says and returns which can be run and have not been."""
         self.trials |= {trial.name: trial for trial in trials}
+        rows = [trial.point.row(trial.arm) for trial in trials if trial.purpose == "test"]
+        self._curves = curve_names(dict.fromkeys([*self._curves, *rows]))
         self.failures |= {trial.name: trial.impossible for trial in trials if trial.impossible}
         missing = [t for t, wanted in trials.items() if wanted and not t.impossible and self.summary(t) is None]
         if missing:

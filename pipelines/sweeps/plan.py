@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esper.pipelines.common.arguments import ResumableArguments, flag
-from esper.pipelines.sweeps.arms import FOLLOWERS, LRPATH, NAMES, OPENLOOP, PPO, Arm, parse_arms
+from esper.pipelines.sweeps.arms import FOLLOWERS, LRPATH, NAMES, OPENLOOP, PPO, STATIC, Arm, parse_arms
 from esper.pipelines.sweeps.sizes import Size, parse_sizes
 from esper.platform.console import counted
 from esper.platform.errors import UserError
@@ -19,6 +20,9 @@ from esper.policies.arms import ArmInputs, make_policy
 
 TUNING_SEEDS = 2_000_000  # tuning seeds start here, far from any test seed
 AMOUNT = "budget.amount"  # the key of a grid of budgets
+AT_ONCE = 5  # test seeds that a sweep begins with and adds, where it adds some: as many as a verdict takes
+WIDTH = 0.02  # nats
+MOST_SEEDS = 1000
 LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
 TrainedOn = Literal["text", "laws"]  # a controller: on GPTs, or on loss laws fitted to the sweep's static runs
 
@@ -31,8 +35,17 @@ class SweepArguments(ResumableArguments):
         f"Arms, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: static_final:tamiyo.",
         "A,B,C",
     )
-    sizes: str | None = flag(None, "Static sizes: layers, or layers x MLP width; none: the preset's only.", "1,2x96")
-    seeds: int = flag(1, "Test seeds of each arm: --seed and those after it.", ge=1, le=1000)
+    sizes: str | None = flag(
+        None, "Static sizes: layers, or layers x MLP width; auto: searched for; none: the preset's only.", "1,2x96|auto"
+    )
+    seeds: str = flag(
+        "1",
+        "Test seeds of each arm, --seed and those after it; auto:N adds some up to N until --width is met.",
+        "N|auto:N",
+    )
+    width: float | None = flag(
+        None, f"With --seeds auto:N: nats, the widest interval of an arm's regret (default: {WIDTH}).", gt=0
+    )
     tuning_seeds: int = flag(2, "Other seeds, that sizes, schedules and rates are chosen on.", ge=0, le=100)
     budgets: str | None = flag(None, "Compare at each of these budgets, and over all of them.", "0.5e6,1e6,…")
     grid: tuple[str, ...] = flag((), "Compare at each of these values; may be given for several keys.", "KEY=A,B")
@@ -57,6 +70,11 @@ class Point:
         """As MLflow's tag has it."""
         return json.dumps(self.values, sort_keys=True)
 
+    @property
+    def beside_budget(self) -> str:
+        """The same for all points that differ in their budget only."""
+        return json.dumps({key: value for key, value in self.values.items() if key != AMOUNT}, sort_keys=True)
+
     def row(self, arm: Arm) -> str:
         """An arm's row in a table of all points."""
         return f"{arm.label} {self.grid}" if self.several else arm.label
@@ -71,7 +89,9 @@ class SweepPlan(Frozen):
 
     arms: tuple[Arm, ...]
     sizes: tuple[Size, ...]  # static ones, smallest first, also where only something else needs to know of them
-    seeds: tuple[int, ...]
+    search_sizes: bool  # they are found at each grid point, from the one in `sizes` on
+    seeds: tuple[int, ...]  # that arms are compared on, at most
+    width: float | None  # nats: if set, seeds are added until intervals are as narrow
     tuning_seeds: tuple[int, ...]  # that everything is chosen on
     grid: tuple[dict[str, Any], ...]  # each point's values by dotted key
     tune_lr: bool
@@ -83,12 +103,16 @@ class SweepPlan(Frozen):
     def settled(cls, arguments: SweepArguments, spec: RunSpec) -> "SweepPlan":
         """Read the command line. Raises UserError where an arm, size or grid is not allowed or lacks what it needs."""
         seed, tuning = arguments.seed, TUNING_SEEDS + arguments.seed
-        sizes = [Size(layers=spec.host.n_layer)] if arguments.sizes is None else parse_sizes(arguments.sizes)
+        search, own = arguments.sizes == "auto", Size(layers=spec.host.n_layer)
+        sizes = [own] if arguments.sizes is None or search else parse_sizes(arguments.sizes)
         sizes.sort(key=lambda size: size.parameters(spec))
+        seeds, adds = parse_seeds(arguments.seeds)
         plan = cls(
             arms=tuple(parse_arms(arguments.arms, sizes)),
             sizes=tuple(sizes),
-            seeds=tuple(range(seed, seed + arguments.seeds)),
+            search_sizes=search,
+            seeds=tuple(range(seed, seed + seeds)),
+            width=(arguments.width or WIDTH) if adds else None,
             tuning_seeds=tuple(range(tuning, tuning + arguments.tuning_seeds)),
             grid=tuple(parse_grid(arguments.grid, arguments.budgets)),
             tune_lr=arguments.tune_lr,
@@ -98,6 +122,11 @@ class SweepPlan(Frozen):
         )
         plan._check(arguments, spec)
         return plan
+
+    @property
+    def compared(self) -> list[Arm]:
+        """The arms whose intervals have to be narrow where seeds are added."""
+        return [arm for arm in self.arms if arm.kind.grows and arm.of is None]
 
     def points(self, spec: RunSpec) -> list[Point]:
         """The grid's."""
@@ -110,25 +139,33 @@ class SweepPlan(Frozen):
         unused = {name: path and name not in needs for name, path in files.items()}
         untuned = {"--tune-lr": self.tune_lr, "--train-on laws": laws, f"arm {OPENLOOP!r}": OPENLOOP in names}
         untuned[f"arm {LRPATH!r} with several sizes"] = LRPATH in names and len(self.sizes) > 1
+        untuned |= {"--sizes auto": self.search_sizes, "--seeds auto:N": self.width is not None and len(self.sizes) > 1}
         for flag_name, wrong in {**unused, "train-on laws": laws and not trains}.items():
             if wrong:
                 raise UserError(f"no arm of --arms uses --{flag_name}: leave it out, or add an arm that does.")
+        if given.width is not None and self.width is None:
+            raise UserError(
+                "--width says when --seeds auto:N has added enough: give that too, such as --seeds auto:40."
+            )
+        if self.width is not None and not (names & {STATIC} and self.compared):
+            raise UserError("--seeds auto:N compares arms that grow with static sizes: name some of both in --arms.")
         for what, wanted in untuned.items():
             if wanted and not self.tuning_seeds:
                 raise UserError(f"{what} needs tuning seeds, and --tuning-seeds is 0: give at least 1.")
         if "policy" in needs and not policy and not trains:
             raise UserError(f"arm {OPENLOOP!r} replays a trained policy: give --policy CHECKPOINT, or add arm ppo.")
-        if laws and len(self.sizes) < LAW_SIZES:
+        if laws and len(self.sizes) < LAW_SIZES and not self.search_sizes:
             raise UserError(f"--train-on laws needs {LAW_SIZES} static sizes: give more, such as --sizes 1,2,4.")
         for point in self.points(spec):
-            _check_budget(point.spec)
+            check_budget(point.spec)
             inputs = ArmInputs(spec=point.spec, **files)
             for arm in self.arms:
                 if arm.kind.needs != "policy" or policy is not None:
                     make_policy(PPO if arm.kind.needs == "policy" else arm.kind.plays, inputs)
 
 
-def _check_budget(spec: RunSpec) -> None:
+def check_budget(spec: RunSpec) -> None:
+    """Raise UserError where a budget holds less than one optimizer step per decision, if a clock can tell."""
     from esper.workers.observe import batch_tokens  # torch: seconds that `esper sweep --help` does not take
     from esper.workers.tolaria.hosts import start_shape
 
@@ -138,6 +175,16 @@ def _check_budget(spec: RunSpec) -> None:
     if spec.clock.foretells(axis) and amount < step * spec.budget.decisions:
         what = f"a budget of {amount:,.6g} {axis} in {counted(spec.budget.decisions, 'decision')}"
         raise UserError(f"{what} holds less than one optimizer step in each: give a larger one, or fewer decisions.")
+
+
+def parse_seeds(text: str) -> tuple[int, bool]:
+    """The number of test seeds that `--seeds` names, at most, and whether they are added as they are needed."""
+    found = re.fullmatch(r"(auto:)?0*(\d{1,4})", text.strip())
+    count, adds = (int(found[2]), bool(found[1])) if found else (0, False)
+    if not (AT_ONCE if adds else 1) <= count <= MOST_SEEDS:
+        told = f"give 1 to {MOST_SEEDS:,}, or auto:N with the most that may be spent, {AT_ONCE} or more, as in auto:40"
+        raise UserError(f"--seeds {text!r} is no number of test seeds: {told}.")
+    return count, adds
 
 
 def parse_budgets(text: str) -> list[float]:

@@ -1,8 +1,9 @@
 """A sweep's stages: what is run after what, and what is settled in between.
 
 1. rates: the learning rate and its decay, of each static size, then of what grows, on tuning seeds (`--tune-lr`).
-2. tuning: the best static size and schedule, on tuning seeds; then the controller and its schedule for `openloop`.
-3. test: every arm that follows no other, on test seeds.
+2. tuning: the best static size and schedule, on tuning seeds; then the controller and its schedule for `openloop`. With
+   `--sizes auto`, 1 and 2 take turns for the sizes, until the best has no better neighbour.
+3. test: every arm that follows no other, on test seeds; of sizes found by `auto`, the best and its neighbours.
 4. follow: those that need another arm's run of the same seed.
 
 A resumed sweep walks the same way and runs what is missing. What is settled stays settled, also where trials for it
@@ -10,13 +11,15 @@ failed: a new choice would change under runs that rest on it.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 from pydantic import Field
 
 from esper.pipelines.common.run_folder import PLAN, RunFolder
@@ -25,6 +28,7 @@ from esper.pipelines.sweeps.arms import LRPATH, OPENLOOP, PPO, RANDOM, SCHEDULES
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepPlan
 from esper.pipelines.sweeps.rates import DECAYS, ROUNDS, Setting, best_setting, bracketed, next_settings
+from esper.pipelines.sweeps.size_search import best_size, neighbours, next_sizes
 from esper.pipelines.sweeps.sizes import Size, born
 from esper.pipelines.sweeps.trials import Purpose, Trial, cost, lrpath_spec, with_rates
 from esper.platform.console import say
@@ -52,11 +56,17 @@ class Settled(Frozen, extra="ignore"):
 
     settings: dict[str, Setting] = Field(default={})  # by label; a growing arm's rate is a factor on the sizes'
     bracketed: bool = False  # the rate of each static size lies between two others that were tried
+    sizes: list[list[str]] = Field(default=[])  # that `--sizes auto` tried, step by step; it ends with an empty one
     size: str | None = None  # the best static one; None where nobody could choose
     schedule: str | None = None  # label of the best one, likewise
     controller: dict[str, Any] | None = None  # `trained_on`, `checkpoint` and what it has `spent`, if there is one
     no_controller: str | None = None  # why there is none
     openloop: bool = False  # the controller's median schedule is known
+
+
+def static_arms(sizes: Iterable[Size], spec: RunSpec) -> list[Arm]:
+    """From small to large."""
+    return [Arm(name=STATIC, size=size) for size in sorted(sizes, key=lambda size: (size.parameters(spec), str(size)))]
 
 
 class PointStages:
@@ -69,15 +79,18 @@ class PointStages:
         self.controller = folder.out / (f"ppo-{point.index}" if point.several else "ppo")  # where it is trained
         self._folder, self._plan, self._inputs, self._log = folder, plan, inputs, log
         self._openloop = folder.out / f"openloop-{point.index}.json"
-        self._statics = [Arm(name=STATIC, size=size) for size in plan.sizes]
+        self.statics = [] if plan.search_sizes else static_arms(plan.sizes, point.spec)
         if "policy" in inputs:
             self.settled["controller"] = {"checkpoint": str(inputs["policy"]), "trained_on": "given"}
 
-    def batches(self) -> Iterator[Batch]:
-        """The trials, batch by batch; run each batch before asking for the next."""
+    def choices(self) -> Iterator[Batch]:
+        """The trials on tuning seeds, batch by batch; run each batch before asking for the next."""
         arms = self._plan.arms
+        if self._plan.search_sizes:
+            yield from self._find_sizes()
         if self._plan.tune_lr:
-            yield from self._find_settings(self._statics)
+            if not self._plan.search_sizes:
+                yield from self._find_settings(self.statics)
             yield from self._find_settings([a for a in arms if a.of is None and a.name not in (STATIC, PPO, OPENLOOP)])
         yield from self._choose()
         if Arm(name=PPO) in arms and "controller" not in self.settled:
@@ -86,8 +99,23 @@ class PointStages:
             yield from self._find_settings([Arm(name=PPO)])
         if Arm(name=OPENLOOP) in arms:
             yield from self._distill()
-        yield "test", self._trials([arm for arm in arms if arm.of is None], "test"), True
-        yield "follow", self._trials([arm for arm in arms if arm.of is not None], "test"), True
+
+    def tests(self, seeds: Sequence[int]) -> Iterator[Batch]:
+        """The trials on these test seeds, likewise."""
+        arms = [arm for arm in self._plan.arms if arm.name != STATIC]
+        if len(arms) < len(self._plan.arms):
+            arms = [*self._tested(), *arms]
+        yield "test", self._trials([arm for arm in arms if arm.of is None], "test", seeds), True
+        yield "follow", self._trials([arm for arm in arms if arm.of is not None], "test", seeds), True
+
+    def regrets(self, seeds: Sequence[int]) -> dict[str, np.ndarray]:
+        """Of the arms that `--seeds auto` is about, by label: nats (seeds,), NaN where one of a pair has no loss."""
+        labels = [f"{STATIC}-{self.settled['size']}", *(arm.label for arm in self._plan.compared)]
+        tests = [t for t in self._log.trials.values() if t.point is self.point and t.purpose == "test"]
+        ends = {(t.arm.label, t.seed): loss for t, loss in zip(tests, self._losses(tests), strict=True)}
+        losses = np.array([[ends.get((label, seed), math.inf) for seed in seeds] for label in labels])
+        losses[~np.isfinite(losses)] = np.nan
+        return dict(zip(labels[1:], losses[1:] - losses[0], strict=True))
 
     def spent(self) -> dict[str, Any]:
         """What tuning trials and the controller have used on each ledger axis, by purpose."""
@@ -100,12 +128,41 @@ class PointStages:
         controller = self.settled.get("controller")
         return parts | ({"controller": controller.get("spent")} if controller else {})
 
-    def _find_settings(self, arms: Sequence[Arm]) -> Iterator[Batch]:
+    def _tested(self) -> list[Arm]:
+        """The static arms that are compared."""
+        if not self._plan.search_sizes or self.settled["size"] is None:
+            return self.statics
+        best = Size.of(self.settled["size"])
+        near = [best, *chain.from_iterable(neighbours(self.point.spec, best))]
+        return [arm for arm in self.statics if arm.size in near]
+
+    def _find_sizes(self) -> Iterator[Batch]:
+        """Steps of the search; those before are taken again as they were, whatever was lost of their trials."""
+        spec, losses, steps = self.point.spec, dict[Size, float](), self.settled.setdefault("sizes", [])
+        for number in count():
+            if number == len(steps):
+                steps.append([str(size) for size in next_sizes(spec, losses)])
+            if not steps[number]:
+                return
+            new = static_arms(map(Size.of, steps[number]), spec)
+            self.statics = static_arms([arm.size for arm in (*self.statics, *new) if arm.size], spec)
+            if self._plan.tune_lr:
+                scale = 1.0
+                if losses:  # the best size's rate was found to be so many times the preset's
+                    best = best_size(losses)
+                    tuned = self.settled["settings"][f"{STATIC}-{best}"][0]
+                    scale = tuned / stable_rate(spec.optimizer, best.parameters(spec))
+                yield from self._find_settings(new, scale)
+            trials = self._trials(new, "tuning")
+            yield "tuning", trials, "size" not in self.settled
+            losses |= {arm.size: fmean(self._losses([t for t in trials if t.arm == arm])) for arm in new if arm.size}
+
+    def _find_settings(self, arms: Sequence[Arm], scale: float = 1.0) -> Iterator[Batch]:
         spec, optimizer, known = self.point.spec, self.point.spec.optimizer, self.settled.get("settings", {})
         still_open = any(arm.label not in known for arm in arms)
         decays = {arm: self._decays(arm) for arm in arms}
         tried: dict[Arm, dict[Setting, list[float]]] = {arm: {} for arm in arms}
-        starts = {arm: stable_rate(optimizer, arm.size.parameters(spec)) if arm.size else 1.0 for arm in arms}
+        starts = {a: scale * stable_rate(optimizer, a.size.parameters(spec)) if a.size else 1.0 for a in arms}
         for _ in range(ROUNDS):
             new = [
                 (a, setting) for a, losses in tried.items() for setting in next_settings(starts[a], decays[a], losses)
@@ -120,8 +177,8 @@ class PointStages:
                 tried[arm][setting] = self._losses(group)
         if still_open:
             self.settled["settings"] = known | {arm.label: best_setting(losses) for arm, losses in tried.items()}
-            if arms == self._statics:
-                self.settled["bracketed"] = all(map(bracketed, tried.values()))
+            if arms and all(arm.size for arm in arms):
+                self.settled["bracketed"] = self.settled.get("bracketed", True) and all(map(bracketed, tried.values()))
         told = [f"{arm.label} {'×' * (not arm.size)}{self.settled['settings'][arm.label]}" for arm in arms]
         if told:
             say(f"rates   {self.point}{', '.join(told)}")
@@ -138,17 +195,16 @@ class PointStages:
 
     def _choose(self) -> Iterator[Batch]:
         schedules = [arm for arm in self._plan.arms if arm.name in SCHEDULES]
-        trials = self._trials(
-            [arm for group in (self._statics, schedules) if len(group) > 1 for arm in group], "tuning"
-        )
+        trials = self._trials([arm for group in (self.statics, schedules) if len(group) > 1 for arm in group], "tuning")
         if trials:
             yield "tuning", trials, "size" not in self.settled
         if "size" not in self.settled:
-            size, schedule = self._best(self._statics, trials), self._best(schedules, trials)
+            size, schedule = self._best(self.statics, trials), self._best(schedules, trials)
             self.settled |= {"size": size and str(size.size), "schedule": schedule and schedule.label}
         if trials:
             size, schedule = self.settled["size"], self.settled["schedule"]
-            say(f"tuning  {self.point}best static size: {size}" + (f", schedule: {schedule}" if schedule else ""))
+            tried = f" of {len(self.statics)} tried" if self._plan.search_sizes else ""
+            say(f"tuning  {self.point}best static size: {size}{tried}" + f", schedule: {schedule}" * bool(schedule))
 
     def _train_controller(self) -> None:
         """Train it, resume it or take the one there: on text, or in minutes on loss laws (zero-shot on text then)."""
@@ -176,7 +232,7 @@ class PointStages:
             say(f"ppo     {self.point}no controller: {error}")
 
     def _with_laws(self, spec: RunSpec) -> RunSpec:
-        runs = self._summaries(self._trials(self._statics, "tuning"))
+        runs = self._summaries(self._trials(self.statics, "tuning"))
         fit = fit_laws(spec, [annealed_losses(run) for run in runs])
         law = ", ".join(f"{name} {value:.3g}" for name, value in asdict(fit.law).items())
         say(f"laws    {law}; off by {fit.residual:.4f} nats (rms) from the static runs on tuning seeds")
@@ -195,9 +251,9 @@ class PointStages:
             say(f"openloop {self.point}{told or 'no graft: the policy waits'}")
         self.settled["openloop"] = bool(played)
 
-    def _trials(self, arms: Sequence[Arm], purpose: Purpose) -> list[Trial]:
-        seeds = self._plan.seeds if purpose == "test" else self._plan.tuning_seeds
-        return [self._trial(arm, purpose, seed) for arm in arms for seed in seeds]
+    def _trials(self, arms: Sequence[Arm], purpose: Purpose, seeds: Sequence[int] | None = None) -> list[Trial]:
+        own = self._plan.tuning_seeds if seeds is None else seeds
+        return [self._trial(arm, purpose, seed) for arm in arms for seed in own]
 
     def _trial(self, arm: Arm, purpose: Purpose, seed: int, setting: Setting | None = None) -> Trial:
         spec, files, impossible = self._spec(arm, setting), {}, None
@@ -248,7 +304,7 @@ class PointStages:
         setting = setting or known.get(leader or arm.label) or (best and Setting(1.0, best[1]))
         if setting is not None:
             rate, decay_from = setting
-            sizes = [(each.size, rate * known[each.label][0]) for each in self._statics if each.size and not arm.size]
+            sizes = [(each.size, rate * known[each.label][0]) for each in self.statics if each.size and not arm.size]
             spec = with_rates(spec, [(arm.size, rate)] if arm.size else sizes)
             spec = spec.overridden({"optimizer.decay_from": decay_from})
         return arm.size.born(spec) if arm.size else spec

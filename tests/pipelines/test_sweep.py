@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from esper.pipelines import sweep
+from esper.pipelines.common.statistics import Interval
 from esper.pipelines.common.stopping import Stopped
 from esper.pipelines.sweeps import comparison, stages
 from esper.pipelines.sweeps.rates import Setting
@@ -153,6 +154,50 @@ def test_two_budgets_give_regrets_and_the_budget_saved(tiny, client, tmp_path, c
     assert client().get_run(parent).data.metrics["mean_regret/onejump"] == pytest.approx(np.mean(regrets))
 
 
+def test_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_path, capfd, monkeypatch):
+    """The search goes up in layers; the interval is never so narrow. Stopped and resumed, it goes on with seed 5."""
+    out, stages_run, run_trials = tmp_path / "sweep", [], comparison.run_trials
+
+    def stopping(stage, trials, *others):
+        stages_run.append(stage)
+        if stages_run.count("test") == 2:
+            raise Stopped(signal.SIGINT)
+        run_trials(stage, trials, *others)
+
+    flags = ["--arms", "static,onejump", "--tuning-seeds", "1", "--width", "1e-9"]
+    flags += ["--sizes", "auto", "--seeds", "auto:6"]
+    with monkeypatch.context() as patched:
+        patched.setattr(comparison, "run_trials", stopping)
+        small = sets('growth.blueprints={"block":{}}', "budget.amount=24")
+        assert sweep.main([*flags, *small, *tiny, "--out", str(out)]) == 128 + signal.SIGINT
+    printed = capfd.readouterr().err
+    assert "seeds   5 of at most 6: the interval of onejump's regret is" in printed
+    assert read(out)["seeds"] == list(range(6))  # begun
+    assert sweep.main(["--resume", str(out)]) == 0
+
+    found = read(out)
+    [point], trials = found["points"], found["trials"]
+    tried = [size for step in point["sizes"] for size in step]
+    assert (tried[:2], point["sizes"][-1]) == (["1", "2"], [])
+    assert {t["label"] for t in trials.values() if t["purpose"] == "tuning"} == {f"static-{size}" for size in tried}
+    near = {str(size) for size in range(1, 4) if abs(size - int(point["size"])) <= 1}
+    assert near <= set(tried)
+    tests = Counter(trial["label"] for trial in trials.values() if trial["purpose"] == "test")
+    assert tests == dict.fromkeys(["onejump", *(f"static-{size}" for size in near)], 6)
+    assert found["seeds"] == list(range(6))
+    check_tracked(client(), out)
+
+    ends = [
+        [summary(out, f"{a}-seed{s}")["val_loss"] for s in range(6)] for a in ("onejump", f"static-{point['size']}")
+    ]
+    judged = read(out, "report/report.json")["verdicts"][0]["tests"]
+    [row] = [row for row in judged if (row["baseline"], row["axis"]) == ("best static", "tokens")]
+    assert row["interval"] == pytest.approx(Interval.of(np.subtract(*ends), sequential=True).as_dict())
+    page = (out / "report" / "report.html").read_text()
+    for told in ("those of a confidence sequence", "added until 95 % intervals", f"tested: {', '.join(tried)}"):
+        assert told in page
+
+
 def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr(comparison, "SYNC_SECONDS", 3)
@@ -245,8 +290,10 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
     out = tmp_path / "sweep"
     flags = ["--arms", "static,ppo,openloop,static_final:ppo", "--sizes", "1,2,3", "--tuning-seeds", "1"]
     small = sets("ppo.iterations=2", "ppo.decisions=64", "ppo.minibatch=32", "ppo.hidden=8", "ppo.held_out=2")
-    assert sweep.main([*flags, "--train-on", "laws", *small, *tiny, "--out", str(out)]) == 0
+    monkeypatch.setattr(stages, "next_settings", lambda start, *others: [] if others[-1] else [Setting(start, 0.6)])
+    assert sweep.main([*flags, "--train-on", "laws", "--tune-lr", *small, *tiny, "--out", str(out)]) == 0
     found = read(out)
+    assert found["points"][0]["settings"]["ppo"] == [1.0, 0.6]
     assert found["controller"]["trained_on"] == "laws"
     assert found["points"][0]["spent"]["controller"]["steps"] == 0
     assert read(out / "ppo", "spec.json")["laws"]["floor"] != [0.3, 0.3]
