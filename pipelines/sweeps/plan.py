@@ -64,6 +64,7 @@ class Point:
     values: dict[str, Any]  # by dotted key
     spec: RunSpec  # with these values
     several: bool = False  # the grid has other points
+    trains: int = 0  # index of the first point that is equal but for the budget: there their controller is trained
 
     @property
     def grid(self) -> str:
@@ -130,7 +131,11 @@ class SweepPlan(Frozen):
 
     def points(self, spec: RunSpec) -> list[Point]:
         """The grid's."""
-        return [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
+        rests = [{key: value for key, value in values.items() if key != AMOUNT} for values in self.grid]
+        return [
+            Point(i, values, spec.overridden(values), len(self.grid) > 1, rests.index(rests[i]))
+            for i, values in enumerate(self.grid)
+        ]
 
     def _check(self, given: SweepArguments, spec: RunSpec) -> None:
         files: dict[str, Any] = {"policy": given.policy, "schedule": given.schedule, "laws": given.laws}

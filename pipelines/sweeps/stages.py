@@ -76,7 +76,7 @@ class PointStages:
         self, folder: RunFolder, plan: SweepPlan, point: Point, settled: Settled, inputs: Inputs, log: SweepLog
     ) -> None:
         self.point, self.settled = point, settled.model_dump(exclude_unset=True)
-        self.controller = folder.out / (f"ppo-{point.index}" if point.several else "ppo")  # where it is trained
+        self.controller = folder.out / (f"ppo-{point.trains}" if point.several else "ppo")  # where it is trained
         self._folder, self._plan, self._inputs, self._log = folder, plan, inputs, log
         self._openloop = folder.out / f"openloop-{point.index}.json"
         self.statics = [] if plan.search_sizes else static_arms(plan.sizes, point.spec)
