@@ -58,9 +58,9 @@ TRAINING = python("workers")
 @pytest.mark.parametrize(
     ("what", "measured", "limit"),
     [
-        ("lines of Python, tests apart", lines(CODE), 14_800),
-        ("lines of tests", lines(python("tests")), 8_720),
-        ("lines of docstrings and comments", prose(CODE), 1_700),
+        ("lines of Python, tests apart", lines(CODE), 15_700),
+        ("lines of tests", lines(python("tests")), 9_000),
+        ("lines of docstrings and comments", prose(CODE), 1_820),
         ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 14),
         ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),
     ],
