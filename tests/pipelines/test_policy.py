@@ -47,7 +47,7 @@ def test_info_says_what_it_is_without_ray(trained):
     file = trained / "checkpoints" / "000002" / FILE
     assert told == {
         "format": "simic-3",
-        "telemetry version": "2",
+        "telemetry version": "3",
         "hidden": "16",
         "parameters": str(sum(p.numel() for p in made_net(0, 0).parameters())),
         **{name: str(value) for name, value in EXTRA.items()},
