@@ -66,6 +66,8 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd):
         number, once = STOPS[name]
         wait_for((out / once).exists, process)
         process.send_signal(number)
+    for process, (name, out) in zip(processes, folders.items(), strict=True):
+        number, _ = STOPS[name]
         assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
         assert not (out / "summary.json").exists()
         shown[name] = out.with_suffix(".log").read_text()
