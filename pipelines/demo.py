@@ -20,7 +20,7 @@ class DemoArguments(SweepArguments):
     arms: str = flag("static,twice,tamiyo,ppo", "Arms to compare.", "A,B,C")
     sizes: str | None = flag("1,1x128,2", "Static sizes: layers, or layers x MLP width.", "1,2x96")
     budgets: str | None = flag("30000,90000", "Compare at each of these budgets, and over all of them.", "A,B")
-    seeds: int = flag(2, "Test seeds of each arm.", ge=1, le=1000)
+    seeds: str = flag("2", "Test seeds of each arm; auto:N adds some.", "N|auto:N")
     tuning_seeds: int = flag(1, "Other seeds, that sizes and schedules are chosen on.", ge=0, le=100)
 
 
