@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from esper.pipelines.demo import DemoArguments
 from esper.pipelines.sweeps.arms import Arm, parse_arms
-from esper.pipelines.sweeps.plan import Point, parse_budgets, parse_grid
+from esper.pipelines.sweeps.plan import Point, SweepPlan, parse_budgets, parse_grid
 from esper.pipelines.sweeps.sizes import Size, parse_sizes
 from esper.pipelines.sweeps.trials import Trial, lrpath_spec, with_rates
 from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
+from esper.platform.spec import load_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import rate
@@ -115,3 +117,8 @@ def test_a_static_size_under_another_runs_rate(tiny_spec, tokens):
     assert followed.host.n_layer == 1
     assert rates(followed, -1) == pytest.approx(grown, rel=1e-6)
     assert grown[0] > 1.1 * grown[5]  # the graft has lowered it
+
+
+def test_the_demos_own_arguments_make_a_plan():
+    plan = SweepPlan.settled(DemoArguments(), load_spec("demo"))
+    assert (len(plan.seeds), len(plan.grid), len(plan.sizes)) == (2, 2, 3)
