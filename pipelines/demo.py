@@ -31,7 +31,7 @@ def run(arguments: DemoArguments) -> int:
     if arguments.resume is not None:
         return comparison.resume(arguments.resume)
     begun = time.perf_counter()
-    say("Esper's demo: prepares text, trains a controller with PPO, and compares arms, in about 4 minutes on 2 cores.")
+    say("Esper's demo: prepares text, trains a controller with PPO, and compares arms, in about 3 minutes on 2 cores.")
     code = comparison.begin(arguments, "demo")
     told = duration(time.perf_counter() - begun)
     say(f"done in {told}; a demo this short does not train a good policy: that takes hours")
