@@ -58,7 +58,7 @@ class FittedLaws(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if missing := {*get_args(Constant)} - self.ensemble.keys():
-            raise ValueError(f"its ensemble lacks {', '.join(sorted(missing))}.")
+            raise ValueError(f"its ensemble lacks {', '.join(sorted(missing))}: fit it again, with `{FIT}`.")
         if len({len(values) for values in self.ensemble.values()}) > 1:
             raise ValueError("its ensemble's constants are not of equally many members.")
         return self

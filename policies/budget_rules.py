@@ -38,8 +38,7 @@ def slope_per_step(telemetry: Telemetry) -> float:
 
 def trial_cost(telemetry: Telemetry, rows: list[int], optimizer_steps: int) -> float:
     """Fraction of the budget that training copies for these rows uses, less grafts' constant cost."""
-    steps = _steps_per_decision(telemetry)
-    return optimizer_steps * float((steps[0] / steps[rows]).sum()) / _steps_in_budget(telemetry)
+    return optimizer_steps * float(step_costs(telemetry)[rows].sum()) / _steps_in_budget(telemetry)
 
 
 def decision(telemetry: Telemetry) -> tuple[int, int]:

@@ -1,5 +1,4 @@
-"""The fixed growth plans to beat, in budget fractions; all before the rate decays there; tried on
-`tinystories-char`, on seeds that no test uses.
+"""The fixed growth plans to beat, in budget fractions, all before the rate falls on `tinystories-char`.
 
 Depth: Du et al. 2024 (2405.15319), 2511.04981; several kinds in turn: MSG (Yao et al. 2023, 2305.02869).
 """

@@ -24,7 +24,7 @@ from esper.policies.budget_rules import legal_grafts, slope_per_step, step_costs
 
 @dataclass(frozen=True)
 class TamiyoPolicy:
-    """The rules above; keeps no state. Tuned on `tinystories-char`, five budgets, seeds that no test uses."""
+    """The rules above; keeps no state. Tuned on laws of `tinystories-char` and on its tuning seeds."""
 
     worth: float = 2.2  # per √(part of the loss taken off by 1,000 steps): the larger, the later a graft
     patience: float = 0.08  # fraction of the decisions to wait after a graft: slopes then span the growth no more

@@ -15,9 +15,7 @@ from scipy.special import nctdtrinc, stdtr, stdtrit  # of the t distributions; s
 
 CONFIDENCE = 0.95
 POWER = 0.8
-MIXTURE = (
-    1.0  # c², the precision of the mixture: intervals are finite from 5 pairs on, and near their best from 8 to 80
-)
+MIXTURE = 1.0  # c², the precision of the mixture: intervals are finite from 5 pairs on, near their best from 8 to 80
 
 
 @dataclass(frozen=True)

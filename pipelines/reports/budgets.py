@@ -127,11 +127,10 @@ class OverBudgets:
         """MLflow's keys, values and steps (the budgets; 0 for means), of the group of this number."""
         for row in (row for row in self.rows if row.interval):
             found = {"regret": row.values.mean(), "regret_half_width": row.interval and row.interval.half}
+            what, group = "" if row.budget else "mean_", f"/{number}" * bool(number)
             for name, value in (found | {"budget_saved": next(iter(row.saved), None)}).items():
-                key = f"{'' if row.budget else 'mean_'}{name}/{row.arm.replace(':', '.of.')}" + f"/{number}" * bool(
-                    number
-                )
                 if value is not None:
+                    key = f"{what}{name}/{row.arm.replace(':', '.of.')}{group}"
                     yield key, float(value), round(row.budget or 0)
 
     @cached_property

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,11 +131,9 @@ class SweepPlan(Frozen):
 
     def points(self, spec: RunSpec) -> list[Point]:
         """The grid's."""
-        rests = [{key: value for key, value in values.items() if key != AMOUNT} for values in self.grid]
-        return [
-            Point(i, values, spec.overridden(values), len(self.grid) > 1, rests.index(rests[i]))
-            for i, values in enumerate(self.grid)
-        ]
+        found = [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
+        rests = [point.beside_budget for point in found]
+        return [replace(point, trains=rests.index(rest)) for point, rest in zip(found, rests, strict=True)]
 
     def _check(self, given: SweepArguments, spec: RunSpec) -> None:
         files: dict[str, Any] = {"policy": given.policy, "schedule": given.schedule, "laws": given.laws}

@@ -76,9 +76,8 @@ class ControllerNet(nn.Module):
         At equal scores WAIT then has probability p = WAIT_PRIOR for any n: new sites do not shift whether to act.
         """
         candidates, legal = inputs["candidates"], inputs["mask"] > 0.5
-        context = torch.cat(
-            [self.globals(inputs["globals"]), self.policy_sites(inputs["sites"])], dim=-1
-        )  # (B, G + 2H)
+        parts = [self.globals(inputs["globals"]), self.policy_sites(inputs["sites"])]
+        context = torch.cat(parts, dim=-1)  # (B, G + 2H)
         of, row = legal.nonzero(as_tuple=True)  # N legal rows; the others, mostly padding, are not computed
         joint, activation, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.score))
         of_row, of_context = joint.weight.split(self.hidden, dim=1)
