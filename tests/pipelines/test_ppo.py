@@ -174,8 +174,22 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
     assert policy.main(["fit", str(runs), "--out", str(path)]) == 0
     small = sets("ppo.iterations=2", "ppo.decisions=16", "ppo.minibatch=16", "ppo.epochs=1", "ppo.held_out=1")
     command = [*tiny, *small, *sets("budget.amount=160"), "--laws", str(path)]
-    assert ppo.main([*command, "--rounds", "2", "--out", str(out)]) == 0
+    note = cloning.Rounds.note
+
+    def noted_then_dead(self, iteration, episodes):
+        note(self, iteration, episodes)
+        assert iteration < 2, "died before the second round's checkpoint"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cloning.Rounds, "note", noted_then_dead)
+        with pytest.raises(AssertionError, match="died"):
+            ppo.main([*command, "--rounds", "2", "--out", str(out)])
     assert "laws    fitted anew" in capfd.readouterr().err
+    clones = [SimicPolicy.load(path).net.state_dict() for path in sorted(out.glob("rounds/*/policy.safetensors"))]
+    assert ppo.main(["--resume", str(out)]) == 0
+    kept = [SimicPolicy.load(path).net.state_dict() for path in sorted(out.glob("rounds/*/policy.safetensors"))]
+    torch.testing.assert_close(kept, clones, rtol=0, atol=0)
+    assert [metrics["iteration"] for metrics in summary_of(out)["history"]] == [1, 2]
     before, between, after = (FittedLaws.read(each) for each in (path, *sorted(out.glob("rounds/*/laws.json"))))
     entries = read_entries(out / "runs.jsonl")
     assert {entry["iteration"] for entry in entries} == {1, 2}
