@@ -6,6 +6,7 @@ esper ppo --resume runs/ppo-20260101-120000         # with the episodes under wa
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -31,12 +32,15 @@ class PPOArguments(ResumableArguments):
     surrogate: bool = flag(False, "Train on loss laws, not on text: minutes, and no proof of anything on text.")
     laws: Path | None = flag(None, "Fitted loss laws: begin with a clone of the planner that plays by them.", "FILE")
     rounds: int | None = flag(None, "Fit --laws anew N times, to episodes on text too, and clone anew.", ge=2)
+    init_from: Path | None = flag(None, "A trained policy, of any preset: begin with it, and stay near to it.")
 
     @model_validator(mode="after")
     def _rounds_have_laws_and_text(self) -> Self:
         if self.rounds is not None and (self.laws is None or self.surrogate):
             lacks = "fits the laws of --laws FILE anew: give them" if self.laws is None else "needs episodes on text"
             raise ValueError(f"--rounds {lacks}, or leave it out.")
+        if self.init_from is not None and self.laws is not None:
+            raise ValueError("--laws begins with a clone of the planner, --init-from with a policy: give one of them.")
         return self
 
     resume: Path | None = flag(None, "Go on with the training in this folder; takes --set ppo.… and fleet.….", "DIR")
@@ -48,6 +52,7 @@ def run(arguments: PPOArguments) -> None:
     from esper.pipelines.common.run_folder import RunFolder
     from esper.pipelines.controllers.cloning import BEFORE, runs_of
     from esper.pipelines.controllers.training import ON_LAWS
+    from esper.policies.simic.policy import SimicPolicy, policy_file
 
     if arguments.resume is not None:
         resume(arguments, arguments.resume)
@@ -63,14 +68,17 @@ def run(arguments: PPOArguments) -> None:
         FittedLaws.read(laws).check(spec)
     if rounds is not None and spec.ppo.iterations < rounds:
         raise UserError(f"--rounds is {rounds}, but ppo.iterations only {spec.ppo.iterations}: set it to as many.")
+    policy = None if arguments.init_from is None else policy_file(arguments.init_from)
+    if policy is not None:
+        spec = spec.overridden({"ppo.hidden": SimicPolicy.load(policy).net.hidden})
     folder = RunFolder.new(arguments, spec, "ppo", laws=surrogate)
     before = None if laws is None or rounds is None else runs_of(laws, folder.tokens.manifest.fingerprint())
     folder.tell_laws(None if surrogate else laws)
     if before is not None:
         write_json(folder.out / BEFORE, before)
-    plan, inputs = {"rounds": rounds}, {"laws": laws, "runs": before and folder.out / BEFORE}
+    plan, inputs = {"rounds": rounds}, {"laws": laws, "runs": before and folder.out / BEFORE, "policy": policy}
     with folder.begin("ppo", plan, inputs) as kept:
-        train(folder.model_copy(update={"plan": plan}), kept.get("laws"))
+        train(folder.model_copy(update={"plan": plan}), kept)
 
 
 def resume(arguments: PPOArguments, out: Path) -> None:
@@ -99,10 +107,10 @@ def resume(arguments: PPOArguments, out: Path) -> None:
             folder.pin(inputs)
         done = f"{counted(reached.iterations, 'iteration')}, {reached.decisions:.0f} decisions"
         say(f"resume  {folder.out}: {done}")
-        train(folder, inputs.get("laws"))
+        train(folder, inputs)
 
 
-def train(folder: "RunFolder", laws: Path | None) -> None:
+def train(folder: "RunFolder", inputs: Mapping[str, Path]) -> None:
     """Connect, train, and say where everything is."""
     from esper.pipelines.common.stopping import stop_signals
     from esper.pipelines.controllers.training import train_controller
@@ -112,7 +120,7 @@ def train(folder: "RunFolder", laws: Path | None) -> None:
     gpus = gpus_needed(folder.spec, surrogates=folder.data is None)
     how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
     with cluster.session(gpus=gpus), stop_signals(how) as check:  # `ray.init` puts in a handler of its own, in C
-        summary = train_controller(folder, laws=laws, check=check)
+        summary = train_controller(folder, laws=inputs.get("laws"), init_from=inputs.get("policy"), check=check)
     say(f"results: {folder.out / 'summary.json'}; curves: {folder.out / 'training.png'}")
     say(f"compare: {summary['where']}")
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.controllers.cloning import Rounds
+from esper.pipelines.controllers.init_from import Given
 from esper.pipelines.controllers.live import TrainingView
 from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
@@ -51,6 +52,7 @@ class Reached(Frozen):
     preset: str
     seed: int
     surrogate: bool
+    host: str = "transformer"  # the kind of host that it has grown
     iterations: int = Field(default=0, ge=0)
     episodes: float = 0.0
     decisions: float = 0.0
@@ -63,7 +65,13 @@ class Reached(Frozen):
         there = checkpoints(folder.out)
         if not there:
             spec = folder.spec
-            return cls(key=folder.key, preset=spec.preset, seed=folder.seed, surrogate=folder.data is None)
+            return cls(
+                key=folder.key,
+                preset=spec.preset,
+                seed=folder.seed,
+                surrogate=folder.data is None,
+                host=spec.host.kind,
+            )
         reached = cls.checked(SimicPolicy.load(there[-1]).card["extra"], f"the card of {there[-1]}")
         if reached.key != folder.key:
             raise UserError(f"checkpoint {there[-1]} is another training's: put back the one that was there.")
@@ -80,13 +88,15 @@ def train_controller(
     folder: RunFolder,
     *,
     laws: Path | None = None,
+    init_from: Path | None = None,
     parent: Tracker | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train on the connected cluster, or resume, and return the summary, also left in the folder.
 
-    A folder without data trains on loss laws. Fitted `laws` give it a clone of the planner to begin with, and as many
-    rounds as the folder's plan says. `check` is called often and may raise; the training can be resumed.
+    A folder without data trains on loss laws. It begins with the policy `init_from`, or with a clone of the planner on
+    fitted `laws`, in as many rounds as the folder's plan says, or from nothing. `check` is called often and may raise;
+    the training can be resumed.
     """
     out, surrogate = folder.out, folder.data is None
     spec = folder.spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
@@ -101,9 +111,11 @@ def train_controller(
         iterations = counted(spec.ppo.iterations, "iteration")
         say(f"ppo     {iterations} of {spec.ppo.decisions} decisions; building the learner")
         _note(history, tracker, reached)  # the process may have died before it did
-        rounds = None if laws is None else Rounds(folder, spec, laws, folder.plan.get("rounds") or 1, check)
-        if rounds is not None and not checkpoints(out):
-            rounds.begin(_checkpoint(out, 0), reached.model_dump(mode="json"))
+        start = None if init_from is None else Given(init_from)
+        if laws is not None:
+            start = Rounds(folder, spec, laws, folder.plan.get("rounds") or 1, check)
+        if start is not None and not checkpoints(out):
+            start.begin(_checkpoint(out, 0), reached.model_dump(mode="json"))
         instances = list(instance_set("train", spec, text=not surrogate).values())
         training = PPOTraining(
             spec,
@@ -116,10 +128,10 @@ def train_controller(
             start=next(reversed(checkpoints(out)), None),
         )
         try:
-            reached = _iterate(training, spec.ppo.iterations, out, reached, partial(_note, history, tracker), rounds)
+            reached = _iterate(training, spec.ppo.iterations, out, reached, partial(_note, history, tracker), start)
         finally:
             training.stop()
-        clones = [] if rounds is None else rounds.told()
+        clones = [] if start is None else start.told()
         played = held_out(spec, folder.data, out, folder.seed, check, laws)
         dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
@@ -156,7 +168,7 @@ def _iterate(
     out: Path,
     reached: Reached,
     note: Callable[[Reached], None],
-    rounds: Rounds | None,
+    start: Rounds | Given | None,
 ) -> Reached:
     """Train to the last iteration, a checkpoint after each, of which the newest stays, and `CANDIDATES`."""
     health, every = Health(iterations), math.ceil(iterations / CANDIDATES)
@@ -164,12 +176,12 @@ def _iterate(
         health.look(metrics)  # said already
     with TrainingView(iterations, reached.iterations, training.dispatcher.workers) as view:
         while reached.iterations < iterations:
-            if rounds is not None:
-                training.anchor = rounds.anchor(reached.iterations)
+            if start is not None:
+                training.anchor = start.anchor(reached.iterations)
             metrics = training.iterate()
             reached = reached.after(metrics)
-            if rounds is not None:
-                rounds.note(reached.iterations, training.episodes)
+            if start is not None:
+                start.note(reached.iterations, training.episodes)
             try:
                 training.save(_checkpoint(out, reached.iterations), reached.model_dump(mode="json"))
             except OSError as error:

@@ -165,6 +165,26 @@ def test_it_begins_with_a_clone_of_the_planner(laws, fitted, capfd):
     assert any((a != b).any() for a, b in zip(later.net.parameters(), anchor.net.parameters(), strict=True))
 
 
+def test_it_begins_with_a_given_policy_and_stays_near_to_it(laws, tmp_path, refused):
+    given = tmp_path / "given.safetensors"
+    SimicPolicy(made_net(1, 1.0)).save(given, {"preset": "another"})
+    summary = summary_of(out := laws(2, "tuned", "--init-from", str(given)))
+    assert set(summary["held_out_losses"]) == {"0", "1", "2"}
+    first, kept, last = (
+        SimicPolicy.load(path).net.state_dict()
+        for path in (out / "checkpoints" / "000000", given, out / "checkpoints" / "000002")
+    )
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+    assert any((kept[name] != last[name]).any() for name in kept)
+    near = [metrics["anchor_kl"] for metrics in summary["history"]]
+    assert all(0 < kl < 0.5 for kl in near)
+    line = ["--surrogate", "--init-from", given, "--out", tmp_path / "x"]
+    refused(ppo.main, [*line, "--laws", given], "--laws begins with a clone of the planner, --init-from with a policy")
+    given.write_bytes(b"")
+    refused(ppo.main, line, str(given))
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.usefixtures("short_lessons")
 def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_path, monkeypatch, refused, capfd):
     path, runs, out = tmp_path / "laws.json", tmp_path / "runs", tmp_path / "out"
@@ -352,7 +372,7 @@ def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, 
 
 def test_killed_before_its_first_checkpoint_it_begins_anew(laws, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "train", lambda folder, laws: None)
+        patch.setattr(ppo, "train", lambda folder, inputs: None)
         out = laws(1)
     assert ppo.main(["--resume", str(out)]) == 0
     assert summary_of(out)["iterations"] == 1
