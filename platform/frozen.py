@@ -1,6 +1,7 @@
 """The base of every config model and command line: frozen, unknown keys refused, errors as one sentence."""
 
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,14 +20,34 @@ class Frozen(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-        path, rule = first["loc"], first["msg"].removeprefix("Value error, ")
-        name = ".".join(map(str, path)) or "it"
+        path, fields = _place(cls, first["loc"])
+        name, rule = ".".join(map(str, path)) or "it", first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            fields: Any = cls.model_fields
-            for part in path[:-1]:
-                fields = getattr(getattr(fields.get(part), "annotation", None), "model_fields", {})
             raise unknown(f"key in {what}", name, [".".join(map(str, [*path[:-1], key])) for key in fields])
-        if first["type"] == "value_error":  # our own sentence names what was wrong
+        if first["type"] in ("value_error", "unknown_kind"):  # our own sentence names what was wrong
             raise UserError(f"{what}: {name}: {rule}" if path else f"{what}: {rule}")
         found = "missing" if first["type"] == "missing" else clipped(first.get("input"))
         raise UserError(f"{what}: {name} is {found}: {rule[0].lower()}{rule[1:]}.")
+
+
+def _place(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[int | str], Iterable[str]]:
+    """A key's path without the tags of unions that pydantic puts into it, and the fields beside it."""
+    path: list[int | str] = []
+    there, fields = [model], dict[str, Any]()
+    for part in loc:
+        by_kind = {m.model_fields["kind"].default: m for m in there if len(there) > 1 and "kind" in m.model_fields}
+        if part in by_kind:
+            there = [by_kind[part]]
+            continue
+        path.append(part)
+        if isinstance(part, str):
+            fields = there[0].model_fields if there else {}
+            there = _models(fields[part].annotation) if part in fields else []
+    return path, fields
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Those that may be at a place of this type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]

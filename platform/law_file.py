@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.spec import Count, HostSpec, NotNegative, Positive, RunSpec
+from esper.platform.spec import Count, Host, NotNegative, Positive, RunSpec
 from esper.platform.storage import read_json
 
 FIT = "esper policy fit RUNS --out FILE"  # the command that makes one
@@ -36,7 +36,7 @@ class FittedLaws(Frozen):
     version: Literal[1] = 1
     preset: str
     tokenizer: str
-    host: HostSpec  # of the runs; their layers and widths differ
+    host: Host  # of the runs; their layers and widths differ
     text: str  # fingerprint of theirs; empty for none
     folder: str = ""  # where they are, for laws to be fitted anew with others
     runs: int  # that they were fitted to,
@@ -79,6 +79,7 @@ class FittedLaws(Frozen):
 
     def unlike(self, spec: RunSpec, text: str) -> list[str]:
         """What differs, but forbids nothing."""
-        fields = [name for name in HostSpec.model_fields if name not in ("n_layer", "layers")]
-        found = [f"host.{name}" for name in fields if getattr(self.host, name) != getattr(spec.host, name)]
+        fields = [name for name in type(spec.host).model_fields if name not in ("n_layer", "layers")]
+        own, its = self.host, spec.host
+        found = [f"host.{name}" for name in fields if getattr(own, name, None) != getattr(its, name)]
         return found + (["the text"] if text != self.text else [])

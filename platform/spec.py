@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from esper.platform.clock import ClockSpec
+from esper.platform.console import counted
 from esper.platform.errors import UserError, unknown
 from esper.platform.frozen import Frozen
 from esper.platform.ledger import Axis
@@ -61,6 +62,16 @@ Range = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]  # low an
 RangeFrom0 = Annotated[tuple[NotNegative, NotNegative], AfterValidator(_ordered)]
 
 
+def by_kind(default: str, *others: str) -> Discriminator:
+    """Tells the members of a union by their `kind`; what has none is of the default's."""
+
+    def kind(value: Any) -> str:
+        return str(value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", default))
+
+    known = " or ".join(map(repr, (default, *others)))
+    return Discriminator(kind, custom_error_type="unknown_kind", custom_error_message=f"its kind must be {known}.")
+
+
 class ExpertSpec(Frozen):
     """An expert that a host is born with."""
 
@@ -79,7 +90,9 @@ class LayerSpec(Frozen):
 
 
 class HostSpec(Frozen):
-    """The shape a host starts with."""
+    """The shape a transformer starts with."""
+
+    takes: ClassVar[str] = "text"  # the kind of data
 
     kind: Literal["transformer"] = "transformer"
     n_layer: Layers = 2
@@ -104,14 +117,152 @@ class HostSpec(Frozen):
             raise ValueError(f"n_layer is {self.n_layer}, but must be the number of layers given, {len(self.layers)}.")
         return self
 
+    @property
+    def tokens(self) -> int:
+        """Of an example, which has a target each: the context length."""
+        return self.block_size
+
+    @property
+    def positions(self) -> int:
+        """Of an example, at which the network is computed: what evaluations are cut by."""
+        return self.block_size
+
+    @property
+    def activations(self) -> int:
+        """That the backward pass needs of an example and layer, about: 12 of width C per token."""
+        return 12 * self.block_size * self.n_embd
+
+    @property
+    def own_width(self) -> int:
+        """Of a layer that is not told otherwise."""
+        return self.mlp_width or 4 * self.n_embd
+
+    @property
+    def own_heads(self) -> int:
+        """Of a layer that is not told otherwise."""
+        return self.n_head
+
+    def alike(self, n_layer: int, width: int, heads: int) -> tuple[LayerSpec, ...]:
+        """So many layers of one shape, for `layers`."""
+        return tuple(LayerSpec(uid=uid, heads=heads, width=width) for uid in range(n_layer))
+
     def starting_with(self, n_layer: int | None) -> Self:
         """With `n_layer` layers of equal shape; unchanged for None."""
         return self if n_layer is None else self.model_copy(update={"n_layer": n_layer, "layers": None})
+
+    def unfit(self, dtype: str, device: str) -> str | None:
+        """Why these cannot run it, as a sentence, or None."""
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.attention == "flash" and (dtype != "bfloat16" or device == "cpu" or head_dim > 256):
+            return (
+                "host.attention is 'flash', which needs dtype = bfloat16, a CUDA GPU and heads of at most 256 "
+                f"dimensions (not {dtype}, {device}, {head_dim}): set these, or host.attention=sdpa."
+            )
+        return None
+
+    def __str__(self) -> str:
+        layers, heads = counted(self.n_layer, "layer"), counted(self.n_head, "head")
+        return f"GPT of {layers}, {heads}, C = {self.n_embd}, T = {self.block_size}"
+
+
+STAGES = 3  # of a ResNet: each has twice the channels of the one before, at half the resolution
+
+
+class BlockSpec(Frozen):
+    """A residual block that a ResNet is born with."""
+
+    uid: Annotated[int, Field(ge=0)]  # names its sites: h<uid>.conv, h<uid>.stream
+    stage: Annotated[int, Field(ge=0, lt=STAGES)]
+    width: Neurons  # hidden channels, between its two convolutions
+    gate: Annotated[int, Field(ge=0, le=2**20)] = 0  # neurons of its channel attention; 0: it has none
+
+
+class ResNetSpec(Frozen):
+    """The shape a ResNet starts with. Its blocks are spread over the stages."""
+
+    takes: ClassVar[str] = "images"
+    tokens: ClassVar[int] = 1  # an image counts as one
+    dropout: ClassVar[float] = 0.0
+    own_heads: ClassVar[int] = 1
+
+    kind: Literal["resnet"] = "resnet"
+    n_layer: Layers = 3  # blocks of all stages
+    channels: Annotated[int, Field(ge=1, le=2**14)] = 16  # C, of the first stage's stream
+    width: Neurons | None = None  # hidden channels of a block of the first stage, doubled like C; none means C
+    image_size: Annotated[int, Field(ge=2 ** (STAGES - 1), le=2**11)] = 32  # height and width, in pixels
+    image_channels: Annotated[int, Field(ge=1, le=2**8)] = 3
+    norm: Literal["group", "batch"] = "group"
+    group: Neurons = 8  # channels that share the mean and variance of a GroupNorm
+    layers: Annotated[tuple[BlockSpec, ...], Field(max_length=512)] | None = None  # as in a summary's `shape`
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        widths = [self.channels, self.own_width, *(layer.width for layer in self.layers or ())]
+        if self.norm == "group" and (odd := next((width for width in widths if width % self.group), None)):
+            raise ValueError(
+                f"{odd} channels are no whole groups of host.group = {self.group}: take multiples of it, change it, "
+                "or set host.norm=batch."
+            )
+        if self.layers is not None and len(self.layers) != self.n_layer:
+            raise ValueError(f"n_layer is {self.n_layer}, but must be the number of layers given, {len(self.layers)}.")
+        stages = [layer.stage for layer in self.layers or ()]
+        if stages != sorted(stages):
+            raise ValueError(f"layers are of the stages {stages}, which must rise from the input on.")
+        return self
+
+    @property
+    def positions(self) -> int:
+        """Of an image: its pixels, of which most of the network sees a quarter or less."""
+        return self.image_size**2 // 4
+
+    @property
+    def activations(self) -> int:
+        """That the backward pass needs of an image and block, about: six of the hidden width a pixel."""
+        return 6 * self.image_size**2 * max(self.channels, self.own_width)
+
+    @property
+    def own_width(self) -> int:
+        """Of a first stage's block that is not told otherwise."""
+        return self.width or self.channels
+
+    def alike(self, n_layer: int, width: int, heads: int) -> tuple[BlockSpec, ...]:
+        """So many blocks of one shape, for `layers`: the stages get one in turn, the first one first."""
+        if heads != self.own_heads:
+            raise UserError("a ResNet has no attention heads: give sizes without them, such as 3x32, blocks x width.")
+        stages = sorted(uid % STAGES for uid in range(n_layer))
+        return tuple(BlockSpec(uid=uid, stage=stage, width=width << stage) for uid, stage in enumerate(stages))
+
+    def starting_with(self, n_layer: int | None) -> Self:
+        """With `n_layer` blocks of the usual shape; unchanged for None."""
+        return self if n_layer is None else self.model_copy(update={"n_layer": n_layer, "layers": None})
+
+    def unfit(self, dtype: str, device: str) -> str | None:
+        """Why these cannot run it, as a sentence, or None."""
+        return None
+
+    def __str__(self) -> str:
+        image = f"{self.image_size} × {self.image_size} × {self.image_channels}"
+        return f"ResNet of {counted(self.n_layer, 'block')}, C = {self.channels}, images of {image}"
+
+
+Host = Annotated[
+    Annotated[HostSpec, Tag("transformer")] | Annotated[ResNetSpec, Tag("resnet")], by_kind("transformer", "resnet")
+]
+
+
+class _Hosted(Frozen):
+    host: Host
+
+
+def read_host(values: Any, what: str) -> HostSpec | ResNetSpec:
+    """The host's settings of either kind, of plain values; raises UserError as `checked` does."""
+    return _Hosted.checked({"host": values}, what).host
 
 
 class DataSpec(Frozen):
     """Text and batches."""
 
+    kind: Literal["text"] = "text"
     source: str = "tinystories"  # a source name, a text file, a folder of them, or prepared shards
     tokenizer: str = "char"  # char, bpe:N or gpt2
     batch_size: Annotated[int, Field(ge=1, le=2**14)] = 16  # sequences in a batch
@@ -119,6 +270,11 @@ class DataSpec(Frozen):
     decision_tokens: Annotated[int, Field(ge=64, le=2**26)] = 8192  # of these, that the loss at a decision is taken on
     valid_fraction: Share = 0.1  # held out where the source has no split
     max_bytes: Count | None = None  # cap on the training text, in bytes
+
+    @property
+    def held_out_tokens(self) -> tuple[int, int]:
+        """On which final losses are taken, and those at decisions."""
+        return self.eval_tokens, self.decision_tokens
 
 
 class OptimizerSpec(Frozen):
@@ -236,7 +392,7 @@ class RunSpec(Frozen):
     """A whole run. Saved beside every result."""
 
     preset: str = "custom"  # name of the preset it came from
-    host: HostSpec = HostSpec()
+    host: Host = HostSpec()
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     clock: ClockSpec = ClockSpec()
@@ -256,12 +412,13 @@ class RunSpec(Frozen):
         if self.growth.max_layers < self.host.n_layer:
             given = f"growth.max_layers is {self.growth.max_layers}"
             raise ValueError(f"{given}, but must be at least host.n_layer = {self.host.n_layer}.")
-        head_dim = self.host.head_dim or self.host.n_embd // self.host.n_head
-        if self.host.attention == "flash" and (self.dtype != "bfloat16" or self.device == "cpu" or head_dim > 256):
+        if self.host.takes != self.data.kind:
             raise ValueError(
-                "host.attention is 'flash', which needs dtype = bfloat16, a CUDA GPU and heads of at most 256 "
-                f"dimensions (not {self.dtype}, {self.device}, {head_dim}): set these, or host.attention=sdpa."
+                f"host is a {self.host.kind}, which takes {self.host.takes}, but data is {self.data.kind}: "
+                "take the preset of another task."
             )
+        if (why := self.host.unfit(self.dtype, self.device)) is not None:
+            raise ValueError(why)
         return self
 
     def overridden(self, values: Mapping[str, Any]) -> Self:

@@ -17,7 +17,7 @@ from esper.platform.contracts import Instance
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.observe import batch_tokens
-from esper.workers.tolaria.data import TokenData
+from esper.workers.tolaria.data import Data
 from esper.workers.tolaria.trainer import Trainer, synchronize
 
 BURN_IN = 5  # steps left out: allocator, caches, lazy initialisation
@@ -27,7 +27,7 @@ BURN_IN = 5  # steps left out: allocator, caches, lazy initialisation
 COLUMNS = ("layers", "mlp_width", "flops", "wall", "predicted", "error")
 
 
-def calibrate(spec: RunSpec, data: TokenData, *, steps: int) -> tuple[ClockSpec, list[dict[str, float]]]:
+def calibrate(spec: RunSpec, data: Data, *, steps: int) -> tuple[ClockSpec, list[dict[str, float]]]:
     """Fit this device's clock for the spec's batches; shapes take turns, so speed drift affects all alike."""
     width, deepest = spec.host.mlp_width or 4 * spec.host.n_embd, spec.growth.max_layers
     shapes = [(n, factor * width) for n in sorted({1, 2, (1 + deepest) // 2, deepest}) for factor in (1, 2)]
@@ -51,7 +51,7 @@ def calibrate(spec: RunSpec, data: TokenData, *, steps: int) -> tuple[ClockSpec,
     return clock, [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float]:
+def _growth_costs(spec: RunSpec, data: Data, steps: int) -> dict[str, float]:
     """Seconds of a graft of units, and of an expert per layer against a host born without."""
     grown, plain, gated = (_born(spec, data) for _ in range(3))
     grafts = []
@@ -67,7 +67,7 @@ def _growth_costs(spec: RunSpec, data: TokenData, steps: int) -> dict[str, float
     }
 
 
-def _born(spec: RunSpec, data: TokenData, **host: int) -> Trainer:
+def _born(spec: RunSpec, data: Data, **host: int) -> Trainer:
     sized = spec.model_copy(update={"host": spec.host.model_copy(update=host)})
     return Trainer(sized, data, make_blueprints(None), 0, Instance())
 

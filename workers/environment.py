@@ -22,7 +22,7 @@ from esper.workers.episode import Episode
 from esper.workers.instances import instance_set
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import TokenData
+from esper.workers.tolaria.data import open_data
 
 Instances = Mapping[int, Instance] | str  # by id, or the name of a set of `workers/instances.py`
 Observation = dict[str, np.ndarray]
@@ -93,7 +93,7 @@ def growth_env(
     if data is None:
         raise UserError("Esper/Growth-v0 trains on text: give data=FOLDER, prepared shards that `esper prepare` left.")
     spec = load_spec(spec) if isinstance(spec, str) else spec
-    return GrowthEnv(GrowthRun(spec, TokenData.open(Path(data))), instances)
+    return GrowthEnv(GrowthRun(spec, open_data(Path(data))), instances)
 
 
 def growth_surrogate_env(spec: RunSpec | str = "tinystories-char", instances: Instances = "train") -> GrowthEnv:

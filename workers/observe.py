@@ -187,7 +187,7 @@ def telemetry_space(spec: RunSpec) -> TelemetrySpace:
 
 def batch_tokens(spec: RunSpec) -> int:
     """Tokens of one optimizer step."""
-    return spec.data.batch_size * spec.host.block_size
+    return spec.data.batch_size * spec.host.tokens
 
 
 def norm_fields(gradient: float, update: float) -> dict[str, float]:

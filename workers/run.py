@@ -26,7 +26,7 @@ from esper.workers.kasmina.governor import CHECK_EVERY, fault
 from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import GlobalMeasured, Measured, norm_fields
 from esper.workers.tolaria import compiled
-from esper.workers.tolaria.data import TokenData
+from esper.workers.tolaria.data import Data
 from esper.workers.tolaria.rate import rate
 from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, synchronize, within
 
@@ -70,7 +70,7 @@ class GrowthRun(Episode):
 
     State = RunState
 
-    def __init__(self, spec: RunSpec, data: TokenData, on_step: Callable[["GrowthRun"], None] | None = None) -> None:
+    def __init__(self, spec: RunSpec, data: Data, on_step: Callable[["GrowthRun"], None] | None = None) -> None:
         super().__init__(spec, data.manifest.vocab_size)
         self._data = data
         self.on_step = on_step

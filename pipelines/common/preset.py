@@ -44,11 +44,11 @@ def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "la
 def check_fits(spec: RunSpec) -> None:
     """Raise UserError where training at the starting size needs more than the machine's memory.
 
-    Weights, gradients and AdamW's moments in float32, and 12 activations of width C per token and layer; the
+    Weights, gradients and AdamW's moments in float32, and what the backward pass needs of each layer; the
     vocabulary's part is left out.
     """
-    shape, tokens = start_shape(spec, vocab_size=1), spec.data.batch_size * spec.host.block_size
-    needed = 16 * shape.parameters_count() + 4 * 12 * tokens * spec.host.n_embd * shape.depth()  # bytes
+    shape, each = start_shape(spec, vocab_size=1), spec.data.batch_size * spec.host.activations
+    needed = 16 * shape.parameters_count() + 4 * each * shape.depth()  # bytes
     there = psutil.virtual_memory().total
     if needed > there:
         raise UserError(
@@ -59,9 +59,8 @@ def check_fits(spec: RunSpec) -> None:
 
 def describe(spec: RunSpec) -> str:
     """A spec in a line."""
-    host, budget = spec.host, spec.budget
+    budget = spec.budget
     return (
-        f"GPT of {counted(host.n_layer, 'layer')}, {counted(host.n_head, 'head')}, C = {host.n_embd}, "
-        f"T = {host.block_size}, up to {counted(spec.growth.max_layers, 'layer')}; budget {budget.amount:,.0f} "
+        f"{spec.host}, up to {counted(spec.growth.max_layers, 'layer')}; budget {budget.amount:,.0f} "
         f"{budget.axis} ({spec.clock.kind} clock) in {counted(budget.decisions, 'decision')}"
     )

@@ -28,7 +28,7 @@ from esper.platform.storage import alone, check_unused, read_json, write_json
 from esper.platform.tracking import Tracker, synced
 from esper.platform.tracking_store import tracking_uri
 from esper.workers.laws.scaling_law import budget_tokens
-from esper.workers.tolaria.data import TokenData, ensure
+from esper.workers.tolaria.data import Data, ensure, open_data
 from esper.workers.tolaria.hosts import start_shape
 
 PLAN = f"{INPUTS}/plan.json"  # the fields of RunFolder but for `out` and `spec`
@@ -105,10 +105,10 @@ class RunFolder(Frozen):
         return pin(self.out, self.spec, data=self._fingerprint, inputs=inputs)
 
     @cached_property
-    def tokens(self) -> TokenData:
+    def tokens(self) -> Data:
         """The shards, checksums verified."""
         assert self.data is not None
-        return TokenData.open(self.data)
+        return open_data(self.data)
 
     @property
     def _fingerprint(self) -> str | None:

@@ -14,7 +14,7 @@ from esper.platform.spec import RunSpec
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import TokenData
+from esper.workers.tolaria.data import open_data
 from esper.workers.worker import EpisodeWorker, GrowthWorker
 
 SURROGATES = 16  # surrogate runs side by side in the driver
@@ -31,7 +31,7 @@ def fleet_maker(spec: RunSpec, data: Path | None, storage: str, laws: Path | Non
 def make_run(spec: RunSpec, data: Path | None, laws: Path | None = None) -> GrowthRun | SurrogateRun:
     """A worker's run, made in its own process: on text, or without data on the spec's laws, or on fitted ones."""
     if data is not None:
-        return GrowthRun(spec, TokenData.open(data, verify=False))
+        return GrowthRun(spec, open_data(data, verify=False))
     return SurrogateRun(spec, None if laws is None else FittedLaws.read(laws))
 
 

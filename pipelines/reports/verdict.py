@@ -13,7 +13,7 @@ from esper.pipelines.reports.runs import AXES, NEAR, Run
 from esper.pipelines.sweeps.arms import STATIC
 from esper.pipelines.sweeps.sizes import Size
 from esper.platform.console import counted
-from esper.platform.spec import HostSpec
+from esper.platform.spec import read_host
 
 UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less
 SPEED = 0.05  # by how much the steps that equal measured budgets give to one static size may differ
@@ -110,8 +110,7 @@ def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
     if seeds < PAIRS:
         caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
     sizes = {
-        f"{STATIC}-{text}": Size.of(str(text)).numbers(HostSpec.checked(point["spec"]["host"], "the host"))
-        for text in tried
+        f"{STATIC}-{text}": Size.of(str(text)).numbers(read_host(point["spec"]["host"], "the host")) for text in tried
     }
     if (smallest := next(iter(sizes))) in chosen and sizes[smallest][0] == 1:
         caveats.append(f"{smallest} is the best static size, and the smallest tried: nothing has to grow here.")

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.spec import Heads, HostSpec, Layers, Neurons, RunSpec
+from esper.platform.spec import Heads, Host, Layers, Neurons, RunSpec
 
 FORM = re.compile(r"(\d+)(?:x(\d+))?(?:h(\d+))?")
 
@@ -15,7 +15,7 @@ class Size(Frozen):
     """Layers that are all alike; None is the preset's."""
 
     layers: Layers
-    width: Neurons | None = None  # of an MLP
+    width: Neurons | None = None  # of an MLP, or hidden channels of a block in the first stage
     heads: Heads | None = None  # of a layer, each of the preset's dimension
 
     @classmethod
@@ -28,15 +28,14 @@ class Size(Frozen):
     def __str__(self) -> str:
         return f"{self.layers}" + f"x{self.width}" * bool(self.width) + f"h{self.heads}" * bool(self.heads)
 
-    def numbers(self, host: HostSpec) -> tuple[int, int, int]:
+    def numbers(self, host: Host) -> tuple[int, int, int]:
         """Layers, width and heads."""
-        return self.layers, self.width or host.mlp_width or 4 * host.n_embd, self.heads or host.n_head
+        return self.layers, self.width or host.own_width, self.heads or host.own_heads
 
     def born(self, spec: RunSpec, **optimizer: Any) -> RunSpec:
         """The spec of a run of this size."""
-        layers, width, heads = self.numbers(spec.host)
-        own = [{"uid": uid, "width": width, "heads": heads} for uid in range(layers)]
-        return born(spec, own if self.width or self.heads else layers, **optimizer)
+        own = [layer.model_dump(mode="json") for layer in spec.host.alike(*self.numbers(spec.host))]
+        return born(spec, own if self.width or self.heads else self.layers, **optimizer)
 
     def parameters(self, spec: RunSpec) -> int:
         """Without embeddings."""

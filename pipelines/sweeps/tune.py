@@ -24,7 +24,7 @@ from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
 from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import TokenData
+from esper.workers.tolaria.data import Data, open_data
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # `SweepLog` reports
@@ -67,7 +67,7 @@ def _name(trial: Any) -> str:
 
 def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, fingerprint: str, saves: str) -> None:
     try:
-        tokens = TokenData.open(data, verify=False)
+        tokens = open_data(data, verify=False)
         if tokens.manifest.fingerprint() != fingerprint:
             raise UserError(f"the text in {data} has been changed since the sweep began: put it back, then resume")
         with CheckpointStore(saves) as store:
@@ -76,7 +76,7 @@ def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, fingerp
         tune.report({"error": str(error)})
 
 
-def _play(trial: Trial, tokens: TokenData, store: CheckpointStore) -> None:
+def _play(trial: Trial, tokens: Data, store: CheckpointStore) -> None:
     run, policy = GrowthRun(trial.spec, tokens), make_policy(trial.arm.kind.plays, trial.inputs)
     take_up(run, policy, store.find(trial.name), trial.seed)
     tune.report({"curve": list(run.curve)})

@@ -10,7 +10,7 @@ import torch
 from esper.platform.contracts import GraftAction
 from esper.platform.ledger import AXES
 from esper.workers.run import CONTRIBUTION_SHARE
-from esper.workers.tolaria.trainer import EVAL_TOKENS_AT_ONCE
+from esper.workers.tolaria.trainer import EVAL_POSITIONS_AT_ONCE
 from tests.workers.growing_run import act, begun, changed, outcome, play, row
 
 
@@ -80,7 +80,7 @@ def test_a_run_hears_of_a_stop_within_its_copies_and_evaluations(spec, tokens, m
 
     assert calls(lambda: run.fork().twins(rows(run, "block"), 20)) == 40
     assert calls(run.cooldown) == 25 + 1  # steps from 100 to 125, and the evaluation
-    monkeypatch.setitem(EVAL_TOKENS_AT_ONCE, "cpu", 64)
+    monkeypatch.setitem(EVAL_POSITIONS_AT_ONCE, "cpu", 64)
     assert calls(run._evaluate) == 256 / 64
     assert calls(lambda: run._evaluate(whole=True)) == 512 / 64
     assert calls(lambda: run.trainer.contributions(["h0.ffn"], run._pause)) == 2 * run.trainer.sample_tokens / 64

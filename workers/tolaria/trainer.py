@@ -1,6 +1,6 @@
-"""The training engine: one host, its optimizer, its text and its device. The caller gives each step's learning rate.
+"""The training engine: one host, its optimizer, its data and its device. The caller gives each step's learning rate.
 
-B sequences, T block size, V vocabulary.
+B examples, T targets of each (none: one), V kinds of targets.
 """
 
 import math
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -17,19 +16,19 @@ from torch import Tensor
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.seeding import derive, stream, torch_stream
+from esper.platform.seeding import derive, torch_stream
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina import Kasmina, Seed
 from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
-from esper.workers.tolaria.data import TokenData
+from esper.workers.tolaria.data import Data
+from esper.workers.tolaria.data.batches import evenly
 from esper.workers.tolaria.model.transformer import Layout, TransformerHost
 
-EVAL_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # activations fit a core's cache; a GPU wants large parts
-PROOF_TOKENS = 1024  # held-out tokens on which logits are compared before and after a graft
-STEPS_AT_ONCE = 256  # whose batches are drawn at once, as seeding costs more than drawing
-CONTRIBUTION_BATCHES = 2  # training batches' worth of held-out text that contributions are measured on
+EVAL_POSITIONS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # activations fit a core's cache; a GPU wants large parts
+PROOF_POSITIONS = 1024  # of held-out data, on which logits are compared before and after a graft
+CONTRIBUTION_BATCHES = 2  # training batches' worth of held-out data that contributions are measured on
 
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -55,72 +54,24 @@ class TrainerState(Frozen):
 Snapshot = tuple[TrainerState, dict[str, Tensor]]  # never changed once taken
 
 
-class Batches:
-    """Random windows of `part`, fractions of the training tokens, by seed and step alone: no cursor is saved."""
-
-    def __init__(
-        self, spec: RunSpec, data: TokenData, seed: int, part: tuple[float, float], device: torch.device
-    ) -> None:
-        self._data, self._seed, self._device = data, seed, device
-        self._batch_size, self._block_size = spec.data.batch_size, spec.host.block_size
-        self.low, high = (int(fraction * data.tokens("train")) for fraction in part)
-        self._high = high - self._block_size
-        self._drawn = (-1, np.empty((0, self._batch_size), dtype=np.int64))  # (block of steps, their positions)
-        if self._high <= self.low:
-            raise _too_short("training", high - self.low, self._block_size)
-
-    def at(self, optimizer_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, int64 (B, T) each."""
-        block, row = divmod(optimizer_step, STEPS_AT_ONCE)
-        if block != self._drawn[0]:
-            size = (STEPS_AT_ONCE, self._batch_size)
-            self._drawn = block, stream(self._seed, "data", block).integers(self.low, self._high, size)
-        windows = self._data.windows("train", self._drawn[1][row], self._block_size + 1)
-        batch = torch.from_numpy(windows)  # (B, T + 1)
-        if self._device.type == "cuda":
-            batch = batch.pin_memory().to(self._device, non_blocking=True)
-        return batch[:, :-1], batch[:, 1:]
-
-
-def held_out(data: TokenData, n: int, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`n` whole windows evenly from all of the validation text: inputs, targets int64 (n, T)."""
-    whole = (data.tokens("valid") - 1) // block_size
-    if whole < 1:
-        raise _too_short("validation", data.tokens("valid"), block_size)
-    windows = data.windows("valid", evenly(n, whole) * block_size, block_size + 1)
-    batch = torch.from_numpy(windows).to(device)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-
-def evenly(n: int, among: int) -> np.ndarray:
-    """`n` of `range(among)`, or all of it, at equal distances: neighbours in a text tell much the same."""
-    n = min(max(1, n), among)
-    return np.arange(n) * among // n
-
-
-def _too_short(which: str, tokens: int, block_size: int) -> UserError:
-    what = f"the {which} text has {tokens} tokens, too few for a context of {block_size}"
-    return UserError(f"{what}: give more text, or set a smaller host.block_size.")
-
-
 class Trainer:
     """Trains one `host` by its `optimizer`; `kasmina` grows both."""
 
     def __init__(
-        self, spec: RunSpec, data: TokenData, blueprints: dict[str, Blueprint], seed: int, instance: Instance
+        self, spec: RunSpec, data: Data, blueprints: dict[str, Blueprint], seed: int, instance: Instance
     ) -> None:
         self.device = pick_device(spec)
         compiled.check(spec)
         torch.set_num_threads(spec.threads)
         self._spec, self._blueprints, self._seed = spec, blueprints, seed
         self._born, self._vocab_size = spec.host.starting_with(instance.n_layer), data.manifest.vocab_size
-        block = spec.host.block_size
-        self.batches = Batches(spec, data, seed, instance.data, self.device)
-        self._held_out = held_out(data, spec.data.eval_tokens // block, block, self.device)
-        part = evenly(spec.data.decision_tokens // block, len(self._held_out[0]))
+        self.batches = data.batches(spec, seed, instance.data, self.device)
+        whole, at_decisions = (tokens // spec.host.tokens for tokens in spec.data.held_out_tokens)
+        self._held_out = data.held_out(whole, spec, self.device)
+        part = evenly(at_decisions, len(self._held_out[0]))
         self._part = self._held_out[0][part], self._held_out[1][part]  # of it, for decisions
-        self._sample = held_out(data, CONTRIBUTION_BATCHES * spec.data.batch_size, block, self.device)
-        self.sample_tokens = self._sample[0].numel()  # tokens that contributions are measured on
+        self._sample = data.held_out(CONTRIBUTION_BATCHES * spec.data.batch_size, spec, self.device)
+        self.sample_tokens = self._sample[1].numel()  # tokens that contributions are measured on
         self.take(TransformerHost(self._born, self._vocab_size, torch_stream(seed, "init")))
         self.steps = 0  # optimizer steps done: the data's cursor
         self._measured: list[Tensor] = []
@@ -205,9 +156,9 @@ class Trainer:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """On a small held-out batch, float32 (B, T, V) on the CPU."""
+        """On a small held-out batch, float32 (B, …, V) on the CPU."""
         self.host.eval()
-        logits = self._logits(self._held_out[0][: max(1, PROOF_TOKENS // self._spec.host.block_size)])
+        logits = self._logits(self._held_out[0][: max(1, PROOF_POSITIONS // self._spec.host.positions)])
         self.host.train()
         return logits.cpu()
 
@@ -302,21 +253,21 @@ class Trainer:
 
     @torch.no_grad()
     def _mean_loss(self, inputs: Tensor, targets: Tensor, between: Callable[[], None]) -> float:
-        at_once = max(1, EVAL_TOKENS_AT_ONCE[self.device.type] // inputs.shape[1])
+        at_once = max(1, EVAL_POSITIONS_AT_ONCE[self.device.type] // self._spec.host.positions)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in zip(inputs.split(at_once), targets.split(at_once), strict=True):
             self.host.eval()
-            total += self._loss(*part).double() * part[0].numel()
+            total += self._loss(*part).double() * part[1].numel()
             self.host.train()
             between()
-        return total.item() / inputs.numel()
+        return total.item() / targets.numel()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(inputs).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self._logits(inputs).flatten(0, -2), targets.flatten())
 
     def _logits(self, inputs: Tensor) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._spec.dtype == "bfloat16"):
-            return self.host(inputs).float()  # (B, T, V)
+            return self.host(inputs).float()  # (B, …, V)
 
 
 def within(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,12 +11,15 @@ from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
+import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic_core import from_json
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
+from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import tokenizer
+from esper.workers.tolaria.data.batches import Batches, held_out
 
 VERSION = 2  # 1 cut a split into several files
 FILE = "manifest.json"
@@ -99,6 +102,14 @@ class TokenData:
     def windows(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:
         """The `length` tokens from each of `starts` (windows,): int64 (windows, length)."""
         return self.ids[split][starts[:, None] + np.arange(length)].astype(np.int64)
+
+    def batches(self, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device) -> Batches:
+        """Training batches of a spec's runs, from the `part` of the training tokens between two fractions."""
+        return Batches(spec, self, seed, part, device)
+
+    def held_out(self, n: int, spec: RunSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`n` examples evenly from all of the validation text: inputs and targets, int64 (n, T)."""
+        return held_out(self, n, spec.host.tokens, device)
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:
