@@ -1,6 +1,7 @@
-"""Turn text into a tokenizer and token shards, for `--data` of the other pipelines.
+"""Turn text into a tokenizer and token shards, or images into files of pixels, for `--data` of the other pipelines.
 
 esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories
+esper prepare --task cifar10 --data cifar-10-batches-py --out data/cifar10
 """
 
 import sys
@@ -11,7 +12,7 @@ from esper.platform.storage import write_json
 
 
 class PrepareArguments(CommonArguments):
-    """Turn text into a tokenizer and token shards."""
+    """Turn text into a tokenizer and token shards, or images into files of pixels."""
 
     tokenizer: str | None = flag(None, "char, bpe:N or gpt2 (default: the preset's).", "NAME")
 
@@ -22,12 +23,13 @@ def run(arguments: PrepareArguments) -> None:
     from esper.pipelines.common.run_folder import output_folder
     from esper.workers.tolaria.data import prepare
 
+    override = () if arguments.tokenizer is None else (f"data.tokenizer={arguments.tokenizer}",)
+    arguments = arguments.model_copy(update={"set": arguments.set + override})
     spec, out = resolve_spec(arguments), output_folder(arguments, "data")
-    data = spec.data if arguments.tokenizer is None else spec.data.model_copy(update={"tokenizer": arguments.tokenizer})
-    say(f"preset  {spec.preset}: {data.source}, {data.tokenizer}; out {out}")
-    manifest = prepare(data, out)
+    say(f"preset  {spec.preset}: {spec.data.source}, {spec.data.encoding}; out {out}")
+    manifest = prepare(spec.data, out)
     write_json(out / "summary.json", manifest.model_dump(mode="json"))
-    say(f"results: {out}; use it with --data {out} --set data.tokenizer={manifest.tokenizer}")
+    say(f"results: {out}; use it with --data {out} --set {manifest.made_with}")
 
 
 main = command(run, PrepareArguments, "esper prepare")

@@ -71,7 +71,7 @@ class FittedLaws(Frozen):
 
     def check(self, spec: RunSpec) -> None:
         """Raise UserError where they are of another preset or kind of token than a run's."""
-        pairs = {"preset": (self.preset, spec.preset), "tokenizer": (self.tokenizer, spec.data.tokenizer)}
+        pairs = {"preset": (self.preset, spec.preset), "tokenizer": (self.tokenizer, spec.data.encoding)}
         for what, (own, its) in pairs.items():
             if own != its:
                 told = f"the laws were fitted to runs of {what} {own!r}, and this one is of {its!r}"

@@ -262,6 +262,9 @@ def read_host(values: Any, what: str) -> HostSpec | ResNetSpec:
 class DataSpec(Frozen):
     """Text and batches."""
 
+    unit: ClassVar[str] = "token"  # what losses are a mean over, and ledgers count
+    classifies: ClassVar[bool] = False  # whether accuracy, the share of targets foretold, is told beside the loss
+
     kind: Literal["text"] = "text"
     source: str = "tinystories"  # a source name, a text file, a folder of them, or prepared shards
     tokenizer: str = "char"  # char, bpe:N or gpt2
@@ -275,6 +278,38 @@ class DataSpec(Frozen):
     def held_out_tokens(self) -> tuple[int, int]:
         """On which final losses are taken, and those at decisions."""
         return self.eval_tokens, self.decision_tokens
+
+    @property
+    def encoding(self) -> str:
+        """How a source becomes numbers."""
+        return self.tokenizer
+
+
+class ImageSpec(Frozen):
+    """Images, their classes, and batches. An image counts as one token."""
+
+    unit: ClassVar[str] = "image"
+    classifies: ClassVar[bool] = True
+    encoding: ClassVar[str] = "images"
+
+    kind: Literal["images"] = "images"
+    source: str = "digits"  # a source name, an .npz file, a folder of CIFAR-10's python batches, or prepared images
+    size: Annotated[int, Field(ge=1, le=2**11)] | None = None  # pixels a side, averaged down to; none: as they come
+    batch_size: Annotated[int, Field(ge=1, le=2**14)] = 32  # images in a batch
+    crop: Annotated[int, Field(ge=0, le=2**8)] = 0  # pixels that training images are shifted by at most
+    flip: bool = False  # half of the training images, left to right
+    eval_images: Annotated[int, Field(ge=1, le=2**20)] = 10_000  # of the held-out set that final losses are taken on
+    decision_images: Annotated[int, Field(ge=1, le=2**20)] = 1000  # of these, that the loss at a decision is taken on
+    valid_fraction: Share = 0.2  # held out where the source has no split
+    max_images: Count | None = None  # cap on the training images
+
+    @property
+    def held_out_tokens(self) -> tuple[int, int]:
+        """On which final losses are taken, and those at decisions."""
+        return self.eval_images, self.decision_images
+
+
+Data = Annotated[Annotated[DataSpec, Tag("text")] | Annotated[ImageSpec, Tag("images")], by_kind("text", "images")]
 
 
 class OptimizerSpec(Frozen):
@@ -393,7 +428,7 @@ class RunSpec(Frozen):
 
     preset: str = "custom"  # name of the preset it came from
     host: Host = HostSpec()
-    data: DataSpec = DataSpec()
+    data: Data = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     clock: ClockSpec = ClockSpec()
     budget: BudgetSpec = BudgetSpec()

@@ -11,26 +11,26 @@ from esper.platform.errors import UserError, unknown
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.observe import telemetry_space
 from esper.workers.tolaria import compiled
-from esper.workers.tolaria.data.sources import SOURCES
+from esper.workers.tolaria.data import image_sources, sources
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.trainer import pick_device
 
-TASKS = {"tinystories": {"cuda": "tinystories", "cpu": "tinystories-char"}}  # task → device → preset
-LAWS = "tinystories-char"  # on loss laws
-FLEET_ON_CPU = "demo"  # for GPTs by the hundred without a GPU: minutes instead of hours
+TASKS = {  # task → where it is trained → preset; "cpu" is for where none is named
+    "tinystories": {"cuda": "tinystories", "cpu": "tinystories-char", "fleet": "demo"},  # GPTs by the hundred: minutes
+}
 
 
 def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "laws"] = "here") -> RunSpec:
     """The preset (by task and device where none is named) with overrides, checked; `on` is where GPTs are trained."""
     if arguments.task not in TASKS:
         raise unknown("task", arguments.task, TASKS)
-    gpu = torch.cuda.is_available()
-    by_device = FLEET_ON_CPU if on == "fleet" and not gpu else TASKS[arguments.task]["cuda" if gpu else "cpu"]
+    by_place, gpu = TASKS[arguments.task], torch.cuda.is_available()
+    place = "cpu" if on == "laws" else "cuda" if gpu else on
     overrides = list(arguments.set)
     if arguments.data is not None:
-        named = str(arguments.data) in [source.name for source in SOURCES]
+        named = str(arguments.data) in [source.name for source in (*sources.SOURCES, *image_sources.SOURCES)]
         overrides.append(f"data.source={arguments.data if named else arguments.data.resolve()}")
-    spec = load_spec(arguments.preset or (LAWS if on == "laws" else by_device), overrides)
+    spec = load_spec(arguments.preset or by_place.get(place, by_place["cpu"]), overrides)
     if on != "laws" and spec.device != "cuda":
         check_fits(spec)
     telemetry_space(spec)  # resolves the blueprints

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.pipelines.common.preset import describe
-from esper.platform.console import counted, say
+from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.law_file import FittedLaws
@@ -55,7 +55,7 @@ class RunFolder(Frozen):
         folder = cls(out=out, spec=spec, data=data, **common)
         say(f"preset  {spec.preset}: {describe(spec)}")
         if not laws:
-            folder._check_text()
+            folder._check_data()
         say(f"out     {out}")
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -149,21 +149,15 @@ class RunFolder(Frozen):
         if unlike:
             say(f"notice  {path} was fitted to runs that differ from these in {', '.join(unlike)}")
 
-    def _check_text(self) -> None:
-        manifest, block = self.tokens.manifest, self.spec.host.block_size
-        for name, split in manifest.splits.items():
-            if split.tokens <= block + 1:
-                raise UserError(
-                    f"the {name} text has {counted(split.tokens, 'token')}, too few for a context of {block}: "
-                    "give more text, or set a smaller host.block_size."
-                )
-        train, unseen = manifest.splits["train"].tokens, sum(split.unseen for split in manifest.splits.values())
-        epochs = budget_tokens(self.spec, start_shape(self.spec, manifest.vocab_size)) / train
-        say(f"data    {manifest.source}, {manifest.tokenizer}: {train:,} training tokens in {self.data}")
-        if epochs > 1:
-            say(f"        of which a run that stays at its starting size sees each {epochs:.1f} times (epochs)")
-        if unseen:
-            say(f"        {unseen:,} characters of the validation text are not in the training text: one reserved id")
+    def _check_data(self) -> None:
+        data, unit = self.tokens, self.spec.data.unit
+        data.check(self.spec)
+        say(f"data    {data.manifest} in {self.data}")
+        budget = budget_tokens(self.spec, start_shape(self.spec, data.manifest.vocab_size))
+        if (epochs := budget / data.manifest.counts["train"]) > 1:
+            say(f"        of which a run that stays at its starting size sees each {unit} {epochs:.1f} times (epochs)")
+        if told := data.manifest.notice:
+            say(f"        {told}")
 
 
 def output_folder(arguments: CommonArguments, name: str) -> Path:

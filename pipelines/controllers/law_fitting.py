@@ -60,7 +60,7 @@ def fitted(folder: Path, found: Sequence[Found]) -> tuple[FittedLaws, ScalingLaw
     """Laws fitted to runs, and the middle one; UserError where they are of several presets, tokenizers or texts."""
     for what, values in (
         ("preset", {run.spec.preset for run in found}),
-        ("tokenizer", {run.spec.data.tokenizer for run in found}),
+        ("tokenizer", {run.spec.data.encoding for run in found}),
         ("text", {run.text for run in found}),
     ):
         if len(values) != 1:
@@ -71,7 +71,7 @@ def fitted(folder: Path, found: Sequence[Found]) -> tuple[FittedLaws, ScalingLaw
     made = fit_laws(spec, losses)
     laws = FittedLaws(
         preset=spec.preset,
-        tokenizer=spec.data.tokenizer,
+        tokenizer=spec.data.encoding,
         host=spec.host.starting_with(1),
         text=found[0].text,
         folder=str(folder.absolute()),

@@ -63,8 +63,7 @@ def resume(out: Path) -> int:
 
 def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
     """Run what is missing and report; returns 1 if a trial failed."""
-    manifest, out = folder.tokens.manifest, folder.out
-    data = f"{manifest.source}, {manifest.tokenizer}, {manifest.splits['train'].tokens:,} training tokens"
+    data, out = str(folder.tokens.manifest), folder.out
     how = f"stopped, with nothing lost; go on with: esper sweep --resume {out}"
     with (
         cluster.session(gpus=gpus_needed(folder.spec)),

@@ -136,8 +136,8 @@ class SweepLog(tune.Callback):
         own = self._folder.model_copy(update={"out": self.folder(trial), "spec": trial.spec, "key": key})
         tags = {**trial.tags(), "kind": "trial", CURVE: self._curves.get(trial.point.row(trial.arm), "")}
         tracker = own.track(tags, run_name=trial.name, parent=self.parent)
-        sizes = {name: split.tokens for name, split in manifest.splits.items()}
-        tracker.log_input(Path(manifest.source).stem, manifest.source, manifest.fingerprint(), {"tokens": sizes})
+        profile = {f"{trial.spec.data.unit}s": manifest.counts}
+        tracker.log_input(Path(manifest.source).stem, manifest.source, manifest.fingerprint(), profile)
         return tracker
 
     def _finish(self, trial: Trial, summary: dict[str, Any], seconds: float) -> bool:

@@ -23,6 +23,7 @@ AMOUNT = "budget.amount"  # the key of a grid of budgets
 AT_ONCE = 5  # test seeds that a sweep begins with and adds, where it adds some: as many as a verdict takes
 WIDTH = 0.02  # nats
 MOST_SEEDS = 1000
+PREPARED = {"kind", "source", "tokenizer", "valid_fraction", "max_bytes", "size", "max_images"}  # keys of `data`
 LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
 TrainedOn = Literal["text", "laws"]  # a controller: on GPTs, or on loss laws fitted to the sweep's static runs
 
@@ -216,8 +217,8 @@ def parse_grid(grids: Sequence[str], budgets: str | None = None) -> list[dict[st
             raise UserError(f"--grid {grid} is told by --budgets: give --budgets {text}.")
         if key in points[0]:
             raise UserError(f"--grid names {key} twice: give all its values at once.")
-        if key.startswith("data.") and key not in ("data.batch_size", "data.eval_tokens", "data.decision_tokens"):
-            raise UserError(f"--grid {key} would change the text: a sweep compares on one; run a sweep for each.")
+        if key in {f"data.{name}" for name in PREPARED}:
+            raise UserError(f"--grid {key} would change the data: a sweep compares on one; run a sweep for each.")
         if key.split(".")[0] in ("preset", "fleet"):
             raise UserError(f"--grid {key} changes no number of a run: give it once, with --set {key}=….")
         unlike = {json.dumps(value, sort_keys=True): value for value in values}.values()

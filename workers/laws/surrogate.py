@@ -187,7 +187,7 @@ def drawn_laws(spec: RunSpec, numbers: Iterable[int]) -> FittedLaws:
     """What there is to know of a spec's surrogates before they are seen: these draws of their laws."""
     return FittedLaws(
         preset=spec.preset,
-        tokenizer=spec.data.tokenizer,
+        tokenizer=spec.data.encoding,
         host=spec.host,
         text="",
         **dict.fromkeys(("runs", "grown", "losses", "residual", "misfit"), 0),

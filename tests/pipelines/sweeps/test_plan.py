@@ -53,7 +53,7 @@ def test_static_arms_come_first_one_for_each_size_and_followers_last(text, label
         (parse_budgets, "1e6,-1", "is not a list of positive numbers"),
         (parse_budgets, "nan", "is not a list of positive numbers"),
         (parse_budgets, "1e6,much", "is not a list of positive numbers"),
-        (parse_grid, "data.tokenizer=char,bpe:64", "would change the text"),
+        (parse_grid, "data.tokenizer=char,bpe:64", "would change the data"),
         (parse_grid, "fleet.cpus=1,2", "changes no number of a run"),
     ],
 )

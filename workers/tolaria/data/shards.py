@@ -19,7 +19,7 @@ from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import tokenizer
-from esper.workers.tolaria.data.batches import Batches, held_out
+from esper.workers.tolaria.data.batches import Batches, held_out, too_short
 
 VERSION = 2  # 1 cut a split into several files
 FILE = "manifest.json"
@@ -55,6 +55,26 @@ class Manifest(Frozen):
         digests = {name: [split.sha256] for name, split in self.splits.items()}
         return hashlib.sha256(json.dumps([self.tokenizer_fingerprint, digests]).encode()).hexdigest()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens of each split."""
+        return {name: split.tokens for name, split in self.splits.items()}
+
+    @property
+    def made_with(self) -> str:
+        """The setting that it is to be used with."""
+        return f"data.tokenizer={self.tokenizer}"
+
+    @property
+    def notice(self) -> str:
+        """What a user should know of it, if anything."""
+        unseen = sum(split.unseen for split in self.splits.values())
+        told = f"{unseen:,} characters of the validation text are not in the training text: one reserved id"
+        return told if unseen else ""
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.tokenizer}: {self.counts['train']:,} training tokens"
+
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read `folder`'s manifest; UserError where it is missing, damaged or of another version."""
@@ -62,6 +82,15 @@ class Manifest(Frozen):
             return cls.checked(from_json((folder / FILE).read_bytes()), FILE)
         except (OSError, ValueError) as error:
             raise _unusable(folder / FILE, error) from None
+
+
+def kind_of(folder: Path) -> str:
+    """What `folder` was prepared as: images, or else text (damaged manifests too)."""
+    try:
+        values = from_json((folder / FILE).read_bytes())
+    except (OSError, ValueError):
+        return "text"
+    return "images" if isinstance(values, dict) and values.get("kind") == "images" else "text"
 
 
 def write_split(folder: Path, name: str, ids: np.ndarray) -> str:
@@ -103,13 +132,19 @@ class TokenData:
         """The `length` tokens from each of `starts` (windows,): int64 (windows, length)."""
         return self.ids[split][starts[:, None] + np.arange(length)].astype(np.int64)
 
+    def check(self, spec: RunSpec) -> None:
+        """Raise UserError where a split holds no example of the spec's context."""
+        for name, tokens in self.manifest.counts.items():
+            if tokens <= spec.host.tokens + 1:
+                raise too_short(name, tokens, spec.host.tokens)
+
     def batches(self, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device) -> Batches:
         """Training batches of a spec's runs, from the `part` of the training tokens between two fractions."""
-        return Batches(spec, self, seed, part, device)
+        return Batches(spec, partial(self.windows, "train"), self.tokens("train"), seed, part, device)
 
     def held_out(self, n: int, spec: RunSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`n` examples evenly from all of the validation text: inputs and targets, int64 (n, T)."""
-        return held_out(self, n, spec.host.tokens, device)
+        return held_out(partial(self.windows, "valid"), self.tokens("valid"), n, spec.host.tokens, device)
 
     @cached_property
     def tokenizer(self) -> tokenizer.Tokenizer:

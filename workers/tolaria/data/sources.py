@@ -8,11 +8,12 @@ import sys
 import sysconfig
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.json as pj
@@ -38,15 +39,16 @@ TABLES = {  # how a table is read whole
 KINDS = (".txt", *TABLES)
 
 Documents = tuple[Iterable[str], Iterable[str] | None]  # training, validation if the source has it
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A source of documents."""
+class Source(Generic[Content]):
+    """A source of documents, or of images."""
 
     name: str  # of `SOURCES`, or an absolute path
-    load: Callable[[], Documents]
-    fingerprint: str = ""  # changes when the text does
+    load: Callable[[], Content]
+    fingerprint: str = ""  # changes when the content does
     max_bytes: int | None = None  # of training text, where the caller sets none
 
 
@@ -54,24 +56,24 @@ def _tinystories() -> Documents:
     return hub_texts(TINYSTORIES, "train"), cap(hub_texts(TINYSTORIES, "validation"), HUB_VALID_BYTES)
 
 
-SOURCES = (
+SOURCES: tuple[Source[Documents], ...] = (
     Source("tinystories", _tinystories, max_bytes=HUB_TRAIN_BYTES),
     Source("python-docs", lambda: (python_docs(), None), fingerprint=sys.version),
 )
 
 
-def find(source: str) -> Source:
+def find(source: str) -> Source[Documents]:
     """The source of this name, else the local file or folder; UserError where neither exists."""
     named = {known.name: known for known in SOURCES}
     if source in named:
         return named[source]
     path = Path(source).expanduser()
     if path.exists():
-        return Source(str(path.resolve()), partial(_read, path), _fingerprint(path))
+        return Source(str(path.resolve()), partial(_read, path), files_fingerprint(_text_files(path)))
     raise unknown("source", source, [*named, "an existing file or folder"])
 
 
-def available(source: Source) -> Source:
+def available(source: Source[Documents]) -> Source[Documents]:
     """`source`, or python-docs, with a message, when its text cannot be had now."""
     if source.name != "tinystories" or hub_answers(TINYSTORIES):
         return source
@@ -91,9 +93,9 @@ def hub_answers(repo: str) -> bool:
     return True
 
 
-def hub_texts(repo: str, split: str) -> Iterator[str]:
-    """Stream the column `text` of a data set's split; downloads only what is consumed, and stores nothing."""
-    import datasets  # a second to import, and needed by this source alone
+def hub_rows(repo: str, split: str, columns: Sequence[str], instead: str) -> Iterator[list[Any]]:
+    """Stream columns of a data set's split; downloads only what is consumed, and stores nothing."""
+    import datasets  # a second to import, and needed by the hub's sources alone
     import huggingface_hub
 
     datasets.logging.set_verbosity_error()  # no warnings of retries
@@ -101,10 +103,15 @@ def hub_texts(repo: str, split: str) -> Iterator[str]:
     datasets.disable_progress_bars()
     try:
         for row in datasets.load_dataset(repo, split=split, streaming=True):
-            yield row["text"]  # pyright: ignore[reportArgumentType, reportCallIssue]
+            yield [row[column] for column in columns]  # pyright: ignore[reportArgumentType, reportCallIssue]
     except (OSError, ValueError, KeyError) as error:
         what = f"{repo} ({split}) could not be read from the hub ({type(error).__name__}: {error})"
-        raise UserError(f"{what}: try again, or name a text file, a folder or python-docs.") from None
+        raise UserError(f"{what}: try again, or name {instead}.") from None
+
+
+def hub_texts(repo: str, split: str) -> Iterator[str]:
+    """Stream the column `text` of a data set's split."""
+    return (text for (text,) in hub_rows(repo, split, ["text"], "a text file, a folder or python-docs"))
 
 
 def python_docs() -> Iterator[str]:
@@ -163,9 +170,9 @@ def _text_files(path: Path) -> list[Path]:
     raise UserError(f"{path} holds no text: give a .txt, .parquet or .jsonl file, or a folder with such files in it.")
 
 
-def _fingerprint(path: Path) -> str:
+def files_fingerprint(files: Iterable[Path]) -> str:
     """A hash of the paths, sizes and modification times of the files."""
-    stats = [(file.resolve(), file.stat()) for file in _text_files(path)]
+    stats = [(file.resolve(), file.stat()) for file in files]
     lines = "".join(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for file, stat in stats)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -207,7 +214,7 @@ def pieces(text: str) -> Iterator[Piece]:
         start = end
 
 
-def split(source: Source, valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:
+def split(source: Source[Documents], valid_fraction: float, max_bytes: int | None) -> tuple[list[str], list[str]]:
     """Training (`max_bytes` of UTF-8 at most) and validation documents, disjoint unless the source splits itself."""
     limit = max_bytes or source.max_bytes
     train, valid = source.load()
