@@ -11,7 +11,7 @@ from esper.platform.law_file import FIT, FittedLaws
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json
 from esper.policies.lag import LagPolicy
-from esper.policies.named_schedules import NAMED
+from esper.policies.named_schedules import NAMED, named_schedule
 from esper.policies.planner import PlannerPolicy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.static import StaticPolicy
@@ -66,8 +66,9 @@ def _tamiyo(inputs: ArmInputs) -> GrowthPolicy:
 
 
 def _named(name: str, inputs: ArmInputs) -> GrowthPolicy:
-    inputs.check(f"arm {name!r}", (entry.blueprint for entry in NAMED[name]))
-    return SchedulePolicy(NAMED[name])
+    entries = named_schedule(name, "transformer" if inputs.spec is None else inputs.spec.host.kind)
+    inputs.check(f"arm {name!r}", (entry.blueprint for entry in entries))
+    return SchedulePolicy(entries)
 
 
 def _random(inputs: ArmInputs) -> GrowthPolicy:

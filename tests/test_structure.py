@@ -58,10 +58,10 @@ TRAINING = python("workers")
 @pytest.mark.parametrize(
     ("what", "measured", "limit"),
     [
-        ("lines of Python, tests apart", lines(CODE), 15_700),
-        ("lines of tests", lines(python("tests")), 9_100),
-        ("lines of docstrings and comments", prose(CODE), 1_820),
-        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 14),
+        ("lines of Python, tests apart", lines(CODE), 16_900),
+        ("lines of tests", lines(python("tests")), 9_600),
+        ("lines of docstrings and comments", prose(CODE), 2_000),
+        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 15),
         ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",

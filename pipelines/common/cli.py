@@ -13,6 +13,7 @@ COMMANDS = {
     "ppo": "train a controller with PPO over a fleet of workers",
     "policy": "look at a trained controller, hold it against other arms, distill it to a schedule",
     "sweep": "compare arms at an equal budget with Ray Tune",
+    "transfer": "fine-tune a controller on another preset, and compare it with controllers from there",
     "report": "write the report on a sweep: the verdict, figures and tables, from MLflow",
     "export": "write a trained GPT as files for transformers, or for Esper itself",
     "demo": "the whole story in minutes on a laptop",

@@ -7,7 +7,7 @@ from typing import Any
 from esper.policies.simic.baseline import Baseline
 from esper.policies.simic.episode import Played
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import SimicPolicy
+from esper.policies.simic.policy import SimicPolicy, trained_on
 from esper.policies.simic.ppo import begin_from
 
 
@@ -16,6 +16,7 @@ class Given:
 
     def __init__(self, path: Path) -> None:
         self._policy = SimicPolicy.load(path)
+        self.hosts = trained_on(self._policy)["hosts"]
 
     def begin(self, first: Path, extra: dict[str, Any]) -> None:
         """Leave the policy as a training's first checkpoint."""

@@ -27,7 +27,7 @@ from esper.policies.arms import ALIASES, ArmInputs, make_policy
 from esper.policies.named_schedules import NAMED
 from esper.policies.planner import PlannerPolicy
 from esper.policies.schedule import Entry, SchedulePolicy
-from esper.policies.simic.policy import SimicPolicy, policy_file
+from esper.policies.simic.policy import SimicPolicy, policy_file, trained_on
 from esper.workers.instances import SetName, instance_set
 from esper.workers.laws.surrogate import SurrogateRun, drawn_laws
 from esper.workers.run import GrowthRun
@@ -48,6 +48,7 @@ def info(arguments: "InfoArguments") -> None:
     known = {name: policy.card[name] for name in ("format", "telemetry_version", "hidden")}
     known["parameters"] = sum(p.numel() for p in policy.net.parameters())
     known |= {name: value for name, value in policy.card["extra"].items() if isinstance(value, int | float | str)}
+    known |= {"hosts": ", ".join(trained_on(policy)["hosts"])}
     known |= {"weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}", "file": file.absolute()}
     for name, value in known.items():
         print(f"{name.replace('_', ' '):<18} {value}")

@@ -5,7 +5,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Reached(Frozen):
     preset: str
     seed: int
     surrogate: bool
-    host: str = "transformer"  # the kind of host that it has grown
+    hosts: tuple[str, ...] = ("transformer",)  # the kinds that it has grown, those of the policy it began with first
     iterations: int = Field(default=0, ge=0)
     episodes: float = 0.0
     decisions: float = 0.0
@@ -60,8 +60,11 @@ class Reached(Frozen):
     last: dict[str, float] = Field(default={})  # its finite metrics
 
     @classmethod
-    def of(cls, folder: RunFolder) -> Self:
-        """The newest checkpoint's progress, or the start's; UserError for another training's checkpoint."""
+    def of(cls, folder: RunFolder, before: Iterable[str] = ()) -> Self:
+        """The newest checkpoint's progress, or the start's; UserError for another training's checkpoint.
+
+        `before`: the kinds of hosts that the policy which it begins with has grown.
+        """
         there = checkpoints(folder.out)
         if not there:
             spec = folder.spec
@@ -70,7 +73,7 @@ class Reached(Frozen):
                 preset=spec.preset,
                 seed=folder.seed,
                 surrogate=folder.data is None,
-                host=spec.host.kind,
+                hosts=tuple(dict.fromkeys((*before, spec.host.kind))),
             )
         reached = cls.checked(SimicPolicy.load(there[-1]).card["extra"], f"the card of {there[-1]}")
         if reached.key != folder.key:
@@ -101,7 +104,8 @@ def train_controller(
     out, surrogate = folder.out, folder.data is None
     spec = folder.spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
     storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, folder.key)
-    reached = Reached.of(folder)
+    given = None if init_from is None else Given(init_from)
+    reached = Reached.of(folder, () if given is None else given.hosts)
     for name in (SUMMARY, FILE):  # of a training that is given more iterations
         (out / name).unlink(missing_ok=True)
     with (
@@ -111,7 +115,7 @@ def train_controller(
         iterations = counted(spec.ppo.iterations, "iteration")
         say(f"ppo     {iterations} of {spec.ppo.decisions} decisions; building the learner")
         _note(history, tracker, reached)  # the process may have died before it did
-        start = None if init_from is None else Given(init_from)
+        start = given
         if laws is not None:
             start = Rounds(folder, spec, laws, folder.plan.get("rounds") or 1, check)
         if start is not None and not checkpoints(out):

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from esper.pipelines.common.statistics import CONFIDENCE, POWER
-from esper.pipelines.reports.paired_tests import BEST_STATIC, PAIRS, PairedTest, Trials, best, holm
+from esper.pipelines.reports.paired_tests import BEST_STATIC, PAIRS, PairedTest, Trials, best, holm, pair
 from esper.pipelines.reports.runs import AXES, NEAR, Run
 from esper.pipelines.sweeps.arms import STATIC
 from esper.pipelines.sweeps.sizes import Size
@@ -22,7 +22,7 @@ NAMED = 5  # runs that a sentence names one by one
 
 @dataclass(frozen=True)
 class Criterion:
-    """Mechanics or Efficiency: met, not met, cannot say, or withheld for the reasons given."""
+    """Efficiency, Mechanics or Transfer: met, not met, cannot say, or withheld for the reasons given."""
 
     criterion: str
     sentence: str
@@ -43,7 +43,8 @@ def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> 
     """Judge one entry of `sweep["points"]` of a `sweep.json`: test runs are compared, tuning runs choose baselines."""
     trials = Trials(runs, point, sweep["arms"], sequential=bool(sweep.get("width")))
     tests = [test for axis in AXES for test in trials.tests(axis)]
-    return Verdict(trials, tests, (efficiency(trials, tests, find_caveats(trials, sweep)), mechanics(trials.runs)))
+    efficient = efficiency(trials, tests, find_caveats(trials, sweep))
+    return Verdict(trials, tests, (efficient, mechanics(trials.runs), transfer(trials, sweep.get("trained_on", {}))))
 
 
 def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[str]) -> Criterion:
@@ -89,6 +90,36 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
     )
     met = change < UNCHANGED and not undone and not diverged
     return Criterion("Mechanics", sentence, "met" if met else "not met")
+
+
+def transfer(trials: Trials, trained_on: dict[str, dict[str, Any]]) -> Criterion:
+    """Whether a policy that has grown another kind of network carries over to this one.
+
+    It does where it ends below the best static size, Holm over such policies, and not above one trained here alone.
+    """
+    kind = trials.point["spec"]["host"].get("kind", "transformer")
+    grown = {label: set(at["hosts"]) for label, at in trained_on.items() if trials.sound(label)}
+    foreign = [label for label, kinds in grown.items() if kinds - {kind}]
+    native = [label for label, kinds in grown.items() if kinds == {kind} and not trained_on[label]["surrogate"]]
+    static = trials.best_static
+    if not foreign or static not in trials.test:
+        return Criterion("Transfer", "No arm has learned on another kind of network.", "cannot say")
+    pairs = {
+        (label, other): pair(trials.test[label], trials.test[other], trials.axis, trials.sequential)
+        for label in foreign
+        for other in (static, *native)
+    }
+    joint = dict(zip(foreign, holm([pairs[label, static].p for label in foreign]).tolist(), strict=True))
+    found, sentences = set(), []
+    for label in foreign:
+        tests = {other: replace(test, p_holm=test.p) for (own, other), test in pairs.items() if own == label}
+        tests[static] = replace(tests[static], p_holm=joint[label])
+        said = {other: test.outcome[0] for other, test in tests.items()}
+        found.add("not met" if "worse" in said.values() else "met" if said[static] == "better" else "cannot say")
+        minus = ", ".join(f"{test.interval or '–'} to {other} ({said[other]})" for other, test in tests.items())
+        sentences.append(f"{label}, which has grown {' and '.join(trained_on[label]['hosts'])}: {minus}")
+    outcome = next((each for each in ("met", "cannot say") if each in found), "not met")
+    return Criterion("Transfer", f"At {trials.budget}, in nats: {'; '.join(sentences)}.", outcome)
 
 
 def moved_by(graft: dict[str, Any]) -> float:

@@ -48,6 +48,7 @@ class Arm(Frozen):
     name: str  # of KINDS
     size: Size | None = None  # of a static arm
     of: str | None = None  # label of the arm that it follows
+    policy: str = ""  # of a ppo arm: which of the given policies, where they have names
 
     @property
     def kind(self) -> Kind:
@@ -56,8 +57,14 @@ class Arm(Frozen):
 
     @property
     def label(self) -> str:
-        """How tables call it: `static-2`, `random:tamiyo`."""
-        return f"static-{self.size}" if self.name == STATIC else f"{self.name}:{self.of}" if self.of else self.name
+        """How tables call it: `static-2`, `random:tamiyo`, `ppo:fine-tuned`."""
+        name = f"static-{self.size}" if self.name == STATIC else self.name
+        return ":".join(filter(None, (name, self.policy, self.of)))
+
+
+def policy_input(name: str = "") -> str:
+    """Under which name the policy of arm ppo, or ppo:NAME, is kept among a sweep's inputs."""
+    return f"policy-{name}" if name else "policy"
 
 
 def parse_arms(text: str, sizes: Sequence[Size]) -> list[Arm]:
@@ -66,6 +73,8 @@ def parse_arms(text: str, sizes: Sequence[Size]) -> list[Arm]:
     named = [(ALIASES.get(name, name), ALIASES.get(of, of)) for name, _, of in parts]
     if not named:
         raise UserError(f"--arms names no arm: give one or more of {', '.join(NAMES)}.")
+    policies = [Arm(name=PPO, policy=of) for name, of in named if name == PPO and of]
+    named = [pair for pair in named if pair[0] != PPO or not pair[1]]
     leaders = [name for name, _ in named if name not in (STATIC, *FOLLOWERS)]
     first = next((name for name in (*CHOSEN_FIRST, *leaders) if name in leaders), None)
     for name, of in named:
@@ -78,4 +87,4 @@ def parse_arms(text: str, sizes: Sequence[Size]) -> list[Arm]:
             )
     static = [Arm(name=STATIC, size=size) for size in sizes if (STATIC, "") in named]
     followers = [Arm(name=name, of=of or first) for name, of in named if name in FOLLOWERS]
-    return list(dict.fromkeys([*static, *(Arm(name=name) for name in leaders), *followers]))
+    return list(dict.fromkeys([*static, *(Arm(name=name) for name in leaders), *policies, *followers]))

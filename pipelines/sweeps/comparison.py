@@ -14,10 +14,10 @@ from esper.pipelines.controllers.workers import gpus_needed
 from esper.pipelines.report import write_report
 from esper.pipelines.reports.page import short_tables
 from esper.pipelines.reports.runs import read_sweeps
-from esper.pipelines.sweeps.arms import PPO, STATIC
+from esper.pipelines.sweeps.arms import PPO, STATIC, policy_input
 from esper.pipelines.sweeps.chart_view import share_view
 from esper.pipelines.sweeps.log import SUMMARY, TRIAL_SECONDS, SweepLog
-from esper.pipelines.sweeps.plan import AT_ONCE, SweepArguments, SweepPlan
+from esper.pipelines.sweeps.plan import AT_ONCE, SweepArguments, SweepPlan, parse_policies
 from esper.pipelines.sweeps.seeds import widest
 from esper.pipelines.sweeps.stages import Batch, Inputs, PointStages, Settled, static_arms
 from esper.pipelines.sweeps.tune import run_trials
@@ -28,7 +28,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.provenance import provenance
 from esper.platform.storage import read_json, write_json
 from esper.platform.tracking import SYNC_SECONDS, Tracker
-from esper.policies.simic.policy import policy_file
+from esper.policies.simic.policy import SimicPolicy, policy_file, trained_on
 
 STATE = "sweep.json"
 
@@ -42,12 +42,13 @@ class State(Frozen, extra="ignore"):
 
 def begin(arguments: SweepArguments, name: str = "sweep") -> int:
     """Settle what is asked for, run it, and report; returns 1 if a trial failed."""
-    trains = arguments.policy is None and PPO in map(str.strip, arguments.arms.split(","))
+    policies = parse_policies(arguments.policy)
+    trains = "" not in policies and PPO in map(str.strip, arguments.arms.split(","))
     spec = resolve_spec(arguments, on="fleet" if trains and arguments.train_on == "text" else "here")
     plan = SweepPlan.settled(arguments, spec)
     folder = RunFolder.new(arguments, spec, name)
-    files = {"policy": arguments.policy and policy_file(arguments.policy), "schedule": arguments.schedule}
-    files["laws"] = arguments.laws
+    files = {policy_input(name): policy_file(path) for name, path in policies.items()}
+    files |= {"schedule": arguments.schedule, "laws": arguments.laws}
     folder.tell_laws(arguments.laws)
     with folder.begin("sweep", plan.model_dump(mode="json"), files) as inputs:
         return compare(folder, plan, inputs)
@@ -99,6 +100,8 @@ class Sweep:
     ) -> None:
         self._folder, self._plan, self._parent = folder, plan, parent
         points, path = plan.points(folder.spec), folder.out / STATE
+        given = {arm.label: inputs.get(policy_input(arm.policy)) for arm in plan.arms if arm.name == PPO}
+        self._trained_on = {label: trained_on(SimicPolicy.load(path)) for label, path in given.items() if path}
         self._log, settled = SweepLog(folder, parent, check), [Settled() for _ in points]
         self._seeds = plan.seeds if plan.width is None else plan.seeds[:AT_ONCE]  # begun
         if path.exists():
@@ -182,6 +185,7 @@ class Sweep:
             "rates_tuned": all(point.get("bracketed") for point in points),
             "points": points,
             "controller": points[0].get("controller"),
+            "trained_on": self._trained_on,
             "trials": self._trials(),
         }
         write_json(self._folder.out / STATE, state)

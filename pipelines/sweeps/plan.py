@@ -51,7 +51,11 @@ class SweepArguments(ResumableArguments):
     budgets: str | None = flag(None, "Compare at each of these budgets, and over all of them.", "0.5e6,1e6,…")
     grid: tuple[str, ...] = flag((), "Compare at each of these values; may be given for several keys.", "KEY=A,B")
     tune_lr: bool = flag(False, "Find each arm's learning rate and where it starts to fall, on tuning seeds.")
-    policy: Path | None = flag(None, "For ppo: a trained policy; without one it is trained first.")
+    policy: tuple[str, ...] = flag(
+        (),
+        "For ppo: a trained policy; without one it is trained first. For arm ppo:NAME: NAME=PATH; may be given again.",
+        "[NAME=]PATH",
+    )
     train_on: TrainedOn = flag("text", "Where no --policy is given: on text, or on loss laws fitted to static runs.")
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
     laws: Path | None = flag(None, "For planner: loss laws that `esper policy fit` fitted.", "FILE")
@@ -137,8 +141,17 @@ class SweepPlan(Frozen):
         return [replace(point, trains=rests.index(rest)) for point, rest in zip(found, rests, strict=True)]
 
     def _check(self, given: SweepArguments, spec: RunSpec) -> None:
-        files: dict[str, Any] = {"policy": given.policy, "schedule": given.schedule, "laws": given.laws}
-        names, needs, policy = {arm.name for arm in self.arms}, {arm.kind.needs for arm in self.arms}, given.policy
+        policies = parse_policies(given.policy)
+        files: dict[str, Any] = {"policy": policies.get(""), "schedule": given.schedule, "laws": given.laws}
+        own = {arm.policy for arm in self.arms if arm.name == PPO}
+        for name in sorted((policies.keys() ^ own) - {""}):
+            raise UserError(
+                f"arm 'ppo:{name}' needs its policy: give --policy {name}=PATH."
+                if name in own
+                else f"--policy {name}=… is of arm 'ppo:{name}', which --arms lacks: add it, or leave the policy out."
+            )
+        arms = [arm for arm in self.arms if not arm.policy]
+        names, needs, policy = {arm.name for arm in arms}, {arm.kind.needs for arm in arms}, policies.get("")
         laws, trains = self.train_on == "laws", policy is None and PPO in names
         unused = {name: path and name not in needs for name, path in files.items()}
         untuned = {"--tune-lr": self.tune_lr, "--train-on laws": laws, f"arm {OPENLOOP!r}": OPENLOOP in names}
@@ -164,8 +177,10 @@ class SweepPlan(Frozen):
             check_budget(point.spec)
             inputs = ArmInputs(spec=point.spec, **files)
             for arm in self.arms:
-                if arm.kind.needs != "policy" or policy is not None:
-                    make_policy(PPO if arm.kind.needs == "policy" else arm.kind.plays, inputs)
+                if arm.kind.needs != "policy":
+                    make_policy(arm.kind.plays, inputs)
+        for path in policies.values():
+            make_policy(PPO, ArmInputs(policy=path))
 
 
 def check_budget(spec: RunSpec) -> None:
@@ -189,6 +204,17 @@ def parse_seeds(text: str) -> tuple[int, bool]:
         told = f"give 1 to {MOST_SEEDS:,}, or auto:N with the most that may be spent, {AT_ONCE} or more, as in auto:40"
         raise UserError(f"--seeds {text!r} is no number of test seeds: {told}.")
     return count, adds
+
+
+def parse_policies(given: Sequence[str]) -> dict[str, Path]:
+    """The policies that `--policy` names, by name; the one without a name has an empty one."""
+    found = {}
+    for text in given:
+        name, _, path = text.partition("=") if re.match(r"[\w-]+=", text) else ("", "", text)
+        if name in found:
+            raise UserError(f"--policy {text}: arm 'ppo{name and ':' + name}' has one already: give each one only.")
+        found[name] = Path(path)
+    return found
 
 
 def parse_budgets(text: str) -> list[float]:

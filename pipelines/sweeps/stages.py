@@ -24,7 +24,7 @@ from pydantic import Field
 
 from esper.pipelines.common.run_folder import PLAN, RunFolder
 from esper.pipelines.controllers.evaluation import as_json
-from esper.pipelines.sweeps.arms import LRPATH, OPENLOOP, PPO, RANDOM, SCHEDULES, STATIC, Arm
+from esper.pipelines.sweeps.arms import LRPATH, OPENLOOP, PPO, RANDOM, SCHEDULES, STATIC, Arm, policy_input
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
 from esper.pipelines.sweeps.plan import Point, SweepPlan
 from esper.pipelines.sweeps.rates import DECAYS, ROUNDS, Setting, best_setting, bracketed, next_settings
@@ -37,8 +37,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
-from esper.policies.arms import ArmInputs
-from esper.policies.named_schedules import NAMED
+from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.simic.distill import median_schedule
 from esper.workers.laws.fit import annealed_losses, fit_laws
@@ -91,7 +90,8 @@ class PointStages:
         if self._plan.tune_lr:
             if not self._plan.search_sizes:
                 yield from self._find_settings(self.statics)
-            yield from self._find_settings([a for a in arms if a.of is None and a.name not in (STATIC, PPO, OPENLOOP)])
+            free = [arm for arm in arms if arm.of is None and arm.name not in (STATIC, OPENLOOP)]
+            yield from self._find_settings([arm for arm in free if arm != Arm(name=PPO)])
         yield from self._choose()
         if Arm(name=PPO) in arms and "controller" not in self.settled:
             self._train_controller()
@@ -189,8 +189,9 @@ class PointStages:
         if "optimizer.decay_from" in (*self._plan.own, *self.point.values):
             return [spec.optimizer.decay_from]
         if arm.name in SCHEDULES:
-            entries = NAMED[arm.name] if arm.name in NAMED else SchedulePolicy.load(self._inputs["schedule"]).entries
-            last = max([last, *(math.ceil(e.at * spec.budget.decisions) / spec.budget.decisions for e in entries)])
+            policy = make_policy(arm.name, ArmInputs(spec=spec, schedule=self._inputs.get("schedule")))
+            due = [entry.at for entry in policy.entries] if isinstance(policy, SchedulePolicy) else []
+            last = max([last, *(math.ceil(at * spec.budget.decisions) / spec.budget.decisions for at in due)])
         return [decay for decay in DECAYS if decay > last] or [spec.optimizer.decay_from]
 
     def _choose(self) -> Iterator[Batch]:
@@ -286,6 +287,8 @@ class PointStages:
             if not self.settled["openloop"]:
                 raise UserError("the policy has no run on tuning seeds to take a schedule from")
             return spec, {"schedule": self._openloop}
+        if arm.policy:
+            return spec, {"policy": self._inputs[policy_input(arm.policy)]}
         if arm.name == PPO:
             if self.settled["controller"] is None:
                 raise UserError(f"there is no controller: {self.settled['no_controller']}")

@@ -35,7 +35,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Unique in the sweep; names its folder and its run."""
-        parts = [self.arm.label.replace(":", ".of."), self.note, f"seed{self.seed}"]
+        parts = [self.arm.label.replace(":", ".of." if self.arm.of else "."), self.note, f"seed{self.seed}"]
         return "-".join(filter(None, [*parts, f"point{self.point.index}" if self.point.several else ""]))
 
     def tags(self) -> dict[str, Any]:

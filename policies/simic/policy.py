@@ -46,6 +46,13 @@ def policy_file(path: Path) -> Path:
     return file
 
 
+def trained_on(policy: "SimicPolicy") -> dict[str, Any]:
+    """What a policy has learned from: preset, the kinds of hosts that it has grown, on loss laws or not."""
+    extra = policy.card["extra"]
+    names = {"preset": None, "hosts": ["transformer"], "surrogate": False}
+    return {name: extra.get(name, otherwise) for name, otherwise in names.items()}
+
+
 def likeliest(chances: np.ndarray) -> int:
     """First whether to act, then the likeliest row: else WAIT with 0.4 would beat similar grafts that share 0.6."""
     return 0 if chances[0] >= 0.5 else 1 + int(chances[1:].argmax())

@@ -51,6 +51,7 @@ def test_info_says_what_it_is_without_ray(trained):
         "hidden": "16",
         "parameters": str(sum(p.numel() for p in made_net(0, 0).parameters())),
         **{name: str(value) for name, value in EXTRA.items()},
+        "hosts": "transformer",
         "weights": f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}",
         "file": str(file),
     }

@@ -11,7 +11,7 @@ from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.telemetry import GLOBALS
 from esper.policies.arms import ArmInputs, make_policy
-from esper.policies.named_schedules import NAMED
+from esper.policies.named_schedules import NAMED, named_schedule
 from esper.policies.random import RandomPolicy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.static import StaticPolicy
@@ -77,7 +77,7 @@ def test_planned_grafts_that_were_not_played_are_known(spec):
 @pytest.mark.parametrize("name", NAMED)
 def test_named_schedules_graft_all_that_they_name(spec, name):
     policy = make_policy(name, ArmInputs(spec=spec))
-    assert kinds(spec, policy) == [entry.blueprint for entry in NAMED[name]]
+    assert kinds(spec, policy) == [entry.blueprint for entry in named_schedule(name, "transformer")]
     with pytest.raises(UserError, match=f"blueprint in arm '{name}'"):
         make_policy(name, ArmInputs(spec=load_spec("tinystories-char", ['growth.blueprints={"expert":{}}'])))
 

@@ -162,7 +162,7 @@ def test_an_arm_that_never_grew_cannot_win_and_is_told():
     assert "tamiyo" not in {test.arm for test in verdict.tests}
     assert verdict.criteria[0].outcome == "not met"
     assert "tamiyo did not grow" in verdict.criteria[0].sentence
-    none, mechanics = judged(replace(sweep, idle=("tamiyo", "onejump"))).criteria
+    none, mechanics, _ = judged(replace(sweep, idle=("tamiyo", "onejump"))).criteria
     assert (none.outcome, mechanics.outcome) == ("cannot say", "cannot say")
     assert none.sentence.startswith("At 1,000,000 parameter-seconds no arm grew; tamiyo did not grow; onejump did not")
 
@@ -197,7 +197,7 @@ CAVEATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("said", "point", "sweep"), CAVEATS)
 def test_a_caveat_is_said_when_it_holds_alone_and_withholds_the_verdict(said, point, sweep):
     truth = SyntheticSweep(grown=WINS)
-    efficient, mechanics = judged(truth, point=truth.point(**point), **sweep).criteria
+    efficient, mechanics, _ = judged(truth, point=truth.point(**point), **sweep).criteria
     [caveat] = efficient.withheld
     assert said in caveat
     assert efficient.outcome == "withheld"
@@ -300,3 +300,41 @@ def test_mechanics_is_met_when_no_graft_did_harm_whoever_chose_it(change, said, 
     mechanics = judged(SyntheticSweep(grown={"tamiyo": 1.2, "random:tamiyo": 1.3}, edits=edits)).criteria[1]
     assert (mechanics.outcome, mechanics.sentence[:20]) == (said, "14 grafts on 14 runs")
     assert told in mechanics.sentence
+
+
+ON_IMAGES, FINE_TUNED = (
+    {"preset": "digits", "hosts": ["resnet"]},
+    {"preset": "demo", "hosts": ["resnet", "transformer"]},
+)
+HERE = {"preset": "demo", "hosts": ["transformer"], "surrogate": False}
+
+
+@pytest.mark.parametrize(
+    ("zero_shot", "fine_tuned", "scratch", "outcome"),
+    [
+        (1.3, 1.19, 1.19, "met"),  # as good as one that was trained here alone
+        (1.19, 1.3, 1.25, "met"),
+        (1.19, 1.19, 1.1, "not met"),  # below the best size, but above that one
+        (1.3, 1.25, 1.1, "not met"),
+        (1.3, 1.2, 1.2, "cannot say"),
+    ],
+)
+def test_a_policy_transfers_where_it_ends_below_the_best_size_and_not_above_one_trained_here(
+    zero_shot, fine_tuned, scratch, outcome
+):
+    grown = {"ppo:zero-shot": zero_shot, "ppo:fine-tuned": fine_tuned, "ppo:scratch": scratch, "ppo:laws": 1.0}
+    truth = SyntheticSweep(grown=grown | {"onejump": NO_MATCH})
+    cards = {"ppo:zero-shot": ON_IMAGES, "ppo:fine-tuned": FINE_TUNED, "ppo:scratch": HERE}
+    trained_on = {**cards, "ppo:laws": HERE | {"surrogate": True}}  # no match for a transferred one: it cost no runs
+    transfer = judged(truth, trained_on=trained_on).criteria[2]
+    assert transfer.outcome == outcome
+    assert "ppo:fine-tuned, which has grown resnet and transformer:" in transfer.sentence
+    assert "to ppo:scratch" in transfer.sentence
+    assert "ppo:laws" not in transfer.sentence
+
+
+def test_nothing_is_said_of_transfer_where_no_arm_has_grown_another_kind_of_network():
+    for trained_on in ({}, {"ppo": HERE}):
+        transfer = judged(SyntheticSweep(grown={"ppo": 1.0, "onejump": NO_MATCH}), trained_on=trained_on).criteria[2]
+        assert transfer.outcome == "cannot say"
+        assert transfer.sentence == "No arm has learned on another kind of network."

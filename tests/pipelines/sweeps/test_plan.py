@@ -25,6 +25,7 @@ from esper.workers.tolaria.rate import rate
         ("gradual,onejump,static_lrpath", "gradual onejump static_lrpath:gradual"),
         ("tamiyo,ppo,static_final:heuristic,static_final:ppo", "tamiyo ppo static_final:tamiyo static_final:ppo"),
         ("static,random", "static-1 static-2 random"),  # nobody to match
+        ("tamiyo,ppo:a,ppo,ppo:b", "tamiyo ppo ppo:a ppo:b"),
     ],
 )
 def test_static_arms_come_first_one_for_each_size_and_followers_last(text, labels):

@@ -1,0 +1,121 @@
+"""Does a controller that learned on one kind of network carry over to another? Fine-tunes it there, and compares.
+
+esper transfer --policy runs/ppo-digits --to tinystories-char --episodes 30 --budgets 0.5e6,1e6,2e6 --seeds 5
+esper transfer --resume runs/transfer-20260101-120000
+
+Arms, beside those of `--arms`: the policy as it is (`ppo:zero-shot`), after so many episodes there (`ppo:fine-tuned`),
+one from scratch with as many (`ppo:scratch`) and, with `--laws`, one trained on loss laws (`ppo:laws`).
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from esper.pipelines import ppo
+from esper.pipelines.common.arguments import ResumableArguments, command, flag
+from esper.pipelines.ppo import PPOArguments
+from esper.pipelines.sweeps.plan import SweepArguments
+from esper.platform.console import say
+from esper.platform.errors import UserError
+from esper.platform.provenance import PINS
+from esper.platform.storage import check_unused, read_json, write_json
+
+BEGUN = "transfer.json"  # the arguments, in the output folder
+AT_ONCE = 10  # episodes of an iteration
+
+
+class TransferArguments(ResumableArguments):
+    """Compare a controller from elsewhere with controllers from here."""
+
+    policy: Path | None = flag(None, "The policy: an `esper ppo` run, or a checkpoint in it; must be given.")
+    to: str | None = flag(None, "The preset to carry it over to; must be given.", "NAME|FILE")
+    episodes: int = flag(30, "Episodes of fine-tuning, and of training from scratch.", ge=1, le=10_000)
+    laws: Path | None = flag(None, "For planner, and to train ppo:laws on: fitted loss laws of that preset.", "FILE")
+    arms: str = flag("static,tamiyo,random:tamiyo,twice,mixed,onejump", "The other arms, as for `esper sweep`.", "A,B")
+    sizes: str | None = flag(None, "Static sizes, as for `esper sweep`.", "1,2x96|auto")
+    seeds: str = flag("5", "Test seeds of each arm.", "N|auto:N")
+    tuning_seeds: int = flag(2, "Other seeds, that sizes and schedules are chosen on.", ge=0, le=100)
+    budgets: str | None = flag(None, "Compare at each of these budgets, and over all of them.", "0.5e6,1e6,…")
+
+
+def run(arguments: TransferArguments) -> int:
+    """Train what is missing, then compare; returns 1 if a trial failed."""
+    if arguments.resume is not None:
+        out = arguments.resume.resolve()
+        kept = read_json(out / BEGUN, f"--resume {out}", "a folder that `esper transfer` made")
+        arguments = TransferArguments.checked(kept, str(out / BEGUN))
+    else:
+        out = _begin(arguments)
+    found = {"zero-shot": arguments.policy, "fine-tuned": out / "fine-tuned", "scratch": out / "scratch"}
+    _train(out / "fine-tuned", arguments, {"init_from": arguments.policy})
+    _train(out / "scratch", arguments, {})
+    if arguments.laws is not None:
+        _train(out / "laws", arguments, {"laws": arguments.laws, "surrogate": True})
+        found["laws"] = out / "laws"
+    return _compare(out / "sweep", arguments, {name: path for name, path in found.items() if path is not None})
+
+
+def _begin(arguments: TransferArguments) -> Path:
+    """Refuse what cannot be, and make the folder."""
+    from esper.pipelines.common.preset import resolve_spec
+    from esper.pipelines.common.run_folder import output_folder
+    from esper.policies.simic.policy import SimicPolicy, policy_file
+
+    if arguments.policy is None or arguments.to is None:
+        raise UserError("esper transfer: give --policy CHECKPOINT, and --to PRESET to carry it over to.")
+    SimicPolicy.load(arguments.policy)
+    resolve_spec(PPOArguments(preset=arguments.to, data=arguments.data, set=arguments.set), on="fleet")
+    out = output_folder(arguments, "transfer")
+    check_unused(out)
+    given: dict[str, Any] = arguments.model_dump(mode="json", exclude_unset=True)
+    for name in ("policy", "laws"):
+        if (path := getattr(arguments, name)) is not None:
+            given[name] = str((policy_file(path) if name == "policy" else path).resolve())
+    write_json(out / BEGUN, given)
+    return out
+
+
+def _train(out: Path, arguments: TransferArguments, start: dict[str, Any]) -> None:
+    """Train a controller on the preset, or go on with its training."""
+    from esper.pipelines.sweeps.stages import TRAINING_SEED
+    from esper.platform.spec import load_spec
+
+    if (out / "summary.json").exists():
+        return
+    say(f"train   {out.name}")
+    if (out / PINS).exists():
+        ppo.run(PPOArguments(resume=out))
+        return
+    changes: list[str] = []
+    if not start.get("surrogate"):
+        decisions = load_spec(str(arguments.to), arguments.set).budget.decisions
+        iterations = -(-arguments.episodes // AT_ONCE)
+        batch = max(8, arguments.episodes * decisions // iterations)
+        changes = [f"ppo.iterations={iterations}", f"ppo.decisions={batch}", f"ppo.minibatch={max(8, batch // 4)}"]
+        start = {**start, **({} if arguments.data is None else {"data": arguments.data})}
+    own = {
+        "preset": arguments.to,
+        "out": out,
+        "seed": TRAINING_SEED + arguments.seed,
+        "set": (*changes, *arguments.set),
+    }
+    ppo.run(PPOArguments(**own, **start))
+
+
+def _compare(out: Path, arguments: TransferArguments, policies: dict[str, Path]) -> int:
+    from esper.pipelines.sweeps import comparison
+
+    if (out / PINS).exists():
+        return comparison.resume(out)
+    arms = [arguments.arms, *(["planner"] if arguments.laws is not None else []), *(f"ppo:{name}" for name in policies)]
+    kept = ("data", "seed", "set", "sizes", "seeds", "tuning_seeds", "budgets", "laws")
+    given = {name: getattr(arguments, name) for name in kept if name in arguments.model_fields_set}
+    own = {"preset": arguments.to, "out": out, "arms": ",".join(arms)}
+    own["policy"] = tuple(f"{name}={path}" for name, path in policies.items())
+    return comparison.begin(SweepArguments(**{"seeds": arguments.seeds, **given, **own}), "transfer")
+
+
+main = command(run, TransferArguments, "esper transfer")
+
+if __name__ == "__main__":
+    sys.exit(main())
