@@ -35,14 +35,16 @@ Look = dict[str, Any]  # color, marker, linestyle and markerfacecolor, as matplo
 def looks(arms: Mapping[str, str]) -> dict[str, Look]:
     """How each label (→ its arm) is drawn."""
     static = [label for label, arm in arms.items() if arm == "static"]
-    others = dict.fromkeys(label.partition(":")[2] or label for label in arms if label not in static)
+    leaders = {label: label.partition(":")[2] for label in arms if label.partition(":")[0] in MARKERS}
+    others = dict.fromkeys(leaders.get(label) or label for label in arms if label not in static)
     colors = {label: PALETTE[i % len(PALETTE)] for i, label in enumerate(others)}
     colors |= {label: f"{grey:.3f}" for label, grey in zip(static, np.linspace(0.72, 0.35, len(static)), strict=True)}
     found: dict[str, Look] = {}
     for label in arms:
-        kind, follows, of = label.partition(":")
-        color, line = colors[of or kind], ":" if follows else "--" if label in static else "-"
-        found[label] = {"color": color, "marker": MARKERS[kind] if follows else "o", "linestyle": line}
+        follows = leaders.get(label, "")
+        color, line = colors[follows or label], ":" if follows else "--" if label in static else "-"
+        marker = MARKERS[label.partition(":")[0]] if follows else "o"
+        found[label] = {"color": color, "marker": marker, "linestyle": line}
         found[label]["mfc"] = "white" if follows else color
     return found
 

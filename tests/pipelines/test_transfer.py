@@ -1,4 +1,4 @@
-"""`esper transfer` end to end on a tiny GPT: the trainings, the sweep, and what it says of transfer; stopped between."""
+"""`esper transfer` end to end on a tiny GPT: trainings, sweep, and what it says of transfer; killed on the way."""
 
 import json
 
@@ -27,8 +27,6 @@ def test_a_policy_from_images_is_compared_with_one_from_here(tiny, tmp_path, mon
         patch.setattr(ppo, "run", once)
         with pytest.raises(AssertionError, match="killed"):
             transfer.main(line)
-    given.rename(tmp_path / "moved")
-    (tmp_path / "moved").rename(given)
     first = (out / "fine-tuned" / "policy.safetensors").read_bytes()
     assert transfer.main(["--resume", str(out)]) == 0
     assert (out / "fine-tuned" / "policy.safetensors").read_bytes() == first
@@ -37,7 +35,7 @@ def test_a_policy_from_images_is_compared_with_one_from_here(tiny, tmp_path, mon
     labels = {run["arm"] for run in summary_of(out / "sweep")}
     assert labels == {"static-1", "onejump", "ppo:zero-shot", "ppo:fine-tuned", "ppo:scratch"}
     report = json.loads((out / "sweep" / "report" / "report.json").read_text())
-    [told] = [each for each in report["points"][0]["criteria"] if each["criterion"] == "Transfer"]
+    [told] = [each for each in report["verdicts"][0]["criteria"] if each["criterion"] == "Transfer"]
     assert "ppo:zero-shot, which has grown resnet: " in told["sentence"]
     assert "to ppo:scratch" in told["sentence"]
 
