@@ -25,10 +25,10 @@ def run(arguments: CalibrateArguments) -> None:
 
     folder = RunFolder.new(arguments, resolve_spec(arguments), "calibrate")
     clock, rows = calibrate(folder.spec, folder.tokens, steps=arguments.steps)
-    say("layers  MLP width  wall ms  formula ms  error")
+    say("layers      width  wall ms  formula ms  error")
     for row in rows:
         wall, formula = 1e3 * row["wall"], 1e3 * row["predicted"]
-        say(f"{row['layers']:6}  {row['mlp_width']:9}  {wall:7.2f}  {formula:10.2f}  {row['error']:+5.1%}")
+        say(f"{row['layers']:6}  {row['width']:9}  {wall:7.2f}  {formula:10.2f}  {row['error']:+5.1%}")
     constants, worst = clock.model_dump(exclude={"kind"}), max(abs(row["error"]) for row in rows)
     summary = {"clock": constants, "worst_error": worst, "shapes": rows}
     files = {"spec": folder.spec.model_dump(mode="json"), "clock": constants, "summary": summary}

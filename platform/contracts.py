@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from esper.platform.law_file import FittedLaws
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-SiteKind = Literal["pre_attention", "post_ffn", "residual_stream"]
+SiteKind = Literal["pre_attention", "post_ffn", "residual_stream", "conv", "conv_stream"]  # telemetry.SITE_COLUMN
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class InjectionSpec:
     kind: SiteKind  # what lies there
     depth: float  # position in the network, 0 (input) to 1 (output)
     blueprints: tuple[str, ...]  # names of those that the site accepts
-    units: int  # heads or neurons at the site; 0 where nothing is counted (the residual stream)
+    units: int  # heads, neurons or channels at the site; 0 where nothing is counted (the residual stream)
     parameters: int  # at the site now
 
 
@@ -34,11 +34,16 @@ class HostShape(Protocol):
     """A host without its tensors: its sites and its cost. Frozen and hashable."""
 
     def injection_specs(self) -> tuple[InjectionSpec, ...]: ...  # the sites, from input to output
-    # Tied ones counted once; `non_embedding` leaves out embeddings and output head.
+    # Tied ones counted once; `non_embedding` leaves out embeddings (of an image: the stem) and output head.
     def parameters_count(self, *, non_embedding: bool = False) -> int: ...
-    def flops_per_token(self) -> int: ...  # FLOPs of one training step (forward and backward) per token
+    def attention_parameters(self) -> int: ...  # of them, those of heads: a loss law tells them from others
+    # FLOPs of one training step (forward and backward) per token, an image being one.
+    def flops_per_token(self) -> int: ...
     def depth(self) -> int: ...  # layers: what the reference clock charges a fixed time for
-    def experts(self) -> int: ...  # sparsely gated parts: they cost a fixed time too
+    def experts(self) -> int: ...  # gated parts inside layers: they cost a fixed time too
+    def totals(self) -> tuple[int, ...]: ...  # counts on which alone its sizes and costs depend
+    def parts(self) -> list[str]: ...  # names of what may have been inserted: layers, and parts inside them
+    def part_after(self, other: Any) -> str: ...  # the name of the one part that `other` lacks
     def layers_as_json(self) -> list[dict[str, Any]]: ...  # each layer's shape, as `host.layers` takes it
     def without(self, name: str) -> "HostShape": ...  # the shape without an inserted part
     def deepened(self, n_layer: int) -> "HostShape": ...  # with that many layers: the most sites of a run
@@ -56,14 +61,16 @@ class Resized:
 class HostProtocol(Protocol):
     """What Kasmina asks of a model, of any domain: a CNN's pair of convolutions is a pair of linears.
 
-    A site takes units (heads, neurons) between a pair of linears, or parts: modules (layers, experts) the host names.
+    A site takes units (heads, neurons, channels) between a pair of linears, or parts: modules (layers, experts) that
+    the host names.
     """
 
     @property
     def shape(self) -> HostShape: ...  # the shape now: frozen and hashable
     def parameters(self) -> Iterator[Any]: ...  # every parameter, once
-    # Two modules with `weight` and `bias`: incoming, which grows along axis 0, and outgoing, along axis 1.
-    def linears(self, site_id: str) -> tuple[Any, Any]: ...
+    # Modules with `weight` (and `bias`): incoming, which grows along axis 0, and outgoing, the last, along axis 1.
+    # Those between them act on each unit alone and grow along axis 0 (a norm; its running mean and variance too).
+    def linears(self, site_id: str) -> tuple[Any, ...]: ...
     # Insert, uninitialised, the part that only `shape` has: (its name, [(parameter, sibling's parameter)]).
     def insert(self, site_id: str, shape: Any) -> tuple[str, list[tuple[Any, Any]]]: ...
     def part(self, name: str) -> Any: ...  # the module of an inserted part; None when it is gone

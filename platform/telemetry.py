@@ -45,7 +45,7 @@ SITE = (
     "is_post_ffn",
     "is_residual_stream",
     "relative_size",  # parameters at the site over all
-    "units",  # ln(1 + heads or neurons)
+    "units",  # ln(1 + heads, neurons or channels)
     "gradient_norm",  # ln(gradient norm / weight norm) at the last step, over 10
     "update_norm",  # ln(norm of the last update / weight norm), over 10
     "norms_measured",
@@ -58,6 +58,16 @@ SITE = (
     "contribution_measured",
 )
 
+# Kind of site → its column, which says what may be added there, not to what network: a pair of convolutions takes width
+# and gated parts as an MLP does.
+SITE_COLUMN = {
+    "pre_attention": "is_pre_attention",
+    "post_ffn": "is_post_ffn",
+    "residual_stream": "is_residual_stream",
+    "conv": "is_post_ffn",
+    "conv_stream": "is_residual_stream",
+}
+
 # Learned policies do not see these: scaling laws cannot show them as runs do, and a policy that learned from what is
 # shown there would be misled on text (there a site's gradient norm, for one, does not tell what a graft is worth).
 HIDDEN = frozenset(
@@ -65,7 +75,7 @@ HIDDEN = frozenset(
 ) | {"gradient_norm", "update_norm", "norms_measured"}
 
 OPERATIONS = ("wait", "graft", "prune")
-GROWTH_KINDS = ("heads", "width", "expert", "layer")
+GROWTH_KINDS = ("heads", "width", "expert", "layer")  # expert: a gated part inside a layer
 
 CANDIDATE = (
     "present",

@@ -24,14 +24,14 @@ BURN_IN = 5  # steps left out: allocator, caches, lazy initialisation
 
 
 # Of each shape timed: FLOPs of an optimizer step; its median seconds, and by the formula; (predicted − wall) / wall.
-COLUMNS = ("layers", "mlp_width", "flops", "wall", "predicted", "error")
+COLUMNS = ("layers", "width", "flops", "wall", "predicted", "error")
 
 
 def calibrate(spec: RunSpec, data: Data, *, steps: int) -> tuple[ClockSpec, list[dict[str, float]]]:
     """Fit this device's clock for the spec's batches; shapes take turns, so speed drift affects all alike."""
-    width, deepest = spec.host.mlp_width or 4 * spec.host.n_embd, spec.growth.max_layers
+    width, deepest = spec.host.own_width, spec.growth.max_layers
     shapes = [(n, factor * width) for n in sorted({1, 2, (1 + deepest) // 2, deepest}) for factor in (1, 2)]
-    trainers = [_born(spec, data, n_layer=n, mlp_width=width) for n, width in shapes]
+    trainers = [_born(spec, data, *shape) for shape in shapes]
     say(f"calibrate: {steps + BURN_IN} rounds over {len(trainers)} shapes")
     wall = np.median(_rounds(trainers, steps), axis=0)
     flops = batch_tokens(spec) * np.array([trainer.host.shape.flops_per_token() for trainer in trainers], float)
@@ -52,14 +52,15 @@ def calibrate(spec: RunSpec, data: Data, *, steps: int) -> tuple[ClockSpec, list
 
 
 def _growth_costs(spec: RunSpec, data: Data, steps: int) -> dict[str, float]:
-    """Seconds of a graft of units, and of an expert per layer against a host born without."""
+    """Seconds of a graft of units, and of a gated part per layer against a host born without."""
     grown, plain, gated = (_born(spec, data) for _ in range(3))
     grafts = []
     for site in plain.host.shape.injection_specs():
-        units = [name for name in site.blueprints if grown.kasmina.blueprints[name].units]
-        grafts += [_timed(grown, grown.kasmina.graft, site.id, name) for name in units]
-        if site.kind == "post_ffn":
-            gated.kasmina.graft(site.id, "expert")
+        of = [grown.kasmina.blueprints[name] for name in site.blueprints]
+        grafts += [_timed(grown, grown.kasmina.graft, site.id, each.name) for each in of if each.units]
+        for each in of:
+            if each.adds == "expert":
+                gated.kasmina.graft(site.id, each.name)
     extra = float(np.median(np.subtract(*_rounds([gated, plain], steps).T)))
     return {
         "graft_seconds": median(grafts),
@@ -67,8 +68,12 @@ def _growth_costs(spec: RunSpec, data: Data, steps: int) -> dict[str, float]:
     }
 
 
-def _born(spec: RunSpec, data: Data, **host: int) -> Trainer:
-    sized = spec.model_copy(update={"host": spec.host.model_copy(update=host)})
+def _born(spec: RunSpec, data: Data, n_layer: int | None = None, width: int | None = None) -> Trainer:
+    host = spec.host
+    if n_layer and width:
+        layers = host.alike(n_layer, width, host.own_heads)
+        host = host.model_copy(update={"n_layer": n_layer, "layers": layers})
+    sized = spec.model_copy(update={"host": host})
     return Trainer(sized, data, make_blueprints(None), 0, Instance())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from esper.platform.contracts import HostShape, InjectionSpec
 from esper.platform.spec import RunSpec
-from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, WAIT, Candidate, Telemetry, TelemetrySpace
+from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, SITE_COLUMN, WAIT, Candidate, Telemetry, TelemetrySpace
 from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import rate
@@ -217,7 +217,7 @@ def _site_row(site: InjectionSpec, parameters: int) -> dict[str, float]:
     return {
         "present": 1.0,
         "depth": site.depth,
-        f"is_{site.kind}": 1.0,
+        SITE_COLUMN[site.kind]: 1.0,
         "relative_size": site.parameters / parameters,
         "units": math.log1p(site.units),
         "since_graft": 1.0,

@@ -2,8 +2,9 @@
 
     L[k + 1, c] = min( trained(L[k, c], a slice),  min over blueprints b: trained(L[k, c − b], a slice less b's cost) )
 
-Exact: law and costs depend on a shape's *class* (its layers, heads, neurons, experts) only, and a lower loss stays
-lower. The spread of units over sites leaves the limits' sum unchanged, hence also legality. Prunes never pay.
+Exact: law and costs depend on a shape's *class* (its `totals`: layers, heads, neurons, experts) only, and a lower loss
+stays lower. The spread of units over sites leaves the limits' sum unchanged, hence also legality. Prunes never pay. Of
+a ResNet, in whose stages a graft costs differently, it is that of grafts at the first site that takes them.
 
 A schedule is int64 (K,): the blueprint to graft at each of the K growing decisions, or NONE; an illegal graft waits and
 delays those after it. M schedules, I instances.
@@ -63,14 +64,14 @@ def _classes(part: str, start: Any, most: int) -> Classes:
     growth, axis, tokens = spec.growth, spec.budget.axis, batch_tokens(spec)
     blueprints = make_blueprints(growth.blueprints)
     shapes: list[Any] = [start]
-    number, depth = {_totals(start): 0}, [0]  # of each class, and the grafts that lead to it
+    number, depth = {start.totals(): 0}, [0]  # of each class, and the grafts that lead to it
     targets = []
     for here, shape in enumerate(shapes):  # which grows on the way
         row = [NONE] * len(blueprints)
         for b, blueprint in enumerate(blueprints.values() if depth[here] < most else ()):
             after = _grown(shape, blueprint)
             if after is not None and within_caps(after, growth.max_layers, growth.max_parameters):
-                row[b] = number.setdefault(_totals(after), len(shapes))
+                row[b] = number.setdefault(after.totals(), len(shapes))
                 if row[b] == len(shapes):
                     shapes.append(after)
                     depth.append(depth[here] + 1)
@@ -90,11 +91,6 @@ def _classes(part: str, start: Any, most: int) -> Classes:
 def _grown(shape: Any, blueprint: Blueprint) -> Any:
     sites = (site for site in shape.injection_specs() if blueprint.name in site.blueprints)
     return next((blueprint.resized(shape, site.id) for site in sites if blueprint.allowed(shape, site.id)), None)
-
-
-def _totals(shape: Any) -> tuple[int, int, int, int]:
-    layers = shape.layers
-    return len(layers), sum(layer.heads for layer in layers), sum(layer.width for layer in layers), shape.experts()
 
 
 def _slices(spec: RunSpec, instance: Instance) -> tuple[np.ndarray, np.ndarray]:

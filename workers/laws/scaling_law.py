@@ -14,12 +14,12 @@ from typing import Any, Self
 
 import numpy as np
 
+from esper.platform.contracts import HostShape
 from esper.platform.errors import UserError
 from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.hosts import start_shape
-from esper.workers.tolaria.model.shape import TransformerShape
 
 VOCABULARY = 96
 SIZE = ("attention_parameters", "other_parameters", "layers")  # what a law knows of a shape
@@ -28,9 +28,9 @@ CONTINUOUS = ("parameter_seconds", "seconds", "flops")  # axes on which a surrog
 Array = Any  # a float or a float64 array
 
 
-def size_of(*shapes: TransformerShape) -> np.ndarray:
+def size_of(*shapes: HostShape) -> np.ndarray:
     """By `SIZE`, of attention's matrices, of all else but embeddings, and layers: float64 (3, …)."""
-    attention = [4 * shape.n_embd * shape.head_dim * sum(layer.heads for layer in shape.layers) for shape in shapes]
+    attention = [shape.attention_parameters() for shape in shapes]
     rest = [shape.parameters_count(non_embedding=True) for shape in shapes]
     return np.array([attention, np.subtract(rest, attention), [shape.depth() for shape in shapes]], float)
 
@@ -106,7 +106,7 @@ def whole_steps(left: float, per_step: float) -> int:
     return max(1, math.ceil(left / per_step - 1e-9))
 
 
-def budget_tokens(spec: RunSpec, shape: TransformerShape) -> float:
+def budget_tokens(spec: RunSpec, shape: HostShape) -> float:
     """Tokens that the spec's whole budget holds at a shape."""
     tokens = batch_tokens(spec)
     return tokens * spec.budget.amount / spec.clock.axis_per_step(spec.budget.axis, shape, tokens)

@@ -23,7 +23,7 @@ from esper.workers.laws.forecast import ensemble
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
 from esper.workers.observe import Measured
 from esper.workers.run import CONTRIBUTION_SHARE
-from esper.workers.tolaria.model.shape import TransformerShape
+from esper.workers.tolaria.hosts import AnyShape
 from esper.workers.tolaria.trainer import CONTRIBUTION_BATCHES
 
 LOSS_NOISE = 0.003  # nats, of a validation loss as seen, where no run tells
@@ -34,7 +34,7 @@ BATCH_NOISE, TWIN_NOISE = 0.02, 0.0003  # nats, of a batch's loss: shared by twi
 class SurrogateState(EpisodeState):
     """A SurrogateRun's own attributes too."""
 
-    shape: TransformerShape
+    shape: AnyShape
     planted: dict[int, Planted]
     loss_now: float
     steps: float
@@ -113,7 +113,7 @@ class SurrogateRun(Episode):
             number = max(number for number, seed in self.planted.items() if seed.site == candidate.site)
             seed = self.planted[number]
             self.shape = self.blueprints[seed.blueprint].pruned(before, seed)
-            there = {site.id for site in self.shape.injection_specs()} | {f"h{each.uid}" for each in self.shape.layers}
+            there = {site.id for site in self.shape.injection_specs()} | {*self.shape.parts()}
             left = {n: each for n, each in self.planted.items() if n != number}
             self.planted = {n: each for n, each in left.items() if each.site in there or each.part in there}
         else:

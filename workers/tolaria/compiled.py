@@ -18,20 +18,21 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from esper.platform.clock import ClockSpec
 from esper.platform.errors import UserError
-from esper.platform.spec import HostSpec, LayerSpec, OptimizerSpec, RunSpec
+from esper.platform.spec import HostSpec, OptimizerSpec, RunSpec
 from esper.platform.storage import cache, write_bytes, write_text
+from esper.workers.tolaria.hosts import AnyHost, start_shape
 from esper.workers.tolaria.model.transformer import TransformerHost
 
 BUILD_SECONDS = 45.0  # of a core; 20 to 60 were measured for 1 to 4 layers
@@ -42,12 +43,14 @@ _builds: dict[Path, subprocess.Popen] = {}  # begun by this process
 _loaders: dict[Path, Any] = {}  # a library is loaded once: a process cannot let go of it
 
 
-def unfit(spec: RunSpec, layers: Sequence[LayerSpec], device: str) -> str | None:
-    """What of a host with these layers a compiled step cannot do, if anything."""
+def unfit(spec: RunSpec, experts: int, device: str) -> str | None:
+    """What of a host with so many experts a compiled step cannot do, if anything."""
+    if not isinstance(spec.host, HostSpec):
+        return f"a {spec.host.kind}"
     found = {
         "dropout": spec.host.dropout > 0,  # would draw other numbers
         "attention by flash-attn": spec.host.attention != "sdpa",
-        "experts": any(layer.experts for layer in layers),  # whose shapes depend on the data
+        "experts": experts > 0,  # whose shapes depend on the data
         "bfloat16 on a CPU": spec.dtype == "bfloat16" and device == "cpu",  # whose roundings carry the two paths apart
     }
     return next((what for what, there in found.items() if there), None)
@@ -61,7 +64,7 @@ def compiler() -> str | None:
 def check(spec: RunSpec) -> None:
     """Raise UserError where `trainer.compile` is on but cannot be followed here."""
     on_gpu = spec.device == "cuda" or (spec.device == "auto" and torch.cuda.is_available())
-    what = unfit(spec, spec.host.layers or (), "cuda" if on_gpu else "cpu")
+    what = unfit(spec, start_shape(spec, vocab_size=1).experts(), "cuda" if on_gpu else "cpu")
     if spec.trainer.compile == "on" and what is not None:
         raise UserError(f"trainer.compile is 'on', but {what} cannot be compiled: set it to auto, or do without.")
     if spec.trainer.compile == "on" and compiler() is None:
@@ -83,7 +86,7 @@ def pays(clock: ClockSpec, depth: int, step_seconds: float, steps: float) -> boo
 class Package:
     """The compiled step of a host's shape: a file in the cache, to be built, or known to fail."""
 
-    def __init__(self, spec: RunSpec, host: TransformerHost, device: str) -> None:
+    def __init__(self, spec: RunSpec, host: AnyHost, device: str) -> None:
         layers = [layer.model_copy(update={"uid": i}) for i, layer in enumerate(host.shape.layers)]
         sizes = {"n_layer": len(layers), "layers": tuple(layers), "head_dim": host.shape.head_dim}
         unused = {"n_head": 1, "mlp_width": None}
@@ -150,7 +153,7 @@ class CompiledStep:
     n parameters, each of which has taken an eager step. A copy has to be bound anew.
     """
 
-    def __init__(self, loader: Any, host: TransformerHost, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, loader: Any, host: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._loader = loader
         self.parameters = list(host.parameters())
         states = [optimizer.state[parameter] for parameter in self.parameters]

@@ -15,36 +15,39 @@ from torch import Tensor
 
 from esper.platform import checkpoint
 from esper.platform.errors import UserError, in_a_sentence
-from esper.platform.spec import HostSpec, RunSpec
+from esper.platform.spec import HostSpec, RunSpec, read_host
 from esper.platform.storage import check_unused, new_folder, write_json, write_text
 from esper.workers.tolaria.data import Tokenizer, tokenizer
 from esper.workers.tolaria.data.tokenizer import END, BytePairs, byte_symbols
+from esper.workers.tolaria.hosts import HOSTS, AnyHost, outputs_of, rebuilt
+from esper.workers.tolaria.model.layered import Layout
 from esper.workers.tolaria.model.shape import TransformerShape
-from esper.workers.tolaria.model.transformer import Layout, TransformerHost
+from esper.workers.tolaria.model.transformer import TransformerHost
 from esper.workers.tolaria.trainer import within
 
 MODEL = "model.safetensors"  # the name that transformers expects
 UNSEEN = "<|unseen|>"  # several characters, so none of the text's
 
 
-def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformerHost:
+def host_of(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AnyHost:
     """The host in a state of `GrowthRun`, on the CPU in evaluation mode; UserError where there is none."""
     state = within("now/host/", tensors)
     with in_a_sentence("the checkpoint holds no host that is in training", "name one of `esper train`"):
         spec = RunSpec.checked(values["spec"], "the checkpoint").host
-        spec = spec.model_copy(update={"attention": "sdpa"})  # flash needs the run's machine
+        if isinstance(spec, HostSpec):
+            spec = spec.model_copy(update={"attention": "sdpa"})  # flash needs the run's machine
         layout = Layout.checked(values["now"]["layout"], "the checkpoint")
-        return TransformerHost.rebuilt(spec, len(state["wte.weight"]), layout, state).eval()
+        return rebuilt(spec, outputs_of(spec, state), layout, state).eval()
 
 
-def load_native(folder: Path) -> TransformerHost:
+def load_native(folder: Path) -> AnyHost:
     """The host that `export` wrote, on the CPU in evaluation mode; UserError where it cannot be read."""
     values, tensors = checkpoint.read(Path(folder) / MODEL)
     with in_a_sentence(f"{folder} holds no exported host", "export it again"):
-        spec = HostSpec.checked(values["config"], f"{folder} holds no exported host")
-        shape = TransformerShape.of(spec, values["vocab_size"])
+        spec = read_host(values["config"], f"{folder} holds no exported host")
+        shape = HOSTS[spec.kind].Shape.of(spec, values["vocab_size"])
         layout = Layout(layers=shape.layers, next_uid=shape.born.uid)
-        return TransformerHost.rebuilt(spec, values["vocab_size"], layout, tensors).eval()
+        return rebuilt(spec, values["vocab_size"], layout, tensors).eval()
 
 
 def load_native_tokenizer(folder: Path) -> Tokenizer:
@@ -56,7 +59,7 @@ def load_native_tokenizer(folder: Path) -> Tokenizer:
 
 
 def export(
-    host: TransformerHost, folder: Path, tokenizer: Tokenizer | None = None, *, to: Literal["native", "gpt2"] = "native"
+    host: AnyHost, folder: Path, tokenizer: Tokenizer | None = None, *, to: Literal["native", "gpt2"] = "native"
 ) -> None:
     """Write a host as a new folder, for `load_native` or transformers; the host is not changed.
 
@@ -65,12 +68,15 @@ def export(
     """
     check_unused(folder)
     if to == "gpt2":
+        if not isinstance(host, TransformerHost):
+            raise UserError(f"the host is a {host.spec.kind}, and no GPT-2: export in the native format.")
         _check_gpt2(host.shape)
-    if tokenizer is not None and tokenizer.vocab_size != host.shape.vocab_size:
-        what = f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {host.shape.vocab_size}"
+    outputs = outputs_of(host.spec, host.state_dict())
+    if tokenizer is not None and tokenizer.vocab_size != outputs:
+        what = f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {outputs}"
         raise UserError(f"{what}: give the one that its text was prepared with.")
     with new_folder(folder) as partial:
-        if to == "gpt2":
+        if isinstance(host, TransformerHost) and to == "gpt2":
             data = safetensors.torch.save(_gpt2_state(host), metadata={"format": "pt"})  # which transformers asks for
             (partial / MODEL).write_bytes(data)
             write_json(partial / "config.json", _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
@@ -82,11 +88,11 @@ def export(
         if tokenizer is not None:
             tokenizer.save(partial)
             name = tokenizer.name
-        state = {"config": config, "vocab_size": host.shape.vocab_size, "tokenizer": name}
+        state = {"config": config, "vocab_size": outputs, "tokenizer": name}
         checkpoint.write(partial / MODEL, state, _state(host))
 
 
-def _state(host: TransformerHost) -> dict[str, Tensor]:
+def _state(host: AnyHost) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in host.own_state().items()}
 
 

@@ -24,7 +24,8 @@ from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import Data
 from esper.workers.tolaria.data.batches import evenly
-from esper.workers.tolaria.model.transformer import Layout, TransformerHost
+from esper.workers.tolaria.hosts import AnyHost, new_host, rebuilt
+from esper.workers.tolaria.model.layered import Layout
 
 EVAL_POSITIONS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # activations fit a core's cache; a GPU wants large parts
 PROOF_POSITIONS = 1024  # of held-out data, on which logits are compared before and after a graft
@@ -72,14 +73,14 @@ class Trainer:
         self._part = self._held_out[0][part], self._held_out[1][part]  # of it, for decisions
         self._sample = data.held_out(CONTRIBUTION_BATCHES * spec.data.batch_size, spec, self.device)
         self.sample_tokens = self._sample[1].numel()  # tokens that contributions are measured on
-        self.take(TransformerHost(self._born, self._vocab_size, torch_stream(seed, "init")))
+        self.take(new_host(self._born, self._vocab_size, torch_stream(seed, "init")))
         self.steps = 0  # optimizer steps done: the data's cursor
         self._measured: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_bound": None}  # its tensors are not a copy's
 
-    def take(self, host: TransformerHost, groups: Sequence[GroupState] = ()) -> None:
+    def take(self, host: AnyHost, groups: Sequence[GroupState] = ()) -> None:
         """Train this host from now on, with a new optimizer: AdamW, weight decay on matrices (1711.05101)."""
         self.host = host.to(self.device)
         named, spec = dict(host.named_parameters()), self._spec.optimizer
@@ -105,7 +106,7 @@ class Trainer:
 
     def package(self) -> compiled.Package | None:
         """That of the host's compiled step; None where it has to go eagerly: young seeds, experts and the like."""
-        unfit = compiled.unfit(self._spec, self.host.shape.layers, self.device.type) or self.kasmina.slowed()
+        unfit = compiled.unfit(self._spec, self.host.shape.experts(), self.device.type) or self.kasmina.slowed()
         return None if unfit else compiled.Package(self._spec, self.host, self.device.type)
 
     def bind(self, package: compiled.Package) -> None:
@@ -231,7 +232,7 @@ class Trainer:
     def load(self, state: TrainerState, tensors: Mapping[str, Tensor]) -> None:
         """Restore a state, copying its tensors; all kinds of errors where the two do not fit together."""
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in within("host/", tensors).items()}
-        host = TransformerHost.rebuilt(self._born, self._vocab_size, state.layout, own)
+        host = rebuilt(self._born, self._vocab_size, state.layout, own)
         self.take(host, state.groups)
         named, moments = dict(self.host.named_parameters()), self.optimizer.state
         for name, tensor in within("optimizer/", tensors).items():
@@ -246,7 +247,7 @@ class Trainer:
 
     def roll_back(self, good: Snapshot) -> None:
         """Load a snapshot of this run but keep the counters of layers and grafts: no id is used twice."""
-        next_uid, grafts = self.host.shape.born.uid, self.kasmina.grafts
+        next_uid, grafts = self.host.layout().next_uid, self.kasmina.grafts
         self.load(*good)
         self.host.reserve(next_uid)
         self.kasmina.grafts = grafts

@@ -7,7 +7,8 @@ from hypothesis import given
 from esper.platform.errors import UserError
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import make_blueprints
-from esper.workers.tolaria.model.transformer import Layout, TransformerHost
+from esper.workers.tolaria.model.layered import Layout
+from esper.workers.tolaria.model.transformer import TransformerHost
 from tests.workers.kasmina.growing import (
     TOLERANCE,
     assert_owned,

@@ -3,16 +3,17 @@
 V vocabulary, T block size, C embedding, H heads, D head dimension, W MLP neurons.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self
 
 from esper.platform.contracts import InjectionSpec
 from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
 from esper.workers.kasmina.registry import names_for
+from esper.workers.tolaria.model.layered import LayeredShape
 
 
 @dataclass(frozen=True)
-class TransformerShape:
+class TransformerShape(LayeredShape):
     """A whole transformer's shape.
 
     Sites: `wte.stream`, then `h<uid>.attention`, `h<uid>.ffn`, `h<uid>.stream` per layer; uids are never used again.
@@ -28,7 +29,7 @@ class TransformerShape:
 
     @classmethod
     def of(cls, host: HostSpec, vocab_size: int) -> Self:
-        width = host.mlp_width or 4 * host.n_embd
+        width = host.own_width
         layers = host.layers or tuple(LayerSpec(uid=i, heads=host.n_head, width=width) for i in range(host.n_layer))
         head_dim = host.head_dim or host.n_embd // host.n_head
         born = LayerSpec(uid=1 + max(layer.uid for layer in layers), heads=host.n_head, width=width)
@@ -68,54 +69,40 @@ class TransformerShape:
                 forward += 2 * self.n_embd * (1 + expert.share * 2 * expert.width)
         return round(3 * forward)
 
-    def depth(self) -> int:
-        return len(self.layers)
-
     def experts(self) -> int:
         return sum(len(layer.experts) for layer in self.layers)
 
     def with_units(self, site_id: str, units: int) -> Self:
         """A copy with `units` more heads or neurons at a site; fewer, if negative."""
         field = "heads" if site_id.endswith(".attention") else "width"
-        return self._with(site_id, **{field: getattr(self._layer(site_id), field) + units})
+        return self._with(site_id, **{field: getattr(self.layer(site_id), field) + units})
 
     def with_expert(self, site_id: str, width: int, share: float) -> Self:
-        experts = self._layer(site_id).experts
+        experts = self.layer(site_id).experts
         uid = 1 + max((expert.uid for expert in experts), default=-1)
         return self._with(site_id, experts=(*experts, ExpertSpec(uid=uid, width=width, share=share)))
 
     def with_layer(self, site_id: str) -> Self:
-        at, born = self.position(site_id), self.born.model_copy(update={"uid": self.born.uid + 1})
-        return replace(self, born=born, layers=(*self.layers[:at], self.born, *self.layers[at:]))
+        return self._inserted(self.position(site_id))
 
-    def without(self, name: str) -> Self:
-        """A copy without the layer `h<uid>` or the expert `h<uid>.e<uid>`."""
-        layer, _, gone = name.partition(".")
-        if gone:
-            return self._with(name, experts=tuple(e for e in self._layer(name).experts if f"e{e.uid}" != gone))
-        return replace(self, layers=tuple(kept for kept in self.layers if f"h{kept.uid}" != layer))
+    def without_part(self, name: str) -> Self:
+        kept = tuple(expert for expert in self.layer(name).experts if f"e{expert.uid}" != name.partition(".")[2])
+        return self._with(name, experts=kept)
 
-    def part_after(self, other: "TransformerShape") -> str:
-        """The name of the one part that this shape has and `other` lacks."""
-        return next(part for part in self._parts() if part not in other._parts())
+    def inside(self, layer: LayerSpec) -> list[str]:
+        return [f"h{layer.uid}.e{expert.uid}" for expert in layer.experts]
+
+    def attention_parameters(self) -> int:
+        return 4 * self.n_embd * self.head_dim * sum(layer.heads for layer in self.layers)
+
+    def totals(self) -> tuple[int, ...]:
+        """Layers, heads, neurons and experts."""
+        heads, widths = sum(layer.heads for layer in self.layers), sum(layer.width for layer in self.layers)
+        return self.depth(), heads, widths, self.experts()
 
     def position(self, stream_id: str) -> int:
         """Index of a layer inserted at this stream site; `ValueError` for any other id."""
         return ["wte.stream", *(f"h{layer.uid}.stream" for layer in self.layers)].index(stream_id)
-
-    def deepened(self, n_layer: int) -> Self:
-        """A copy with layers appended up to `n_layer`: the shape with the most sites a run may reach."""
-        shape = self
-        while shape.depth() < n_layer:
-            shape = shape.with_layer(f"h{shape.layers[-1].uid}.stream")
-        return shape
-
-    def layers_as_json(self) -> list[dict[str, Any]]:
-        return [layer.model_dump(mode="json") for layer in self.layers]
-
-    def _parts(self) -> list[str]:
-        layers = [f"h{layer.uid}" for layer in self.layers]
-        return layers + [f"h{layer.uid}.e{expert.uid}" for layer in self.layers for expert in layer.experts]
 
     def _layer_parts(self, layer: LayerSpec) -> tuple[int, int, int]:
         """Parameters of attention, of MLP and experts, and of both norms."""
@@ -124,11 +111,3 @@ class TransformerShape:
         mlp = 2 * c * layer.width + layer.width + c
         experts = sum(c + 2 * c * expert.width + expert.width + c for expert in layer.experts)
         return attention, mlp + experts, 4 * c
-
-    def _layer(self, site_id: str) -> LayerSpec:
-        return next(layer for layer in self.layers if f"h{layer.uid}" == site_id.partition(".")[0])
-
-    def _with(self, site_id: str, **changes: Any) -> Self:
-        changed = self._layer(site_id)
-        new = changed.model_copy(update=changes)
-        return replace(self, layers=tuple(new if layer is changed else layer for layer in self.layers))

@@ -6,22 +6,18 @@ B batch, T time, C embedding, V vocabulary, H heads, D head dimension, W MLP neu
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
 from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
 from esper.workers.tolaria.model.experts import Expert, Experts
+from esper.workers.tolaria.model.layered import LayeredHost, Pairs
 from esper.workers.tolaria.model.shape import TransformerShape
 
 Attend = Callable[..., Tensor]
-Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # (new parameter, sibling whose optimizer settings it takes)
 
 # Its build imports the torch that it is built for.
 INSTALL = 'install it with pip install --no-build-isolation "esper-growth[flash-attn]"'
@@ -127,24 +123,24 @@ class Block(nn.Module):
         experts = tuple(expert.shape for expert in self.experts.all())
         return LayerSpec(uid=self.uid, heads=heads, width=width, experts=experts)
 
+    @property
+    def inside(self) -> Experts:
+        return self.experts
+
     def outgoing(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.named_parameters() if "c_proj" in name.split(".")]
 
 
-class Layout(Frozen):
-    """The structure of a host's tree of modules and parameters."""
-
-    layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
-    next_uid: int  # of the next new layer
-
-
-class TransformerHost(nn.Module):
+class TransformerHost(LayeredHost):
     """The host; implements HostProtocol. Weights are drawn from the CPU `generator`, by default the global one."""
+
+    Shape = TransformerShape
+    OUTPUTS = "wte.weight"
 
     def __init__(self, spec: HostSpec, vocab_size: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self._shape = TransformerShape.of(spec, vocab_size)  # its layers are those at birth
+        self._shape = TransformerShape.of(spec, vocab_size)
         self.wte = nn.Embedding(vocab_size, spec.n_embd)
         self.wpe = nn.Embedding(spec.block_size, spec.n_embd)
         self.drop = make_dropout(spec.dropout)
@@ -177,21 +173,16 @@ class TransformerHost(nn.Module):
             x = block(x)
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
-    @property
-    def shape(self) -> TransformerShape:
-        """What the host is now, read off its tensors."""
-        return replace(self._shape, layers=tuple(block.shape() for block in self._blocks()))
-
     def linears(self, site_id: str) -> tuple[nn.Linear, nn.Linear]:
         """The pair that units are added to at an attention or MLP site: (incoming rows, outgoing columns)."""
-        block, part = self._at(site_id)
+        block, part = self.at(site_id)
         return (block.attn.c_attn, block.attn.c_proj) if part == "attention" else (block.mlp.c_fc, block.mlp.c_proj)
 
     def written_by(self, site_id: str) -> Iterator[Tensor]:
         """The parameters behind a site's telemetry; for a stream site, those that wrote the stream there."""
         if site_id == "wte.stream":
             return iter((self.wte.weight, self.wpe.weight))
-        block, part = self._at(site_id)
+        block, part = self.at(site_id)
         modules = {"attention": [block.attn], "ffn": [block.mlp, block.experts], "stream": [block]}[part]
         return (parameter for module in modules for parameter in module.parameters())
 
@@ -204,7 +195,7 @@ class TransformerHost(nn.Module):
         idx = torch.randint(self.shape.vocab_size, (1, self.shape.block_size), generator=generator).to(device)
         x = self.wte(idx) + self.wpe.weight
         streams = {"wte.stream": x}
-        for block in self._blocks():
+        for block in self.blocks():
             streams[f"h{block.uid}.stream"] = x = block(x)
         self.train(training)
         return {site: stream.float().square().mean().sqrt().item() for site, stream in streams.items()}
@@ -215,70 +206,17 @@ class TransformerHost(nn.Module):
         Siblings are those of the layer before (else behind) it; an expert's are the MLP's, its router's is `c_fc`.
         """
         name = shape.part_after(self.shape)
-        layer = next(layer for layer in shape.layers if f"h{layer.uid}" == name.partition(".")[0])
-        if "." in name:
-            block, _ = self._at(site_id)
-            new = block.add_expert(layer.experts[-1])
-            siblings = {**dict(block.mlp.named_parameters()), "router": block.mlp.c_fc.weight}
-        else:
-            position = self.shape.position(site_id)
-            siblings = dict(self.h[max(0, position - 1)].named_parameters())
-            new = self._layer(layer).to(self.wte.weight).train(self.training)
-            self.h.insert(position, new)
-            self.reserve(shape.born.uid)
+        layer = shape.layer(name)
+        if "." not in name:
+            return self._put_in(name, shape, self.shape.position(site_id), self._layer(layer))
+        block, _ = self.at(site_id)
+        new = block.add_expert(layer.experts[-1])
+        siblings = {**dict(block.mlp.named_parameters()), "router": block.mlp.c_fc.weight}
         return name, [(parameter, siblings[key]) for key, parameter in new.named_parameters()]
 
-    def part(self, name: str) -> nn.Module | None:
-        """The module of an inserted part; None when it is gone."""
-        layer, _, expert = name.partition(".")
-        block = next((block for block in self._blocks() if layer == f"h{block.uid}"), None)
-        return dict(block.experts.items()).get(expert) if block is not None and expert else block
-
-    def remove(self, name: str) -> list[nn.Parameter]:
-        block, expert = self._at(name)
-        if expert:
-            return list(block.experts.pop(expert).parameters())
-        del self.h[list(self.h).index(block)]
-        return list(block.parameters())
-
-    def reserve(self, next_uid: int) -> None:
-        """Give no new layer a uid below this."""
-        born = self._shape.born
-        self._shape = replace(self._shape, born=born.model_copy(update={"uid": max(born.uid, next_uid)}))
-
-    def layout(self) -> Layout:
-        """The structure that `rebuilt` needs beside the tensors."""
-        return Layout(layers=self.shape.layers, next_uid=self.shape.born.uid)
-
-    def own_state(self) -> dict[str, Tensor]:
-        """The state dict, without `lm_head.weight` where it is tied."""
-        state = self.state_dict()
-        if self.spec.tied:
-            del state["lm_head.weight"]
-        return state
-
     @classmethod
-    def rebuilt(cls, spec: HostSpec, vocab_size: int, layout: Layout, state: Mapping[str, Tensor]) -> "TransformerHost":
-        """The host of this layout and `own_state`, not copied; an error, before allocating, where they do not fit."""
-        layers, uids = layout.layers, {layer.uid for layer in layout.layers}
-        if len(uids) < len(layers) or layout.next_uid <= max(uids):
-            raise ValueError("a layer's uid is not its own")
-        with torch.device("meta"):
-            host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), vocab_size)
-        tied = {"lm_head.weight": state["wte.weight"]} if spec.tied else {}
-        host.load_state_dict({**state, **tied}, assign=True)
-        if spec.tied:
-            host.lm_head.weight = host.wte.weight
-        host.spec, host._shape = spec, TransformerShape.of(spec, vocab_size)
-        host.reserve(layout.next_uid)
-        return host
+    def tied(cls, spec: HostSpec) -> Mapping[str, str]:
+        return {"lm_head.weight": "wte.weight"} if spec.tied else {}
 
     def _layer(self, layer: LayerSpec) -> Block:
         return Block(self._shape, layer, self.spec.dropout, self._attend)
-
-    def _blocks(self) -> Iterator[Block]:
-        return (block for block in self.h if isinstance(block, Block))
-
-    def _at(self, place: str) -> tuple[Block, str]:
-        name, _, rest = place.partition(".")
-        return next(block for block in self._blocks() if name == f"h{block.uid}"), rest
