@@ -1,7 +1,7 @@
 """An episode: one host's training run, decision by decision.
 
 `Episode` keeps ledger, decision clock, reward and records. Subclasses start, change, train and measure the host:
-`GrowthRun` with torch on text, `SurrogateRun` by a formula.
+`GrowthRun` with torch on data, `SurrogateRun` by a formula.
 """
 
 import math

@@ -49,6 +49,7 @@ class RunState(EpisodeState):
     strikes: Natural
     reached: Annotated[float, Field(gt=0)] | None
     path: Path
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class Trained(Frozen):
@@ -126,6 +127,7 @@ class GrowthRun(Episode):
         self.inspected = 0  # steps of this slice that the governor has looked at
         self.strikes = 0
         self.path: Path = "eager"
+        self.accuracy: float | None = None  # in the last evaluation, of data that are told by it
         self.contributed: dict[str, tuple[float, int, int]] = {}  # site → (value, number of its seed, decision)
         self._decay: tuple[float, float] | None = None  # of a cooldown fork: where its rate starts and ends to fall
         self._good: Snapshot = self.trainer.state()  # as the slice under way began, before its action
@@ -142,7 +144,12 @@ class GrowthRun(Episode):
         super()._resized()
 
     def _point(self) -> Point:
-        return {**super()._point(), "learning_rate": self._rate()}
+        told = {} if self.accuracy is None else {"accuracy": self.accuracy}
+        return {**super()._point(), "learning_rate": self._rate(), **told}
+
+    def summary(self) -> dict[str, Any]:
+        """As Episode's, with the accuracy of classifiers."""
+        return super().summary() | ({} if self.accuracy is None else {"accuracy": self.accuracy})
 
     def _change(self, candidate: Candidate) -> None:
         begun, site = time.perf_counter(), candidate.site
@@ -200,6 +207,7 @@ class GrowthRun(Episode):
     def _evaluate(self, *, whole: bool = False) -> float:
         begun = time.perf_counter()
         loss = self.trainer.evaluate(self._pause, whole=whole)
+        self.accuracy = self.trainer.accuracy
         self.ledger.validation_seconds += time.perf_counter() - begun
         return loss
 

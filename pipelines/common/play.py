@@ -57,4 +57,4 @@ def unplayed(summary: Mapping[str, Any]) -> str | None:
 
 def metrics(point: dict[str, float]) -> dict[str, float]:
     """What MLflow gets at a decision, from a point of the curve: loss, size and every ledger axis at one step."""
-    return {**point, "perplexity": perplexity(point["val_loss"])}
+    return point if "accuracy" in point else {**point, "perplexity": perplexity(point["val_loss"])}

@@ -101,7 +101,7 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         write_json(out / "summary.json", summary)
         for name in KEPT:
             tracker.artifact(out / name)
-    _report(summary, growth.fraction())
+    _report(summary, growth.fraction(), growth.spec.data.unit)
     say(f"results: {out / 'summary.json'}")
     say(f"compare: {tracker.where}")
     return 1 if summary["failure"] else 0
@@ -118,27 +118,31 @@ def _say_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, eta
         if rollback.decision == telemetry.sequence:
             removed = f", {rollback.removed} removed" if rollback.removed else ""
             say(f"  rolled back at step {rollback.optimizer_step:,}: {rollback.fault}{removed}")
-    say(f"{_standing(run, eta)}, val loss {run.loss:.4f}")
+    accuracy = "" if run.accuracy is None else f", accuracy {run.accuracy:.1%}"
+    say(f"{_standing(run, eta)}, val loss {run.loss:.4f}{accuracy}")
 
 
 def _standing(run: GrowthRun, eta: Eta) -> str:
     fraction, ledger = run.fraction(), run.ledger
     return (
         f"{fraction:4.0%} of budget, step {ledger.steps:,}, {run.layout.parameters:,} parameters, "
-        f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} tokens/s, {eta.left(fraction)} left"
+        f"{ledger.tokens / max(ledger.wall_seconds, 1e-9):,.0f} {run.spec.data.unit}s/s, {eta.left(fraction)} left"
     )
 
 
-def _report(summary: Mapping[str, Any], fraction: float) -> None:
-    """Say what a run came to."""
+def _report(summary: Mapping[str, Any], fraction: float, unit: str) -> None:
+    """Say what a run came to; its losses are means over `unit`s."""
     if summary["failure"]:
         say(
             f"given up at {fraction:.0%} of the budget: {summary['failure']}; the last sound state is in "
             f"{CHECKPOINTS}/: lower the learning rate."
         )
+    beside = (
+        f"accuracy {summary['accuracy']:.1%}" if "accuracy" in summary else f"perplexity {summary['perplexity']:.2f}"
+    )
     say(
-        f"{summary['arm']}: val loss {summary['val_loss']:.4f} nats per token (perplexity {summary['perplexity']:.2f})"
-        f", {counted(summary['parameters'], 'parameter')}, {counted(len(summary['grafts']), 'graft')}, "
+        f"{summary['arm']}: val loss {summary['val_loss']:.4f} nats per {unit} ({beside}), "
+        f"{counted(summary['parameters'], 'parameter')}, {counted(len(summary['grafts']), 'graft')}, "
         f"{counted(summary['steps'], 'step')}, {summary['parameter_seconds']:,.0f} parameter-seconds, "
         f"{duration(summary['wall_seconds'])} of training"
     )

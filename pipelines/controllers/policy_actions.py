@@ -104,7 +104,7 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     }
     write_json(place.out / "evaluation.json", record)
     print(_table(found, reference))
-    say("means over the instances, in nats per token; ± is half of a 95 % interval (paired t)")
+    say("means over the instances, in nats; ± is half of a 95 % interval (paired t)")
     say(f"results: {place.out / 'evaluation.json'}")
 
 

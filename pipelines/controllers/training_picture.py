@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {
 STYLE |= {"lines.linewidth": 1.4, "lines.marker": ".", "lines.markersize": 3}
 PANELS = (
     Panel("return of an episode", "nats", {"return_mean": "mean", "return_min": "least", "return_max": "most"}, False),
-    Panel("final validation loss", "nats per token", {"val_loss": "episodes", "held_out_loss": "held-out"}, False),
+    Panel("final validation loss", "nats", {"val_loss": "episodes", "held_out_loss": "held-out"}, False),
     Panel("explained variance of the value", "fraction", {"explained_variance": ""}, False, 0.0),
     Panel("entropy of the policy", "nats", {"entropy": ""}),
     Panel("what is chosen", "share of the decisions", {kind: kind for kind in KINDS}),

@@ -73,7 +73,7 @@ def draw_losses(axes: Axes, trials: Trials, axis: str) -> None:
     axes.set_ylim(low, max([high, *tops]))
     axes.locator_params(axis="x", nbins=6)  # more would touch each other
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set(xlabel=AXES[axis], ylabel="validation loss (nats per token)")
+    axes.set(xlabel=AXES[axis], ylabel="validation loss (nats)")
 
 
 def draw_differences(axes: Axes, trials: Trials) -> None:

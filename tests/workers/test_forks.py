@@ -115,7 +115,7 @@ def test_contributions_are_measured_charged_and_true(spec, tokens):
     assert told.keys() == {seed.site for seed in run.trainer.kasmina.seeds}
     layer, fork = run.trainer.kasmina.seeds[-1].site, run.fork()
     fork.trainer.kasmina.prune(layer)
-    whole, without = (each.trainer._mean_loss(*each.trainer._sample, lambda: None) for each in (run, fork))
+    whole, without = (each.trainer._mean_loss(*each.trainer._sample, lambda: None)[0] for each in (run, fork))
     assert told[layer] == pytest.approx(without - whole, abs=1e-6)
     assert told[layer] != 0
     # Charged in seconds, not in optimizer steps: a run without seeds uses less.

@@ -75,6 +75,7 @@ class Trainer:
         self.sample_tokens = self._sample[1].numel()  # tokens that contributions are measured on
         self.take(new_host(self._born, self._vocab_size, torch_stream(seed, "init")))
         self.steps = 0  # optimizer steps done: the data's cursor
+        self.accuracy: float | None = None  # in the last evaluation; None where the data are not told by it
         self._measured: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,9 +152,10 @@ class Trainer:
     def evaluate(self, between: Callable[[], None] = lambda: None, *, whole: bool = False) -> float:
         """Mean loss on the part of the held-out set that is for decisions, or on the whole, nats per token.
 
-        `between` is called after each of the parts in which it is computed.
+        `between` is called after each of the parts in which it is computed. Sets `accuracy`.
         """
-        return self._mean_loss(*(self._held_out if whole else self._part), between)
+        loss, self.accuracy = self._mean_loss(*(self._held_out if whole else self._part), between)
+        return loss
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -166,11 +168,11 @@ class Trainer:
     @torch.no_grad()
     def contributions(self, sites: Iterable[str], between: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Site → loss with its newest seed masked minus loss with it, nats per token, on a small held-out sample."""
-        whole = self._mean_loss(*self._sample, between)
+        whole, _ = self._mean_loss(*self._sample, between)
         without = {}
         for site in sites:
             with self.kasmina.masked(site):
-                without[site] = self._mean_loss(*self._sample, between) - whole
+                without[site] = self._mean_loss(*self._sample, between)[0] - whole
         return without
 
     def measured(self, since: int = 0) -> list[list[float]]:
@@ -253,15 +255,19 @@ class Trainer:
         self.kasmina.grafts = grafts
 
     @torch.no_grad()
-    def _mean_loss(self, inputs: Tensor, targets: Tensor, between: Callable[[], None]) -> float:
+    def _mean_loss(self, inputs: Tensor, targets: Tensor, between: Callable[[], None]) -> tuple[float, float | None]:
+        """In nats, and the share of targets foretold, where the data are told by that."""
         at_once = max(1, EVAL_POSITIONS_AT_ONCE[self.device.type] // self._spec.host.positions)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total, right = torch.zeros(2, dtype=torch.float64, device=self.device)
         for part in zip(inputs.split(at_once), targets.split(at_once), strict=True):
             self.host.eval()
-            total += self._loss(*part).double() * part[1].numel()
+            logits = self._logits(part[0]).flatten(0, -2)
+            total += F.cross_entropy(logits, part[1].flatten()).double() * part[1].numel()
+            right += (logits.argmax(-1) == part[1].flatten()).sum() if self._spec.data.classifies else 0
             self.host.train()
             between()
-        return total.item() / targets.numel()
+        accuracy = right.item() / targets.numel() if self._spec.data.classifies else None
+        return total.item() / targets.numel(), accuracy
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self._logits(inputs).flatten(0, -2), targets.flatten())
