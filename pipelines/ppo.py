@@ -32,6 +32,9 @@ class PPOArguments(ResumableArguments):
     surrogate: bool = flag(False, "Train on loss laws, not on text: minutes, and no proof of anything on text.")
     laws: Path | None = flag(None, "Fitted loss laws: begin with a clone of the planner that plays by them.", "FILE")
     rounds: int | None = flag(None, "Fit --laws anew N times, to episodes on text too, and clone anew.", ge=2)
+    also: tuple[str, ...] = flag(
+        (), "A preset, with its data, to train on too, an episode of each in turn; may be given again.", "PRESET[=DATA]"
+    )
     init_from: Path | None = flag(None, "A trained policy, of any preset: begin with it, and stay near to it.")
 
     @model_validator(mode="after")
@@ -41,6 +44,11 @@ class PPOArguments(ResumableArguments):
             raise ValueError(f"--rounds {lacks}, or leave it out.")
         if self.init_from is not None and self.laws is not None:
             raise ValueError("--laws begins with a clone of the planner, --init-from with a policy: give one of them.")
+        if self.also and (self.surrogate or self.laws is not None):
+            given = "--surrogate" if self.surrogate else "--laws"
+            raise ValueError(
+                f"--also trains on several presets' own data, and {given} is of one preset: leave one out."
+            )
         return self
 
     resume: Path | None = flag(None, "Go on with the training in this folder; takes --set ppo.… and fleet.….", "DIR")
@@ -52,6 +60,7 @@ def run(arguments: PPOArguments) -> None:
     from esper.pipelines.common.run_folder import RunFolder
     from esper.pipelines.controllers.cloning import BEFORE, runs_of
     from esper.pipelines.controllers.training import ON_LAWS
+    from esper.pipelines.controllers.workers import planned_task
     from esper.policies.simic.policy import SimicPolicy, policy_file
 
     if arguments.resume is not None:
@@ -76,7 +85,8 @@ def run(arguments: PPOArguments) -> None:
     folder.tell_laws(None if surrogate else laws)
     if before is not None:
         write_json(folder.out / BEFORE, before)
-    plan, inputs = {"rounds": rounds}, {"laws": laws, "runs": before and folder.out / BEFORE, "policy": policy}
+    plan = {"rounds": rounds, "also": [planned_task(name) for name in arguments.also]}
+    inputs = {"laws": laws, "runs": before and folder.out / BEFORE, "policy": policy}
     with folder.begin("ppo", plan, inputs) as kept:
         train(folder.model_copy(update={"plan": plan}), kept)
 

@@ -107,6 +107,7 @@ class Instance(Frozen):
     budget: float = Field(default=1.0, gt=0, description="factor on the spec's budget")
     n_layer: int | None = Field(default=None, ge=1, description="layers to start with; none means the spec's")
     data: tuple[float, float] = Field(default=(0.0, 1.0), description="slice of the training tokens, as fractions")
+    task: int = Field(default=0, ge=0, description="which of a training's specs it is an instance of")
     law: int | None = Field(default=None, ge=0, description="loss law of a surrogate; none means the episode's seed")
 
     @model_validator(mode="after")

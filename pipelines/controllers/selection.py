@@ -4,9 +4,8 @@ They are the tuning set's instances, on text and on loss laws alike.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,19 +29,27 @@ Task = tuple[RunSpec, Path | None, Path | None, SimicPolicy, Instance, int]  # o
 
 
 def held_out(
-    spec: RunSpec, data: Path | None, out: Path, seed: int, check: Callable[[], None], laws: Path | None = None
+    spec: RunSpec,
+    data: Path | None,
+    out: Path,
+    seed: int,
+    check: Callable[[], None],
+    laws: Path | None = None,
+    also: Sequence[tuple[RunSpec, Path]] = (),
 ) -> list[dict[str, Any]]:
     """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and checkpoint in `out`.
 
-    `data`: None on loss laws, the spec's or fitted ones. `check` may raise; a later call continues.
+    `data`: None on loss laws, the spec's or fitted ones. `check` may raise; a later call continues. With further specs
+    and data the episodes are of each in turn.
     """
-    number = spec.ppo.held_out
-    instances = list(islice(instance_set("tuning", spec, text=data is not None).values(), number))
+    number, turns = spec.ppo.held_out, [(spec, data), *also]
+    sets = [list(instance_set("tuning", each, text=data is not None).values()) for each, _ in turns]
     tasks: dict[Key, Task] = {}
     for path in checkpoints(out):
         policy = SimicPolicy.load(path)
-        for i, instance in enumerate(instances):
-            tasks[int(path.name), i] = (spec, data, laws, policy, instance, derive(seed, "held out", i))
+        for i in range(number):
+            turn, each = i % len(turns), i // len(turns)
+            tasks[int(path.name), i] = (*turns[turn], laws, policy, sets[turn][each], derive(seed, "held out", i))
     with closing(Journal(out / FILE)) as journal:
         played: dict[Key, dict[str, Any]] = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
         missing = {key: task for key, task in tasks.items() if key not in played}

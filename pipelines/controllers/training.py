@@ -19,9 +19,10 @@ from esper.pipelines.controllers.init_from import Given
 from esper.pipelines.controllers.live import TrainingView
 from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
-from esper.pipelines.controllers.workers import fleet_maker
+from esper.pipelines.controllers.workers import fleet_maker, other_tasks
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import counted, say
+from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.journal import Journal, read_entries
@@ -32,7 +33,7 @@ from esper.policies.simic.health import Health
 from esper.policies.simic.policy import CHECKPOINTS, FILE, SimicPolicy, checkpoints
 from esper.policies.simic.ppo import PPOTraining
 from esper.workers.instances import instance_set
-from esper.workers.observe import telemetry_space
+from esper.workers.several import shared_space
 from esper.workers.worker import save_name
 
 CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest
@@ -60,10 +61,10 @@ class Reached(Frozen):
     last: dict[str, float] = Field(default={})  # its finite metrics
 
     @classmethod
-    def of(cls, folder: RunFolder, before: Iterable[str] = ()) -> Self:
+    def of(cls, folder: RunFolder, hosts: Iterable[str] = ()) -> Self:
         """The newest checkpoint's progress, or the start's; UserError for another training's checkpoint.
 
-        `before`: the kinds of hosts that the policy which it begins with has grown.
+        `hosts`: the kinds that it grows, after those that the policy which it begins with has grown.
         """
         there = checkpoints(folder.out)
         if not there:
@@ -73,7 +74,7 @@ class Reached(Frozen):
                 preset=spec.preset,
                 seed=folder.seed,
                 surrogate=folder.data is None,
-                hosts=tuple(dict.fromkeys((*before, spec.host.kind))),
+                hosts=tuple(dict.fromkeys(hosts)),
             )
         reached = cls.checked(SimicPolicy.load(there[-1]).card["extra"], f"the card of {there[-1]}")
         if reached.key != folder.key:
@@ -104,8 +105,11 @@ def train_controller(
     out, surrogate = folder.out, folder.data is None
     spec = folder.spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
     storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, folder.key)
+    also = other_tasks(folder.plan)
     given = None if init_from is None else Given(init_from)
-    reached = Reached.of(folder, () if given is None else given.hosts)
+    reached = Reached.of(
+        folder, [*(given.hosts if given else ()), spec.host.kind, *(each.host.kind for each, _ in also)]
+    )
     for name in (SUMMARY, FILE):  # of a training that is given more iterations
         (out / name).unlink(missing_ok=True)
     with (
@@ -120,13 +124,19 @@ def train_controller(
             start = Rounds(folder, spec, laws, folder.plan.get("rounds") or 1, check)
         if start is not None and not checkpoints(out):
             start.begin(_checkpoint(out, 0), reached.model_dump(mode="json"))
-        instances = list(instance_set("train", spec, text=not surrogate).values())
+        specs = [spec, *(each for each, _ in also)]
+        sets = [list(instance_set("train", each, text=not surrogate).values()) for each in specs]
+
+        def instance(number: int) -> Instance:
+            turn, each = number % len(sets), number // len(sets)
+            return sets[turn][each % len(sets[turn])].model_copy(update={"task": turn})
+
         training = PPOTraining(
             spec,
-            telemetry_space(spec),
-            fleet_maker(spec, folder.data, storage, laws),
+            shared_space(specs),
+            fleet_maker(spec, folder.data, storage, laws, also),
             seed=folder.seed,
-            instances=lambda number: instances[number % len(instances)],
+            instances=instance,
             journal=out / EPISODES,
             check=check,
             start=next(reversed(checkpoints(out)), None),
@@ -136,7 +146,7 @@ def train_controller(
         finally:
             training.stop()
         clones = [] if start is None else start.told()
-        played = held_out(spec, folder.data, out, folder.seed, check, laws)
+        played = held_out(spec, folder.data, out, folder.seed, check, laws, also)
         dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
         left |= {"clones": clones} if clones else {}

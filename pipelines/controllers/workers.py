@@ -1,31 +1,68 @@
 """The workers of a training: Ray actors that train GPTs, or surrogate runs in this process."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from esper.pipelines.common.arguments import CommonArguments
+from esper.pipelines.common.preset import describe, resolve_spec
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import counted, say
+from esper.platform.contracts import Run
 from esper.platform.errors import UserError
 from esper.platform.law_file import FittedLaws
 from esper.platform.spec import RunSpec
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import open_data
+from esper.workers.several import SeveralRuns, shared_space
+from esper.workers.tolaria.data import ensure, open_data
 from esper.workers.worker import EpisodeWorker, GrowthWorker
 
+Task = tuple[RunSpec, Path]  # and its prepared data
 SURROGATES = 16  # surrogate runs side by side in the driver
 
 
-def fleet_maker(spec: RunSpec, data: Path | None, storage: str, laws: Path | None = None) -> Callable[[], Fleet]:
-    """A maker of the workers, which save runs in `storage`; without data they are surrogates and save nothing."""
+def fleet_maker(
+    spec: RunSpec, data: Path | None, storage: str, laws: Path | None = None, also: Sequence[Task] = ()
+) -> Callable[[], Fleet]:
+    """A maker of the workers, which save runs in `storage`; without data they are surrogates and save nothing.
+
+    `also`: further specs and data, of which instances may be too.
+    """
     if data is None:
         return partial(LocalFleet, lambda: EpisodeWorker(partial(make_run, spec, None, laws)), SURROGATES)
     CheckpointStore(storage).close()  # a place that cannot be is told of here, not by each worker
-    return partial(_ray_fleet, spec, data, storage)
+    return partial(_ray_fleet, spec, partial(make_several, [(spec, data), *also]), storage)
+
+
+def planned_task(name: str) -> dict[str, str]:
+    """A further task as a training's plan has it, of `PRESET` or `PRESET=DATA`; data are prepared if needed."""
+    preset, _, data = name.partition("=")
+    spec = resolve_spec(CommonArguments(preset=preset, data=Path(data) if data else None), on="fleet")
+    folder = ensure(spec.data)
+    say(f"and     {spec.preset}: {describe(spec)}")
+    print_of = open_data(folder).manifest.fingerprint()
+    return {"spec": spec.model_dump_json(), "data": str(folder), "fingerprint": print_of}
+
+
+def other_tasks(plan: Mapping[str, Any]) -> list[Task]:
+    """The further tasks of a training's plan; a UserError where data have changed since it began."""
+    found = []
+    for task in plan.get("also") or ():
+        if open_data(Path(task["data"])).manifest.fingerprint() != task["fingerprint"]:
+            raise UserError(f"{task['data']} was changed since the training began: restore it, or start anew.")
+        found.append((RunSpec.model_validate_json(task["spec"]), Path(task["data"])))
+    return found
+
+
+def make_several(tasks: Sequence[Task]) -> Run:
+    """A worker's run of any of these tasks."""
+    runs = [make_run(*task) for task in tasks]
+    return runs[0] if len(runs) == 1 else SeveralRuns(runs, shared_space([spec for spec, _ in tasks]))
 
 
 def make_run(spec: RunSpec, data: Path | None, laws: Path | None = None) -> GrowthRun | SurrogateRun:
@@ -47,7 +84,7 @@ def gpus_needed(spec: RunSpec, *, surrogates: bool = False) -> int | None:
     return None if _grows(spec) else needed or None
 
 
-def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
+def _ray_fleet(spec: RunSpec, make: Callable[[], Run], storage: str) -> Fleet:
     fleet, ppo = spec.fleet, spec.ppo
     taken = (0 if ppo.learner_gpus else ppo.learners, _for_learners(spec))  # as RLlib asks for them
     room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus, taken)
@@ -63,7 +100,7 @@ def _ray_fleet(spec: RunSpec, data: Path, storage: str) -> Fleet:
 
     def make_worker():
         options = GrowthWorker.options(num_cpus=fleet.cpus, num_gpus=fleet.gpus)
-        return options.remote(partial(make_run, spec, data), storage)
+        return options.remote(make, storage)
 
     return RayFleet(make_worker, lambda: fleet.workers or cluster.room(fleet.cpus, fleet.gpus, taken))
 

@@ -26,6 +26,7 @@ from esper.policies.simic.policy import SimicPolicy
 from esper.workers.instances import instance_set
 from esper.workers.laws.fit import annealed_losses
 from esper.workers.laws.surrogate import drawn_laws
+from esper.workers.observe import telemetry_space
 from tests.pipelines.helpers import made_net, sets, start, summary_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_ray")
@@ -323,6 +324,35 @@ def test_on_text_every_decision_is_learned_from_once_though_workers_die(tiny, tm
     assert parts["learned"]["steps"] == sum(train_steps[: len(learned)])
     assert parts["held_out"]["steps"] == tuning_steps[0] * len(summary["held_out_losses"])
     assert summary["spent"]["steps"] == sum(part["steps"] for part in parts.values())
+
+
+def test_one_fleet_trains_on_two_presets_in_turn_and_goes_on(tiny, shards, tiny_spec, tmp_path, refused):
+    """The other has more sites, and another budget; the training is resumed between its iterations."""
+    deeper, out = tmp_path / "deeper.json", tmp_path / "out"
+    other = tiny_spec.overridden({"growth.max_layers": 6, "budget.amount": 120})
+    deeper.write_text(other.model_dump_json(exclude={"preset"}))
+    small = sets("ppo.decisions=32", "ppo.minibatch=16", "ppo.epochs=1", "ppo.held_out=2", "budget.amount=160")
+    line = [*tiny, *small, *more(1), "--also", f"{deeper}={shards}", "--out", str(out)]
+    assert ppo.main(line) == 0
+    assert ppo.main(["--resume", str(out), *more(2)]) == 0
+    summary, specs = summary_of(out), [load_spec(out / "spec.json"), load_spec(deeper)]
+    assert telemetry_space(specs[0]).candidates < telemetry_space(specs[1]).candidates
+    learned = round(summary["episodes"])
+    instances = [list(instance_set("train", spec, text=True).values()) for spec in specs]
+    turns = [(i % 2, instances[i % 2][i // 2]) for i in range(learned)]
+    steps = [math.ceil(specs[turn].budget.amount * instance.budget) for turn, instance in turns]
+    assert summary["spent_on"]["learned"]["steps"] == sum(steps)
+    tuning = [next(iter(instance_set("tuning", spec, text=True).values())).budget for spec in specs]
+    held_out = sum(math.ceil(spec.budget.amount * budget) for spec, budget in zip(specs, tuning, strict=True))
+    assert summary["spent_on"]["held_out"]["steps"] == held_out * len(summary["held_out_losses"])
+    for flags, sentence in (
+        (["--surrogate", "--also", "demo"], "--also trains on several presets' own data, and --surrogate is of one"),
+        ([*tiny, "--also", "dmo"], "Did you mean 'demo'"),
+    ):
+        refused(ppo.main, flags, sentence)
+    plan = out / "inputs" / "plan.json"
+    plan.write_text(plan.read_text().replace("fingerprint", "finger"))
+    refused(ppo.main, ["--resume", out, *more(3)], "plan.json was changed")
 
 
 def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp_path, monkeypatch):
