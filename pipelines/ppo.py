@@ -124,12 +124,11 @@ def train(folder: "RunFolder", inputs: Mapping[str, Path]) -> None:
     """Connect, train, and say where everything is."""
     from esper.pipelines.common.stopping import stop_signals
     from esper.pipelines.controllers.training import train_controller
-    from esper.pipelines.controllers.workers import gpus_needed
-    from esper.platform import cluster
+    from esper.pipelines.controllers.workers import session
 
-    gpus = gpus_needed(folder.spec, surrogates=folder.data is None)
     how = f"stopped, with nothing lost; go on with: esper ppo --resume {folder.out}"
-    with cluster.session(gpus=gpus), stop_signals(how) as check:  # `ray.init` puts in a handler of its own, in C
+    # Signals come second: `ray.init` puts in a handler of its own, in C.
+    with session(folder.spec, surrogates=folder.data is None), stop_signals(how) as check:
         summary = train_controller(folder, laws=inputs.get("laws"), init_from=inputs.get("policy"), check=check)
     say(f"results: {folder.out / 'summary.json'}; curves: {folder.out / 'training.png'}")
     say(f"compare: {summary['where']}")

@@ -91,8 +91,8 @@ def store(template, tmp_path, monkeypatch) -> str:
 
 @pytest.fixture(scope="session")
 def one_ray() -> Iterator[None]:
-    """One local Ray for all tests of a session that kill none of its own processes."""
-    with cluster.session(cpus=4):
+    """One local Ray for all tests of a session that kill none of its own processes, of two workers at once."""
+    with cluster.session(cpus=2):
         yield
 
 

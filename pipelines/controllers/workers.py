@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,14 @@ def make_run(spec: RunSpec, data: Path | None, laws: Path | None = None) -> Grow
     return SurrogateRun(spec, None if laws is None else FittedLaws.read(laws))
 
 
-def gpus_needed(spec: RunSpec, *, surrogates: bool = False) -> int | None:
+def session(spec: RunSpec, *, surrogates: bool = False) -> AbstractContextManager[None]:
+    """The cluster that GPTs are trained on, and learners; none for surrogates where this process learns."""
+    if surrogates and not spec.ppo.learners and not spec.ppo.learner_gpus:
+        return nullcontext()
+    return cluster.session(gpus=_gpus_needed(spec, surrogates))
+
+
+def _gpus_needed(spec: RunSpec, surrogates: bool) -> int | None:
     """GPUs for one worker and the learners; None for none, or on a cluster that grows."""
     if surrogates:
         return math.ceil(_for_learners(spec)) or None

@@ -10,7 +10,7 @@ import numpy as np
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, stop_signals
-from esper.pipelines.controllers.workers import gpus_needed
+from esper.pipelines.controllers.workers import session
 from esper.pipelines.report import write_report
 from esper.pipelines.reports.page import short_tables
 from esper.pipelines.reports.runs import read_sweeps
@@ -21,7 +21,6 @@ from esper.pipelines.sweeps.plan import AT_ONCE, SweepArguments, SweepPlan, pars
 from esper.pipelines.sweeps.seeds import widest
 from esper.pipelines.sweeps.stages import Batch, Inputs, PointStages, Settled, static_arms
 from esper.pipelines.sweeps.tune import run_trials
-from esper.platform import cluster
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
@@ -67,7 +66,7 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
     data, out = str(folder.tokens.manifest), folder.out
     how = f"stopped, with nothing lost; go on with: esper sweep --resume {out}"
     with (
-        cluster.session(gpus=gpus_needed(folder.spec)),
+        session(folder.spec),
         stop_signals(how) as check,  # after `ray.init`, which puts in a handler of its own, in C, that aborts
         folder.track({"kind": "sweep", "data": data, **provenance()}, system_metrics=True) as parent,
     ):

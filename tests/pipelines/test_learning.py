@@ -56,7 +56,6 @@ def train(spec: RunSpec, seed: int, out: Path) -> None:
         pytest.param(LARGE, 3, 0.5, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
-@pytest.mark.usefixtures("one_ray")
 def test_ppo_closes_a_share_of_the_gap_that_no_schedule_can(tmp_path, settings, seeds, least):
     shares = []
     for seed in range(seeds):

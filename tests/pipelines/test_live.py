@@ -118,8 +118,11 @@ def test_workers_or_a_terminal_that_cannot_be_seen_cost_no_training(monkeypatch)
     with TrainingView(4, 0, lambda: 1 // 0) as view:  # pyright: ignore[reportArgumentType]
         wait_for(lambda: "live view: ZeroDivisionError: integer division or modulo by zero" in screen.seen())
         screen.gone = True
+        drawn = screen.getvalue()
         say("lost")
         view.iteration(1, METRICS)
+    assert screen.getvalue() == drawn
+    assert sys.stderr is screen  # and not rich's, which would go on drawing
 
 
 def test_in_a_dumb_terminal_or_a_pipe_plain_lines_and_results_apart(monkeypatch, capsys):

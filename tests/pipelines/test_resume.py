@@ -101,9 +101,12 @@ def test_what_mlflow_has_not_had_is_sent_at_resume(tiny, tmp_path, runs, monkeyp
     *before, end = journal.read_text().splitlines()  # as if killed after its summary
     assert json.loads(end)["kind"] == "end"
     journal.write_text("\n".join([*before, ""]))
-    (out / "tracking.sent.json").write_text(json.dumps({store: len(before)}))
+    sent = out / "tracking.sent.json"
+    sent.write_text(json.dumps({store: len(before)}))
     assert main(["--resume", str(out)]) == 0
     assert runs() == {"run": finished(out)}
+    lines = journal.read_text().splitlines()
+    assert (json.loads(lines[-1])["kind"], json.loads(sent.read_text())) == ("end", {store: len(lines)})
 
 
 def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, shards, text_file, tmp_path, refused):

@@ -29,6 +29,12 @@ ARMS = ("static", *SCHEDULES, "random:onejump", "static_final:onejump", "static_
 POINTS = ("val_loss", "parameter_seconds", "learning_rate")
 
 
+@pytest.fixture
+def tiny(tiny):
+    """One trial at a time: a stage's processes take seconds to start, and a trial here none."""
+    return [*tiny, *sets("fleet.cpus=2")]
+
+
 def read(out: Path, name: str = "sweep.json"):
     return json.loads((out / name).read_text())
 
@@ -198,14 +204,31 @@ def test_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_path, capfd, monk
         assert told in page
 
 
-def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(tiny, tmp_path, monkeypatch, capfd):
+def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(
+    tiny, tmp_path, refused, monkeypatch, capfd
+):
+    """Stopped before its first trial, it also goes on with the schedule that it began with, or not at all."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr(comparison, "SYNC_SECONDS", 3)
     monkeypatch.setattr(tracking, "AWAY_SECONDS", 1)
     plan, out = tmp_path / "plan.json", tmp_path / "sweep"
     plan.write_text(json.dumps([{"at": 0.5, "blueprint": "ffn", "site": "h7.ffn"}]))
-    flags = ["--arms", "static,schedule,static_final:schedule", "--schedule", str(plan)]
-    assert sweep.main([*flags, *tiny, "--out", str(out)]) == 1
+
+    def stopped(*arguments):
+        raise Stopped(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comparison, "run_trials", stopped)
+        flags = ["--arms", "static,schedule,static_final:schedule", "--schedule", str(plan)]
+        assert sweep.main([*flags, *tiny, "--out", str(out)]) == 128 + signal.SIGINT
+    copy = out / "inputs" / "schedule.json"
+    before = copy.read_text()
+    copy.write_text(before + " ")
+    refused(sweep.main, ["--resume", out], f"{copy} was changed")
+    assert not list(out.glob("trials/*/summary.json"))
+    copy.write_text(before)
+    plan.write_text("[]")  # the sweep has a copy
+    assert sweep.main(["--resume", str(out)]) == 1
     assert [s["arm"] for s in read(out, "summary.json")] == ["static-1"]
     printed = capfd.readouterr().err
     assert "failed  schedule-seed0: unknown site for ffn in the schedule 'h7.ffn'" in printed
@@ -219,27 +242,6 @@ def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(
     assert statuses == {"static-1-seed0": "FINISHED", "schedule-seed0": "FAILED"}
 
 
-def test_a_resumed_sweep_rests_on_what_it_began_with(tiny, tmp_path, refused, monkeypatch):
-    out, plan = tmp_path / "sweep", tmp_path / "plan.json"
-    plan.write_text(json.dumps([{"at": 0.5, "blueprint": "ffn"}]))
-
-    def stopped(*arguments):
-        raise Stopped(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(comparison, "run_trials", stopped)
-        flags = ["--arms", "static,schedule", "--schedule", str(plan), *tiny, "--out", str(out)]
-        assert sweep.main(flags) == 128 + signal.SIGINT
-    before = (out / "inputs/schedule.json").read_text()
-    (out / "inputs/schedule.json").write_text(before + " ")
-    refused(sweep.main, ["--resume", out], f"{out / 'inputs/schedule.json'} was changed")
-    assert not list(out.glob("trials/*/summary.json"))
-    (out / "inputs/schedule.json").write_text(before)
-    plan.write_text("[]")  # the sweep has a copy
-    assert sweep.main(["--resume", str(out)]) == 0
-    assert len(summary(out, "schedule-seed0")["grafts"]) == 1
-
-
 def trial_processes(driver: int) -> list[int]:
     """Ray's processes in which a trial runs."""
     children = [child.pid for child in psutil.Process(driver).children(recursive=True)]
@@ -248,7 +250,8 @@ def trial_processes(driver: int) -> list[int]:
 
 def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
     out = tmp_path / "sweep"
-    flags = ["--arms", "static,onejump", *tiny, *sets("budget.amount=1200"), "--out", str(out)]  # seconds a trial
+    slow = sets("fleet.cpus=1", "budget.amount=1200")  # seconds a trial
+    flags = ["--arms", "static,onejump", *tiny, *slow, "--out", str(out)]
     process = start("sweep", flags, tmp_path / "stderr")
     try:
         wait_for(lambda: trial_processes(process.pid) and list(out.glob("saves/*")))
@@ -266,7 +269,7 @@ def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
 
 def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     out = tmp_path / "sweep"
-    slow = sets("budget.amount=4000", "budget.cooldowns=[0.3]", "host.n_embd=64")
+    slow = sets("fleet.cpus=1", "budget.amount=4000", "budget.cooldowns=[0.3]", "host.n_embd=64")
     process = start("sweep", ["--arms", "static,lag", *tiny, *slow, "--out", str(out)], tmp_path / "stderr")
     try:
         wait_for(lambda: len(trial_processes(process.pid)) == 2 and list(out.glob("saves/*")))

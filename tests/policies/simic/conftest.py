@@ -18,8 +18,8 @@ def local_ray(one_ray):
 
 
 @pytest.fixture
-def make(local_ray, request):
-    """Make trainings on the toy, which are stopped at the end; `ppo` changes the settings."""
+def make(request):
+    """Make trainings on the toy, which are stopped at the end; `ppo` changes the settings. `learners` needs Ray."""
     from simic_toy import SPACE, ToyRun
 
     from esper.platform.spec import PPOSpec, RunSpec
