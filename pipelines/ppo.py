@@ -58,7 +58,7 @@ def run(arguments: PPOArguments) -> None:
     """Settle, connect, train, report."""
     from esper.pipelines.common.preset import resolve_spec
     from esper.pipelines.common.run_folder import RunFolder
-    from esper.pipelines.controllers.cloning import BEFORE, runs_of
+    from esper.pipelines.controllers.rounds import BEFORE, runs_of
     from esper.pipelines.controllers.training import ON_LAWS
     from esper.pipelines.controllers.workers import planned_task
     from esper.policies.simic.policy import SimicPolicy, policy_file

@@ -14,9 +14,9 @@ from typing import Any, Self
 from pydantic import Field
 
 from esper.pipelines.common.run_folder import RunFolder
-from esper.pipelines.controllers.cloning import Rounds
 from esper.pipelines.controllers.init_from import Given
 from esper.pipelines.controllers.live import TrainingView
+from esper.pipelines.controllers.rounds import Rounds
 from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
 from esper.pipelines.controllers.workers import fleet_maker, other_tasks

@@ -46,19 +46,19 @@ def drive(address: str, shards: str, folder: str) -> None:
     out = Path(folder)
     spec = RunSpec.model_validate_json((out / "spec.json").read_text())
     arguments = (partial(make_run, spec, Path(shards)), str(out / "saves"))
-    fleet = RayFleet(lambda: GrowthWorker.options(num_cpus=1).remote(*arguments), lambda: 3)
+    fleet = RayFleet(lambda: GrowthWorker.options(num_cpus=1).remote(*arguments), lambda: 2)
     returns, in_flight = collect(spec, fleet, out / "episodes", DECISIONS)
     (out / "returns.json").write_text(json.dumps({"returns": returns, "in_flight": in_flight}))
 
 
 @pytest.fixture
 def nodes():
-    """A cluster of a head without cores and three nodes of one."""
+    """A cluster of a head without cores and two nodes of one."""
     import ray
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(3):
+    for _ in range(2):
         cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster

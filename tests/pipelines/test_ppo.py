@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 
 from esper.pipelines import policy, ppo, train
-from esper.pipelines.controllers import cloning, selection, workers
+from esper.pipelines.controllers import lessons, rounds, selection, workers
 from esper.platform import checkpoint
 from esper.platform.journal import read_entries
 from esper.platform.law_file import FittedLaws
@@ -102,7 +102,7 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
 @pytest.fixture
 def short_lessons(monkeypatch):
     for name, number in {"LESSONS": 2, "EPISODES": 4, "HELD_OUT": 2}.items():
-        monkeypatch.setattr(cloning, name, number)
+        monkeypatch.setattr(lessons, name, number)
     monkeypatch.setattr(clone, "STEPS", 20)
 
 
@@ -197,14 +197,14 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
     assert policy.main(["fit", str(runs), "--out", str(path)]) == 0
     small = sets("ppo.iterations=2", "ppo.decisions=16", "ppo.minibatch=16", "ppo.epochs=1", "ppo.held_out=1")
     command = [*tiny, *small, *sets("budget.amount=160"), "--laws", str(path)]
-    note = cloning.Rounds.note
+    note = rounds.Rounds.note
 
     def noted_then_dead(self, iteration, episodes):
         note(self, iteration, episodes)
         assert iteration < 2, "died before the second round's checkpoint"
 
     with monkeypatch.context() as patch:
-        patch.setattr(cloning.Rounds, "note", noted_then_dead)
+        patch.setattr(rounds.Rounds, "note", noted_then_dead)
         with pytest.raises(AssertionError, match="died"):
             ppo.main([*command, "--rounds", "2", "--out", str(out)])
     assert "laws    fitted anew" in capfd.readouterr().err
@@ -223,7 +223,7 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
     assert [each["iterations"] for each in summary_of(out)["clones"]] == [0, 1]
     (out / "summary.json").unlink()  # as if killed right at its end
     with monkeypatch.context() as patch:
-        patch.setattr(cloning.Lessons, "clone", lambda self: pytest.fail("cloned again"))
+        patch.setattr(lessons.Lessons, "clone", lambda self: pytest.fail("cloned again"))
         assert ppo.main(["--resume", str(out)]) == 0
 
     nowhere = tmp_path / "nowhere.json"

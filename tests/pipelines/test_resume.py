@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from esper.pipelines.common import single_run
 from esper.pipelines.train import main
 from esper.platform.spec import DataSpec
 from esper.platform.storage import alone
@@ -18,7 +19,6 @@ from tests.pipelines import helpers
 from tests.pipelines.helpers import sets, start, wait_for
 
 LONG = sets("budget.amount=450", "budget.decisions=15")
-FIRST_CHECKPOINT, BEGUN = "checkpoints/run.safetensors", "pins.json"
 
 
 def summary_of(folder):
@@ -54,23 +54,25 @@ def finished(folder):
     return ("FINISHED", [point["steps"] for point in summary_of(folder)["val_curve"][1:]])
 
 
-STOPS = {"stopped": (signal.SIGTERM, FIRST_CHECKPOINT), "killed": (signal.SIGKILL, FIRST_CHECKPOINT)}
-STOPS["killed at once"] = (signal.SIGKILL, BEGUN)
+STOPS = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
 
 
-def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd):
+def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, monkeypatch):
     flags, shown = ["schedule", "--schedule", str(plan), *tiny, *LONG], {}
-    folders = {name: tmp_path / name for name in STOPS}
-    processes = [start("train", [*flags, "--out", str(out)], out.with_suffix(".log")) for out in folders.values()]
-    for process, (name, out) in zip(processes, folders.items(), strict=True):
-        number, once = STOPS[name]
-        wait_for((out / once).exists, process)
-        process.send_signal(number)
-    for process, (name, out) in zip(processes, folders.items(), strict=True):
-        number, _ = STOPS[name]
-        assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
-        assert not (out / "summary.json").exists()
-        shown[name] = out.with_suffix(".log").read_text()
+    folders = {name: tmp_path / name for name in (*STOPS, "killed at once")}
+    processes = {
+        name: start("train", [*flags, "--out", str(folders[name])], tmp_path / f"{name}.log") for name in STOPS
+    }
+    with monkeypatch.context() as patch:  # killed before it had anything to train
+        patch.setattr(single_run, "train", lambda *arguments: 0)
+        assert main([*flags, "--out", str(folders["killed at once"])]) == 0
+    for name, process in processes.items():
+        wait_for((folders[name] / "checkpoints" / "run.safetensors").exists, process)
+        process.send_signal(STOPS[name])
+    for name, process in processes.items():
+        assert process.wait(60) == (-STOPS[name] if name == "killed" else 128 + STOPS[name])
+        shown[name] = (tmp_path / f"{name}.log").read_text()
+    assert not [out for out in folders.values() if (out / "summary.json").exists()]
     assert f"go on with: esper train --resume {folders['stopped']}" in shown["stopped"]
     step = shown["stopped"].split("saved at optimizer step ")[1].split()[0]
 
@@ -82,7 +84,7 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd):
         resumed = capfd.readouterr().err
         assert f"resume  {out}, schedule, at optimizer step {step if name == 'stopped' else ''}" in resumed
         assert summary_of(out) == summary_of(tmp_path / "undisturbed")
-    assert runs() == {name: finished(tmp_path / name) for name in (*STOPS, "undisturbed")}
+    assert runs() == {name: finished(tmp_path / name) for name in (*folders, "undisturbed")}
 
 
 def test_what_mlflow_has_not_had_is_sent_at_resume(tiny, tmp_path, runs, monkeypatch, capfd, refused):
