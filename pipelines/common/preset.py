@@ -17,6 +17,8 @@ from esper.workers.tolaria.trainer import pick_device
 
 TASKS = {  # task → where it is trained → preset; "cpu" is for where none is named
     "tinystories": {"cuda": "tinystories", "cpu": "tinystories-char", "fleet": "demo"},  # GPTs by the hundred: minutes
+    "digits": {"cpu": "digits"},
+    "cifar10": {"cuda": "cifar10", "cpu": "cifar10-cpu"},
 }
 
 
