@@ -34,7 +34,7 @@ class CommonArguments(Frozen):
 
     preset: str | None = flag(None, "A preset's name or a JSON file (default: chosen by the device).", "NAME|FILE")
     task: str = flag("tinystories", "What the model learns.", "NAME")
-    data: Path | None = flag(None, "A text file, a folder of them, prepared shards, or a source's name.")
+    data: Path | None = flag(None, "A text file, a folder of them, images, prepared data, or a source's name.")
     out: Path | None = flag(None, "A new or empty folder for the results (default: one in runs/).", "DIR")
     seed: int = flag(0, "Seed of every random stream; 0 or more.", ge=0)
     set: tuple[str, ...] = flag((), "Change one value of the preset; may be given again for others.", "KEY.PATH=VALUE")

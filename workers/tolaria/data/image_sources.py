@@ -152,9 +152,10 @@ def _odd(path: Path, mend: str) -> Iterator[None]:
 def split(
     source: Source[Splits], valid_fraction: float, max_images: int | None, size: int | None
 ) -> tuple[Images, Images]:
-    """Training images (`max_images` at most) in a fixed random order, and held-out ones, averaged down to `size`.
+    """Training images (`max_images` at most) and held-out ones, averaged down to `size`.
 
-    Where the source has no split those with the smallest hashes are held out, so that equal ones stay together.
+    Both are in a fixed random order: of classes in turn, evenly picked images would be of a few classes only. Where the
+    source has no split the images with the smallest hashes are held out, so that equal ones stay together.
     """
     train, held = source.load()
     for images in filter(None, (train, held)):
@@ -174,7 +175,8 @@ def split(
         raise UserError(
             f"of the {len(held.labels):,} images of {source.name} all are held out: give others beside them."
         )
-    train = train.at(stream(0, "images").permutation(len(train.pixels))[:max_images])
+    orders = (stream(0, "images", i).permutation(len(images.labels)) for i, images in enumerate((train, held)))
+    train, held = train.at(next(orders)[:max_images]), held.at(next(orders))
     return _averaged(source.name, train, size), _averaged(source.name, held, size)
 
 
