@@ -1,23 +1,42 @@
 """What the tests of growth share: small hosts, drawn by hypothesis, and a few steps of training."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.platform.spec import HostSpec
+from esper.platform.spec import HostSpec, ResNetSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import make_blueprints
+from esper.workers.tolaria.hosts import new_host
+from esper.workers.tolaria.model.resnet import ResNetHost
 from esper.workers.tolaria.model.transformer import TransformerHost
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
 BETAS = (0.9, 0.95)
 
 
+KINDS = ("transformer", "resnet, GroupNorm", "resnet, BatchNorm")
+CONVOLUTIONS = {"conv_width": {"width": 4}, "conv_block": {}, "channel_attention": {"width": 3}}
+
+
 @st.composite
-def growths(draw, probation_steps=3):
-    """A host of any small shape, tied or not, in float32 or float64; its Kasmina; up to six numbers for `pick`."""
+def growths(draw, kind, probation_steps=3):
+    """A host of any small shape, in float32 or float64; its Kasmina; up to six numbers for `pick`."""
+    make = transformers if kind == "transformer" else resnets
+    spec, blueprints = draw(make(kind))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    host = new_host(spec, draw(st.integers(5, 40)), generator).to(draw(st.sampled_from(list(TOLERANCE))))
+    numbers = draw(st.lists(st.integers(0, 10_000), min_size=1, max_size=6))
+    return host, kasmina_of(host, make_blueprints(blueprints), probation_steps), numbers
+
+
+@st.composite
+def transformers(draw, kind):
+    """Tied or not."""
     spec = HostSpec(
         block_size=8,
         n_layer=draw(st.integers(1, 3)),
@@ -27,12 +46,30 @@ def growths(draw, probation_steps=3):
         mlp_width=draw(st.integers(3, 20)),
         tied=draw(st.booleans()),
     )
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    host = TransformerHost(spec, draw(st.integers(5, 40)), generator).to(draw(st.sampled_from(list(TOLERANCE))))
     layer = {"init": draw(st.sampled_from(["zero", "copy"]))}
-    blueprints = make_blueprints({"attention": {}, "ffn": {"width": 5}, "expert": {}, "block": layer})
-    numbers = draw(st.lists(st.integers(0, 10_000), min_size=1, max_size=6))
-    return host, kasmina_of(host, blueprints, probation_steps), numbers
+    return spec, {"attention": {}, "ffn": {"width": 5}, "expert": {}, "block": layer}
+
+
+@st.composite
+def resnets(draw, kind):
+    """Of one, two or three stages with blocks."""
+    spec = ResNetSpec(
+        n_layer=draw(st.integers(1, 4)),
+        channels=draw(st.sampled_from([4, 8])),
+        width=draw(st.sampled_from([4, 8, 12])),
+        group=4,
+        image_size=draw(st.sampled_from([8, 11])),
+        image_channels=draw(st.sampled_from([1, 3])),
+        norm="batch" if kind.endswith("BatchNorm") else "group",
+    )
+    return spec, CONVOLUTIONS
+
+
+def resnet(**changes):
+    """A ResNet of two blocks and what grows it."""
+    values = {"n_layer": 2, "channels": 8, "group": 4, "image_size": 8, "image_channels": 1}
+    host = ResNetHost(ResNetSpec(**values | changes), 10, torch.Generator().manual_seed(0))
+    return host, kasmina_of(host, make_blueprints(CONVOLUTIONS))
 
 
 def small(vocab_size=11, blueprints=None, **changes):
@@ -48,17 +85,33 @@ def kasmina_of(host, blueprints=None, probation_steps=10):
 
 
 def batch(host):
-    """int64 (3, block_size)."""
-    size = (3, host.shape.block_size)
-    return torch.randint(0, host.shape.vocab_size, size, generator=torch.Generator().manual_seed(1))
+    """Token ids, int64 (3, block_size), or images, (6, channels, size, size)."""
+    generator, spec = torch.Generator().manual_seed(1), host.spec
+    if spec.takes == "text":
+        return torch.randint(0, outputs(host), (3, spec.block_size), generator=generator)
+    images = torch.randn(6, spec.image_channels, spec.image_size, spec.image_size, generator=generator)
+    return images.to(next(host.parameters()))
+
+
+def outputs(host):
+    return len(host.get_parameter(host.OUTPUTS))
+
+
+def loss_of(host):
+    """On one batch."""
+    inputs = batch(host)
+    if host.spec.takes == "text":
+        return F.cross_entropy(host(inputs[:, :-1]).flatten(0, 1), inputs[:, 1:].flatten())
+    targets = torch.randint(0, outputs(host), inputs.shape[:1], generator=torch.Generator().manual_seed(2))
+    return F.cross_entropy(host(inputs), targets)
 
 
 def train(host, kasmina, steps=1):
     """On one batch; returns the losses."""
-    idx, losses = batch(host), []
+    losses = []
     for _ in range(steps):
         kasmina.optimizer.zero_grad()
-        loss = F.cross_entropy(host(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
+        loss = loss_of(host)
         loss.backward()
         kasmina.step()
         losses.append(loss.item())
@@ -74,9 +127,17 @@ def logits(host):
     return values
 
 
+def logits_in_training(host):
+    """On a copy, whose running statistics may change."""
+    with torch.no_grad():
+        return copy.deepcopy(host)(batch(host))
+
+
 def pick(host, number):
     """A (site, blueprint) by number, over everything that is possible."""
-    choices = [(site.id, name) for site in host.shape.injection_specs() for name in site.blueprints]
+    shape, blueprints = host.shape, make_blueprints()
+    choices = [(site.id, name) for site in shape.injection_specs() for name in site.blueprints]
+    choices = [(site, name) for site, name in choices if blueprints[name].allowed(shape, site)]
     return choices[number % len(choices)]
 
 
@@ -100,6 +161,12 @@ def named(host):
     return inside | {name: p for name, p in host.named_parameters() if not name.startswith("h.")}
 
 
+def outside(host):
+    """Embeddings, or the stem, and the output head."""
+    names = {"wte", "wpe", "lm_head", "stem", "head"}
+    return {p for name, module in host.named_children() if name in names for p in module.parameters()}
+
+
 def linears(host):
     return [module for module in host.modules() if isinstance(module, torch.nn.Linear)]
 
@@ -114,6 +181,8 @@ def assert_owned(kasmina):
     assert len(owned) == len(set(owned))
     assert set(owned) == set(kasmina.host.parameters())
     assert all(module.weight.shape == (module.out_features, module.in_features) for module in linears(kasmina.host))
+    convolutions = [module for module in kasmina.host.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert all(module.weight.shape[:2] == (module.out_channels, module.in_channels) for module in convolutions)
     for parameter, state in kasmina.optimizer.state.items():
         assert parameter in set(owned)
         assert all(value.shape == parameter.shape for value in state.values() if value.dim())

@@ -9,19 +9,38 @@ from hypothesis import strategies as st
 
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.slices import Slice
-from esper.workers.tolaria.model.transformer import TransformerHost
-from tests.workers.kasmina.growing import BETAS, batch, grow, growths, logits, named, pick, small, train, tree
+from esper.workers.tolaria.hosts import new_host
+from tests.workers.kasmina.growing import (
+    BETAS,
+    KINDS,
+    grow,
+    growths,
+    logits,
+    loss_of,
+    named,
+    outputs,
+    pick,
+    small,
+    train,
+    tree,
+)
 
 
-@given(growths())
-def test_a_grown_host_is_one_that_was_born_so(growth):
-    host, kasmina, numbers = growth
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_a_grown_host_is_one_that_was_born_so(kind, data):
+    host, kasmina, numbers = data.draw(growths(kind))
     grow(host, kasmina, numbers)
     spec = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
-    born = TransformerHost(spec, host.shape.vocab_size).to(host.wte.weight.dtype)
+    born = new_host(spec, outputs(host)).to(logits(host).dtype)
     assert tree(born) == tree(host)
     born.load_state_dict(host.state_dict())
     assert torch.equal(logits(born), logits(host))
+
+
+def prefix(part):
+    """Of the names in `named` of a part's parameters."""
+    return part.replace(".e", ".experts.e").replace(".gate", ".inside.gate")
 
 
 class Apart:
@@ -57,7 +76,7 @@ class Apart:
 
     def seeds(self, name, seed):
         """The seeds that a piece belongs to: its own, then those whose part it lies in, the innermost first."""
-        parts = [(s, s.planted.part.replace(".", ".experts.")) for s in reversed(self.kasmina.seeds) if s is not seed]
+        parts = [(s, prefix(s.planted.part)) for s in reversed(self.kasmina.seeds) if s is not seed]
         inside = [s for s, part in parts if part and name.startswith(f"{part}.")]
         return [*([seed] if seed else []), *inside]
 
@@ -74,11 +93,12 @@ class Apart:
             optimizer.step()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15)
-@given(growths(probation_steps=4), st.sampled_from([0.05, 1e9]))
-def test_a_young_seed_moves_as_if_it_were_apart(growth, max_norm):
+@given(data=st.data(), max_norm=st.sampled_from([0.05, 1e9]))
+def test_a_young_seed_moves_as_if_it_were_apart(kind, data, max_norm):
     """Clipped by itself, at its own rate, with moments and a step count of its own; nested seeds too."""
-    host, kasmina, numbers = growth
+    host, kasmina, numbers = data.draw(growths(kind, probation_steps=4))
     host.double()
     kasmina.optimizer.param_groups[0].update(weight_decay=0.0, eps=1e-30)
     apart = Apart(host, kasmina)
@@ -87,8 +107,7 @@ def test_a_young_seed_moves_as_if_it_were_apart(growth, max_norm):
             apart.graft(*pick(host, number))
         for _ in range(3):
             kasmina.optimizer.zero_grad()
-            idx = batch(host)
-            torch.nn.functional.cross_entropy(host(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten()).backward()
+            loss_of(host).backward()
             apart.step(kasmina.optimizer.param_groups[0]["lr"], max_norm)
             kasmina.step(max_norm)
             for name, each, _, own, _ in apart.pieces:

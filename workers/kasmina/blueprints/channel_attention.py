@@ -1,8 +1,9 @@
 """ChannelAttentionSeed: squeeze-and-excitation of a block's branch (Hu et al. 2018, 1709.01507).
 
-    f(x)   →   2·σ(Q·relu(P·mean(f(x)) + p) + q) · f(x)   with Q = 0, q = 0:   2·σ(0) · f(x) = f(x)
+    f(x)   →   2·σ(Q·silu(P·mean(f(x)) + p) + q) · f(x)   with Q = 0, q = 0:   2·σ(0) · f(x) = f(x)
 
 The mean is over the pixels of each of the branch's C channels; twice the sigmoid, so that it starts as the identity.
+SiLU, as in EfficientNet (1905.11946): the means of all images are much alike, so a relu would be off for all or none.
 Of R neurons: 2·C·R + R + C parameters. Training FLOPs per image: 3·4·C·R.
 """
 

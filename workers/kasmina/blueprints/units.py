@@ -156,6 +156,4 @@ def _lengthened(
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Conv2d):
             module.out_channels, module.in_channels = module.weight.shape[:2]
-        elif isinstance(module, nn.BatchNorm2d):
-            module.num_features = len(module.weight)
     return changes

@@ -8,6 +8,7 @@ B batch, C channels of the stream, W hidden channels of a block, R neurons of ch
 import math
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +19,41 @@ from esper.workers.tolaria.model.layered import LayeredHost, Pairs
 from esper.workers.tolaria.model.resnet_shape import ResNetShape
 
 
-class GroupNorm(nn.Module):
+class Norm(nn.Module):
+    """A weight and a bias per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+
+class GroupNorm(Norm):
     """Normalises groups of `size` channels, however many there are (Wu & He 2018, 1803.08494)."""
 
     def __init__(self, channels: int, size: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.size = size
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, S, S) → (B, C, S, S)."""
         return F.group_norm(x, x.shape[1] // self.size, self.weight, self.bias)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """torch's, without the count of batches: it is of use only where `momentum` is None."""
+class BatchNorm(Norm):
+    """Normalises each channel by the batch's mean and variance, in evaluation by running ones (1502.03167)."""
+
+    MOMENTUM = 0.1  # a batch's share of the running mean and variance
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
-        self.num_batches_tracked = None
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, S, S) → (B, C, S, S)."""
+        running: tuple[Any, Any] = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *running, self.weight, self.bias, self.training, self.MOMENTUM)
 
 
 def make_norm(spec: ResNetSpec, channels: int) -> nn.Module:
@@ -60,7 +76,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, S, S) → (B, C, S, S)."""
-        scale = self.c_proj(F.relu(self.c_fc(x.mean((2, 3)))))  # (B, C)
+        scale = self.c_proj(F.silu(self.c_fc(x.mean((2, 3)))))  # (B, C)
         return x * (2 * scale.sigmoid())[:, :, None, None]
 
     def outgoing(self) -> list[Tensor]:
