@@ -133,6 +133,7 @@ class PlainResNet(Plain):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """images: (B, channels, S, S), labels: int64 (B,) → mean loss in nats."""
+        images = images.contiguous(memory_format=torch.channels_last)  # as the host's
         x = F.relu(self.norm(self.parts(self.stem(images))))
         return F.cross_entropy(self.head(x.mean((2, 3))), labels)
 

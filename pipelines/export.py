@@ -53,15 +53,15 @@ def run(arguments: ExportArguments) -> None:
 
 
 def _tokenizer(run: Path, fingerprint: str) -> Any:
-    """The tokenizer of the run's text; None, and a message, where there is none."""
+    """The tokenizer of the run's text; None for images, and, with a message, where there is none."""
     from esper.pipelines.common.run_folder import RunFolder
-    from esper.workers.tolaria.data import open_data
+    from esper.workers.tolaria.data import TokenData, open_data
 
     try:
         data = open_data(RunFolder.read(run, "train").data or run, verify=False)
         if data.manifest.fingerprint() != fingerprint:
             raise UserError("its text, or the tokenizer, is another than when the run was trained.")
-        return data.tokenizer
+        return data.tokenizer if isinstance(data, TokenData) else None
     except UserError as error:
         say(f"the tokenizer is left out: {error}")
         return None

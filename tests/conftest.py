@@ -11,9 +11,9 @@ import pytest
 from hypothesis import settings
 
 from esper.platform import cluster
-from esper.platform.spec import DataSpec, RunSpec
+from esper.platform.spec import DataSpec, ImageSpec, RunSpec
 from esper.platform.tracking_store import ENVIRONMENT, connect
-from esper.workers.tolaria.data import TokenData, prepare
+from esper.workers.tolaria.data import Data, ImageData, TokenData, prepare
 
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
@@ -43,6 +43,47 @@ def shards(tmp_path_factory, text_file) -> Path:
 @pytest.fixture(scope="session")
 def tokens(shards) -> TokenData:
     return TokenData.open(shards)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> ImageData:
+    """scikit-learn's digits."""
+    out = tmp_path_factory.mktemp("images") / "digits"
+    prepare(ImageSpec(), out)
+    return ImageData.open(out)
+
+
+@pytest.fixture(params=["text", "images"])
+def domain(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def data(domain, tokens, images) -> Data:
+    return {"text": tokens, "images": images}[domain]
+
+
+@pytest.fixture
+def small_spec(domain, tiny_spec) -> RunSpec:
+    """`tiny_spec`, or as many steps of a ResNet of one block; with blueprints of every kind."""
+    if domain == "text":
+        blueprints = {"attention": {}, "ffn": {"width": 8}, "expert": {"width": 8}, "block": {}}
+        growth = tiny_spec.growth.model_copy(update={"blueprints": blueprints})
+        return tiny_spec.model_copy(update={"growth": growth})
+    host = {"kind": "resnet", "n_layer": 1, "channels": 4, "group": 4, "image_size": 8, "image_channels": 1}
+    blueprints = {"conv_width": {"width": 4}, "channel_attention": {"width": 4}, "conv_block": {}}
+    values = tiny_spec.model_dump()
+    values["growth"]["blueprints"] = blueprints
+    own = {"kind": "images", "batch_size": 8, "crop": 1, "flip": True, "eval_images": 64, "decision_images": 32}
+    return RunSpec.model_validate({**values, "host": {**host, "norm": "batch"}, "data": own})
+
+
+@pytest.fixture
+def grafts(domain) -> dict[str, str]:
+    """What it adds → blueprint."""
+    if domain == "text":
+        return {"width": "ffn", "layer": "block", "gated": "expert", "other": "attention"}
+    return {"width": "conv_width", "layer": "conv_block", "gated": "channel_attention", "other": "conv_block"}
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ class GrowthRun(Episode):
     def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         saved = Trained.checked(values, "the checkpoint")
         if saved.data != self._data.manifest.fingerprint():
-            raise UserError("the checkpoint is of a run on other text or another tokenizer: give it the same.")
+            raise UserError("the checkpoint is of a run on other data, or text by another tokenizer: give it the same.")
         now, good = saved.now, saved.good or saved.now
         if not good.grafts <= now.grafts == len(self.grafts) or self.strikes > len(self.rollbacks):
             raise ValueError("the trainer is not that of the episode")

@@ -24,8 +24,8 @@ def rows(run, *blueprints):
     return [GraftAction(row(run, name), run.sequence) for name in (None, *blueprints)]
 
 
-def test_twins_see_the_same_batches_and_a_graft_does_not_spike(tiny_spec, tokens):
-    run = begun(tiny_spec, tokens, None, None, None)
+def test_twins_see_the_same_batches_and_a_graft_does_not_spike(small_spec, data):
+    run = begun(small_spec, data, None, None, None)
     grafts = [GraftAction(int(i), 3) for i in run.telemetry.legal() if i]
     losses = run.twins([*rows(run), *rows(run), *grafts], 10)
     assert np.array_equal(losses[0], losses[1])
@@ -34,10 +34,11 @@ def test_twins_see_the_same_batches_and_a_graft_does_not_spike(tiny_spec, tokens
     assert (losses[2:] - losses[0]).max() < 0.05  # a fast rate on a toy; real text is checked in test_real_text.py
 
 
-def test_cooldowns_tell_annealed_losses_and_change_nothing(spec, tokens):
-    plain, cooled = (begun(changed(spec, budget={"cooldowns": at}), tokens) for at in ((), (0.3, 0.6)))
-    play(plain, {1: "ffn"})
-    play(cooled, {1: "ffn"})
+def test_cooldowns_tell_annealed_losses_and_change_nothing(small_spec, data, grafts):
+    spec = changed(small_spec, budget={"amount": 400})
+    plain, cooled = (begun(changed(spec, budget={"cooldowns": at}), data) for at in ((), (0.3, 0.6)))
+    play(plain, {1: grafts["width"]})
+    play(cooled, {1: grafts["width"]})
     before, after = outcome(plain), outcome(cooled)
     points = after.pop("annealed")
     assert before.pop("annealed") == []

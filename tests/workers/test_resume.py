@@ -28,24 +28,23 @@ def stop(run=None):
 
 
 @pytest.fixture
-def spec(tiny_spec):
-    """Every blueprint, dropout, seeds that are fused within the run, experts with their balance, a cooldown."""
-    blueprints = {"attention": {}, "ffn": {"width": 8}, "expert": {"width": 8}, "block": {}}
+def spec(domain, small_spec):
+    """Every blueprint, dropout or BatchNorm, seeds that settle within the run, gates with their balance, a cooldown."""
     return changed(
-        tiny_spec,
-        host={"dropout": 0.1},
+        small_spec,
+        host={"dropout": 0.1} if domain == "text" else {},
         optimizer={"betas": (0.9, 0.5)},
         budget={"amount": 96, "cooldowns": (0.5,)},
-        growth={"probation_steps": 12, "blueprints": blueprints},
+        growth={"probation_steps": 12},
     )
 
 
 @pytest.fixture
-def undisturbed(spec, tokens, monkeypatch):
+def undisturbed(spec, data, monkeypatch):
     """A run that has ended, and how often it could have been stopped."""
     monkeypatch.setattr("esper.workers.run.CONTRIBUTION_SHARE", 0.5)  # of slices so short, enough to measure some
     calls = []
-    run = begun(spec, tokens, seed=1, instance=INSTANCE)
+    run = begun(spec, data, seed=1, instance=INSTANCE)
     run.on_step = calls.append
     finish(run)
     assert run.annealed
@@ -55,15 +54,15 @@ def undisturbed(spec, tokens, monkeypatch):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(part=st.floats(0, 1))
-def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, tokens, part):
+def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, data, part):
     """Between two steps, within an evaluation, a measurement of contributions or a cooldown."""
     expected, calls = undisturbed
     stops = iter([False] * int(part * (calls - 2)) + [True])
-    run = begun(spec, tokens, seed=1, instance=INSTANCE)
+    run = begun(spec, data, seed=1, instance=INSTANCE)
     run.on_step = lambda run: stop() if next(stops) else None
     with pytest.raises(Stop):
         finish(run)
-    restored = GrowthRun(spec, tokens)
+    restored = GrowthRun(spec, data)
     restored.load(*unpack(pack(*run.state()), "saved"))
     assert restored.ledger.steps == run.ledger.steps
     assert finish(restored) == outcome(expected)
@@ -71,25 +70,27 @@ def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, token
     assert same_weights(restored, expected.trainer.host.state_dict())
 
 
-def test_other_text_and_another_spec_are_refused(spec, tokens, tmp_path):
+def test_other_text_and_another_spec_are_refused(tiny_spec, tokens, tmp_path):
+    spec = tiny_spec
     state = begun(spec, tokens).state()
     with pytest.raises(UserError, match="another spec"):
         GrowthRun(changed(spec, budget={"amount": 97}), tokens).load(*state)
     (tmp_path / "other.txt").write_text("\n<|endoftext|>\n".join(f"{i} and another text {i}" * 9 for i in range(90)))
     prepare(DataSpec(source=str(tmp_path / "other.txt")), tmp_path / "other")
-    with pytest.raises(UserError, match="other text or another tokenizer"):
+    with pytest.raises(UserError, match="other data, or text by another tokenizer"):
         GrowthRun(spec, TokenData.open(tmp_path / "other")).load(*state)
 
 
 @pytest.fixture
-def stopped(spec, tokens):
+def stopped(spec, data, grafts):
     """A run within a slice, with a fused seed, young ones of every kind, and a prune behind it."""
-    run = begun(changed(spec, budget={"cooldowns": ()}), tokens, "ffn", "block", "expert", "attention")
-    act(run, "expert", None, "prune")
+    plan = grafts["width"], grafts["layer"], grafts["gated"], grafts["other"]
+    run = begun(changed(spec, budget={"cooldowns": ()}), data, *plan)
+    act(run, grafts["gated"], None, "prune")
 
     run.on_step = stop
     with pytest.raises(Stop):
-        act(run, "ffn")
+        act(run, grafts["width"])
     return run
 
 
@@ -102,9 +103,9 @@ def odd_tensors(tensors, chance):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_an_odd_state_is_a_run_that_goes_on_or_a_sentence(stopped, tokens, seed):
+def test_an_odd_state_is_a_run_that_goes_on_or_a_sentence(stopped, data, seed):
     chance, (values, tensors) = random.Random(seed), stopped.state()
-    run, of_values = GrowthRun(stopped.spec, tokens), chance.random() < 0.8
+    run, of_values = GrowthRun(stopped.spec, data), chance.random() < 0.8
     try:
         run.load(odd(values, chance), tensors) if of_values else run.load(values, odd_tensors(tensors, chance))
     except UserError:

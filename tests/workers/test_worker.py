@@ -13,9 +13,9 @@ INSTANCE = Instance(budget=1.5, data=(0.1, 0.9))
 
 
 @pytest.fixture
-def make(tiny_spec, tokens, tmp_path):
+def make(small_spec, data, tmp_path):
     def worker(saves: bool = False) -> EpisodeWorker:
-        return EpisodeWorker(lambda: GrowthRun(tiny_spec, tokens), str(tmp_path) if saves else None)
+        return EpisodeWorker(lambda: GrowthRun(small_spec, data), str(tmp_path) if saves else None)
 
     return worker
 

@@ -14,7 +14,7 @@ from esper.workers.kasmina import Kasmina
 from esper.workers.tolaria.data import tokenizer
 from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
 from tests.workers.growing_run import begun, odd
-from tests.workers.kasmina.growing import batch, logits, small, train
+from tests.workers.kasmina.growing import batch, logits, resnet, small, train
 
 DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
 LETTERS = sorted({*"".join(DOCUMENTS), *"'sl  \n\r\u00a0\u2028xé\u0301🦄"})
@@ -49,6 +49,20 @@ def test_native_gives_the_host_back_to_the_bit_and_it_can_grow_on(tmp_path, tied
     Kasmina(loaded, torch.optim.AdamW(loaded.parameters())).graft("h2.stream", "block")
     assert torch.equal(logits(loaded), logits(host))
     assert loaded.shape == host.shape.with_layer("h2.stream")
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_resnet_is_given_back_to_the_bit_and_is_no_gpt2(tmp_path, norm):
+    host, kasmina = resnet(norm=norm)
+    for site, blueprint in (("h0.conv", "conv_width"), ("s1.stream", "conv_block"), ("h2.conv", "channel_attention")):
+        kasmina.graft(site, blueprint)
+        train(host, kasmina, 3)
+    with pytest.raises(UserError, match="is a resnet, and no GPT-2"):
+        export(host, tmp_path / "host", to="gpt2")
+    export(host, tmp_path / "host")
+    loaded = load_native(tmp_path / "host")
+    assert loaded.shape == host.shape
+    assert torch.equal(logits(loaded), logits(host))
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,8 @@ class ResNetHost(LayeredHost):
 
     def _streams(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Stream site → the stream there, (B, C, S, S), from input to output."""
-        x, stage = self.stem(images), 0
+        # Channels last in memory: a tenth to a quarter less time on a CPU. Weights stay as they are.
+        x, stage = self.stem(images.contiguous(memory_format=torch.channels_last)), 0
         yield "s0.stream", x
         for block in [*self.h, None]:
             while stage < (STAGES - 1 if block is None else block.stage):
