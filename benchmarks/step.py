@@ -92,7 +92,7 @@ class PlainGPT(Plain):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * host.n_layer))
         self.prepare(device)
-        windows = data.windows("train", np.array([0]), min(data.tokens("train"), 500_000))[0]
+        windows = data.windows("train", np.array([0]), min(data.manifest.counts["train"], 500_000))[0]
         self.tokens = torch.from_numpy(windows.astype("int64"))  # (N,)
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:

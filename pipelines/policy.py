@@ -37,18 +37,14 @@ class PlayArguments(InfoArguments):
 class FitArguments(Frozen):
     """Fit loss laws to runs, for arm planner: static ones of three sizes at least, and any that grew."""
 
-    runs: Path = flag(
-        ..., "A folder of runs: of `esper train`, `esper sweep`, or one that has several.", positional=True
-    )
+    runs: Path = flag(..., "A folder of `esper train`, of `esper sweep`, or one with several.", positional=True)
     out: Path = flag(..., "A new file for the laws; must be given.", "FILE")
 
 
 class EvaluateArguments(PlayArguments, CommonArguments):
     """Play a trained policy and other arms on an instance set, on loss laws or (with --data) on text."""
 
-    arms: str | None = flag(
-        None, f"Of {', '.join(PLAYED)} (default: all that can be had but {', '.join(NAMED)}).", "A,B,C"
-    )
+    arms: str | None = flag(None, f"Of {', '.join(PLAYED)} (default: all to be had but {', '.join(NAMED)}).", "A,B,C")
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts, not the best on training ones.", "FILE")
     laws: Path | None = flag(None, "For planner: fitted laws; on loss laws, draws of the preset's without it.", "FILE")
 

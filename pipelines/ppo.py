@@ -32,9 +32,7 @@ class PPOArguments(ResumableArguments):
     surrogate: bool = flag(False, "Train on loss laws, not on text: minutes, and no proof of anything on text.")
     laws: Path | None = flag(None, "Fitted loss laws: begin with a clone of the planner that plays by them.", "FILE")
     rounds: int | None = flag(None, "Fit --laws anew N times, to episodes on text too, and clone anew.", ge=2)
-    also: tuple[str, ...] = flag(
-        (), "A preset, with its data, to train on too, an episode of each in turn; may be given again.", "PRESET[=DATA]"
-    )
+    also: tuple[str, ...] = flag((), "A preset to train on too, in turn; may be given again.", "PRESET[=DATA]")
     init_from: Path | None = flag(None, "A trained policy, of any preset: begin with it, and stay near to it.")
 
     @model_validator(mode="after")
@@ -46,9 +44,7 @@ class PPOArguments(ResumableArguments):
             raise ValueError("--laws begins with a clone of the planner, --init-from with a policy: give one of them.")
         if self.also and (self.surrogate or self.laws is not None):
             given = "--surrogate" if self.surrogate else "--laws"
-            raise ValueError(
-                f"--also trains on several presets' own data, and {given} is of one preset: leave one out."
-            )
+            raise ValueError(f"--also trains on several presets' own data, and {given} is of one: leave one out.")
         return self
 
     resume: Path | None = flag(None, "Go on with the training in this folder; takes --set ppo.… and fleet.….", "DIR")
@@ -80,12 +76,13 @@ def run(arguments: PPOArguments) -> None:
     policy = None if arguments.init_from is None else policy_file(arguments.init_from)
     if policy is not None:
         spec = spec.overridden({"ppo.hidden": SimicPolicy.load(policy).net.hidden})
+    also = [planned_task(name) for name in arguments.also]
     folder = RunFolder.new(arguments, spec, "ppo", laws=surrogate)
     before = None if laws is None or rounds is None else runs_of(laws, folder.tokens.manifest.fingerprint())
     folder.tell_laws(None if surrogate else laws)
     if before is not None:
         write_json(folder.out / BEFORE, before)
-    plan = {"rounds": rounds, "also": [planned_task(name) for name in arguments.also]}
+    plan = {"rounds": rounds, "also": also}
     inputs = {"laws": laws, "runs": before and folder.out / BEFORE, "policy": policy}
     with folder.begin("ppo", plan, inputs) as kept:
         train(folder.model_copy(update={"plan": plan}), kept)
@@ -109,10 +106,8 @@ def resume(arguments: PPOArguments, out: Path) -> None:
         if folder.ended and reached.iterations >= folder.spec.ppo.iterations:
             if not arguments.set and folder.send(lambda: track(folder), KEPT):
                 return
-            raise UserError(
-                f"--resume {out} has its {counted(reached.iterations, 'iteration')}: ask for more, such as "
-                f"--set ppo.iterations={2 * reached.iterations}."
-            )
+            what = f"--resume {out} has its {counted(reached.iterations, 'iteration')}"
+            raise UserError(f"{what}: ask for more, such as --set ppo.iterations={2 * reached.iterations}.")
         if arguments.set:
             folder.pin(inputs)
         done = f"{counted(reached.iterations, 'iteration')}, {reached.decisions:.0f} decisions"

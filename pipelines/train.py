@@ -13,12 +13,8 @@ from pydantic import model_validator
 from esper.pipelines.common.arguments import ResumableArguments, command, flag
 from esper.policies.arms import ALIASES, ARMS, arm_name
 
-USED_BY = {
-    "policy": "ppo",
-    "schedule": "schedule",
-    "match": "random",
-    "laws": "planner",
-}  # what is given → the arm it is for
+# What is given → the arm it is for.
+USED_BY = {"policy": "ppo", "schedule": "schedule", "match": "random", "laws": "planner"}
 
 
 class TrainArguments(ResumableArguments):

@@ -14,7 +14,7 @@ from typing import Any
 from esper.pipelines import ppo
 from esper.pipelines.common.arguments import ResumableArguments, command, flag
 from esper.pipelines.ppo import PPOArguments
-from esper.pipelines.sweeps.plan import SweepArguments
+from esper.pipelines.sweeps.plan import SweepArguments, SweepPlan
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.provenance import PINS
@@ -40,37 +40,43 @@ class TransferArguments(ResumableArguments):
 
 def run(arguments: TransferArguments) -> int:
     """Train what is missing, then compare; returns 1 if a trial failed."""
+    from esper.pipelines.sweeps import comparison
+
     if arguments.resume is not None:
         out = arguments.resume.resolve()
         kept = read_json(out / BEGUN, f"--resume {out}", "a folder that `esper transfer` made")
         arguments = TransferArguments.checked(kept, str(out / BEGUN))
     else:
         out = _begin(arguments)
-    found = {"zero-shot": arguments.policy, "fine-tuned": out / "fine-tuned", "scratch": out / "scratch"}
-    _train(out / "fine-tuned", arguments, {"init_from": arguments.policy})
+    policy, laws = arguments.policy, arguments.laws
+    _train(out / "fine-tuned", arguments, {"init_from": policy})
     _train(out / "scratch", arguments, {})
-    if arguments.laws is not None:
-        _train(out / "laws", arguments, {"laws": arguments.laws, "surrogate": True})
-        found["laws"] = out / "laws"
-    return _compare(out / "sweep", arguments, {name: path for name, path in found.items() if path is not None})
+    if laws is not None:
+        _train(out / "laws", arguments, {"laws": laws, "surrogate": True})
+    if (out / "sweep" / PINS).exists():
+        return comparison.resume(out / "sweep")
+    given = {name: out / name for name in ("fine-tuned", "scratch", *(["laws"] if laws is not None else []))}
+    return comparison.begin(_sweep(arguments, out / "sweep", {"zero-shot": policy, **given}), "transfer")
 
 
 def _begin(arguments: TransferArguments) -> Path:
-    """Refuse what cannot be, and make the folder."""
+    """Refuse what cannot be, before anything is trained, and make the folder."""
     from esper.pipelines.common.preset import resolve_spec
     from esper.pipelines.common.run_folder import output_folder
-    from esper.policies.simic.policy import SimicPolicy, policy_file
+    from esper.platform.spec import presets
+    from esper.policies.simic.policy import policy_file
 
     if arguments.policy is None or arguments.to is None:
         raise UserError("esper transfer: give --policy CHECKPOINT, and --to PRESET to carry it over to.")
-    SimicPolicy.load(arguments.policy)
-    resolve_spec(PPOArguments(preset=arguments.to, data=arguments.data, set=arguments.set), on="fleet")
+    sweep = _sweep(arguments, Path(), {"zero-shot": arguments.policy})
+    SweepPlan.settled(sweep, spec := resolve_spec(sweep))
     out = output_folder(arguments, "transfer")
     check_unused(out)
     given: dict[str, Any] = arguments.model_dump(mode="json", exclude_unset=True)
-    for name in ("policy", "laws"):
-        if (path := getattr(arguments, name)) is not None:
-            given[name] = str((policy_file(path) if name == "policy" else path).resolve())
+    preset = None if arguments.to in presets() else Path(arguments.to)
+    files = {"policy": policy_file(arguments.policy), "laws": arguments.laws, "to": preset}
+    given |= {name: str(path.resolve()) for name, path in files.items() if path is not None}  # from wherever it goes on
+    given |= {} if arguments.data is None else {"data": spec.data.source}
     write_json(out / BEGUN, given)
     return out
 
@@ -93,26 +99,17 @@ def _train(out: Path, arguments: TransferArguments, start: dict[str, Any]) -> No
         batch = max(8, arguments.episodes * decisions // iterations)
         changes = [f"ppo.iterations={iterations}", f"ppo.decisions={batch}", f"ppo.minibatch={max(8, batch // 4)}"]
         start = {**start, **({} if arguments.data is None else {"data": arguments.data})}
-    own = {
-        "preset": arguments.to,
-        "out": out,
-        "seed": TRAINING_SEED + arguments.seed,
-        "set": (*changes, *arguments.set),
-    }
-    ppo.run(PPOArguments(**own, **start))
+    seed, changed = TRAINING_SEED + arguments.seed, (*changes, *arguments.set)
+    ppo.run(PPOArguments(preset=arguments.to, out=out, seed=seed, set=changed, **start))
 
 
-def _compare(out: Path, arguments: TransferArguments, policies: dict[str, Path]) -> int:
-    from esper.pipelines.sweeps import comparison
-
-    if (out / PINS).exists():
-        return comparison.resume(out)
+def _sweep(arguments: TransferArguments, out: Path, policies: dict[str, Any]) -> SweepArguments:
+    """The comparison that is asked for, of these policies by name."""
     arms = [arguments.arms, *(["planner"] if arguments.laws is not None else []), *(f"ppo:{name}" for name in policies)]
-    kept = ("data", "seed", "set", "sizes", "seeds", "tuning_seeds", "budgets", "laws")
+    kept = ("data", "seed", "set", "sizes", "tuning_seeds", "budgets", "laws")
     given = {name: getattr(arguments, name) for name in kept if name in arguments.model_fields_set}
-    own = {"preset": arguments.to, "out": out, "arms": ",".join(arms)}
-    own["policy"] = tuple(f"{name}={path}" for name, path in policies.items())
-    return comparison.begin(SweepArguments(**{"seeds": arguments.seeds, **given, **own}), "transfer")
+    given |= {"preset": arguments.to, "out": out, "arms": ",".join(arms), "seeds": arguments.seeds}
+    return SweepArguments(**given, policy=tuple(f"{name}={path}" for name, path in policies.items()))
 
 
 main = command(run, TransferArguments, "esper transfer")

@@ -110,7 +110,6 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
         self._queue(name, (state, dict(tensors)))
 
     def drop(self, name: str) -> None:
-        """Remove a run's checkpoint, if there is one."""
         self._queue(name, None)
 
     def find(self, name: str) -> Content | None:
@@ -123,7 +122,6 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
             return None
 
     def keep_only(self, names: Iterable[str]) -> None:
-        """Remove the checkpoints of all other runs."""
         self.flush()
         files = self._system.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
         there = {file.base_name.removesuffix(SUFFIX) for file in files if file.base_name.endswith(SUFFIX)}
@@ -131,7 +129,6 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
             self.drop(name)
 
     def flush(self) -> None:
-        """Wait until everything queued is written, or has failed."""
         self._thread.submit(lambda: None).result()
 
     def close(self) -> None:

@@ -59,7 +59,6 @@ class DecisionClock:
 
     @property
     def slice(self) -> float:
-        """B/K."""
         return self.amount / self.decisions
 
     @property
@@ -69,11 +68,9 @@ class DecisionClock:
 
     @property
     def spent(self) -> bool:
-        """Whether the last boundary has been passed."""
         return self.passed >= self.decisions
 
     def ends(self, reading: float) -> bool:
-        """Whether the budget is spent at `reading`."""
         return self._passed(reading) >= self.decisions
 
     def advance(self, reading: float) -> None:

@@ -140,10 +140,8 @@ def _watch(servers: dict[psutil.Process, str], over: threading.Event) -> None:
     while not (dead := psutil.wait_procs(servers, timeout=0)[0]):
         if over.wait(LOOK_SECONDS):
             return
-    say(
-        f"error: Ray's {servers[dead[0]]} (process {dead[0].pid}) has died, killed or out of memory: this stops here; "
-        "go on with --resume once there is room."
-    )
+    what = f"error: Ray's {servers[dead[0]]} (process {dead[0].pid}) has died, killed or out of memory"
+    say(f"{what}: this stops here; go on with --resume once there is room.")
     os.kill(os.getpid(), signal.SIGTERM)
     if not over.wait(GRACE_SECONDS):
         for child in psutil.Process().children(recursive=True):

@@ -158,7 +158,6 @@ class Reply:
 
     @property
     def telemetry(self) -> Telemetry:
-        """The observation in the answer."""
         return self.answer.telemetry if isinstance(self.answer, Transition) else self.answer
 
     @classmethod

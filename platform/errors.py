@@ -25,7 +25,7 @@ def in_a_sentence(wrong: str, mend: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # a reader of bytes raises what it likes
         raise UserError(f"{wrong} ({type(error).__name__}: {reason(error)}): {mend}.") from None
 
 

@@ -52,7 +52,6 @@ class Journal:
                 raise
 
     def close(self) -> None:
-        """Close `file`. Idempotent."""
         self.file.close()
 
 
@@ -75,7 +74,6 @@ def _read(path: Path) -> tuple[list[Entry], int]:
         try:
             entries.append({} | json.loads(line))
         except (ValueError, TypeError, RecursionError):
-            raise UserError(
-                f"{path} is damaged in line {number}: restore it from a copy, or delete that line."
-            ) from None
+            what = f"{path} is damaged in line {number}"
+            raise UserError(f"{what}: restore it from a copy, or delete that line.") from None
     return entries, whole

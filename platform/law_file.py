@@ -65,7 +65,6 @@ class FittedLaws(Frozen):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a file; a UserError where it is missing or malformed."""
         name = f"--laws {path}"
         return cls.checked(read_json(path, name, f"a file that `{FIT}` wrote"), name)
 

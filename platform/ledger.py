@@ -35,19 +35,15 @@ class Ledger:
         self.parameter_seconds_non_embedding += parameters_non_embedding * seconds
 
     def add(self, other: "Ledger") -> None:
-        """Add another ledger's totals."""
         for name, value in other.as_dict().items():
             setattr(self, name, getattr(self, name) + value)
 
     def less(self, earlier: "Ledger") -> "Ledger":
-        """What has been used since `earlier`."""
         before = earlier.as_dict()
         return Ledger(**{name: value - before[name] for name, value in self.as_dict().items()})  # pyright: ignore
 
     def read(self, axis: Axis) -> float:
-        """The total on one axis, in the axis's own unit."""
         return float(getattr(self, axis))
 
     def as_dict(self) -> dict[str, float]:
-        """All totals by name."""
         return asdict(self)

@@ -88,11 +88,20 @@ class LayerSpec(Frozen):
     width: Neurons  # of the MLP
     experts: Annotated[tuple[ExpertSpec, ...], Field(max_length=256)] = ()
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts inside it."""
+        return [f"e{expert.uid}" for expert in self.experts]
+
+    def without(self, part: str) -> Self:
+        return self.model_copy(update={"experts": tuple(each for each in self.experts if f"e{each.uid}" != part)})
+
 
 class HostSpec(Frozen):
     """The shape a transformer starts with."""
 
     takes: ClassVar[str] = "text"  # the kind of data
+    whole: ClassVar[int] = 1  # that widths are multiples of
 
     kind: Literal["transformer"] = "transformer"
     n_layer: Layers = 2
@@ -109,10 +118,8 @@ class HostSpec(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide: "
-                "change one of them, or set head_dim."
-            )
+            what = f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide"
+            raise ValueError(f"{what}: change one of them, or set head_dim.")
         if self.layers is not None and len(self.layers) != self.n_layer:
             raise ValueError(f"n_layer is {self.n_layer}, but must be the number of layers given, {len(self.layers)}.")
         return self
@@ -134,12 +141,10 @@ class HostSpec(Frozen):
 
     @property
     def own_width(self) -> int:
-        """Of a layer that is not told otherwise."""
         return self.mlp_width or 4 * self.n_embd
 
     @property
     def own_heads(self) -> int:
-        """Of a layer that is not told otherwise."""
         return self.n_head
 
     def alike(self, n_layer: int, width: int, heads: int) -> tuple[LayerSpec, ...]:
@@ -176,6 +181,14 @@ class BlockSpec(Frozen):
     width: Neurons  # hidden channels, between its two convolutions
     gate: Annotated[int, Field(ge=0, le=2**20)] = 0  # neurons of its channel attention; 0: it has none
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts inside it."""
+        return ["gate"] if self.gate else []
+
+    def without(self, part: str) -> Self:
+        return self.model_copy(update={"gate": 0})
+
 
 class ResNetSpec(Frozen):
     """The shape a ResNet starts with. Its blocks are spread over the stages."""
@@ -189,7 +202,7 @@ class ResNetSpec(Frozen):
     n_layer: Layers = 3  # blocks of all stages
     channels: Annotated[int, Field(ge=1, le=2**14)] = 16  # C, of the first stage's stream
     width: Neurons | None = None  # hidden channels of a block of the first stage, doubled like C; none means C
-    image_size: Annotated[int, Field(ge=2 ** (STAGES - 1), le=2**11)] = 32  # height and width, in pixels
+    image_size: Annotated[int, Field(ge=2**STAGES, le=2**11)] = 32  # height and width, in pixels; a norm needs several
     image_channels: Annotated[int, Field(ge=1, le=2**8)] = 3
     norm: Literal["group", "batch"] = "group"
     group: Neurons = 8  # channels that share the mean and variance of a GroupNorm
@@ -198,17 +211,20 @@ class ResNetSpec(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         widths = [self.channels, self.own_width, *(layer.width for layer in self.layers or ())]
-        if self.norm == "group" and (odd := next((width for width in widths if width % self.group), None)):
-            raise ValueError(
-                f"{odd} channels are no whole groups of host.group = {self.group}: take multiples of it, change it, "
-                "or set host.norm=batch."
-            )
+        if odd := next((width for width in widths if width % self.whole), None):
+            what = f"{odd} channels are no whole groups of host.group = {self.group}"
+            raise ValueError(f"{what}: take multiples of it, change it, or set host.norm=batch.")
         if self.layers is not None and len(self.layers) != self.n_layer:
             raise ValueError(f"n_layer is {self.n_layer}, but must be the number of layers given, {len(self.layers)}.")
         stages = [layer.stage for layer in self.layers or ()]
         if stages != sorted(stages):
             raise ValueError(f"layers are of the stages {stages}, which must rise from the input on.")
         return self
+
+    @property
+    def whole(self) -> int:
+        """That widths are multiples of."""
+        return self.group if self.norm == "group" else 1
 
     @property
     def positions(self) -> int:
@@ -281,7 +297,6 @@ class DataSpec(Frozen):
 
     @property
     def encoding(self) -> str:
-        """How a source becomes numbers."""
         return self.tokenizer
 
 
@@ -305,7 +320,6 @@ class ImageSpec(Frozen):
 
     @property
     def held_out_tokens(self) -> tuple[int, int]:
-        """On which final losses are taken, and those at decisions."""
         return self.eval_images, self.decision_images
 
 
@@ -448,10 +462,8 @@ class RunSpec(Frozen):
             given = f"growth.max_layers is {self.growth.max_layers}"
             raise ValueError(f"{given}, but must be at least host.n_layer = {self.host.n_layer}.")
         if self.host.takes != self.data.kind:
-            raise ValueError(
-                f"host is a {self.host.kind}, which takes {self.host.takes}, but data is {self.data.kind}: "
-                "take the preset of another task."
-            )
+            what = f"host is a {self.host.kind}, which takes {self.host.takes}, but data is {self.data.kind}"
+            raise ValueError(f"{what}: take the preset of another task.")
         if (why := self.host.unfit(self.dtype, self.device)) is not None:
             raise ValueError(why)
         return self

@@ -120,7 +120,6 @@ class TelemetrySpace:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Array name → shape."""
         return {
             "globals": (len(GLOBALS),),
             "sites": (self.sites, len(SITE)),
@@ -145,7 +144,6 @@ class Telemetry:
     version: int = VERSION  # of this schema
 
     def get(self, name: str) -> float:
-        """A global by name."""
         return float(self.globals[GLOBALS.index(name)])
 
     def site_column(self, name: str) -> np.ndarray:

@@ -82,7 +82,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
         self._record("point", step=int(step), at=milliseconds() if at is None else at, metrics=values)
 
     def artifact(self, path: Path) -> None:
-        """Keep a file with the run."""
         self._record("artifact", path=os.path.relpath(path, self._folder))
 
     def tag(self, key: str, value: object) -> None:
@@ -119,7 +118,6 @@ class Tracker(contextlib.AbstractContextManager["Tracker"]):
 
     @property
     def where(self) -> str:
-        """How to look at the run."""
         return f"{runs_page(self.uri, self.experiment_id)}/{self.run_id}" if self.run_id else "not tracked"
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -194,7 +192,6 @@ class _Sender(threading.Thread):
 
     @property
     def complete(self) -> bool:
-        """Whether the store has had every entry there is."""
         return self._count >= len(self._entries)
 
     def finish(self, seconds: float) -> None:
@@ -205,7 +202,6 @@ class _Sender(threading.Thread):
         self._over.set()
 
     def run(self) -> None:
-        """Send, until there is no more to send."""
         failures = 0
         while not (self._over.is_set() or (self._last.is_set() and self.complete)):
             self.more.clear()

@@ -51,10 +51,8 @@ def tracking_uri(uri: str | None = None) -> str:
     if file is None:
         return uri
     if re.search("[%?]", str(file.resolve())):
-        raise UserError(
-            f"MLflow's file cannot be {file.resolve()}, for MLflow takes % and ? for something else: work in a folder "
-            "without them, or set MLFLOW_TRACKING_URI."
-        )
+        what = f"MLflow's file cannot be {file.resolve()}, for MLflow takes % and ? for something else"
+        raise UserError(f"{what}: work in a folder without them, or set MLFLOW_TRACKING_URI.")
     return f"sqlite:///{file.resolve()}"
 
 
@@ -69,9 +67,8 @@ def runs_page(uri: str, experiment_id: str | None) -> str:
     path = f"#/experiments/{experiment_id}/runs"
     if uri.startswith(("http://", "https://")):
         return f"{shown(uri).rstrip('/')}/{path}"
-    return (
-        f"start `mlflow ui --backend-store-uri {shown(uri)} --host 127.0.0.1`, then open http://127.0.0.1:5000/{path}"
-    )
+    server = f"mlflow ui --backend-store-uri {shown(uri)} --host 127.0.0.1"
+    return f"start `{server}`, then open http://127.0.0.1:5000/{path}"
 
 
 def connect(uri: str) -> "MlflowClient":

@@ -30,7 +30,6 @@ class ArmInputs:
     spec: RunSpec | None = None  # the run's: a schedule or a match may name its blueprints only, laws are of its preset
 
     def check(self, what: str, wanted: Iterable[str]) -> None:
-        """Raise UserError where the run lacks a blueprint."""
         for name in wanted:
             if self.spec is not None and name not in self.spec.growth.blueprints:
                 raise unknown(f"blueprint in {what}", name, self.spec.growth.blueprints)
@@ -80,9 +79,8 @@ def _random(inputs: ArmInputs) -> GrowthPolicy:
     try:
         matched = [graft["blueprint"] for graft in summary["grafts"]]
     except (KeyError, TypeError):
-        raise UserError(
-            f"--match {inputs.match} is not the summary of a run: name one that `esper train` left."
-        ) from None
+        what = f"--match {inputs.match} is not the summary of a run"
+        raise UserError(f"{what}: name one that `esper train` left.") from None
     inputs.check(f"--match {inputs.match}", matched)
     return RandomPolicy(inputs.seed, matched=matched)
 

@@ -34,10 +34,8 @@ class LagPolicy:
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
         """The best graft tried, or WAIT with the reason; a UserError without a probe."""
         if probe is None:
-            raise UserError(
-                "lag tries grafts on copies of the run, and was given no probe to try them through: play it where "
-                "there is a run to copy, as under `esper train lag`."
-            )
+            what = "lag tries grafts on copies of the run, and was given no probe to try them through"
+            raise UserError(f"{what}: play it where there is a run to copy, as under `esper train lag`.")
         wait = partial(GraftAction, 0, telemetry.sequence)
         if not telemetry.get("slopes_measured"):
             return wait("no slope yet")

@@ -21,16 +21,12 @@ class PlannerPolicy:
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
         """The first action of the best plan; a UserError without a probe."""
         if probe is None:
-            raise UserError(
-                "planner foretells the run it is in, and was given no probe of it: play it where there is one, as "
-                "under `esper train planner`."
-            )
+            what = "planner foretells the run it is in, and was given no probe of it"
+            raise UserError(f"{what}: play it where there is one, as under `esper train planner`.")
         finals = probe.forecast(self.laws)
         waiting, best = finals[0], finals.min()
         if best >= waiting:
             return GraftAction(0, telemetry.sequence, f"waiting is expected to end at {waiting:.4f}")
-        row = int((finals == best).nonzero()[0][-1])
-        gain = 1e3 * (waiting - best)
-        return GraftAction(
-            row, telemetry.sequence, f"expected to end at {best:.4f}, {gain:.2f} millinats below waiting"
-        )
+        row, gain = int((finals == best).nonzero()[0][-1]), 1e3 * (waiting - best)
+        why = f"expected to end at {best:.4f}, {gain:.2f} millinats below waiting"
+        return GraftAction(row, telemetry.sequence, why)

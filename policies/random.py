@@ -20,7 +20,6 @@ class RandomPolicy:
         self._pending: list[str] = []
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        """One of the legal grafts, or WAIT."""
         random = stream(self._seed, "policy", telemetry.sequence)
         if telemetry.sequence == 0 and self._matched is not None:
             self._pending = list(random.permutation(list(self._matched)))
@@ -39,13 +38,10 @@ class RandomPolicy:
         return GraftAction(int(random.choice(wanted)), telemetry.sequence, "drawn")
 
     def state(self) -> list[str]:
-        """The blueprints still to come."""
         return [str(name) for name in self._pending]
 
     def resume(self, state: list[str]) -> None:
-        """Go on with these blueprints."""
         self._pending = list(state)
 
     def unplayed(self) -> list[str]:
-        """The matched blueprints still to come."""
         return self.state()

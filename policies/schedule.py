@@ -33,7 +33,6 @@ class SchedulePolicy:
 
     @classmethod
     def load(cls, path: Path) -> "SchedulePolicy":
-        """Read a schedule; a UserError where it is missing or malformed."""
         values = read_json(path, f"--schedule {path}", "a JSON file")
         if not isinstance(values, list):
             raise UserError(
@@ -57,15 +56,12 @@ class SchedulePolicy:
         return GraftAction(legal[-1], telemetry.sequence, f"due at {entry.at:g}")
 
     def state(self) -> int:
-        """Number of entries played."""
         return self._next
 
     def resume(self, state: int) -> None:
-        """Go on after so many entries."""
         self._next = state
 
     def unplayed(self) -> list[str]:
-        """The entries still to come."""
         return [f"{entry.blueprint} at {entry.at:.0%}" for entry in self.entries[self._next :]]
 
     @staticmethod

@@ -8,5 +8,4 @@ class StaticPolicy:
     """Always WAIT."""
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        """Row 0."""
         return GraftAction(0, telemetry.sequence, "static")

@@ -32,7 +32,6 @@ class TamiyoPolicy:
     warm_up: int = 400  # optimizer steps (`growth.probation_steps`)
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        """One legal graft, or WAIT with the reason."""
         wait = partial(GraftAction, 0, telemetry.sequence)
         if not telemetry.get("slopes_measured"):
             return wait("no slope yet")

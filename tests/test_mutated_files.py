@@ -55,7 +55,7 @@ def read_journal(path: Path) -> None:
 def read_shards(path: Path) -> None:
     for verify in (False, True):
         data = TokenData.open(path.parent, verify=verify)
-        assert data.tokens("train") > 1000
+        assert data.manifest.counts["train"] > 1000
         assert data.tokenizer.encode("cat")
 
 

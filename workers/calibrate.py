@@ -62,10 +62,7 @@ def _growth_costs(spec: RunSpec, data: Data, steps: int) -> dict[str, float]:
             if each.adds == "expert":
                 gated.kasmina.graft(site.id, each.name)
     extra = float(np.median(np.subtract(*_rounds([gated, plain], steps).T)))
-    return {
-        "graft_seconds": median(grafts),
-        "expert_seconds": max(0.0, extra / gated.host.shape.experts()),
-    }
+    return {"graft_seconds": median(grafts), "expert_seconds": max(0.0, extra / gated.host.shape.experts())}
 
 
 def _born(spec: RunSpec, data: Data, n_layer: int | None = None, width: int | None = None) -> Trainer:

@@ -66,7 +66,6 @@ class GrowthEnv(gym.Env[Observation, np.int64]):
         return observation(self.run.telemetry), self._info()
 
     def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Take a row of the candidates and train to the next decision."""
         if not self.action_space.contains(action):
             raise UserError(f"action {action!r} is not in {self.action_space}: choose a row of the candidates.")
         before = self.run.telemetry

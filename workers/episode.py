@@ -220,7 +220,6 @@ class Episode(ABC):
         return np.array(losses)
 
     def forecast(self, laws: FittedLaws) -> np.ndarray:
-        """Expected final loss of each row, nats, float64 (A',); ∞: not legal, or not foretold."""
         return forecast(self, laws)
 
     def summary(self) -> dict[str, Any]:
@@ -321,7 +320,6 @@ class Episode(ABC):
         return amount / float(self.layout.axis_per_step[0]) * self.layout.step_seconds
 
     def _cost_of(self, amount: float) -> float:
-        """The same in parameter-seconds."""
         return self._seconds_of(amount) * self.layout.parameters
 
 

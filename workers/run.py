@@ -148,7 +148,6 @@ class GrowthRun(Episode):
         return {**super()._point(), "learning_rate": self._rate(), **told}
 
     def summary(self) -> dict[str, Any]:
-        """As Episode's, with the accuracy of classifiers."""
         return super().summary() | ({} if self.accuracy is None else {"accuracy": self.accuracy})
 
     def _change(self, candidate: Candidate) -> None:
@@ -322,7 +321,6 @@ class GrowthRun(Episode):
                 self.grafts[seed.number].outcome = "kept"
 
     def _take_measures(self, loss: float) -> Measured:
-        """At a slice's end, at validation loss `loss`."""
         rows = self.trainer.measured()
         norms = [norm for _, norm, _ in rows]
         told: dict[GlobalMeasured, float] = {"train_gap": (loss - statistics.fmean(row[0] for row in rows)) / loss}

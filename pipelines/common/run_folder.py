@@ -116,7 +116,6 @@ class RunFolder(Frozen):
 
     @property
     def ended(self) -> bool:
-        """Whether the work has been done to its end."""
         return (self.out / "summary.json").exists()
 
     def track(self, tags: Mapping[str, Any], **options: Any) -> Tracker:

@@ -137,9 +137,8 @@ def _report(summary: Mapping[str, Any], fraction: float, unit: str) -> None:
             f"given up at {fraction:.0%} of the budget: {summary['failure']}; the last sound state is in "
             f"{CHECKPOINTS}/: lower the learning rate."
         )
-    beside = (
-        f"accuracy {summary['accuracy']:.1%}" if "accuracy" in summary else f"perplexity {summary['perplexity']:.2f}"
-    )
+    accuracy = summary.get("accuracy")
+    beside = f"perplexity {summary['perplexity']:.2f}" if accuracy is None else f"accuracy {accuracy:.1%}"
     say(
         f"{summary['arm']}: val loss {summary['val_loss']:.4f} nats per {unit} ({beside}), "
         f"{counted(summary['parameters'], 'parameter')}, {counted(len(summary['grafts']), 'graft')}, "

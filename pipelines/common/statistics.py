@@ -27,17 +27,14 @@ class Interval:
 
     @classmethod
     def of(cls, values: np.ndarray, sequential: bool = False) -> Self:
-        """From values (n,), such as differences of pairs."""
         critical = critical_t(len(values), sequential)
         return cls(float(values.mean()), float(critical * _error(values)) if np.isfinite(critical) else None)
 
     @property
     def width(self) -> float:
-        """Of the whole interval; infinite where there is none."""
         return np.inf if self.half is None else 2 * self.half
 
     def as_dict(self) -> dict[str, float | None]:
-        """As JSON values."""
         return {"mean": self.mean, "half_width_95": self.half}
 
     def __str__(self) -> str:

@@ -44,7 +44,6 @@ class Evaluation:
         return found
 
     def bounds(self) -> np.ndarray:
-        """The oracle's lowest loss per instance, nats, float64 (instances,)."""
         return np.array([bound(self.spec, self.instances[id], seed=self.seed_of(id)) for id in self.instances])
 
     def best_schedule(self) -> list[Entry]:

@@ -52,7 +52,6 @@ class Lessons:
     check: Callable[[], None]
 
     def clone(self) -> Cloned:
-        """Teach a fresh network, and say how it does."""
         say(f"clone   the planner by {LESSONS} lessons of {EPISODES} surrogate episodes")
         torch.set_num_threads(1)  # fixes the rounding
         taught, unseen = parted(self.laws)

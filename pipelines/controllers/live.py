@@ -50,7 +50,6 @@ class TrainingView:
         self._exit = ExitStack()
 
     def iteration(self, number: int, metrics: dict[str, float]) -> None:
-        """Record an iteration: its number, from 1, and `iteration_metrics`."""
         self._number, self._history = number, [*self._history, metrics]
         self._left = self._eta.left(self._done())
         if not self._console.is_interactive:

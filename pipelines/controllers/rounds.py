@@ -1,4 +1,4 @@
-"""A training that begins with a clone of the planner (`lessons.py`), and the rounds in which laws are fitted anew.
+"""What a training begins with: a policy that was given, or a clone of the planner (`lessons.py`), and further rounds.
 
 After each of R rounds the laws are fitted to the runs before and the episodes learned from since, and the planner on
 these is cloned: the anchor of the next round. The policy goes on.
@@ -20,9 +20,10 @@ from esper.platform.provenance import INPUTS
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_text
+from esper.policies.simic.baseline import Baseline
 from esper.policies.simic.episode import Played
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import FILE, SimicPolicy
+from esper.policies.simic.policy import FILE, SimicPolicy, trained_on
 from esper.policies.simic.ppo import begin_from
 
 ROUNDS, RUNS = "rounds", "runs.jsonl"  # in the output folder: laws and clones by iteration; episodes learned from
@@ -49,7 +50,6 @@ class Rounds:
         return SimicPolicy.load(path).net if path.exists() else self._clone(start).policy.net
 
     def note(self, iteration: int, episodes: Iterable[Played]) -> None:
-        """Keep what an iteration has learned from, for laws to be fitted to."""
         if self._refits:
             with closing(Journal(self._folder.out / RUNS, lambda entry: entry["episode"])) as journal:
                 for each in episodes:
@@ -86,18 +86,33 @@ class Rounds:
         return cloned
 
 
+class Given:
+    """Stands where `Rounds` does: the given policy is the first checkpoint, and the anchor of every iteration."""
+
+    def __init__(self, path: Path) -> None:
+        self._policy = SimicPolicy.load(path)
+        self.hosts = trained_on(self._policy)["hosts"]
+
+    def begin(self, first: Path, extra: dict[str, Any]) -> None:
+        begin_from(self._policy, Baseline(), first, extra)
+
+    def anchor(self, iteration: int) -> ControllerNet:
+        return self._policy.net
+
+    def note(self, iteration: int, episodes: Iterable[Played]) -> None: ...  # nothing is fitted to them
+
+    def told(self) -> list[dict[str, Any]]:
+        return []
+
+
 def runs_of(path: Path, text: str) -> list[dict[str, Any]]:
     """The runs that laws were fitted to, as `Rounds` keeps them; a UserError for none, or where the text is another."""
     laws = FittedLaws.read(path)
     folder = Path(laws.folder)
     if laws.text != text:
-        raise UserError(
-            f"--rounds fits --laws {path} anew to this text too, and they are of another: leave it out, or give laws "
-            "of runs on this text."
-        )
+        what = f"--rounds fits --laws {path} anew to this text too, and they are of another"
+        raise UserError(f"{what}: leave it out, or give laws of runs on this text.")
     if not folder.is_dir() or folder == Path():
-        raise UserError(
-            f"--rounds fits laws anew to the runs of --laws {path}, and these are not where they were "
-            f"({folder}): fit it again, with `{FIT}`."
-        )
+        what = f"--rounds fits laws anew to the runs of --laws {path}, and these are not where they were ({folder})"
+        raise UserError(f"{what}: fit it again, with `{FIT}`.")
     return [found.kept() for found in runs_in(folder)]

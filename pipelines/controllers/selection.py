@@ -40,9 +40,10 @@ def held_out(
     """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and checkpoint in `out`.
 
     `data`: None on loss laws, the spec's or fitted ones. `check` may raise; a later call continues. With further specs
-    and data the episodes are of each in turn.
+    and data the episodes are of each in turn, one of each at least.
     """
-    number, turns = spec.ppo.held_out, [(spec, data), *also]
+    turns = [(spec, data), *also]
+    number = spec.ppo.held_out and max(spec.ppo.held_out, len(turns))
     sets = [list(instance_set("tuning", each, text=data is not None).values()) for each, _ in turns]
     tasks: dict[Key, Task] = {}
     for path in checkpoints(out):

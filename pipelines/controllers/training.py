@@ -14,9 +14,8 @@ from typing import Any, Self
 from pydantic import Field
 
 from esper.pipelines.common.run_folder import RunFolder
-from esper.pipelines.controllers.init_from import Given
 from esper.pipelines.controllers.live import TrainingView
-from esper.pipelines.controllers.rounds import Rounds
+from esper.pipelines.controllers.rounds import Given, Rounds
 from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
 from esper.pipelines.controllers.workers import fleet_maker, other_tasks
@@ -68,21 +67,14 @@ class Reached(Frozen):
         """
         there = checkpoints(folder.out)
         if not there:
-            spec = folder.spec
-            return cls(
-                key=folder.key,
-                preset=spec.preset,
-                seed=folder.seed,
-                surrogate=folder.data is None,
-                hosts=tuple(dict.fromkeys(hosts)),
-            )
+            own = {"key": folder.key, "preset": folder.spec.preset, "seed": folder.seed}
+            return cls(**own, surrogate=folder.data is None, hosts=tuple(dict.fromkeys(hosts)))
         reached = cls.checked(SimicPolicy.load(there[-1]).card["extra"], f"the card of {there[-1]}")
         if reached.key != folder.key:
             raise UserError(f"checkpoint {there[-1]} is another training's: put back the one that was there.")
         return reached
 
     def after(self, metrics: dict[str, float]) -> Self:
-        """The progress one iteration later."""
         done = {name: getattr(self, name) + metrics[name] for name in ("episodes", "decisions")}
         last = {name: value for name, value in metrics.items() if math.isfinite(value)}
         return self.model_copy(update={"iterations": self.iterations + 1, "at": milliseconds(), "last": last, **done})
@@ -107,15 +99,11 @@ def train_controller(
     storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, folder.key)
     also = other_tasks(folder.plan)
     given = None if init_from is None else Given(init_from)
-    reached = Reached.of(
-        folder, [*(given.hosts if given else ()), spec.host.kind, *(each.host.kind for each, _ in also)]
-    )
+    hosts = [*(given.hosts if given else ()), spec.host.kind, *(each.host.kind for each, _ in also)]
+    reached = Reached.of(folder, hosts)
     for name in (SUMMARY, FILE):  # of a training that is given more iterations
         (out / name).unlink(missing_ok=True)
-    with (
-        track(folder, parent) as tracker,
-        closing(Journal(out / HISTORY, lambda entry: entry["iteration"])) as history,
-    ):
+    with track(folder, parent) as tracker, closing(Journal(out / HISTORY, lambda entry: entry["iteration"])) as history:
         iterations = counted(spec.ppo.iterations, "iteration")
         say(f"ppo     {iterations} of {spec.ppo.decisions} decisions; building the learner")
         _note(history, tracker, reached)  # the process may have died before it did
@@ -199,9 +187,8 @@ def _iterate(
             try:
                 training.save(_checkpoint(out, reached.iterations), reached.model_dump(mode="json"))
             except OSError as error:
-                raise UserError(
-                    f"no checkpoint can be written ({error}): make room, and go on with `esper ppo --resume {out}`."
-                ) from error
+                what = f"no checkpoint can be written ({error})"
+                raise UserError(f"{what}: make room, and go on with `esper ppo --resume {out}`.") from error
             for path in checkpoints(out)[:-1]:
                 if int(path.name) % every:
                     shutil.rmtree(path, ignore_errors=True)
@@ -226,9 +213,8 @@ def _conclude(out: Path, reached: Reached, losses: dict[int, float], others: dic
         "history": iterations,
     }
     shutil.copyfile(_checkpoint(out, best) / FILE, out / FILE)
-    training_picture(
-        [row | {"held_out_loss": losses.get(int(row["iteration"]), math.nan)} for row in iterations], out / PICTURE
-    )
+    drawn = [row | {"held_out_loss": losses.get(int(row["iteration"]), math.nan)} for row in iterations]
+    training_picture(drawn, out / PICTURE)
     write_json(out / SUMMARY, summary)
     dropped = ", ".join(map(str, summary["dropped"])) or "none"
     say(f"saved   {len(summary['in_flight'])} episodes in flight, for a training that goes on; dropped: {dropped}")

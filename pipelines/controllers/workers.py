@@ -45,9 +45,11 @@ def planned_task(name: str) -> dict[str, str]:
     preset, _, data = name.partition("=")
     spec = resolve_spec(CommonArguments(preset=preset, data=Path(data) if data else None), on="fleet")
     folder = ensure(spec.data)
+    tokens = open_data(folder)
+    tokens.check(spec)
     say(f"and     {spec.preset}: {describe(spec)}")
-    print_of = open_data(folder).manifest.fingerprint()
-    return {"spec": spec.model_dump_json(), "data": str(folder), "fingerprint": print_of}
+    spec = spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
+    return {"spec": spec.model_dump_json(), "data": str(folder.resolve()), "fingerprint": tokens.manifest.fingerprint()}
 
 
 def other_tasks(plan: Mapping[str, Any]) -> list[Task]:
@@ -85,9 +87,8 @@ def _gpus_needed(spec: RunSpec, surrogates: bool) -> int | None:
     if surrogates:
         return math.ceil(_for_learners(spec)) or None
     if spec.device == "cuda" and not spec.fleet.gpus:
-        raise UserError(
-            "device is 'cuda', but fleet.gpus is 0, and Ray hides all GPUs from such runs: set fleet.gpus=0.25."
-        )
+        what = "device is 'cuda', but fleet.gpus is 0, and Ray hides all GPUs from such runs"
+        raise UserError(f"{what}: set fleet.gpus=0.25.")
     needed = math.ceil(spec.fleet.gpus + _for_learners(spec))
     return None if _grows(spec) else needed or None
 
@@ -98,9 +99,8 @@ def _ray_fleet(spec: RunSpec, make: Callable[[], Run], storage: str) -> Fleet:
     room = (cluster.room if _grows(spec) else cluster.fit)(fleet.cpus, fleet.gpus, taken)
     count = room if fleet.workers is None else fleet.workers
     if count > room and not cluster.attached():
-        raise UserError(
-            f"fleet.workers is {count}, but this machine holds {room} of them: set it lower, or leave it out."
-        )
+        what = f"fleet.workers is {count}, but this machine holds {room} of them"
+        raise UserError(f"{what}: set it lower, or leave it out.")
     each = counted(fleet.cpus, "core") + (f" and {counted(fleet.gpus, 'GPU')}" if fleet.gpus else "")
     say(f"fleet   {counted(count, 'worker')}, each with {each}; checkpoints in {storage}")
     if count > room:

@@ -32,7 +32,6 @@ class Regret:
 
     @property
     def interval(self) -> Interval | None:
-        """The mean regret."""
         return Interval.of(self.values, self.sequential) if len(self.values) else None
 
     @property
@@ -50,7 +49,6 @@ class Regret:
         return (-np.expm1(-np.array([found.mean, *ends]))).tolist()
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
         told = {"arm": self.arm, "budget": self.budget, "pairs": len(self.values), "saved": self.saved}
         return told | {"regret": self.interval and self.interval.as_dict(), "detectable": self.detectable}
 
@@ -71,12 +69,10 @@ class OverBudgets:
 
     @property
     def sequential(self) -> bool:
-        """Whether seeds were added while one looked."""
         return self.points[0].sequential
 
     @cached_property
     def budgets(self) -> np.ndarray:
-        """(budgets,)."""
         return np.array([trials.amount for trials in self.points])
 
     @cached_property

@@ -23,7 +23,7 @@ from esper.pipelines.sweeps.arms import STATIC
 from esper.pipelines.sweeps.rates import Setting
 from esper.platform.console import counted
 
-CONTROLLED = ("ppo", "openloop")  # arms that a controller's training has to be paid for
+CONTROLLED = ("ppo", "openloop")  # labels that the controller's training has to be paid for
 COUNTED = {
     "rates": "the search for rates",
     "tuning": "tuning runs",
@@ -71,9 +71,8 @@ def arm_table(verdict: Verdict) -> pd.DataFrame:
     outcomes |= {t.arm: t.outcome[0] for t in verdict.tests if (t.baseline, t.axis) == (BEST_STATIC, trials.axis)}
     for label, seeds in trials.test.items():
         runs = list(trials.sound(label).values())
-        minus = (
-            pair(seeds, base, trials.axis, trials.sequential).interval if base and label != trials.best_static else None
-        )
+        other = base if label != trials.best_static else {}
+        minus = pair(seeds, other, trials.axis, trials.sequential).interval if other else None
         row = {"arm": label, "seeds": len(runs), "diverged": sum(run.diverged for run in seeds.values())}
         losses = np.array([run.loss for run in runs])
         row["final loss"] = str(Interval.of(losses, trials.sequential))[1:] if runs else None
@@ -92,18 +91,16 @@ def budget_tables(over: OverBudgets) -> tuple[pd.DataFrame, pd.DataFrame]:
         regret.setdefault(row.arm, {"arm": row.arm})[at] = cell
         saved.setdefault(row.arm, {"arm": row.arm})[at] = part
         if row.budget is None:
-            minus = (
-                {f"minus {over.best_schedule}": str(over.minus_schedule(row.arm) or "–")} if over.best_schedule else {}
-            )
+            best = over.best_schedule
+            minus = {f"minus {best}": str(over.minus_schedule(row.arm) or "–")} if best else {}
             regret[row.arm] |= {"would show": least, **minus, "budget saved": part}
     return pd.DataFrame([*regret.values()]), pd.DataFrame([*saved.values()])
 
 
 def short_tables(verdicts: Sequence[Verdict]) -> list[str]:
     """For a terminal: regrets over the budgets, or, at one budget, the arms."""
-    found = [
-        (f"{over.title} regret over budgets, nats".strip(), budget_tables(over)[0]) for over in over_budgets(verdicts)
-    ]
+    overs = over_budgets(verdicts)
+    found = [(f"{over.title} regret over budgets, nats".strip(), budget_tables(over)[0]) for over in overs]
     found = found or [(verdict.trials.title, arm_table(verdict).iloc[:, :6]) for verdict in verdicts]
     frames = [(title, frame.astype(object).to_string(index=False, na_rep="–")) for title, frame in found]
     return ["\n".join(filter(None, part)) for part in frames]
@@ -111,7 +108,7 @@ def short_tables(verdicts: Sequence[Verdict]) -> list[str]:
 
 def payback(trials: Trials) -> list[str]:
     """The controller's cost, and the number of uses that pay for it; empty where none was trained."""
-    labels = [label for label, arm in trials.arms.items() if arm in CONTROLLED and trials.sound(label)]
+    labels = [label for label in CONTROLLED if trials.sound(label)]
     if not labels or not trials.point.get("controller"):
         return []
     spent: dict[str, Any] = trials.point.get("spent") or {}

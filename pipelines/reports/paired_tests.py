@@ -8,7 +8,7 @@ best static size it takes every size (an intersection-union test: Berger 1982, T
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any, Literal
 
 import numpy as np
@@ -78,10 +78,8 @@ class PairedTest:
         return "better" if high < 0 else "tie", self.left_out
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        told = {
-            name: getattr(self, name) for name in ("arm", "baseline", "against", "axis", "p", "p_holm", "detectable")
-        }
+        names = ("arm", "baseline", "against", "axis", "p", "p_holm", "detectable")
+        told = {name: getattr(self, name) for name in names}
         told |= {"pairs": len(self.differences), "interval": self.interval and self.interval.as_dict()}
         return told | dict(zip(("outcome", "reason"), self.outcome, strict=True))
 
@@ -150,18 +148,19 @@ class Trials:
         return {seed: run for seed, run in self.test.get(label or "", {}).items() if run.sound}
 
     def test_runs(self) -> list[Run]:
-        """In the order of `test`, and by seed."""
         return [run for seeds in self.test.values() for run in seeds.values()]
 
     def tests(self, axis: str) -> list[PairedTest]:
         """All tests at equal cost on an axis; Holm corrects grown arms and random controls separately."""
-        found = []
-        for baseline, labels in product(BASELINES, (self.grown, self.controls)):
-            arms = [arm for arm in labels if (baseline, arm) != (BEST_SCHEDULE, self.schedule)]
-            family = [self._test(arm, baseline, axis) for arm in arms]
-            joint = holm([test.p for test in family])
-            found += [replace(test, p_holm=float(p)) for test, p in zip(family, joint, strict=True)]
-        return found
+        families = (self.family(own, each, axis) for each, own in product(BASELINES, (self.grown, self.controls)))
+        return list(chain.from_iterable(families))
+
+    def family(self, labels: Sequence[str], baseline: str, axis: str) -> list[PairedTest]:
+        """The tests of these arms, corrected by Holm, against a baseline that none of them is."""
+        arms = [arm for arm in labels if (baseline, arm) != (BEST_SCHEDULE, self.schedule)]
+        tests = [self._test(arm, baseline, axis) for arm in arms]
+        joint = holm([test.p for test in tests])
+        return [replace(test, p_holm=float(p)) for test, p in zip(tests, joint, strict=True)]
 
     def _test(self, arm: str, baseline: str, axis: str) -> PairedTest:
         mine, doubt, weakest = self.test[arm], "", 0.0

@@ -55,7 +55,6 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the governor gave it up."""
         return self.summary.get("diverged", False)
 
     @property
@@ -70,7 +69,6 @@ class Run:
 
     @property
     def grafts(self) -> int:
-        """How often it grew."""
         return len(self.summary.get("grafts", ()))
 
     @cached_property

@@ -95,30 +95,27 @@ def mechanics(runs: Sequence[Run]) -> Criterion:
 def transfer(trials: Trials, trained_on: dict[str, dict[str, Any]]) -> Criterion:
     """Whether a policy that has grown another kind of network carries over to this one.
 
-    It does where it ends below the best static size, Holm over such policies, and not above one trained here alone.
+    It does where it ends below all static sizes, Holm over such policies, and not above one trained here alone.
     """
     kind = trials.point["spec"]["host"].get("kind", "transformer")
     grown = {label: set(at["hosts"]) for label, at in trained_on.items() if trials.sound(label)}
     foreign = [label for label, kinds in grown.items() if kinds - {kind}]
     native = [label for label, kinds in grown.items() if kinds == {kind} and not trained_on[label]["surrogate"]]
-    static = trials.best_static
-    if not foreign or static not in trials.test:
+    if not foreign:
         return Criterion("Transfer", "No arm has learned on another kind of network.", "cannot say")
-    pairs = {
-        (label, other): pair(trials.test[label], trials.test[other], trials.axis, trials.sequential)
-        for label in foreign
-        for other in (static, *native)
-    }
-    joint = dict(zip(foreign, holm([pairs[label, static].p for label in foreign]).tolist(), strict=True))
-    found, sentences = set(), []
-    for label in foreign:
-        tests = {other: replace(test, p_holm=test.p) for (own, other), test in pairs.items() if own == label}
-        tests[static] = replace(tests[static], p_holm=joint[label])
-        said = {other: test.outcome[0] for other, test in tests.items()}
-        found.add("not met" if "worse" in said.values() else "met" if said[static] == "better" else "cannot say")
-        minus = ", ".join(f"{test.interval or '–'} to {other} ({said[other]})" for other, test in tests.items())
+    static = trials.family(foreign, BEST_STATIC, trials.axis)
+    outcomes, sentences = set(), []
+    for label, own in zip(foreign, static, strict=True):
+        tests = {own.against or "a static size": own}
+        for other in native:
+            test = pair(trials.test[label], trials.test[other], trials.axis, trials.sequential)
+            tests[other] = replace(test, p_holm=test.p)
+        said = [test.outcome[0] for test in tests.values()]
+        known = said[0] == "better" and "cannot say" not in said
+        outcomes.add("not met" if "worse" in said else "met" if known else "cannot say")
+        minus = ", ".join(f"{test.interval or '–'} to {other} ({test.outcome[0]})" for other, test in tests.items())
         sentences.append(f"{label}, which has grown {' and '.join(trained_on[label]['hosts'])}: {minus}")
-    outcome = next((each for each in ("met", "cannot say") if each in found), "not met")
+    outcome = next((each for each in ("met", "cannot say") if each in outcomes), "not met")
     return Criterion("Transfer", f"At {trials.budget}, in nats: {'; '.join(sentences)}.", outcome)
 
 
@@ -140,14 +137,12 @@ def find_caveats(trials: Trials, sweep: dict[str, Any]) -> list[str]:
         chosen.add(str(best(trials.statics)))  # on the test seeds; the search has gone round the first
     if seeds < PAIRS:
         caveats.append(f"The sweep has only {counted(seeds, 'test seed')}, and a verdict takes {PAIRS}.")
-    sizes = {
-        f"{STATIC}-{text}": Size.of(str(text)).numbers(read_host(point["spec"]["host"], "the host")) for text in tried
-    }
+    host = read_host(point["spec"]["host"], "the host")
+    sizes = {f"{STATIC}-{text}": Size.of(str(text)).numbers(host) for text in tried}
+    edge = ", ".join(sorted(label for label in chosen & sizes.keys() if _at_edge(sizes[label], [*sizes.values()])))
     if (smallest := next(iter(sizes))) in chosen and sizes[smallest][0] == 1:
         caveats.append(f"{smallest} is the best static size, and the smallest tried: nothing has to grow here.")
-    elif edge := ", ".join(
-        sorted(label for label in chosen & sizes.keys() if _at_edge(sizes[label], [*sizes.values()]))
-    ):
+    elif edge:
         caveats.append(f"{edge}, the best static size, is at the edge of those tried: one beyond may be better.")
     if not sweep["rates_tuned"]:
         caveats.append("The rates of the static sizes were not tuned, or the best was the last that was tried.")

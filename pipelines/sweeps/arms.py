@@ -52,7 +52,6 @@ class Arm(Frozen):
 
     @property
     def kind(self) -> Kind:
-        """What it is."""
         return KINDS[self.name]
 
     @property

@@ -1,7 +1,8 @@
 """Running a sweep in its folder: what is missing, and no more; then the report."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
+from esper.pipelines.common.statistics import Interval
 from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.pipelines.controllers.workers import session
 from esper.pipelines.report import write_report
@@ -18,7 +20,6 @@ from esper.pipelines.sweeps.arms import PPO, STATIC, policy_input
 from esper.pipelines.sweeps.chart_view import share_view
 from esper.pipelines.sweeps.log import SUMMARY, TRIAL_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import AT_ONCE, SweepArguments, SweepPlan, parse_policies
-from esper.pipelines.sweeps.seeds import widest
 from esper.pipelines.sweeps.stages import Batch, Inputs, PointStages, Settled, static_arms
 from esper.pipelines.sweeps.tune import run_trials
 from esper.platform.console import say
@@ -114,7 +115,6 @@ class Sweep:
         ]
 
     def run(self) -> None:
-        """Run everything that is missing, all grid points side by side, and send MLflow the rest."""
         self._parent.artifact(self._folder.out / "spec.json")
         seconds, sent = TRIAL_SECONDS, False  # where the sweep is stopped
         try:
@@ -199,3 +199,18 @@ class Sweep:
             done = self._log.summary(trial) is not None
             found[name] = trial.tags() | ({"status": "done", "error": None} if done else status)
         return found
+
+
+def widest(groups: Iterable[Sequence[Mapping[str, np.ndarray]]]) -> tuple[str, float]:
+    """The arm whose mean regret over a group's budgets has the widest interval, and how wide that is, in nats.
+
+    groups: of grid points that differ in their budget only, each with regrets (seeds,) by label, NaN where there is
+    none. An arm that has none at all does not count.
+    """
+    found = [("", 0.0)]
+    for points in groups:
+        for label in points[0]:
+            values = np.mean([point[label] for point in points], axis=0)
+            if len(sound := values[np.isfinite(values)]):
+                found.append((label, Interval.of(sound, sequential=True).width))
+    return max(found, key=itemgetter(1))

@@ -49,11 +49,9 @@ class SweepLog(tune.Callback):
         return {}  # Tune keeps a copy beside its own files, for a restore that nobody asks for
 
     def folder(self, trial: Trial) -> Path:
-        """A trial's."""
         return self.out / "trials" / trial.name
 
     def summary(self, trial: Trial) -> dict[str, Any] | None:
-        """What a trial ended with; None where it has not."""
         path = self.folder(trial) / SUMMARY
         if trial.name not in self._summaries and path.is_file():
             self._summaries[trial.name] = read_json(path, str(path), "the summary of a trial")
@@ -94,7 +92,6 @@ class SweepLog(tune.Callback):
         return all(taken + [sync(folder, uri, left()) for folder in others if (folder / SUMMARY).exists()])
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Stop here where that was asked for."""
         self.check()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -127,7 +124,6 @@ class SweepLog(tune.Callback):
         say(f"  {trial.config['trial']}: it failed, or its process died; it is started again, from its last save")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """It has died once too often."""
         text = (trial.error_file and Path(trial.error_file).read_text().strip()) or "its process died"
         self._fail(self.trials[trial.config["trial"]], f"{text.splitlines()[-1]} (log in {trial.local_path})")
 
@@ -161,7 +157,6 @@ class SweepLog(tune.Callback):
             self._open.pop(trial.name).close("FAILED", TRIAL_SECONDS)
 
     def _news(self, trial: Trial, result: dict[str, Any]) -> Iterable[str]:
-        """What to say of a trial's result."""
         if result.get("action", "wait") != "wait":
             size = result["curve"][-1]["parameters"]
             yield f"{trial.name}: {result['action']} at {result['at']:.0%}, {size:,} parameters"

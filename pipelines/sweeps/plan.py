@@ -36,17 +36,13 @@ class SweepArguments(ResumableArguments):
         f"Arms, of {', '.join(NAMES)}. {', '.join(FOLLOWERS)} follow another arm: static_final:tamiyo.",
         "A,B,C",
     )
-    sizes: str | None = flag(
-        None, "Static sizes: layers, or layers x MLP width; auto: searched for; none: the preset's only.", "1,2x96|auto"
-    )
+    sizes: str | None = flag(None, "Static sizes, layers x width (default: the preset's); auto: found.", "1,2x96|auto")
     seeds: str = flag(
         "1",
         "Test seeds of each arm, --seed and those after it; auto:N adds some up to N until --width is met.",
         "N|auto:N",
     )
-    width: float | None = flag(
-        None, f"With --seeds auto:N: nats, the widest interval of an arm's regret (default: {WIDTH}).", gt=0
-    )
+    width: float | None = flag(None, f"With --seeds auto:N: a regret's widest interval, nats (default: {WIDTH}).", gt=0)
     tuning_seeds: int = flag(2, "Other seeds, that sizes, schedules and rates are chosen on.", ge=0, le=100)
     budgets: str | None = flag(None, "Compare at each of these budgets, and over all of them.", "0.5e6,1e6,…")
     grid: tuple[str, ...] = flag((), "Compare at each of these values; may be given for several keys.", "KEY=A,B")
@@ -73,7 +69,6 @@ class Point:
 
     @property
     def grid(self) -> str:
-        """As MLflow's tag has it."""
         return json.dumps(self.values, sort_keys=True)
 
     @property
@@ -82,7 +77,6 @@ class Point:
         return json.dumps({key: value for key, value in self.values.items() if key != AMOUNT}, sort_keys=True)
 
     def row(self, arm: Arm) -> str:
-        """An arm's row in a table of all points."""
         return f"{arm.label} {self.grid}" if self.several else arm.label
 
     def __str__(self) -> str:
@@ -135,7 +129,6 @@ class SweepPlan(Frozen):
         return [arm for arm in self.arms if arm.kind.grows and arm.of is None]
 
     def points(self, spec: RunSpec) -> list[Point]:
-        """The grid's."""
         found = [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
         rests = [point.beside_budget for point in found]
         return [replace(point, trains=rests.index(rest)) for point, rest in zip(found, rests, strict=True)]
@@ -161,9 +154,7 @@ class SweepPlan(Frozen):
             if wrong:
                 raise UserError(f"no arm of --arms uses --{flag_name}: leave it out, or add an arm that does.")
         if given.width is not None and self.width is None:
-            raise UserError(
-                "--width says when --seeds auto:N has added enough: give that too, such as --seeds auto:40."
-            )
+            raise UserError("--width is for --seeds auto:N, to add enough: give that too, such as --seeds auto:40.")
         if self.width is not None and not (names & {STATIC} and self.compared):
             raise UserError("--seeds auto:N compares arms that grow with static sizes: name some of both in --arms.")
         for what, wanted in untuned.items():

@@ -5,6 +5,7 @@ a layer more or less, MLPs about 1.5 times as wide or narrow (by whole grafts, o
 these are less), twice or half the heads. It ends where all neighbours of the best were tried, and none is better.
 """
 
+import math
 from collections.abc import Mapping
 
 from esper.pipelines.sweeps.plan import check_budget
@@ -34,7 +35,7 @@ def neighbours(spec: RunSpec, size: Size) -> list[list[Size]]:
     """Along each axis that growing can go: one smaller and one larger, where there is one and the budget holds it."""
     (_, own, _), (layers, width, heads) = Size(layers=1).numbers(spec.host), size.numbers(spec.host)
     units = {blueprint.adds: blueprint.units for blueprint in make_blueprints(spec.growth.blueprints).values()}
-    unit = min(units.get("width", 1), max(1, own // 4))
+    unit = math.lcm(min(units.get("width", 1), max(1, own // 4)), spec.host.whole)
     widths = {own + unit * round(own * (WIDER**rung - 1) / unit) for rung in range(-RUNGS, RUNGS)}
     beside = [max((w for w in widths if 0 < w < width), default=0), min(w for w in widths if w > width)]
     lines = {
@@ -42,9 +43,8 @@ def neighbours(spec: RunSpec, size: Size) -> list[list[Size]]:
         "width": [(layers, w, heads) for w in beside],
         "heads": [(layers, width, n) for n in (heads // 2, 2 * heads)],
     }
-    found = [
-        [_size(spec, *numbers) for numbers in line if all(numbers)] for axis, line in lines.items() if axis in units
-    ]
+    reached = (line for axis, line in lines.items() if axis in units)
+    found = [[_size(spec, *numbers) for numbers in line if all(numbers)] for line in reached]
     return [[size for size in line if size is not None] for line in found]
 
 

@@ -29,16 +29,13 @@ class Size(Frozen):
         return f"{self.layers}" + f"x{self.width}" * bool(self.width) + f"h{self.heads}" * bool(self.heads)
 
     def numbers(self, host: Host) -> tuple[int, int, int]:
-        """Layers, width and heads."""
         return self.layers, self.width or host.own_width, self.heads or host.own_heads
 
     def born(self, spec: RunSpec, **optimizer: Any) -> RunSpec:
-        """The spec of a run of this size."""
         own = [layer.model_dump(mode="json") for layer in spec.host.alike(*self.numbers(spec.host))]
         return born(spec, own if self.width or self.heads else self.layers, **optimizer)
 
     def parameters(self, spec: RunSpec) -> int:
-        """Without embeddings."""
         from esper.workers.tolaria.hosts import start_shape  # torch: seconds that `esper sweep --help` does not take
 
         return start_shape(self.born(spec), vocab_size=1).parameters_count(non_embedding=True)

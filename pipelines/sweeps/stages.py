@@ -129,7 +129,6 @@ class PointStages:
         return parts | ({"controller": controller.get("spent")} if controller else {})
 
     def _tested(self) -> list[Arm]:
-        """The static arms that are compared."""
         if not self._plan.search_sizes or self.settled["size"] is None:
             return self.statics
         best = Size.of(self.settled["size"])
@@ -164,14 +163,11 @@ class PointStages:
         tried: dict[Arm, dict[Setting, list[float]]] = {arm: {} for arm in arms}
         starts = {a: scale * stable_rate(optimizer, a.size.parameters(spec)) if a.size else 1.0 for a in arms}
         for _ in range(ROUNDS):
-            new = [
-                (a, setting) for a, losses in tried.items() for setting in next_settings(starts[a], decays[a], losses)
-            ]
+            new = [(a, next_) for a, done in tried.items() for next_ in next_settings(starts[a], decays[a], done)]
             if not new:
                 break
-            groups = [
-                [self._trial(arm, "rates", seed, setting) for seed in self._plan.tuning_seeds] for arm, setting in new
-            ]
+            seeds = self._plan.tuning_seeds
+            groups = [[self._trial(arm, "rates", seed, setting) for seed in seeds] for arm, setting in new]
             yield "rates", [trial for group in groups for trial in group], still_open
             for (arm, setting), group in zip(new, groups, strict=True):
                 tried[arm][setting] = self._losses(group)

@@ -39,7 +39,6 @@ class Trial:
         return "-".join(filter(None, [*parts, f"point{self.point.index}" if self.point.several else ""]))
 
     def tags(self) -> dict[str, Any]:
-        """What MLflow's UI filters and groups by."""
         whose = {"arm": self.arm.name, "label": self.arm.label, "size": self.spec.host.n_layer, "seed": self.seed}
         return {**whose, "purpose": self.purpose, "grid": self.point.grid}
 

@@ -87,7 +87,6 @@ class Baseline:
             self._seen[str(episode.instance)] = merged
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """JSON values, and tensors by name, for a checkpoint."""
         arrays = {name: getattr(self, f"_{name}") for name in KEPT}
         arrays |= {f"seen.{i}": rows for i, rows in enumerate(self._seen.values())}
         values = {"scale": self.scale, "instances": list(self._seen)}

@@ -146,7 +146,6 @@ class Dispatcher:
         return [episode.played(self._space) for episode in taken]  # workers do not wait for that
 
     def set_weights(self, weights: Mapping[str, torch.Tensor], weights_seq_no: int) -> None:
-        """Choose by these weights from the next batch on."""
         with self._changed:
             self._net.load_state_dict(weights)
             self._weights_seq_no = weights_seq_no
@@ -196,7 +195,6 @@ class Dispatcher:
             self._journal.close()
 
     def _untaken(self) -> Iterator[int]:
-        """Numbers of the episodes begun and not taken, ascending."""
         return chain((episode.number for episode in self._complete), self._open)
 
     def _serve(self) -> None:
@@ -298,7 +296,6 @@ class Dispatcher:
             self._settle(episode)
 
     def _decide(self, asking: list[InFlight]) -> None:
-        """Choose an action for each episode, all by one batch."""
         seen = arrays(np.stack([episode.decisions[-1].observation for episode in asking]), self._space)
         uniform = [stream(self._seed, "policy", each.number, each.done).random() for each in asking]
         chosen = self._net.choose(seen, np.array(uniform))

@@ -80,7 +80,6 @@ class Played:
 
     @property
     def states(self) -> np.ndarray:
-        """Globals, float32 (K + 1, G)."""
         return self.observations["globals"]
 
     @property
@@ -109,7 +108,6 @@ class InFlight:
 
     @property
     def done(self) -> int:
-        """Number of decisions whose outcome has come."""
         return max(0, len(self.decisions) - 1)
 
     @property
@@ -119,17 +117,14 @@ class InFlight:
 
     @property
     def order(self) -> Order:
-        """What a worker has to do next."""
         return Order(self.number, self.seed, self.instance, self.actions, fresh=self.lost["tries"] > 0)
 
     @property
     def ended(self) -> bool:
-        """Whether the last outcome has come."""
         return bool(self.decisions) and (self.decisions[-1].terminated or self.decisions[-1].truncated)
 
     @property
     def used(self) -> dict[str, float]:
-        """Amount used of each known ledger axis."""
         reached = self.decisions[-1].reached if self.decisions else {}
         return {axis: reached[axis] or 0.0 for axis in AXES if axis in reached}
 
@@ -160,11 +155,9 @@ class InFlight:
         return reply
 
     def choose(self, **choice: Any) -> None:
-        """Note the next action, in the fields of a Decision."""
         self.decisions[-1] = self.decisions[-1].model_copy(update=choice)
 
     def played(self, space: TelemetrySpace) -> Played:
-        """The ended episode."""
         chosen, outcomes = self.decisions[:-1], self.decisions[1:]
         return Played(
             number=self.number,

@@ -71,7 +71,6 @@ class RayFleet:
             self._look_at = 0.0
 
     def starting(self) -> int:
-        """Actors that are not up yet."""
         return len(self._starting)
 
     def wake(self) -> None:
@@ -79,7 +78,6 @@ class RayFleet:
         self._events.put((-1, None))
 
     def close(self) -> None:
-        """Kill the actors."""
         while self._actors:
             ray.kill(self._actors.popitem()[1])
 
@@ -137,26 +135,22 @@ class LocalFleet:
         self._events.append((worker, event))
 
     def ready(self, timeout: float) -> Events:
-        """The events, in the order of the calls."""
         events, self._events = self._events, []
         return events
 
     def replace(self, worker: int) -> None:
-        """Start another worker."""
         if self._workers.pop(worker, None) is not None:
             self._workers[self._started] = self._make_worker()
             self._events.append((self._started, None))
             self._started += 1
 
     def starting(self) -> int:
-        """None: they start at once."""
         return 0
 
     def wake(self) -> None:
         """Nothing waits."""
 
     def close(self) -> None:
-        """Drop the workers."""
         self._workers.clear()
 
 

@@ -61,20 +61,16 @@ def of_policy(health: Health) -> Iterator[tuple[str, str]]:
     """The conditions of policy and value that hold now, each with its sentence."""
     now, looks = health.all[-1], len(health.all)
     if odd := [name for name, value in now.items() if not math.isfinite(value)]:
-        told = (
-            f"{', '.join(odd)} not finite: an update has thrown the policy or the value far off; start again from an "
-        )
-        yield "not finite", told + "earlier checkpoint with a lower ppo.learning_rate."
+        told = f"{', '.join(odd)} not finite: an update has thrown the policy or the value far off; start again "
+        yield "not finite", told + "from an earlier checkpoint with a lower ppo.learning_rate."
     others = 0.5 / fmean(health.last("episode_length", 3) or [1.0])  # a good schedule may graft once in a long episode
     for kind in KINDS:
         if min(health.last(kind, 3), default=0.0) > max(0.98, 1 - others):
             told = f"the controller always chooses the same ({kind}, {now[kind]:.1%} of its decisions): unless that is "
             yield "collapsed", told + f"the best, as `esper sweep --arms static,lag` would show, {EXPLORE}."
     if (health.iterations is None or looks < health.iterations / 2) and health.settled():
-        told = (
-            f"the policy is as good as deterministic (entropy {now['entropy']:.3f}) and explores no more: unless its "
-        )
-        yield "deterministic early", told + f"return is what you hoped for, {EXPLORE}."
+        told = f"the policy is as good as deterministic (entropy {now['entropy']:.3f}) and explores no more: unless "
+        yield "deterministic early", told + f"its return is what you hoped for, {EXPLORE}."
     explained = median(health.last("explained_variance", 8) or [1.0])  # a constant explains 0
     if looks >= 20 and explained <= 0.05 and not health.risen():  # healthy values may be so where returns are chance
         told = f"explained variance is near 0 (median {explained:+.2f} of 8 iterations) and the return has not risen: "
@@ -87,19 +83,15 @@ def of_updates(health: Health) -> Iterator[tuple[str, str]]:
     # Healthy: 11 times the target once, 6 usually; four toys lost all at 30 and more.
     large = kl if kl > 20 * KL_TARGET else median(few or [0.0])
     if math.isfinite(large) and large > 10 * KL_TARGET:
-        told = (
-            f"updates move the policy too far (KL {large:.3g}, target {KL_TARGET}): look at the return and lag_mean; "
-        )
-        yield "update too large", told + "try a lower ppo.learning_rate or fewer ppo.epochs."
+        told = f"updates move the policy too far (KL {large:.3g}, target {KL_TARGET}): look at the return and "
+        yield "update too large", told + "lag_mean; try a lower ppo.learning_rate or fewer ppo.epochs."
     if max(health.last("kl", 5), default=1.0) < KL_TARGET / 20 and not health.settled():  # healthy: one of 5 > 0.0058
         told = f"updates hardly change the policy (KL {kl:.2g} for 5 iterations, target {KL_TARGET}): try a higher "
         yield "no update", told + "ppo.learning_rate, or a lower ppo.entropy if entropy stays high."
     clipped = median(health.last("clip_fraction", 5) or [0.0])
     if clipped > 0.7:  # healthy: 0.55 at most; stable-baselines3's example has 0.24
-        told = (
-            f"{clipped:.0%} of the decisions are clipped: an update moves them further than ppo.clip; look at KL and "
-        )
-        yield "clipped", told + "lag_mean; try fewer ppo.epochs or a lower ppo.learning_rate."
+        told = f"{clipped:.0%} of the decisions are clipped: an update moves them further than ppo.clip; look at "
+        yield "clipped", told + "KL and lag_mean; try fewer ppo.epochs or a lower ppo.learning_rate."
 
 
 def of_fleet(health: Health) -> Iterator[tuple[str, str]]:

@@ -69,7 +69,6 @@ class EpisodeJournal:
             del self._episodes[path]
 
     def close(self) -> None:
-        """Close the newest file."""
         if self._journal is not None:
             self._journal.close()
             self._journal = None

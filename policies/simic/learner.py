@@ -31,7 +31,6 @@ class SimicModule(TorchRLModule, ValueFunctionAPI):
     """ControllerNet under the names that RLlib's PPO calls; `model_config`: `hidden`, its width."""
 
     def setup(self) -> None:
-        """Make the network."""
         self.net = ControllerNet(self.model_config["hidden"])
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
@@ -46,7 +45,6 @@ class DecisionsOnly(ConnectorV2):
     """Drops the rows that RLlib added, and standardises the advantages of the rest."""
 
     def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """The batch, of decisions only."""
         rows = batch[DEFAULT_MODULE_ID]
         real = rows.pop(Columns.LOSS_MASK)
         rows = cast(dict[str, Any], tree.map_structure(lambda column: column[real], rows))
@@ -60,7 +58,6 @@ class SimicLearner(PPOTorchLearner):
     """PPO's learner with the differences above."""
 
     def build(self) -> None:
-        """Put `DecisionsOnly` behind RLlib's advantages."""
         super().build()
         assert self._learner_connector is not None
         self._learner_connector.append(DecisionsOnly())
@@ -68,7 +65,6 @@ class SimicLearner(PPOTorchLearner):
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
     ) -> Tensor:
-        """PPO's loss, and the divergence from the anchor."""
         given: Any = {"module_id": module_id, "config": config, "batch": batch, "fwd_out": fwd_out}
         loss = cast(Tensor, super().compute_loss_for_module(**given))
         if ANCHOR not in batch:

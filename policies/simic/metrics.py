@@ -62,10 +62,8 @@ def _action_shares(episodes: Sequence[Played]) -> dict[str, float]:
 
 def decided_on(episodes: Sequence[Played]) -> dict[str, torch.Tensor]:
     """The observations that decisions were taken on, float32 (N, …) by name."""
-    names = episodes[0].observations
-    return {
-        name: torch.from_numpy(np.concatenate([each.observations[name][:-1] for each in episodes])) for name in names
-    }
+    seen = [each.observations for each in episodes]
+    return {name: torch.from_numpy(np.concatenate([each[name][:-1] for each in seen])) for name in seen[0]}
 
 
 def update_metrics(

@@ -124,7 +124,6 @@ class Scaled(nn.Module):
         self.register_buffer("scales", torch.tensor(scales), persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """float32 (…, columns) → the same shape."""
         return rows * self.scales
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from esper.platform import checkpoint
 from esper.platform.contracts import GraftAction, Probe
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, clipped
 from esper.platform.frozen import Frozen
 from esper.platform.spaces import observation
 from esper.platform.telemetry import VERSION, Telemetry
@@ -49,8 +49,10 @@ def policy_file(path: Path) -> Path:
 def trained_on(policy: "SimicPolicy") -> dict[str, Any]:
     """What a policy has learned from: preset, the kinds of hosts that it has grown, on loss laws or not."""
     extra = policy.card["extra"]
-    names = {"preset": None, "hosts": ["transformer"], "surrogate": False}
-    return {name: extra.get(name, otherwise) for name, otherwise in names.items()}
+    hosts = extra.get("hosts") or ["transformer"]
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        raise UserError(f"the policy's card names {clipped(hosts)} as the hosts that it has grown: train it again.")
+    return {"preset": extra.get("preset"), "hosts": hosts, "surrogate": bool(extra.get("surrogate"))}
 
 
 def likeliest(chances: np.ndarray) -> int:

@@ -45,11 +45,8 @@ from esper.policies.simic.policy import FILE, SimicPolicy
 
 STATE = "learner.safetensors"  # beside the policy
 AHEAD = 2  # iterations of decisions that may wait for the learner
-LEARNED = {  # metrics, ours → RLlib's, of the last minibatch
-    "kl_coefficient": "curr_kl_coeff",
-    "policy_loss": "policy_loss",
-    "value_loss": "vf_loss",
-}
+# Metrics, ours → RLlib's, of the last minibatch.
+LEARNED = {"kl_coefficient": "curr_kl_coeff", "policy_loss": "policy_loss", "value_loss": "vf_loss"}
 
 
 class LearnerState(Frozen):
@@ -147,7 +144,6 @@ class PPOTraining:
         }
 
     def policy(self) -> SimicPolicy:
-        """A copy of the policy as learned so far."""
         return SimicPolicy(deepcopy(self._net))
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
@@ -163,7 +159,6 @@ class PPOTraining:
         self.dispatcher.forget()
 
     def stop(self) -> None:
-        """End learners and fleet; a journal keeps the episodes under way."""
         self.dispatcher.stop()
         self._learners.shutdown()
 

@@ -349,9 +349,12 @@ def test_one_fleet_trains_on_two_presets_in_turn_and_goes_on(tiny, shards, tiny_
     tuning = [next(iter(instance_set("tuning", spec, text=True).values())).budget for spec in specs]
     held_out = sum(math.ceil(spec.budget.amount * budget) for spec, budget in zip(specs, tuning, strict=True))
     assert summary["spent_on"]["held_out"]["steps"] == held_out * len(summary["held_out_losses"])
+    larger = load_spec("digits", ["host.image_size=16"])
+    (tmp_path / "larger.json").write_text(larger.model_dump_json(exclude={"preset"}))
     for flags, sentence in (
         (["--surrogate", "--also", "demo"], "--also trains on several presets' own data, and --surrogate is of one"),
         ([*tiny, "--also", "dmo"], "Did you mean 'demo'"),
+        ([*tiny, "--also", f"{tmp_path / 'larger.json'}"], "are 8 × 8 × 1, and the host takes 16 × 16 × 1"),
     ):
         refused(ppo.main, flags, sentence)
     plan = out / "inputs" / "plan.json"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from esper.pipelines.common.statistics import Interval, critical_t, detectable, p_below
+from esper.pipelines.sweeps.comparison import widest
 from esper.pipelines.sweeps.plan import AT_ONCE
-from esper.pipelines.sweeps.seeds import widest
 
 SWEEPS, MOST, SPREAD = 1000, 60, 0.013  # of differences between seeds, nats
 

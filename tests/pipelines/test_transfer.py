@@ -48,6 +48,8 @@ def test_what_is_refused(tiny, tmp_path, refused):
         (["--policy", given], "--to PRESET"),
         (["--policy", given, "--to", "dem"], "Did you mean 'demo'"),
         (["--policy", tmp_path / "x", "--to", "demo"], "does not exist"),
+        (["--policy", given, "--to", "demo", "--arms", "nobody"], "unknown arm 'nobody'"),  # before any training
+        (["--policy", given, "--to", "demo", "--budgets", "-1"], "is not a list of positive numbers"),
         (["--resume", tmp_path], "a folder that `esper transfer` made"),
     ):
         refused(transfer.main, line, sentence)

@@ -7,7 +7,7 @@ import torch
 
 from esper.platform.errors import UserError
 from esper.workers.calibrate import calibrate
-from esper.workers.tolaria.data.batches import evenly
+from esper.workers.tolaria.data.prepared import evenly
 from tests.workers.growing_run import act, begun, changed, outcome, play, same_telemetry
 
 PLAN = {1: "ffn", 3: "block", 4: "attention"}

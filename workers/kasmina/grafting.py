@@ -129,9 +129,8 @@ class Kasmina:
         surgery.drop(self.optimizer, gone)
         sites, part = self._sites(), self.host.part
         # Units grafted inside a pruned layer go with it; a layer grafted behind it stays.
-        self.seeds = [
-            other for other in self.seeds if other is not seed and (other.site in sites or part(other.planted.part))
-        ]
+        left = (other for other in self.seeds if other is not seed)
+        self.seeds = [other for other in left if other.site in sites or part(other.planted.part)]
         self._apart = None
         return seed
 

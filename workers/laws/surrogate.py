@@ -67,9 +67,8 @@ class SurrogateRun(Episode):
         constants = self.laws.ensemble.items()
         self.law = ScalingLaw(**{name: values[number % len(values)] for name, values in constants})
         if self.laws.errors:
-            steps = self.clock.slice / self.spec.clock.axis_per_step(
-                self.spec.budget.axis, self.shape, self.tokens_per_step
-            )
+            axis, clock = self.spec.budget.axis, self.spec.clock
+            steps = self.clock.slice / clock.axis_per_step(axis, self.shape, self.tokens_per_step)
             apart = [abs(math.log(tokens / (steps * self.tokens_per_step))) for tokens, _ in self.laws.errors]
             _, errors = self.laws.errors[int(random.choice(np.argsort(apart)[:LIKE]))]
             self._errors = np.interp(np.linspace(0, 1, points), np.linspace(0, 1, len(errors)), errors)
@@ -179,7 +178,6 @@ class SurrogateRun(Episode):
         return Measured(sites=sites)
 
     def _young(self, number: int) -> bool:
-        """Whether the seed of a graft is on probation."""
         return self.steps - self.grafts[number].optimizer_step < self.spec.growth.probation_steps
 
 

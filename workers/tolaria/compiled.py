@@ -116,7 +116,6 @@ class Package:
 
     @property
     def failure(self) -> Path:
-        """The file that says why."""
         return self.path.with_suffix(".failed")
 
     def building(self) -> bool:
@@ -170,9 +169,8 @@ class CompiledStep:
         """One optimizer step in place on int64 (B, T) → loss, and the gradient's norm before clipping."""
         self._steps += 1
         self._rate.fill_(rate)
-        loss, norm, self.squares = self._loader.boxed_run(
-            [*self._tensors, inputs.contiguous(), targets.contiguous(), self._rate]
-        )
+        batch = inputs.contiguous(), targets.contiguous()
+        loss, norm, self.squares = self._loader.boxed_run([*self._tensors, *batch, self._rate])
         return loss, norm
 
 

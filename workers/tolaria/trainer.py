@@ -23,7 +23,7 @@ from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import Data
-from esper.workers.tolaria.data.batches import evenly
+from esper.workers.tolaria.data.prepared import evenly
 from esper.workers.tolaria.hosts import AnyHost, new_host, rebuilt
 from esper.workers.tolaria.model.layered import Layout
 

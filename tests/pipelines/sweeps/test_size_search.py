@@ -52,3 +52,14 @@ def test_it_goes_no_farther_than_growing_and_the_budget(kind, budget, best):
     """Where larger is always better: as many layers as allowed, no axis without a blueprint, no more than a budget."""
     spec = SPEC.overridden({"growth.blueprints": {kind: {}}, "budget.amount": budget})
     assert str(best_size(search(spec, 1, 128, 2, decline=100))) == best
+
+
+def test_of_a_resnet_it_tries_whole_groups_of_channels_only():
+    """A quarter of its width is no whole group: each second width would be refused, and end the line."""
+    changes = {
+        "host.channels": 16,
+        "host.group": 8,
+        "growth.blueprints": {"conv_width": {"width": 8}, "conv_block": {}},
+    }
+    spec = load_spec("cifar10-cpu").overridden(changes)
+    assert best_size(search(spec, 1, 64, 1)).numbers(spec.host)[1] == pytest.approx(64, rel=0.3)

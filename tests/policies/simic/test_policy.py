@@ -13,7 +13,7 @@ from simic_toy import ToyRun, bold_net
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.policies.simic.net import ControllerNet
-from esper.policies.simic.policy import FILE, SimicPolicy, likeliest
+from esper.policies.simic.policy import FILE, SimicPolicy, likeliest, trained_on
 
 TELEMETRY = ToyRun().reset(None, 3)
 
@@ -41,6 +41,13 @@ def test_save_and_load_whatever_is_named(policy: SimicPolicy, tmp_path: Path):
         loaded = SimicPolicy.load(path)
         assert loaded.act(TELEMETRY) == policy.act(TELEMETRY)
         assert loaded.card["extra"] == {"preset": "demo"}
+
+
+def test_what_a_card_says_of_hosts_is_checked(policy: SimicPolicy, tmp_path: Path):
+    for hosts in (3, "resnet", [1]):
+        policy.save(tmp_path / FILE, {"hosts": hosts})
+        with pytest.raises(UserError, match="as the hosts that it has grown"):
+            trained_on(SimicPolicy.load(tmp_path))
 
 
 @pytest.mark.parametrize(

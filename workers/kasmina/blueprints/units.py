@@ -77,7 +77,6 @@ class Part(Blueprint):
         return host.part(seed.part).outgoing()
 
     def slices(self, host: HostProtocol, seed: Planted, newer: int) -> list[Slice]:
-        """All of the part's parameters."""
         return [Slice(parameter) for parameter in host.part(seed.part).parameters()]
 
     def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Resized], list[Any]]:

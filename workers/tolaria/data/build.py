@@ -4,6 +4,7 @@ import hashlib
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from esper.platform.spec import DataSpec, ImageSpec
 from esper.platform.storage import cache, check_unused, new_folder, write_json
 from esper.workers.tolaria.data import image_sources, images, shards, sources, tokenizer
 from esper.workers.tolaria.data.images import ImageData, ImageManifest
-from esper.workers.tolaria.data.shards import FILE, Manifest, SplitManifest, TokenData, kind_of, write_split
+from esper.workers.tolaria.data.prepared import FILE, check_kind, kind_of
+from esper.workers.tolaria.data.shards import Manifest, SplitManifest, TokenData, write_split
 
 CHUNK_DOCUMENTS = 10_000  # encoded at a time, so that only so much is held as ids of 8 bytes
 MIN_TOKENS = {"train": 1000, "valid": 100}
@@ -25,21 +27,22 @@ Data = TokenData | ImageData  # any kind of prepared data
 def prepare(data: DataSpec | ImageSpec, out: Path) -> Manifest | ImageManifest:
     """Write the new folder `out`: arrays and `manifest.json` (and a tokenizer), whole or not at all."""
     check_unused(out)
-    if isinstance(data, ImageSpec):
-        return _write_images(image_sources.available(image_sources.find(data.source)), data, out)
-    tokenizer.checked_name(data.tokenizer)
-    return _write(sources.available(sources.find(data.source)), data, out)
+    of = _sources(data)
+    return _write(of.available(of.find(data.source)), data, out)
 
 
 def ensure(data: DataSpec | ImageSpec) -> Path:
     """The source's folder, else one in the cache, made if needed; safe to call from several processes."""
-    if isinstance(data, DataSpec):
-        tokenizer.checked_name(data.tokenizer)
-    folder = Path(data.source).expanduser()
+    of, folder = _sources(data), Path(data.source).expanduser()
     if (folder / FILE).exists():
         _check_made_as(data, folder)
         return folder
-    return _ensure_images(data) if isinstance(data, ImageSpec) else _ensure_text(data)
+    source = of.find(data.source)
+    if not _cached(source, data).exists():
+        source = of.available(source)  # perhaps a stand-in, which is cached under its own name
+    if not (folder := _cached(source, data)).exists():
+        _write(source, data, folder)
+    return folder
 
 
 def open_data(path: Path, *, verify: bool = True) -> Data:
@@ -47,57 +50,50 @@ def open_data(path: Path, *, verify: bool = True) -> Data:
     return (ImageData if kind_of(path) == "images" else TokenData).open(path, verify=verify)
 
 
+def _sources(data: DataSpec | ImageSpec) -> Any:
+    """The module of the sources of these data."""
+    if isinstance(data, ImageSpec):
+        return image_sources
+    tokenizer.checked_name(data.tokenizer)
+    return sources
+
+
 def _check_made_as(data: DataSpec | ImageSpec, folder: Path) -> None:
     """Raise UserError where the data in `folder` are not of the kind and form that is asked for."""
-    if (kind := kind_of(folder)) != data.kind:
-        what = f"{folder} holds prepared {kind}, and the preset is for {data.kind}"
-        raise UserError(f"{what}: name other data, or another --task or --preset.")
+    check_kind(folder, kind_of(folder), data.kind)
     if isinstance(data, ImageSpec):
-        if data.size not in (None, made_with := ImageManifest.read(folder).size):
-            what = f"the images in {folder} were made {made_with} pixels wide, data.size={data.size} was asked for"
-            raise UserError(f"{what}: ask for that, or make others with `esper prepare`.")
-    elif (made_with := Manifest.read(folder).tokenizer) != data.tokenizer:
-        what = f"the shards in {folder} were made with tokenizer {made_with!r}, {data.tokenizer!r} was asked for"
-        raise UserError(f"{what}: ask for {made_with!r}, or make others with `esper prepare`.")
+        own, asked = ImageManifest.read(folder).size, data.size
+        what = f"the images in {folder} were made {own} pixels wide, data.size={asked} was asked for"
+    else:
+        own, asked = Manifest.read(folder).tokenizer, data.tokenizer
+        what = f"the shards in {folder} were made with tokenizer {own!r}, {asked!r} was asked for"
+    if asked not in (None, own):
+        raise UserError(f"{what}: ask for {own!r}, or make others with `esper prepare`.")
 
 
-def _ensure_text(data: DataSpec) -> Path:
-    def cached(source: sources.Source) -> Path:
-        options = data.tokenizer, data.valid_fraction, data.max_bytes
-        return _cached(source, data.tokenizer, shards.VERSION, SPLITTING, source.name, source.fingerprint, *options)
-
-    source = sources.find(data.source)
-    if not cached(source).exists():
-        source = sources.available(source)  # perhaps the stand-in, which is cached under its own name
-    folder = cached(source)
-    if not folder.exists():
-        _write(source, data, folder)
-    return folder
-
-
-def _ensure_images(data: ImageSpec) -> Path:
-    source = image_sources.find(data.source)
-    options = data.size, data.valid_fraction, data.max_images
-    folder = _cached(source, "images", images.VERSION, source.name, source.fingerprint, *options)
-    if not folder.exists():
-        _write_images(image_sources.available(source), data, folder)
-    return folder
-
-
-def _cached(source: sources.Source, form: str, *key: object) -> Path:
-    """The cache folder, whose name has a hash of all that decides its content, the `key`."""
+def _cached(source: sources.Source, data: DataSpec | ImageSpec) -> Path:
+    """The cache folder, whose name has a hash of all that decides its content."""
+    key: tuple[object, ...] = source.name, source.fingerprint
+    if isinstance(data, ImageSpec):
+        key = images.VERSION, *key, data.size, data.valid_fraction, data.max_images
+    else:
+        key = shards.VERSION, SPLITTING, *key, data.tokenizer, data.valid_fraction, data.max_bytes
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    stem = re.sub(r"[^\w.-]+", "-", f"{Path(source.name).stem}-{form}")
+    stem = re.sub(r"[^\w.-]+", "-", f"{Path(source.name).stem}-{data.encoding}")
     return cache("data") / f"{stem}-{digest}"
+
+
+def _write(source: Any, data: DataSpec | ImageSpec, out: Path) -> Manifest | ImageManifest:
+    return _write_images(source, data, out) if isinstance(data, ImageSpec) else _write_text(source, data, out)
 
 
 def _write_images(source: sources.Source[image_sources.Splits], data: ImageSpec, out: Path) -> ImageManifest:
     started = time.perf_counter()
-    train, held = image_sources.split(source, data.valid_fraction, data.max_images, data.size)
+    classes, train, held = image_sources.split(source, data.valid_fraction, data.max_images, data.size)
     with new_folder(out) as folder:
         made = ImageManifest(
             source=source.name,
-            classes=int(max(train.labels.max(), held.labels.max())) + 1,
+            classes=classes,
             channels=train.pixels.shape[1],
             size=train.pixels.shape[2],
             mean=tuple(train.pixels.mean(axis=(0, 2, 3)).tolist()),
@@ -112,7 +108,7 @@ def _write_images(source: sources.Source[image_sources.Splits], data: ImageSpec,
     return made
 
 
-def _write(source: sources.Source[sources.Documents], data: DataSpec, out: Path) -> Manifest:
+def _write_text(source: sources.Source[sources.Documents], data: DataSpec, out: Path) -> Manifest:
     started = time.perf_counter()
     splits = dict(zip(("train", "valid"), sources.split(source, data.valid_fraction, data.max_bytes), strict=True))
     say(f"{source.name}: {len(splits['train']):,} training and {len(splits['valid']):,} validation documents")

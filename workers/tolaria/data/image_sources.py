@@ -6,8 +6,6 @@ N images, C channels.
 import hashlib
 import io
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esper.platform.errors import UserError, reason, unknown
+from esper.platform.errors import UserError, in_a_sentence
 from esper.platform.seeding import stream
-from esper.workers.tolaria.data.sources import Source, files_fingerprint, hub_answers, hub_rows
+from esper.workers.tolaria.data.sources import Source, files_fingerprint, found, hub_answers, hub_rows
 
 CIFAR10 = "uoft-cs/cifar10"
 CLASSES = 2**16  # at most
 FORMS = "an .npz file, a folder of CIFAR-10's python batches, or one that `esper prepare` made"
+ODD = "cannot be read as images"
 LAYOUT = "train_images (N, size, size[, channels]) of uint8 and train_labels (N,); the same of test, if any"
 
 
@@ -61,12 +60,10 @@ SOURCES = (Source("digits", digits), Source("cifar10", _cifar10))
 
 def find(source: str) -> Source[Splits]:
     """The source of this name, else the local file or folder; UserError where neither exists."""
-    named = {known.name: known for known in SOURCES}
-    if source in named:
-        return named[source]
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise unknown("source", source, [*named, "an existing file or folder"])
+    return found(source, SOURCES, _files)
+
+
+def _files(path: Path) -> Source[Splits]:
     batches = sorted(path.glob("data_batch_*")) if path.is_dir() else []
     if batches:
         files, load = [*batches, *path.glob("test_batch")], partial(_python_batches, path)
@@ -88,7 +85,7 @@ def available(source: Source[Splits]) -> Source[Splits]:
 def _npz(path: Path) -> Splits:
     """Arrays by name, nothing pickled; `train_jpeg` with `train_offsets` in place of images are JPEG files in a row."""
     mend = f"give an .npz file with {LAYOUT}"
-    with _odd(path, mend), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    with in_a_sentence(f"{path} {ODD}", mend), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return _of_npz(arrays, "train"), _of_npz(arrays, "test") if "test_labels" in arrays else None
 
 
@@ -135,24 +132,15 @@ def _python_batches(folder: Path) -> Splits:
 
 
 def _python_batch(path: Path) -> Images:
-    with _odd(path, "unpack the python version of CIFAR-10 anew"), path.open("rb") as file:
+    with in_a_sentence(f"{path} {ODD}", "unpack the python version of CIFAR-10 anew"), path.open("rb") as file:
         batch = _ArraysOnly(file, encoding="bytes").load()
         return Images(batch[b"data"].reshape(-1, 3, 32, 32), np.array(batch[b"labels"]))
 
 
-@contextmanager
-def _odd(path: Path, mend: str) -> Iterator[None]:
-    """Turn whatever reading a damaged or foreign file leads to into a sentence."""
-    try:
-        yield
-    except Exception as error:  # of zipfile, zlib, pickle, numpy and Pillow
-        raise UserError(f"{path} cannot be read as images ({type(error).__name__}: {reason(error)}): {mend}.") from None
-
-
 def split(
     source: Source[Splits], valid_fraction: float, max_images: int | None, size: int | None
-) -> tuple[Images, Images]:
-    """Training images (`max_images` at most) and held-out ones, averaged down to `size`.
+) -> tuple[int, Images, Images]:
+    """Number of classes, training images (`max_images` at most) and held-out ones, averaged down to `size`.
 
     Both are in a fixed random order: of classes in turn, evenly picked images would be of a few classes only. Where the
     source has no split the images with the smallest hashes are held out, so that equal ones stay together.
@@ -172,12 +160,11 @@ def split(
         shapes = " and ".join(_shape(images) for images in (train, held))
         raise UserError(f"{source.name} has training and test images of {shapes}: give images of one size.")
     if not len(train.labels):
-        raise UserError(
-            f"of the {len(held.labels):,} images of {source.name} all are held out: give others beside them."
-        )
+        what = f"of the {len(held.labels):,} images of {source.name} all are held out"
+        raise UserError(f"{what}: give others beside them.")
     orders = (stream(0, "images", i).permutation(len(images.labels)) for i, images in enumerate((train, held)))
     train, held = train.at(next(orders)[:max_images]), held.at(next(orders))
-    return _averaged(source.name, train, size), _averaged(source.name, held, size)
+    return classes, _averaged(source.name, train, size), _averaged(source.name, held, size)
 
 
 def _check(name: str, images: Images) -> None:

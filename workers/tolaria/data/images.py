@@ -1,41 +1,52 @@
-"""Prepared images: a file of pixels and one of classes per split, and their manifest.
+"""Prepared images: a file of pixels and one of classes per split, their manifest, and batches.
 
-The files are mapped into memory, so all processes of a machine share one copy. N images, C channels.
+N images in all, B in a batch, C channels.
 """
 
 import hashlib
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
-from pydantic_core import from_json
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
+from esper.platform.seeding import stream
 from esper.platform.spec import ImageSpec, ResNetSpec, RunSpec
-from esper.workers.tolaria.data.batches import ImageBatches, evenly
-from esper.workers.tolaria.data.shards import FILE, Split
+from esper.workers.tolaria.data.prepared import (
+    STEPS_AT_ONCE,
+    BaseManifest,
+    Prepared,
+    Split,
+    digest,
+    evenly,
+    mapped,
+    usable,
+)
 
 VERSION = 1
 
-Level = Annotated[float, Field(ge=0, le=255)]  # a pixel's
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class ImageSplit(Frozen):
     """The count of one split, and its files' checksums."""
 
     images: PositiveInt
-    pixels: str = Field(pattern="^[0-9a-f]{64}$")
-    labels: str = Field(pattern="^[0-9a-f]{64}$")
+    pixels: Sha256
+    labels: Sha256
 
 
-class ImageManifest(Frozen):
-    """The content of `manifest.json`."""
+class ImageManifest(BaseManifest):
+    """Of images."""
+
+    made_of: ClassVar[str] = "images"
 
     kind: Literal["images"] = "images"
     version: Literal[1] = VERSION
@@ -43,23 +54,26 @@ class ImageManifest(Frozen):
     classes: int = Field(ge=2, le=2**16)
     channels: PositiveInt
     size: PositiveInt  # height and width, in pixels
-    mean: tuple[Level, ...]  # of each channel, over the training images
-    deviation: tuple[Level, ...]
+    mean: tuple[Annotated[float, Field(ge=0, le=255)], ...]  # of each channel, over the training images
+    deviation: tuple[Annotated[float, Field(ge=1, le=255)], ...]  # at least 1
     splits: dict[Split, ImageSplit] = Field(min_length=2)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not len(self.mean) == len(self.deviation) == self.channels:
+            raise ValueError(f"mean and deviation are not of {self.channels} channels.")
+        return self
+
     def fingerprint(self) -> str:
-        """A hash of pixels and classes, independent of the folder."""
         sums = {name: [split.pixels, split.labels] for name, split in self.splits.items()}
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
-        """Kinds of targets."""
         return self.classes
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images of each split."""
         return {name: split.images for name, split in self.splits.items()}
 
     @property
@@ -67,22 +81,9 @@ class ImageManifest(Frozen):
         """The setting that it is to be used with."""
         return f"data.size={self.size}"
 
-    @property
-    def notice(self) -> str:
-        """As a text's Manifest."""
-        return ""
-
     def __str__(self) -> str:
         shape = f"{self.size} × {self.size} × {self.channels}"
         return f"{self.source}: {self.counts['train']:,} training images of {shape}, {self.classes} classes"
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read `folder`'s manifest; UserError where it is missing, damaged or of another version."""
-        try:
-            return cls.checked(from_json((folder / FILE).read_bytes()), FILE)
-        except (OSError, ValueError) as error:
-            raise _unusable(folder / FILE, error) from None
 
 
 def write_split(folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray) -> ImageSplit:
@@ -91,44 +92,38 @@ def write_split(folder: Path, name: str, pixels: np.ndarray, labels: np.ndarray)
     for what, array in (("pixels", pixels), ("labels", labels.astype(np.uint16))):
         path = folder / f"{name}-{what}.npy"
         np.save(path, np.ascontiguousarray(array), allow_pickle=False)
-        sums[what] = _sha256(path)
+        sums[what] = digest(path)
     return ImageSplit(images=len(pixels), **sums)
 
 
-class ImageData:
-    """A folder of prepared images, mapped into memory; pickled as its path."""
+class ImageData(Prepared):
+    """Prepared images: of a split, uint8 (N, C, size, size) and uint16 (N,)."""
 
-    def __init__(self, path: Path, manifest: ImageManifest, arrays: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.arrays = arrays  # of a split: uint8 (N, C, size, size) and uint16 (N,), read-only
+    manifest: ImageManifest
 
     @classmethod
     def open(cls, path: Path, *, verify: bool = True) -> Self:
-        """Map a folder's images; UserError where they are damaged.
-
-        `verify` reads them all and checks SHA-256 and largest class; otherwise only types and shapes are checked.
-        """
         manifest, arrays = ImageManifest.read(path), {}
+        read = partial(np.load, mmap_mode="r", allow_pickle=False)
         for name, split in manifest.splits.items():
             shape = split.images, manifest.channels, manifest.size, manifest.size
-            pixels = _mapped(path / f"{name}-pixels.npy", np.uint8, shape, split.pixels if verify else None)
-            labels = _mapped(path / f"{name}-labels.npy", np.uint16, shape[:1], split.labels if verify else None)
+            sums = (split.pixels, split.labels) if verify else (None, None)
+            pixels = mapped(path / f"{name}-pixels.npy", "images", sums[0], read, shape, np.uint8)
+            labels = mapped(path / f"{name}-labels.npy", "images", sums[1], read, shape[:1], np.uint16)
             if verify and labels.max() >= manifest.classes:
-                raise _unusable(path, f"it holds class {labels.max()}, of {manifest.classes}")
+                with usable(path, "images"):
+                    raise ValueError(f"it holds class {labels.max()}, of {manifest.classes}")
             arrays[name] = pixels, labels
         return cls(path, manifest, arrays)
 
-    def __reduce__(self) -> tuple:
-        return partial(ImageData.open, verify=False), (self.path,)
-
     def check(self, spec: RunSpec) -> None:
         """Raise UserError where the images are not those that the spec's host takes."""
+        super().check(spec)
         host, own = spec.host, self.manifest
-        asked = (host.image_size, host.image_channels) if isinstance(host, ResNetSpec) else None
-        if asked != (own.size, own.channels):
+        assert isinstance(host, ResNetSpec)  # as its data are images
+        if (host.image_size, host.image_channels) != (own.size, own.channels):
             what = f"the images of {own.source} are {own.size} × {own.size} × {own.channels}"
-            takes = "text" if asked is None else f"{asked[0]} × {asked[0]} × {asked[1]}"
+            takes = f"{host.image_size} × {host.image_size} × {host.image_channels}"
             mend = f"set host.image_size={own.size} and host.image_channels={own.channels}"
             raise UserError(f"{what}, and the host takes {takes}: {mend}, or data.size to average them down.")
 
@@ -141,42 +136,66 @@ class ImageData:
         sent = torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows].astype(np.int64))
         if device.type == "cuda":
             sent = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in sent)
-        mean, deviation = (
-            torch.tensor(levels, device=device)[:, None, None]
-            for levels in (self.manifest.mean, self.manifest.deviation)
-        )
+        levels = torch.tensor([self.manifest.mean, self.manifest.deviation], device=device)
+        mean, deviation = levels[:, :, None, None]
         return (sent[0].float() - mean) / deviation, sent[1]
 
-    def batches(self, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device) -> ImageBatches:
+    def batches(self, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device) -> "ImageBatches":
         """Training batches of a spec's runs, from the `part` of the training images between two fractions."""
         self.check(spec)
-        assert isinstance(spec.data, ImageSpec)  # as its host takes images
-        examples = partial(self.examples, "train", device=device)
-        return ImageBatches(spec.data, examples, self.manifest.counts["train"], seed, part)
+        return ImageBatches(self, spec, seed, part, device)
 
     def held_out(self, n: int, spec: RunSpec, device: torch.device) -> tuple[Tensor, Tensor]:
         """`n` examples evenly from all held-out ones."""
         return self.examples("valid", evenly(n, self.manifest.counts["valid"]), device)
 
 
-def _mapped(path: Path, dtype: type, shape: tuple[int, ...], sha256: str | None) -> np.ndarray:
-    """The array of a file, checked; a checksum of None is not."""
-    try:
-        if sha256 is not None and _sha256(path) != sha256:
-            raise ValueError("its SHA-256 is not the manifest's")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if (array.dtype, array.shape) != (dtype, shape):
-            raise ValueError(f"{array.shape} × {array.dtype}, not {shape} × {np.dtype(dtype)}")
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise _unusable(path, error) from None
-    return array
+class ImageBatches:
+    """The images of `part`, fractions of the training ones, in a new order each epoch; shifted and flipped if asked."""
+
+    def __init__(
+        self, data: ImageData, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device
+    ) -> None:
+        assert isinstance(spec.data, ImageSpec)
+        self._data, self._spec, self._seed, self._device = data, spec.data, seed, device
+        self.low, high = (int(fraction * data.manifest.counts["train"]) for fraction in part)
+        self._count = high - self.low
+        self._orders: dict[int, np.ndarray] = {}  # epoch → its images, of the epochs that the last batch was from
+        self._drawn = (-1, np.empty(0), np.empty(0))  # (block of steps, their shifts, their flips)
+        if self._count < 1:
+            raise UserError(f"a slice of {part} of the training images holds none: take a larger one, or more images.")
+
+    def at(self, optimizer_step: int) -> tuple[Tensor, Tensor]:
+        """A step's images, float32 (B, C, size, size), and classes, int64 (B,)."""
+        images, labels = self._data.examples("train", self._rows(optimizer_step), self._device)
+        if self._spec.crop or self._spec.flip:
+            moves = (torch.from_numpy(drawn).to(self._device) for drawn in self._moves(optimizer_step))
+            images = _moved(images, self._spec.crop, *moves)
+        return images, labels
+
+    def _rows(self, step: int) -> np.ndarray:
+        epochs, places = np.divmod(step * self._spec.batch_size + np.arange(self._spec.batch_size), self._count)
+        known, self._orders = self._orders, {}
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            drawn = known.get(epoch)
+            self._orders[epoch] = stream(self._seed, "data", epoch).permutation(self._count) if drawn is None else drawn
+        return self.low + np.array([self._orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
+
+    def _moves(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """How far each image is shifted down and right, int64 (B, 2) in [0, 2 crop], and whether it is flipped."""
+        block, row = divmod(step, STEPS_AT_ONCE)
+        if block != self._drawn[0]:
+            draws, size = stream(self._seed, "augment", block), (STEPS_AT_ONCE, self._spec.batch_size)
+            shifts = draws.integers(0, 2 * self._spec.crop + 1, (*size, 2))
+            self._drawn = block, shifts, draws.random(size) < 0.5 * self._spec.flip
+        return self._drawn[1][row], self._drawn[2][row]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _unusable(path: Path, how: object) -> UserError:
-    how = str(how).removesuffix(".")
-    return UserError(f"{path} cannot be used as prepared images ({how}): make its folder anew with `esper prepare`.")
+def _moved(images: Tensor, crop: int, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Each image's window into itself with a border of `crop` zeros, its columns in reverse where flipped."""
+    across = torch.arange(images.shape[-1], device=images.device)
+    rows = shifts[:, :1] + across  # (B, size)
+    columns = shifts[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
+    each = torch.arange(len(images), device=images.device)[:, None, None]
+    padded = F.pad(images, (crop, crop, crop, crop))
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

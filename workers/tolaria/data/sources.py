@@ -64,13 +64,15 @@ SOURCES: tuple[Source[Documents], ...] = (
 
 def find(source: str) -> Source[Documents]:
     """The source of this name, else the local file or folder; UserError where neither exists."""
-    named = {known.name: known for known in SOURCES}
-    if source in named:
-        return named[source]
-    path = Path(source).expanduser()
-    if path.exists():
-        return Source(str(path.resolve()), partial(_read, path), files_fingerprint(_text_files(path)))
-    raise unknown("source", source, [*named, "an existing file or folder"])
+    return found(source, SOURCES, _files)
+
+
+def found(source: str, known: Sequence[Source[Content]], of_path: Callable[[Path], Source[Content]]) -> Source[Content]:
+    """The one of the `known` sources with a name, else what `of_path` makes of a local file or folder."""
+    named, path = {each.name: each for each in known}, Path(source).expanduser()
+    if source not in named and not path.exists():
+        raise unknown("source", source, [*named, "an existing file or folder"])
+    return named[source] if source in named else of_path(path)
 
 
 def available(source: Source[Documents]) -> Source[Documents]:
@@ -160,6 +162,10 @@ def _read(path: Path) -> Documents:
     if train and valid:
         return chain.from_iterable(map(read_file, train)), chain.from_iterable(map(read_file, valid))
     return chain.from_iterable(map(read_file, found)), None
+
+
+def _files(path: Path) -> Source[Documents]:
+    return Source(str(path.resolve()), partial(_read, path), files_fingerprint(_text_files(path)))
 
 
 def _text_files(path: Path) -> list[Path]:

@@ -35,27 +35,16 @@ class LayeredShape:
 
     def without(self, name: str) -> Self:
         """A copy without a layer `h<uid>`, or without a part inside one."""
-        layer, _, part = name.partition(".")
-        if part:
-            return self.without_part(name)
-        kept = tuple(kept for kept in self.layers if f"h{kept.uid}" != layer)
-        return replace(self, layers=kept)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-    def without_part(self, name: str) -> Self:
-        """A copy without a part inside a layer."""
-        raise NotImplementedError
+        layer, part = self.layer(name), name.partition(".")[2]
+        return self._put(layer, layer.without(part)) if part else self._put(layer)
 
     def with_layer(self, site_id: str) -> Self:
         """A copy with the born layer put in at a stream site."""
         raise NotImplementedError
 
     def parts(self) -> list[str]:
-        """The names of all layers and of the parts inside them."""
-        return [name for layer in self.layers for name in (f"h{layer.uid}", *self.inside(layer))]
-
-    def inside(self, layer: Any) -> list[str]:
-        """The names of the parts inside a layer."""
-        raise NotImplementedError
+        own = ((f"h{layer.uid}", layer.parts) for layer in self.layers)
+        return [part for name, inside in own for part in (name, *(f"{name}.{each}" for each in inside))]
 
     def part_after(self, other: "LayeredShape") -> str:
         """The name of the one part that this shape has and `other` lacks."""
@@ -72,7 +61,6 @@ class LayeredShape:
         return [layer.model_dump(mode="json") for layer in self.layers]
 
     def layer(self, place: str) -> Any:
-        """The layer that a site or part lies in."""
         return next(layer for layer in self.layers if f"h{layer.uid}" == place.partition(".")[0])
 
     def _inserted(self, position: int, **own: Any) -> Self:
@@ -81,9 +69,11 @@ class LayeredShape:
         return replace(self, born=born, layers=layers)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def _with(self, place: str, **changes: Any) -> Self:
-        changed = self.layer(place)
-        new = changed.model_copy(update=changes)
-        layers = tuple(new if layer is changed else layer for layer in self.layers)
+        layer = self.layer(place)
+        return self._put(layer, layer.model_copy(update=changes))
+
+    def _put(self, old: Any, *new: Any) -> Self:
+        layers = tuple(each for layer in self.layers for each in (new if layer is old else (layer,)))
         return replace(self, layers=layers)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
@@ -133,7 +123,6 @@ class LayeredHost(nn.Module):
         return {}
 
     def own_state(self) -> dict[str, Tensor]:
-        """The state dict, each tensor once."""
         tied = self.tied(self.spec)
         return {name: tensor for name, tensor in self.state_dict().items() if name not in tied}
 

@@ -8,7 +8,6 @@ B batch, C channels of the stream, W hidden channels of a block, R neurons of ch
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,47 +17,31 @@ from esper.platform.spec import STAGES, BlockSpec, ResNetSpec
 from esper.workers.tolaria.model.layered import LayeredHost, Pairs
 from esper.workers.tolaria.model.resnet_shape import ResNetShape
 
+MOMENTUM = 0.1  # a batch's share of BatchNorm's running mean and variance
+
 
 class Norm(nn.Module):
-    """A weight and a bias per channel."""
+    """Of however many channels: over groups of them (Wu & He 2018, 1803.08494), or each over the batch (1502.03167).
 
-    def __init__(self, channels: int) -> None:
+    In evaluation BatchNorm normalises by its running mean and variance.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, spec: ResNetSpec, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-
-class GroupNorm(Norm):
-    """Normalises groups of `size` channels, however many there are (Wu & He 2018, 1803.08494)."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__(channels)
-        self.size = size
+        self.group = spec.group if spec.norm == "group" else None
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        if self.group is None:
+            self.register_buffer("running_mean", torch.zeros(channels))
+            self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, S, S) → (B, C, S, S)."""
-        return F.group_norm(x, x.shape[1] // self.size, self.weight, self.bias)
-
-
-class BatchNorm(Norm):
-    """Normalises each channel by the batch's mean and variance, in evaluation by running ones (1502.03167)."""
-
-    MOMENTUM = 0.1  # a batch's share of the running mean and variance
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, S, S) → (B, C, S, S)."""
-        running: tuple[Any, Any] = (self.running_mean, self.running_var)
-        return F.batch_norm(x, *running, self.weight, self.bias, self.training, self.MOMENTUM)
-
-
-def make_norm(spec: ResNetSpec, channels: int) -> nn.Module:
-    """The spec's kind of norm."""
-    return GroupNorm(channels, spec.group) if spec.norm == "group" else BatchNorm(channels)
+        if self.group is not None:
+            return F.group_norm(x, x.shape[1] // self.group, self.weight, self.bias)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, MOMENTUM)
 
 
 def conv(inputs: int, outputs: int, size: int = 3) -> nn.Conv2d:
@@ -75,7 +58,6 @@ class Gate(nn.Module):
         self.c_proj = nn.Linear(neurons, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, S, S) → (B, C, S, S)."""
         scale = self.c_proj(F.silu(self.c_fc(x.mean((2, 3)))))  # (B, C)
         return x * (2 * scale.sigmoid())[:, :, None, None]
 
@@ -89,8 +71,8 @@ class Block(nn.Module):
     def __init__(self, spec: ResNetSpec, channels: int, layer: BlockSpec) -> None:
         super().__init__()
         self.uid, self.stage = layer.uid, layer.stage
-        self.norm_1, self.conv_1 = make_norm(spec, channels), conv(channels, layer.width)
-        self.norm_2, self.conv_2 = make_norm(spec, layer.width), conv(layer.width, channels)
+        self.norm_1, self.conv_1 = Norm(spec, channels), conv(channels, layer.width)
+        self.norm_2, self.conv_2 = Norm(spec, layer.width), conv(layer.width, channels)
         self.inside = nn.ModuleDict()
         if layer.gate:
             self.add_gate(layer.gate)
@@ -129,7 +111,7 @@ class ResNetHost(LayeredHost):
         self.stem = conv(spec.image_channels, streams[0])
         self.h = nn.ModuleList(self._block(layer) for layer in self._shape.layers)
         self.down = nn.ModuleList(conv(*pair, size=1) for pair in pairwise(streams))
-        self.norm = make_norm(spec, streams[-1])
+        self.norm = Norm(spec, streams[-1])
         self.head = nn.Linear(streams[-1], classes)
         self.init_weights(generator)
 

@@ -36,12 +36,10 @@ class ResNetShape(LayeredShape):
     def of(cls, host: ResNetSpec, classes: int) -> Self:
         layers = host.layers or host.alike(host.n_layer, host.own_width, host.own_heads)
         born = BlockSpec(uid=1 + max(layer.uid for layer in layers), stage=0, width=host.own_width)
-        group = host.group if host.norm == "group" else 1
         sizes = host.image_size, host.image_channels, host.channels, host.own_width
-        return cls(classes, *sizes, group, born, layers)
+        return cls(classes, *sizes, host.whole, born, layers)
 
     def stream(self, stage: int) -> int:
-        """Channels of a stage's stream."""
         return self.channels << stage
 
     def injection_specs(self) -> tuple[InjectionSpec, ...]:
@@ -84,7 +82,6 @@ class ResNetShape(LayeredShape):
         return 0
 
     def totals(self) -> tuple[int, ...]:
-        """Blocks, hidden channels and neurons of channel attention, of each stage."""
         of = [[layer for layer in self.layers if layer.stage == stage] for stage in range(STAGES)]
         counts = ((len(here), sum(each.width for each in here), sum(each.gate for each in here)) for here in of)
         return tuple(number for stage in counts for number in stage)
@@ -95,12 +92,6 @@ class ResNetShape(LayeredShape):
 
     def with_gate(self, site_id: str, neurons: int) -> Self:
         return self._with(site_id, gate=neurons)
-
-    def without_part(self, name: str) -> Self:
-        return self._with(name, gate=0)
-
-    def inside(self, layer: BlockSpec) -> list[str]:
-        return [f"h{layer.uid}.gate"] if layer.gate else []
 
     def with_layer(self, site_id: str) -> Self:
         stage = int(site_id[1]) if site_id.startswith("s") else self.layer(site_id).stage

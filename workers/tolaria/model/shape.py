@@ -30,7 +30,7 @@ class TransformerShape(LayeredShape):
     @classmethod
     def of(cls, host: HostSpec, vocab_size: int) -> Self:
         width = host.own_width
-        layers = host.layers or tuple(LayerSpec(uid=i, heads=host.n_head, width=width) for i in range(host.n_layer))
+        layers = host.layers or host.alike(host.n_layer, width, host.n_head)
         head_dim = host.head_dim or host.n_embd // host.n_head
         born = LayerSpec(uid=1 + max(layer.uid for layer in layers), heads=host.n_head, width=width)
         return cls(vocab_size, host.block_size, host.n_embd, head_dim, host.tied, born, layers)
@@ -85,18 +85,10 @@ class TransformerShape(LayeredShape):
     def with_layer(self, site_id: str) -> Self:
         return self._inserted(self.position(site_id))
 
-    def without_part(self, name: str) -> Self:
-        kept = tuple(expert for expert in self.layer(name).experts if f"e{expert.uid}" != name.partition(".")[2])
-        return self._with(name, experts=kept)
-
-    def inside(self, layer: LayerSpec) -> list[str]:
-        return [f"h{layer.uid}.e{expert.uid}" for expert in layer.experts]
-
     def attention_parameters(self) -> int:
         return 4 * self.n_embd * self.head_dim * sum(layer.heads for layer in self.layers)
 
     def totals(self) -> tuple[int, ...]:
-        """Layers, heads, neurons and experts."""
         heads, widths = sum(layer.heads for layer in self.layers), sum(layer.width for layer in self.layers)
         return self.depth(), heads, widths, self.experts()
 
@@ -105,7 +97,6 @@ class TransformerShape(LayeredShape):
         return ["wte.stream", *(f"h{layer.uid}.stream" for layer in self.layers)].index(stream_id)
 
     def _layer_parts(self, layer: LayerSpec) -> tuple[int, int, int]:
-        """Parameters of attention, of MLP and experts, and of both norms."""
         c, inner = self.n_embd, layer.heads * self.head_dim
         attention = 4 * c * inner + 3 * inner + c
         mlp = 2 * c * layer.width + layer.width + c

@@ -42,11 +42,11 @@ def test_round_trip(text, tmp_path, name, monkeypatch, capsys):
     data = TokenData.open(tmp_path / "out")
     assert data.manifest == manifest
     assert (manifest.source, manifest.tokenizer) == (str(text), name)
-    documents = {split: data.tokenizer.decode(ids).removesuffix(END).split(END) for split, ids in data.ids.items()}
+    documents = {split: data.tokenizer.decode(ids).removesuffix(END).split(END) for split, ids in data.arrays.items()}
     assert sorted(documents["train"] + documents["valid"]) == sorted(story.strip() for story in STORIES)
     for split, counts in manifest.splits.items():
         characters = len("".join(documents[split]))
-        expected = (len(documents[split]), len(data.ids[split]), characters, characters, 0)
+        expected = (len(documents[split]), len(data.arrays[split]), characters, characters, 0)
         assert (counts.documents, counts.tokens, counts.characters, counts.bytes, counts.unseen) == expected
     assert f"{manifest.splits['train'].tokens:,} train tokens" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def test_offline_tinystories_falls_back_to_python_docs(cache):
     train, _ = sources.split(sources.find("python-docs"), 0.1, None)  # which depends on nothing but the Python
     text = "".join(document + END for document in train)
     assert len(text) > 1_000_000
-    assert data.tokenizer.decode(data.ids["train"]) == text
+    assert data.tokenizer.decode(data.arrays["train"]) == text
 
 
 def test_python_docs_are_english_without_surrogates(tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 from esper.platform.errors import UserError
 from esper.platform.spec import ImageSpec, RunSpec
 from esper.workers.tolaria.data import ImageData, ensure, image_sources, open_data, prepare, sources
-from esper.workers.tolaria.data.shards import FILE
+from esper.workers.tolaria.data.prepared import FILE
 
 CPU = torch.device("cpu")
 LABELS = np.arange(60) % 10
@@ -316,6 +316,16 @@ def test_text_and_images_are_not_taken_for_each_other(digits, shards):
             digits.check(other)
 
 
+def test_classes_are_those_of_the_source_however_few_images_are_kept(tmp_path):
+    path = npz(tmp_path / "a.npz", train_labels=LABELS % 2, test_labels=LABELS[:20] * 0)
+    assert open_data(ensured(tmp_path, source=str(path), max_images=1)).manifest.classes == 2
+
+
+def test_text_is_no_data_for_a_resnet(shards):
+    with pytest.raises(UserError, match="holds prepared text, and the preset is for images"):
+        open_data(shards).batches(spec_of({}), 0, (0, 1), CPU)
+
+
 @pytest.mark.parametrize(
     ("damage", "verified"),
     [
@@ -325,6 +335,9 @@ def test_text_and_images_are_not_taken_for_each_other(digits, shards):
         (lambda folder: np.save(folder / "train-pixels.npy", np.zeros((1437, 1, 8, 9), np.uint8)), False),
         (lambda folder: np.save(folder / "valid-pixels.npy", np.zeros((360, 1, 8, 8), np.uint8)), True),
         (lambda folder: sign(folder, np.full(360, 10, np.uint16)), True),  # a class that it has not
+        (lambda folder: rewrite(folder, mean=[1.0, 2.0]), False),
+        (lambda folder: rewrite(folder, deviation=[0.0]), False),
+        (lambda folder: (folder / "train-pixels.npy").write_bytes(b"\x93NUMPY\1\0\x03\0('\n"), False),
     ],
 )
 def test_damaged_images_are_refused(digits, tmp_path, damage, verified):
@@ -333,6 +346,11 @@ def test_damaged_images_are_refused(digits, tmp_path, damage, verified):
     for verify in {True, verified}:
         with pytest.raises(UserError, match=f"{folder}.* cannot be used as prepared images .*esper prepare"):
             open_data(folder, verify=verify)
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    values = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps(values | changes))
 
 
 def sign(folder: Path, labels: np.ndarray) -> None:

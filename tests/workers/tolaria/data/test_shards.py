@@ -11,7 +11,7 @@ import pytest
 
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import TokenData
-from esper.workers.tolaria.data.shards import FILE
+from esper.workers.tolaria.data.prepared import FILE
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def prepared(shards, tmp_path):
 def test_the_map_is_not_a_copy_and_pickles_as_its_path(shards):
     before = pa.total_allocated_bytes()
     data = TokenData.open(shards)
-    array = data.ids["train"]
+    array = data.arrays["train"]
     assert pa.total_allocated_bytes() - before < array.nbytes
     assert array.dtype == np.uint16
     assert not array.flags.writeable
