@@ -9,7 +9,7 @@ import torch
 from esper.platform.contracts import Instance
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina.registry import make_blueprints
-from esper.workers.tolaria.data import Data, ensure, open_data
+from esper.workers.tolaria.data import Data, TokenData, ensure
 from esper.workers.tolaria.trainer import Trainer
 
 Row = tuple[str, str, str]  # what is measured, goal, now
@@ -19,9 +19,9 @@ BLOCKS = 7  # of each contender's steps that are timed
 RATE = 1e-4  # learning rate: speed does not depend on it
 
 
-def text(spec: RunSpec) -> Data:
+def text(spec: RunSpec) -> TokenData:
     """The documentation of this Python, as the spec's tokens."""
-    return open_data(ensure(spec.data.model_copy(update={"source": "python-docs"})))
+    return TokenData.open(ensure(spec.data.model_copy(update={"source": "python-docs"})))
 
 
 def trainer(spec: RunSpec, data: Data) -> Trainer:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from measuring import RATE, Row, bound, in_turns, text, times, trainer
 from torch import Tensor, nn
 
-from esper.platform.spec import STAGES, ResNetSpec, RunSpec, load_spec
+from esper.platform.spec import STAGES, HostSpec, ResNetSpec, RunSpec, load_spec
 from esper.workers.tolaria.data import ImageData, TokenData, ensure, open_data
 
 LARGE = ["data.batch_size=2", "data.tokenizer=char", "dtype=float32", "device=cpu"]
@@ -84,6 +84,7 @@ class PlainGPT(Plain):
     def __init__(self, spec: RunSpec, data: TokenData, device: str = "cpu") -> None:
         super().__init__()
         host, self.batch_size, self.autocast = spec.host, spec.data.batch_size, spec.dtype == "bfloat16"
+        assert isinstance(host, HostSpec)
         vocab_size, C = data.manifest.vocab_size, host.n_embd
         self.wte, self.wpe = nn.Embedding(vocab_size, C), nn.Embedding(host.block_size, C)
         self.h = nn.Sequential(*(Layer(host.n_head, C) for _ in range(host.n_layer)))

@@ -120,10 +120,10 @@ def test_a_budget_of_less_than_a_step_is_refused(tiny_spec, tokens, axis):
     begun(changed(tiny_spec, budget={"axis": "steps", "amount": 1}), tokens)
 
 
-def test_a_clock_is_fitted_to_this_device(tiny_spec, tokens):
-    clock, rows = calibrate(tiny_spec, tokens, steps=6)
-    shapes = {(row["layers"], row["mlp_width"]) for row in rows}
-    assert shapes == {(n, width) for n in (1, 2, 3) for width in (64, 128)}
+def test_a_clock_is_fitted_to_this_device(small_spec, data):
+    clock, rows = calibrate(small_spec, data, steps=6)
+    shapes, width = {(row["layers"], row["width"]) for row in rows}, small_spec.host.own_width
+    assert shapes == {(n, factor * width) for n in (1, 2, 3) for factor in (1, 2)}
     for row in rows:
         formula = clock.base_seconds + clock.layer_seconds * row["layers"] + row["flops"] / clock.flops_per_second
         assert row["predicted"] == pytest.approx(formula)
