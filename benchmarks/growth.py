@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from measuring import RATE, Row, in_turns, text, times, trainer
 from step import SHAPES
 
-from esper.platform.spec import RunSpec
+from esper.platform.spec import HostSpec, RunSpec
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.model.transformer import TransformerHost
 from esper.workers.tolaria.trainer import Trainer
@@ -26,6 +26,7 @@ def contenders(spec: RunSpec, data: TokenData) -> dict[str, Trainer]:
         seed.probation = seed.settled = 1
     settled.step(RATE)
     shape = young.host.shape
+    assert isinstance(spec.host, HostSpec)
     host = spec.host.model_copy(update={"n_layer": shape.depth(), "layers": shape.layers})
     born.take(TransformerHost(host, shape.vocab_size))
     return {"born": born, "on probation": young, "settled": settled}
