@@ -283,7 +283,7 @@ def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     assert time.monotonic() - begun < 15
     wait_for(lambda: not any(map(psutil.pid_exists, trials)), 5)
     said = (tmp_path / "stderr").read_text()
-    assert re.search(r"a run that stays at its starting size sees each 5\.\d times \(epochs\)", said)
+    assert re.search(r"a run that stays at its starting size sees each token 5\.\d times \(epochs\)", said)
     assert f"go on with: esper sweep --resume {out}" in said
     assert {run.info.status for run in children(client(), out).values()} == {"KILLED"}
 
