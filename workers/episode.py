@@ -252,7 +252,8 @@ class Episode(ABC):
     def load(self, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
         """Restore a `state` of the same spec; UserError for an impossible one."""
         state = self.State.checked(values, "the checkpoint")
-        if state.spec != self.spec:
+        others = {"ppo": self.spec.ppo, "fleet": self.spec.fleet}  # which decide no numbers of a run
+        if state.spec.model_copy(update=others) != self.spec:
             raise UserError("the checkpoint is of a run of another spec: go on with the spec that it was saved with.")
         with in_a_sentence("the checkpoint's parts do not fit together", "restore an older copy of it"):
             if (state.instance.n_layer or 1) > self.spec.growth.max_layers or len(state.curve) != state.sequence + 1:
