@@ -1,6 +1,7 @@
 """A training step of a host that never grew, eager and compiled, and a plain model of its shape with the usual step."""
 
 import math
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class Layer(nn.Module):
         return x + self.c_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
 
 
-class Plain(nn.Module):
+class Plain(nn.Module, ABC):
     """A model with the usual training step: AdamW on two groups, clipping."""
 
     def prepare(self, device: str) -> None:
@@ -65,9 +66,9 @@ class Plain(nn.Module):
         groups = [{"params": matrices, "weight_decay": 0.1}, others]
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
 
+    @abstractmethod
     def batch(self) -> tuple[Tensor, Tensor]:
         """Random inputs and targets."""
-        raise NotImplementedError
 
     def step(self) -> None:
         """One optimizer step."""

@@ -36,7 +36,7 @@ class PPOArguments(ResumableArguments):
     init_from: Path | None = flag(None, "A trained policy, of any preset: begin with it, and stay near to it.")
 
     @model_validator(mode="after")
-    def _rounds_have_laws_and_text(self) -> Self:
+    def _flags_go_together(self) -> Self:
         if self.rounds is not None and (self.laws is None or self.surrogate):
             lacks = "fits the laws of --laws FILE anew: give them" if self.laws is None else "needs episodes on text"
             raise ValueError(f"--rounds {lacks}, or leave it out.")

@@ -1,5 +1,6 @@
 """Instance sets for training, tuning and testing: fixed, disjoint, as in DACBench (Eimer et al. 2021, 2105.08541)."""
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from esper.platform.contracts import Instance
@@ -16,6 +17,17 @@ BUDGETS_ON_TEXT = (0.125, 4.0)
 GOLDEN = 0.5 * 5**0.5 - 0.5  # its multiples fill [0, 1) evenly from the start: a few instances hold all budgets
 DEEPER = 0.25  # of the instances on text start with a layer more than the spec's
 LEAST_TEXT = 0.5  # of the training text, in an instance's slice
+
+
+def in_turn(name: str, specs: Sequence[RunSpec], *, text: bool) -> Callable[[int], Instance]:
+    """An episode's number → its instance: the specs take turns (`Instance.task`), and each goes round its set."""
+    sets = [list(instance_set(name, spec, text=text).values()) for spec in specs]
+
+    def instance(number: int) -> Instance:
+        each, task = divmod(number, len(sets))
+        return sets[task][each % len(sets[task])].model_copy(update={"task": task})
+
+    return instance
 
 
 def instance_set(name: str, spec: RunSpec, *, text: bool = False) -> dict[int, Instance]:

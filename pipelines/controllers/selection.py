@@ -19,7 +19,7 @@ from esper.platform.ledger import AXES
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
 from esper.policies.simic.policy import SimicPolicy, checkpoints
-from esper.workers.instances import instance_set
+from esper.workers.instances import in_turn
 
 FILE = "heldout.jsonl"  # in the output folder, an episode a line: choosing can be gone on with
 WAIT = 0.25  # seconds between two calls of `check`
@@ -44,13 +44,13 @@ def held_out(
     """
     turns = [(spec, data), *also]
     number = spec.ppo.held_out and max(spec.ppo.held_out, len(turns))
-    sets = [list(instance_set("tuning", each, text=data is not None).values()) for each, _ in turns]
+    instances = in_turn("tuning", [each for each, _ in turns], text=data is not None)
     tasks: dict[Key, Task] = {}
     for path in checkpoints(out):
         policy = SimicPolicy.load(path)
         for i in range(number):
-            turn, each = i % len(turns), i // len(turns)
-            tasks[int(path.name), i] = (*turns[turn], laws, policy, sets[turn][each], derive(seed, "held out", i))
+            instance = instances(i)
+            tasks[int(path.name), i] = (*turns[instance.task], laws, policy, instance, derive(seed, "held out", i))
     with closing(Journal(out / FILE)) as journal:
         played: dict[Key, dict[str, Any]] = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
         missing = {key: task for key, task in tasks.items() if key not in played}

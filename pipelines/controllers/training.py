@@ -21,7 +21,6 @@ from esper.pipelines.controllers.training_picture import training_picture
 from esper.pipelines.controllers.workers import fleet_maker, other_tasks
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import counted, say
-from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.journal import Journal, read_entries
@@ -31,7 +30,7 @@ from esper.platform.tracking import Tracker, milliseconds
 from esper.policies.simic.health import Health
 from esper.policies.simic.policy import CHECKPOINTS, FILE, SimicPolicy, checkpoints
 from esper.policies.simic.ppo import PPOTraining
-from esper.workers.instances import instance_set
+from esper.workers.instances import in_turn
 from esper.workers.several import shared_space
 from esper.workers.worker import save_name
 
@@ -113,18 +112,12 @@ def train_controller(
         if start is not None and not checkpoints(out):
             start.begin(_checkpoint(out, 0), reached.model_dump(mode="json"))
         specs = [spec, *(each for each, _ in also)]
-        sets = [list(instance_set("train", each, text=not surrogate).values()) for each in specs]
-
-        def instance(number: int) -> Instance:
-            turn, each = number % len(sets), number // len(sets)
-            return sets[turn][each % len(sets[turn])].model_copy(update={"task": turn})
-
         training = PPOTraining(
             spec,
             shared_space(specs),
             fleet_maker(spec, folder.data, storage, laws, also),
             seed=folder.seed,
-            instances=instance,
+            instances=in_turn("train", specs, text=not surrogate),
             journal=out / EPISODES,
             check=check,
             start=next(reversed(checkpoints(out)), None),

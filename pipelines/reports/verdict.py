@@ -44,7 +44,7 @@ def judge(runs: Sequence[Run], point: dict[str, Any], sweep: dict[str, Any]) -> 
     trials = Trials(runs, point, sweep["arms"], sequential=bool(sweep.get("width")))
     tests = [test for axis in AXES for test in trials.tests(axis)]
     efficient = efficiency(trials, tests, find_caveats(trials, sweep))
-    return Verdict(trials, tests, (efficient, mechanics(trials.runs), transfer(trials, sweep.get("trained_on", {}))))
+    return Verdict(trials, tests, (efficient, mechanics(trials.runs), transfer(trials, sweep.get("policies", {}))))
 
 
 def efficiency(trials: Trials, tests: Sequence[PairedTest], caveats: Sequence[str]) -> Criterion:

@@ -101,7 +101,7 @@ class Sweep:
         self._folder, self._plan, self._parent = folder, plan, parent
         points, path = plan.points(folder.spec), folder.out / STATE
         given = {arm.label: inputs.get(policy_input(arm.policy)) for arm in plan.arms if arm.name == PPO}
-        self._trained_on = {label: trained_on(SimicPolicy.load(path)) for label, path in given.items() if path}
+        self._learned = {label: trained_on(SimicPolicy.load(path)) for label, path in given.items() if path}
         self._log, settled = SweepLog(folder, parent, check), [Settled() for _ in points]
         self._seeds = plan.seeds if plan.width is None else plan.seeds[:AT_ONCE]  # begun
         if path.exists():
@@ -184,7 +184,7 @@ class Sweep:
             "rates_tuned": all(point.get("bracketed") for point in points),
             "points": points,
             "controller": points[0].get("controller"),
-            "trained_on": self._trained_on,
+            "policies": self._learned,
             "trials": self._trials(),
         }
         write_json(self._folder.out / STATE, state)

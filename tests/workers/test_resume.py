@@ -75,6 +75,9 @@ def test_other_text_and_another_spec_are_refused(tiny_spec, tokens, tmp_path):
     state = begun(spec, tokens).state()
     with pytest.raises(UserError, match="another spec"):
         GrowthRun(changed(spec, budget={"amount": 97}), tokens).load(*state)
+    more = GrowthRun(changed(spec, ppo={"iterations": 97}, fleet={"workers": 3}), tokens)
+    more.load(*state)  # a training's own settings decide no numbers of its runs
+    assert more.state()[0]["spec"]["ppo"]["iterations"] == 97
     (tmp_path / "other.txt").write_text("\n<|endoftext|>\n".join(f"{i} and another text {i}" * 9 for i in range(90)))
     prepare(DataSpec(source=str(tmp_path / "other.txt")), tmp_path / "other")
     with pytest.raises(UserError, match="other data, or text by another tokenizer"):

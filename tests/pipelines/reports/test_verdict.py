@@ -326,7 +326,7 @@ def test_a_policy_transfers_where_it_ends_below_the_best_size_and_not_above_one_
     truth = SyntheticSweep(grown=grown | {"onejump": NO_MATCH})
     cards = {"ppo:zero-shot": ON_IMAGES, "ppo:fine-tuned": FINE_TUNED, "ppo:scratch": HERE}
     trained_on = {**cards, "ppo:laws": HERE | {"surrogate": True}}  # no match for a transferred one: it cost no runs
-    transfer = judged(truth, trained_on=trained_on).criteria[2]
+    transfer = judged(truth, policies=trained_on).criteria[2]
     assert transfer.outcome == outcome
     assert "ppo:fine-tuned, which has grown resnet and transformer:" in transfer.sentence
     assert "to ppo:scratch" in transfer.sentence
@@ -336,16 +336,16 @@ def test_a_policy_transfers_where_it_ends_below_the_best_size_and_not_above_one_
 def test_a_transferred_policy_has_to_beat_every_static_size_and_to_be_compared_with_one_from_here():
     cards = {"ppo:zero-shot": ON_IMAGES, "ppo:scratch": HERE}
     truth = SyntheticSweep(grown={"ppo:zero-shot": 1.19, "ppo:scratch": 1.19, "onejump": NO_MATCH})
-    assert judged(truth, trained_on=cards).criteria[2].outcome == "met"
+    assert judged(truth, policies=cards).criteria[2].outcome == "met"
     for edits in ({"static-3": {"val_loss": 1.18}}, {("ppo:scratch", 3): FAILED}):
-        assert judged(replace(truth, edits=edits), trained_on=cards).criteria[2].outcome == "cannot say"
+        assert judged(replace(truth, edits=edits), policies=cards).criteria[2].outcome == "cannot say"
     runs = [run for run in truth.runs() if run.arm != "static"]
-    unknown = judged(truth, runs, truth.point(size=None), trained_on=cards).criteria[2]
+    unknown = judged(truth, runs, truth.point(size=None), policies=cards).criteria[2]
     assert (unknown.outcome, "ppo:zero-shot, which has grown resnet: –" in unknown.sentence) == ("cannot say", True)
 
 
 def test_nothing_is_said_of_transfer_where_no_arm_has_grown_another_kind_of_network():
     for trained_on in ({}, {"ppo": HERE}):
-        transfer = judged(SyntheticSweep(grown={"ppo": 1.0, "onejump": NO_MATCH}), trained_on=trained_on).criteria[2]
+        transfer = judged(SyntheticSweep(grown={"ppo": 1.0, "onejump": NO_MATCH}), policies=trained_on).criteria[2]
         assert transfer.outcome == "cannot say"
         assert transfer.sentence == "No arm has learned on another kind of network."

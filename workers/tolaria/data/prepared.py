@@ -4,6 +4,7 @@ So all processes of a machine share one copy.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,16 +41,16 @@ class BaseManifest(Frozen):
             return cls.checked(from_json((folder / FILE).read_bytes()), FILE)
 
 
-class Prepared:
+class Prepared(ABC):
     """A folder of prepared data; pickled as its path. `arrays` are a split's, read-only."""
 
     def __init__(self, path: Path, manifest: Any, arrays: dict[str, Any]) -> None:
         self.path, self.manifest, self.arrays = path, manifest, arrays
 
     @classmethod
+    @abstractmethod
     def open(cls, path: Path, *, verify: bool = True) -> Self:
         """Map a folder; UserError where it is damaged, of which `verify` makes sure: it reads all of it."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple:
         return partial(type(self).open, verify=False), (self.path,)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +24,7 @@ DOWNLOAD_SECONDS = 30.0
 MIN_BPE = 257  # every byte, and the end of a document
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids in [0, vocab_size) and back."""
 
     FILE: ClassVar[str]
@@ -36,13 +37,13 @@ class Tokenizer:
         self.content = content  # of `FILE`, all that `load` needs, GPT-2's tokens too: ids are read offline
         self.fingerprint = hashlib.sha256(f"{name}\0{encoded}".encode()).hexdigest()[:16]
 
+    @abstractmethod
     def encode_documents(self, documents: Sequence[str]) -> np.ndarray:
         """Ids of the documents in turn, each followed by `end_id`; int64 (tokens,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`; incomplete characters read `\\ufffd`."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         return self.encode_documents([text])[:-1].tolist()

@@ -3,6 +3,7 @@
 A layer is named `h<uid>` and never loses its name; a part inside it `h<uid>.<name>`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Self
@@ -24,7 +25,7 @@ class Layout(Frozen):
     next_uid: int  # of the next new layer
 
 
-class LayeredShape:
+class LayeredShape(ABC):
     """A shape whose `layers` have uids; a frozen dataclass."""
 
     born: Any  # the next new layer
@@ -38,9 +39,9 @@ class LayeredShape:
         layer, part = self.layer(name), name.partition(".")[2]
         return self._put(layer, layer.without(part)) if part else self._put(layer)
 
+    @abstractmethod
     def with_layer(self, site_id: str) -> Self:
         """A copy with the born layer put in at a stream site."""
-        raise NotImplementedError
 
     def parts(self) -> list[str]:
         own = ((f"h{layer.uid}", layer.parts) for layer in self.layers)
