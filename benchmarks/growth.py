@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from measuring import RATE, Row, in_turns, text, times, trainer
 from step import SHAPES
 
-from esper.platform.spec import HostSpec, RunSpec
+from esper.platform.host_spec import HostSpec
+from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.model.transformer import TransformerHost
 from esper.workers.tolaria.trainer import Trainer

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from measuring import RATE, Row, bound, in_turns, text, times, trainer
 from torch import Tensor, nn
 
-from esper.platform.spec import STAGES, HostSpec, ResNetSpec, RunSpec, load_spec
+from esper.platform.host_spec import STAGES, HostSpec, ResNetSpec
+from esper.platform.spec import RunSpec, load_spec
 from esper.workers.tolaria.data import ImageData, TokenData, ensure, open_data
 
 LARGE = ["data.batch_size=2", "data.tokenizer=char", "dtype=float32", "device=cpu"]

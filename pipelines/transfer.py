@@ -18,7 +18,7 @@ from esper.pipelines.sweeps.plan import SweepArguments, SweepPlan
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.provenance import PINS
-from esper.platform.storage import check_unused, read_json, write_json
+from esper.platform.storage import read_json, write_json
 
 BEGUN = "transfer.json"  # the arguments, in the output folder
 AT_ONCE = 10  # episodes of an iteration
@@ -71,7 +71,6 @@ def _begin(arguments: TransferArguments) -> Path:
     sweep = _sweep(arguments, Path(), {"zero-shot": arguments.policy})
     SweepPlan.settled(sweep, spec := resolve_spec(sweep))
     out = output_folder(arguments, "transfer")
-    check_unused(out)
     given: dict[str, Any] = arguments.model_dump(mode="json", exclude_unset=True)
     preset = None if arguments.to in presets() else Path(arguments.to)
     files = {"policy": policy_file(arguments.policy), "laws": arguments.laws, "to": preset}

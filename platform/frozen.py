@@ -1,11 +1,22 @@
-"""The base of every config model and command line: frozen, unknown keys refused, errors as one sentence."""
+"""What config models and command lines are made of: a frozen base whose errors are one sentence, bounded numbers."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Self, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
 from esper.platform.errors import UserError, clipped, unknown
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Layers = Annotated[int, Field(ge=1, le=512)]
+Heads = Annotated[int, Field(ge=1, le=1024)]
+Neurons = Annotated[int, Field(ge=1, le=2**20)]
+Batch = Annotated[int, Field(ge=8, le=2**20)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Frozen(BaseModel):
@@ -51,3 +62,13 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def by_kind(default: str, *others: str) -> Discriminator:
+    """Tells the members of a union by their `kind`; what has none is of the default's."""
+
+    def kind(value: Any) -> str:
+        return str(value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", default))
+
+    known = " or ".join(map(repr, (default, *others)))
+    return Discriminator(kind, custom_error_type="unknown_kind", custom_error_message=f"its kind must be {known}.")

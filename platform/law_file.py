@@ -6,8 +6,9 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
-from esper.platform.spec import Count, Host, NotNegative, Positive, RunSpec
+from esper.platform.frozen import Count, Frozen, NotNegative, Positive
+from esper.platform.host_spec import Host
+from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json
 
 FIT = "esper policy fit RUNS --out FILE"  # the command that makes one

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import settings
 
 from esper.platform import cluster
-from esper.platform.spec import DataSpec, ImageSpec, RunSpec
+from esper.platform.data_spec import DataSpec, ImageSpec
+from esper.platform.spec import RunSpec
 from esper.platform.tracking_store import ENVIRONMENT, connect
 from esper.workers.tolaria.data import Data, ImageData, TokenData, prepare
 

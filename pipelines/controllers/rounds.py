@@ -33,6 +33,8 @@ BEFORE = f"{INPUTS}/runs.json"  # the runs that the given laws were fitted to
 class Rounds:
     """The laws and anchors of a training from fitted laws, by iteration; all lies in its folder, made once."""
 
+    hosts: tuple[str, ...] = ()  # that the policy which it begins with has grown: a clone, none
+
     def __init__(self, folder: RunFolder, spec: RunSpec, laws: Path, rounds: int, check: Callable[[], None]) -> None:
         self._folder, self._spec, self._given, self._check = folder, spec, laws, check
         self._starts = [spec.ppo.iterations * number // rounds for number in range(rounds)]

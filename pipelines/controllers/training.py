@@ -18,7 +18,7 @@ from esper.pipelines.controllers.live import TrainingView
 from esper.pipelines.controllers.rounds import Given, Rounds
 from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
-from esper.pipelines.controllers.workers import fleet_maker, other_tasks
+from esper.pipelines.controllers.workers import Task, fleet_maker, other_tasks
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
@@ -96,26 +96,24 @@ def train_controller(
     out, surrogate = folder.out, folder.data is None
     spec = folder.spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
     storage = str(out / SAVES) if spec.fleet.storage is None else below(spec.fleet.storage, folder.key)
-    also = other_tasks(folder.plan)
-    given = None if init_from is None else Given(init_from)
-    hosts = [*(given.hosts if given else ()), spec.host.kind, *(each.host.kind for each, _ in also)]
-    reached = Reached.of(folder, hosts)
+    tasks: list[Task] = [(spec, folder.data), *other_tasks(folder.plan)]
+    specs = [each for each, _ in tasks]
+    start = None if init_from is None else Given(init_from)
+    if laws is not None:
+        start = Rounds(folder, spec, laws, folder.plan.get("rounds") or 1, check)
+    reached = Reached.of(folder, [*(start.hosts if start else ()), *(each.host.kind for each in specs)])
     for name in (SUMMARY, FILE):  # of a training that is given more iterations
         (out / name).unlink(missing_ok=True)
     with track(folder, parent) as tracker, closing(Journal(out / HISTORY, lambda entry: entry["iteration"])) as history:
         iterations = counted(spec.ppo.iterations, "iteration")
         say(f"ppo     {iterations} of {spec.ppo.decisions} decisions; building the learner")
         _note(history, tracker, reached)  # the process may have died before it did
-        start = given
-        if laws is not None:
-            start = Rounds(folder, spec, laws, folder.plan.get("rounds") or 1, check)
         if start is not None and not checkpoints(out):
             start.begin(_checkpoint(out, 0), reached.model_dump(mode="json"))
-        specs = [spec, *(each for each, _ in also)]
         training = PPOTraining(
             spec,
             shared_space(specs),
-            fleet_maker(spec, folder.data, storage, laws, also),
+            fleet_maker(tasks, storage, laws),
             seed=folder.seed,
             instances=in_turn("train", specs, text=not surrogate),
             journal=out / EPISODES,
@@ -127,7 +125,7 @@ def train_controller(
         finally:
             training.stop()
         clones = [] if start is None else start.told()
-        played = held_out(spec, folder.data, out, folder.seed, check, laws, also)
+        played = held_out(tasks, out, folder.seed, check, laws)
         dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
         left |= {"clones": clones} if clones else {}

@@ -23,33 +23,29 @@ from esper.workers.several import SeveralRuns, shared_space
 from esper.workers.tolaria.data import ensure, open_data
 from esper.workers.worker import EpisodeWorker, GrowthWorker
 
-Task = tuple[RunSpec, Path]  # and its prepared data
+Task = tuple[RunSpec, Path | None]  # and its prepared data; without them a surrogate's
 SURROGATES = 16  # surrogate runs side by side in the driver
 
 
-def fleet_maker(
-    spec: RunSpec, data: Path | None, storage: str, laws: Path | None = None, also: Sequence[Task] = ()
-) -> Callable[[], Fleet]:
-    """A maker of the workers, which save runs in `storage`; without data they are surrogates and save nothing.
-
-    `also`: further specs and data, of which instances may be too.
-    """
+def fleet_maker(tasks: Sequence[Task], storage: str, laws: Path | None = None) -> Callable[[], Fleet]:
+    """A maker of the workers, which save runs in `storage`; without data they are surrogates and save nothing."""
+    (spec, data), make = tasks[0], partial(make_any_run, tasks, laws)
     if data is None:
-        return partial(LocalFleet, lambda: EpisodeWorker(partial(make_run, spec, None, laws)), SURROGATES)
+        return partial(LocalFleet, lambda: EpisodeWorker(make), SURROGATES)
     CheckpointStore(storage).close()  # a place that cannot be is told of here, not by each worker
-    return partial(_ray_fleet, spec, partial(make_several, [(spec, data), *also]), storage)
+    return partial(_ray_fleet, spec, make, storage)
 
 
 def planned_task(name: str) -> dict[str, str]:
     """A further task as a training's plan has it, of `PRESET` or `PRESET=DATA`; data are prepared if needed."""
     preset, _, data = name.partition("=")
     spec = resolve_spec(CommonArguments(preset=preset, data=Path(data) if data else None), on="fleet")
-    folder = ensure(spec.data)
-    tokens = open_data(folder)
-    tokens.check(spec)
+    prepared = open_data(ensure(spec.data).resolve())
+    prepared.check(spec)
     say(f"and     {spec.preset}: {describe(spec)}")
     spec = spec.overridden({"budget.cooldowns": []})  # no controller learns from a fork's loss
-    return {"spec": spec.model_dump_json(), "data": str(folder.resolve()), "fingerprint": tokens.manifest.fingerprint()}
+    told = {"data": str(prepared.path), "fingerprint": prepared.manifest.fingerprint()}
+    return {"spec": spec.model_dump_json(), **told}
 
 
 def other_tasks(plan: Mapping[str, Any]) -> list[Task]:
@@ -62,35 +58,30 @@ def other_tasks(plan: Mapping[str, Any]) -> list[Task]:
     return found
 
 
-def make_several(tasks: Sequence[Task]) -> Run:
-    """A worker's run of any of these tasks."""
-    runs = [make_run(*task) for task in tasks]
-    return runs[0] if len(runs) == 1 else SeveralRuns(runs, shared_space([spec for spec, _ in tasks]))
-
-
-def make_run(spec: RunSpec, data: Path | None, laws: Path | None = None) -> GrowthRun | SurrogateRun:
-    """A worker's run, made in its own process: on text, or without data on the spec's laws, or on fitted ones."""
+def make_run(task: Task, laws: Path | None = None) -> GrowthRun | SurrogateRun:
+    """A worker's run, made in its own process; without data on the spec's laws, or on fitted ones."""
+    spec, data = task
     if data is not None:
         return GrowthRun(spec, open_data(data, verify=False))
     return SurrogateRun(spec, None if laws is None else FittedLaws.read(laws))
 
 
+def make_any_run(tasks: Sequence[Task], laws: Path | None = None) -> Run:
+    """A worker's run of whichever of these tasks it is asked for."""
+    runs = [make_run(task, laws) for task in tasks]
+    return runs[0] if len(runs) == 1 else SeveralRuns(runs, shared_space([spec for spec, _ in tasks]))
+
+
 def session(spec: RunSpec, *, surrogates: bool = False) -> AbstractContextManager[None]:
     """The cluster that GPTs are trained on, and learners; none for surrogates where this process learns."""
-    if surrogates and not spec.ppo.learners and not spec.ppo.learner_gpus:
-        return nullcontext()
-    return cluster.session(gpus=_gpus_needed(spec, surrogates))
-
-
-def _gpus_needed(spec: RunSpec, surrogates: bool) -> int | None:
-    """GPUs for one worker and the learners; None for none, or on a cluster that grows."""
+    learners = _for_learners(spec)
     if surrogates:
-        return math.ceil(_for_learners(spec)) or None
+        here = not spec.ppo.learners and not spec.ppo.learner_gpus
+        return nullcontext() if here else cluster.session(gpus=math.ceil(learners) or None)
     if spec.device == "cuda" and not spec.fleet.gpus:
         what = "device is 'cuda', but fleet.gpus is 0, and Ray hides all GPUs from such runs"
         raise UserError(f"{what}: set fleet.gpus=0.25.")
-    needed = math.ceil(spec.fleet.gpus + _for_learners(spec))
-    return None if _grows(spec) else needed or None
+    return cluster.session(gpus=None if _grows(spec) else math.ceil(spec.fleet.gpus + learners) or None)
 
 
 def _ray_fleet(spec: RunSpec, make: Callable[[], Run], storage: str) -> Fleet:

@@ -13,7 +13,7 @@ from esper.pipelines.reports.runs import AXES, NEAR, Run
 from esper.pipelines.sweeps.arms import STATIC
 from esper.pipelines.sweeps.sizes import Size
 from esper.platform.console import counted
-from esper.platform.spec import read_host
+from esper.platform.host_spec import read_host
 
 UNCHANGED = 1e-3  # nats: a graft leaves the output as it was, so it moves the loss by less
 SPEED = 0.05  # by how much the steps that equal measured budgets give to one static size may differ

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
-from esper.platform.spec import Heads, Host, Layers, Neurons, RunSpec
+from esper.platform.frozen import Frozen, Heads, Layers, Neurons
+from esper.platform.host_spec import Host
+from esper.platform.spec import RunSpec
 
 FORM = re.compile(r"(\d+)(?:x(\d+))?(?:h(\d+))?")
 

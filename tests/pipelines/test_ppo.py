@@ -367,7 +367,7 @@ def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp
     for iteration, scale in ((1, 0.0), (3, 3.0)):  # one only waits
         file = tmp_path / "checkpoints" / f"{iteration:06d}" / "policy.safetensors"
         SimicPolicy(made_net(iteration, scale)).save(file)
-    played = selection.held_out(spec, None, tmp_path, 0, lambda: None)
+    played = selection.held_out([(spec, None)], tmp_path, 0, lambda: None)
     assert len(played) == 6
     losses = selection.mean_losses(played)
     assert losses[3] < losses[1] - 0.1
@@ -375,7 +375,7 @@ def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp
     assert selection.mean_losses(diverged) == {1: float("inf"), 3: float("inf")}
 
     monkeypatch.setattr(selection, "_episode", lambda *_: pytest.fail("played again"))
-    assert selection.held_out(spec, None, tmp_path, 0, lambda: None) == played
+    assert selection.held_out([(spec, None)], tmp_path, 0, lambda: None) == played
 
 
 def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from esper.pipelines.common import single_run
 from esper.pipelines.train import main
-from esper.platform.spec import DataSpec
+from esper.platform.data_spec import DataSpec
 from esper.platform.storage import alone
 from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port

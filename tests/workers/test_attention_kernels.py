@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from esper.platform.errors import UserError
-from esper.platform.spec import HostSpec, RunSpec
+from esper.platform.host_spec import HostSpec
+from esper.platform.spec import RunSpec
 from esper.workers.tolaria.model.transformer import KERNELS, kernel, sdpa
 
 

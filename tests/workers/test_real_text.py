@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from esper.platform.contracts import GraftAction
+from esper.platform.data_spec import DataSpec
 from esper.platform.seeding import stream
-from esper.platform.spec import DataSpec, load_spec
+from esper.platform.spec import load_spec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from esper.platform.checkpoint import pack, unpack
 from esper.platform.contracts import Instance
+from esper.platform.data_spec import DataSpec
 from esper.platform.errors import UserError
-from esper.platform.spec import DataSpec
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
 from tests.workers.growing_run import act, begun, changed, choose, finish, odd, outcome, same_telemetry, same_weights

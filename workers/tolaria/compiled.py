@@ -30,7 +30,8 @@ from torch.func import functional_call
 
 from esper.platform.clock import ClockSpec
 from esper.platform.errors import UserError
-from esper.platform.spec import HostSpec, OptimizerSpec, RunSpec
+from esper.platform.host_spec import HostSpec
+from esper.platform.spec import OptimizerSpec, RunSpec
 from esper.platform.storage import cache, write_bytes, write_text
 from esper.workers.tolaria.hosts import AnyHost, start_shape
 from esper.workers.tolaria.model.transformer import TransformerHost

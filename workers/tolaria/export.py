@@ -15,7 +15,8 @@ from torch import Tensor
 
 from esper.platform import checkpoint
 from esper.platform.errors import UserError, in_a_sentence
-from esper.platform.spec import HostSpec, RunSpec, read_host
+from esper.platform.host_spec import HostSpec, read_host
+from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, new_folder, write_json, write_text
 from esper.workers.tolaria.data import Tokenizer, tokenizer
 from esper.workers.tolaria.data.tokenizer import END, BytePairs, byte_symbols

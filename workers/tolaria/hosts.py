@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.platform.spec import Host, RunSpec
+from esper.platform.host_spec import Host
+from esper.platform.spec import RunSpec
 from esper.workers.tolaria.model.layered import Layout
 from esper.workers.tolaria.model.resnet import ResNetHost
 from esper.workers.tolaria.model.resnet_shape import ResNetShape

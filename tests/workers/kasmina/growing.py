@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.platform.spec import HostSpec, ResNetSpec
+from esper.platform.host_spec import HostSpec, ResNetSpec
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.tolaria.hosts import new_host

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from esper.platform.spec import ExpertSpec
+from esper.platform.host_spec import ExpertSpec
 from esper.workers.kasmina.registry import make_blueprints
 from esper.workers.tolaria.model.experts import CAPACITY, Expert
 from tests.workers.kasmina.growing import batch, flops, logits, small, train

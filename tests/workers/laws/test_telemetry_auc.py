@@ -10,8 +10,9 @@ from torch.nn.functional import softplus
 
 from esper.pipelines.common.play import play
 from esper.platform.contracts import GraftAction
+from esper.platform.data_spec import DataSpec
 from esper.platform.law_file import FittedLaws
-from esper.platform.spec import DataSpec, load_spec
+from esper.platform.spec import load_spec
 from esper.policies.random import RandomPolicy
 from esper.policies.simic.net import ControllerNet
 from esper.policies.static import StaticPolicy

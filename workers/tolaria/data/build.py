@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from esper.platform.console import duration, say
+from esper.platform.data_spec import DataSpec, ImageSpec
 from esper.platform.errors import UserError
-from esper.platform.spec import DataSpec, ImageSpec
 from esper.platform.storage import cache, check_unused, new_folder, write_json
 from esper.workers.tolaria.data import image_sources, images, shards, sources, tokenizer
 from esper.workers.tolaria.data.images import ImageData, ImageManifest

@@ -15,20 +15,13 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from esper.platform.data_spec import ImageSpec
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
+from esper.platform.host_spec import ResNetSpec
 from esper.platform.seeding import stream
-from esper.platform.spec import ImageSpec, ResNetSpec, RunSpec
-from esper.workers.tolaria.data.prepared import (
-    STEPS_AT_ONCE,
-    BaseManifest,
-    Prepared,
-    Split,
-    digest,
-    evenly,
-    mapped,
-    usable,
-)
+from esper.platform.spec import RunSpec
+from esper.workers.tolaria.data.prepared import BaseManifest, Draws, Prepared, Split, digest, evenly, mapped, usable
 
 VERSION = 1
 
@@ -158,10 +151,10 @@ class ImageBatches:
     ) -> None:
         assert isinstance(spec.data, ImageSpec)
         self._data, self._spec, self._seed, self._device = data, spec.data, seed, device
-        self.low, high = (int(fraction * data.manifest.counts["train"]) for fraction in part)
-        self._count = high - self.low
+        self._low, high = (int(fraction * data.manifest.counts["train"]) for fraction in part)
+        self._count = high - self._low
         self._orders: dict[int, np.ndarray] = {}  # epoch → its images, of the epochs that the last batch was from
-        self._drawn = (-1, np.empty(0), np.empty(0))  # (block of steps, their shifts, their flips)
+        self._moves = Draws(seed, "augment", self._draw)
         if self._count < 1:
             raise UserError(f"a slice of {part} of the training images holds none: take a larger one, or more images.")
 
@@ -169,7 +162,7 @@ class ImageBatches:
         """A step's images, float32 (B, C, size, size), and classes, int64 (B,)."""
         images, labels = self._data.examples("train", self._rows(optimizer_step), self._device)
         if self._spec.crop or self._spec.flip:
-            moves = (torch.from_numpy(drawn).to(self._device) for drawn in self._moves(optimizer_step))
+            moves = (torch.from_numpy(drawn).to(self._device) for drawn in self._moves.at(optimizer_step))
             images = _moved(images, self._spec.crop, *moves)
         return images, labels
 
@@ -179,16 +172,13 @@ class ImageBatches:
         for epoch in range(epochs[0], epochs[-1] + 1):
             drawn = known.get(epoch)
             self._orders[epoch] = stream(self._seed, "data", epoch).permutation(self._count) if drawn is None else drawn
-        return self.low + np.array([self._orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
+        return self._low + np.array([self._orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
-    def _moves(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, random: np.random.Generator, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """How far each image is shifted down and right, int64 (B, 2) in [0, 2 crop], and whether it is flipped."""
-        block, row = divmod(step, STEPS_AT_ONCE)
-        if block != self._drawn[0]:
-            draws, size = stream(self._seed, "augment", block), (STEPS_AT_ONCE, self._spec.batch_size)
-            shifts = draws.integers(0, 2 * self._spec.crop + 1, (*size, 2))
-            self._drawn = block, shifts, draws.random(size) < 0.5 * self._spec.flip
-        return self._drawn[1][row], self._drawn[2][row]
+        size = steps, self._spec.batch_size
+        shifts = random.integers(0, 2 * self._spec.crop + 1, (*size, 2))
+        return shifts, random.random(size) < 0.5 * self._spec.flip
 
 
 def _moved(images: Tensor, crop: int, shifts: Tensor, flips: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ So all processes of a machine share one copy.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,11 @@ from pydantic_core import from_json
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
+from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 
 FILE = "manifest.json"
-STEPS_AT_ONCE = 256  # whose batches are drawn at once, as seeding costs more than drawing
+STEPS_AT_ONCE = 256  # that are drawn for at once, as seeding costs more than drawing
 
 Split = Literal["train", "valid"]
 
@@ -57,6 +58,21 @@ class Prepared(ABC):
 
     def check(self, spec: RunSpec) -> None:
         check_kind(self.path, self.manifest.made_of, spec.data.kind)
+
+
+class Draws:
+    """Random arrays that have a row per optimizer step, by seed and step alone: no cursor is saved."""
+
+    def __init__(self, seed: int, name: str, draw: Callable[[np.random.Generator, int], Sequence[np.ndarray]]) -> None:
+        self._seed, self._name, self._draw = seed, name, draw  # from a number of steps on: the arrays' rows
+        self._block, self._drawn = -1, ()
+
+    def at(self, optimizer_step: int) -> list[np.ndarray]:
+        block, row = divmod(optimizer_step, STEPS_AT_ONCE)
+        if block != self._block:
+            random = stream(self._seed, self._name, block)
+            self._block, self._drawn = block, self._draw(random, STEPS_AT_ONCE)
+        return [array[row] for array in self._drawn]
 
 
 def kind_of(folder: Path) -> str:

@@ -14,19 +14,9 @@ from torch import Tensor
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
-from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import tokenizer
-from esper.workers.tolaria.data.prepared import (
-    STEPS_AT_ONCE,
-    BaseManifest,
-    Prepared,
-    Split,
-    digest,
-    evenly,
-    mapped,
-    usable,
-)
+from esper.workers.tolaria.data.prepared import BaseManifest, Draws, Prepared, Split, digest, evenly, mapped, usable
 
 VERSION = 2  # 1 cut a split into several files
 
@@ -139,26 +129,22 @@ class TokenData(Prepared):
 
 
 class Batches:
-    """Random windows of `part`, fractions of the training tokens, by seed and step alone: no cursor is saved."""
+    """Random windows of `part`, fractions of the training tokens."""
 
     def __init__(
         self, data: TokenData, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device
     ) -> None:
-        self._data, self._seed, self._device = data, seed, device
-        self._batch_size, self._block_size = spec.data.batch_size, spec.host.tokens
-        self.low, high = (int(fraction * data.manifest.counts["train"]) for fraction in part)
-        self._high = high - self._block_size
-        self._drawn = (-1, np.empty((0, self._batch_size), dtype=np.int64))  # (block of steps, their positions)
-        if self._high <= self.low:
-            raise too_short("training", high - self.low, self._block_size)
+        self._data, self._device, self._block_size = data, device, spec.host.tokens
+        low, high = (int(fraction * data.manifest.counts["train"]) for fraction in part)
+        last, size = high - self._block_size, spec.data.batch_size
+        if last <= low:
+            raise too_short("training", high - low, self._block_size)
+        self._starts = Draws(seed, "data", lambda random, steps: [random.integers(low, last, (steps, size))])
 
     def at(self, optimizer_step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step, int64 (B, T) each."""
-        block, row = divmod(optimizer_step, STEPS_AT_ONCE)
-        if block != self._drawn[0]:
-            size = (STEPS_AT_ONCE, self._batch_size)
-            self._drawn = block, stream(self._seed, "data", block).integers(self.low, self._high, size)
-        windows = self._data.windows("train", self._drawn[1][row], self._block_size + 1)
+        [starts] = self._starts.at(optimizer_step)
+        windows = self._data.windows("train", starts, self._block_size + 1)
         batch = torch.from_numpy(windows)  # (B, T + 1)
         if self._device.type == "cuda":
             batch = batch.pin_memory().to(self._device, non_blocking=True)

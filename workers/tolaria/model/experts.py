@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.platform.spec import ExpertSpec
+from esper.platform.host_spec import ExpertSpec
 
 CAPACITY = 1.5
 BALANCE_STEP = 0.01  # of a score whose standard deviation is about 1

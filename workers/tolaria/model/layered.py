@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from esper.platform.frozen import Frozen
-from esper.platform.spec import BlockSpec, LayerSpec
+from esper.platform.host_spec import BlockSpec, LayerSpec
 
 Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # (new parameter, sibling whose optimizer settings it takes)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.platform.spec import STAGES, BlockSpec, ResNetSpec
+from esper.platform.host_spec import STAGES, BlockSpec, ResNetSpec
 from esper.workers.tolaria.model.layered import LayeredHost, Pairs
 from esper.workers.tolaria.model.resnet_shape import ResNetShape
 

@@ -9,7 +9,7 @@ from typing import Self
 
 from esper.platform.contracts import InjectionSpec
 from esper.platform.errors import UserError
-from esper.platform.spec import STAGES, BlockSpec, ResNetSpec
+from esper.platform.host_spec import STAGES, BlockSpec, ResNetSpec
 from esper.workers.kasmina.registry import names_for
 from esper.workers.tolaria.model.layered import LayeredShape
 

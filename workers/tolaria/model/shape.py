@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from esper.platform.contracts import InjectionSpec
-from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
+from esper.platform.host_spec import ExpertSpec, HostSpec, LayerSpec
 from esper.workers.kasmina.registry import names_for
 from esper.workers.tolaria.model.layered import LayeredShape
 

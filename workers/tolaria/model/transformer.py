@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.platform.errors import UserError
-from esper.platform.spec import ExpertSpec, HostSpec, LayerSpec
+from esper.platform.host_spec import ExpertSpec, HostSpec, LayerSpec
 from esper.workers.tolaria.model.experts import Expert, Experts
 from esper.workers.tolaria.model.layered import LayeredHost, Pairs
 from esper.workers.tolaria.model.shape import TransformerShape

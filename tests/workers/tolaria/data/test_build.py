@@ -8,8 +8,8 @@ from subprocess import PIPE
 
 import pytest
 
+from esper.platform.data_spec import DataSpec
 from esper.platform.errors import UserError
-from esper.platform.spec import DataSpec
 from esper.workers.tolaria.data import TokenData, ensure, prepare, sources
 from esper.workers.tolaria.data.tokenizer import END
 

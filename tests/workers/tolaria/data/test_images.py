@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from esper.platform.data_spec import ImageSpec
 from esper.platform.errors import UserError
-from esper.platform.spec import ImageSpec, RunSpec
+from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import ImageData, ensure, image_sources, open_data, prepare, sources
 from esper.workers.tolaria.data.prepared import FILE
 
