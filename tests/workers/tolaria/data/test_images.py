@@ -104,7 +104,7 @@ def test_a_moved_image_is_a_window_of_itself_in_a_border_of_zeros(digits, crop, 
 
 def test_flips_and_shifts_are_all_drawn(digits):
     draws = digits.batches(spec_of({"batch_size": 16, "crop": 1, "flip": True}), 0, (0, 1), CPU)
-    shifts, flips = zip(*map(draws._moves, range(100)), strict=True)
+    shifts, flips = zip(*map(draws._moves.at, range(100)), strict=True)
     assert np.unique(np.concatenate(shifts), axis=0).tolist() == [[y, x] for y in range(3) for x in range(3)]
     assert np.concatenate(flips).mean() == pytest.approx(0.5, abs=0.05)
 
