@@ -45,7 +45,7 @@ def drive(address: str, shards: str, folder: str) -> None:
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     out = Path(folder)
     spec = RunSpec.model_validate_json((out / "spec.json").read_text())
-    arguments = (partial(make_run, spec, Path(shards)), str(out / "saves"))
+    arguments = (partial(make_run, (spec, Path(shards))), str(out / "saves"))
     fleet = RayFleet(lambda: GrowthWorker.options(num_cpus=1).remote(*arguments), lambda: 2)
     returns, in_flight = collect(spec, fleet, out / "episodes", DECISIONS)
     (out / "returns.json").write_text(json.dumps({"returns": returns, "in_flight": in_flight}))
