@@ -65,8 +65,10 @@ def html(sweep: Sweep, verdicts: Sequence[Verdict]) -> str:
 
 
 def arm_table(verdict: Verdict) -> pd.DataFrame:
-    """A row per label: loss, difference to the best static size, size and cost; means over sound runs."""
+    """A row per label: loss (and accuracy), difference to the best static size, size, cost; means over sound runs."""
     trials, rows = verdict.trials, []
+    told = any("accuracy" in run.summary for seeds in trials.test.values() for run in seeds.values())
+    ends = {"final loss": "val_loss"} | ({"accuracy": "accuracy"} if told else {})
     base, outcomes = trials.sound(trials.best_static), dict.fromkeys(trials.idle, "did not grow")
     outcomes |= {t.arm: t.outcome[0] for t in verdict.tests if (t.baseline, t.axis) == (BEST_STATIC, trials.axis)}
     for label, seeds in trials.test.items():
@@ -74,8 +76,9 @@ def arm_table(verdict: Verdict) -> pd.DataFrame:
         other = base if label != trials.best_static else {}
         minus = pair(seeds, other, trials.axis, trials.sequential).interval if other else None
         row = {"arm": label, "seeds": len(runs), "diverged": sum(run.diverged for run in seeds.values())}
-        losses = np.array([run.loss for run in runs])
-        row["final loss"] = str(Interval.of(losses, trials.sequential))[1:] if runs else None
+        for name, key in ends.items():
+            values = np.array([run.summary[key] for run in runs])
+            row[name] = str(Interval.of(values, trials.sequential))[1:] if runs else None
         row |= {f"minus {trials.best_static}": minus and str(minus), "outcome": outcomes.get(label)}
         means = pd.DataFrame([run.summary | {"grafts": run.grafts} for run in runs], columns=MEANS).mean()
         rows.append(row | means.rename(AXES).to_dict())
@@ -101,7 +104,7 @@ def short_tables(verdicts: Sequence[Verdict]) -> list[str]:
     """For a terminal: regrets over the budgets, or, at one budget, the arms."""
     overs = over_budgets(verdicts)
     found = [(f"{over.title} regret over budgets, nats".strip(), budget_tables(over)[0]) for over in overs]
-    found = found or [(verdict.trials.title, arm_table(verdict).iloc[:, :6]) for verdict in verdicts]
+    found = found or [(verdict.trials.title, arm_table(verdict).loc[:, :"outcome"]) for verdict in verdicts]
     frames = [(title, frame.astype(object).to_string(index=False, na_rep="–")) for title, frame in found]
     return ["\n".join(filter(None, part)) for part in frames]
 

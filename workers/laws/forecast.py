@@ -13,7 +13,7 @@ import numpy as np
 from esper.platform.errors import UserError
 from esper.platform.law_file import FIT, Constant, FittedLaws
 from esper.platform.spec import RunSpec
-from esper.workers.laws.oracle import NONE, best_plans, course_from, followed
+from esper.workers.laws.oracle import best_plans, course_from, followed
 from esper.workers.laws.scaling_law import SIZE, VOCABULARY, ScalingLaw
 
 AHEAD = 8  # grafts that are planned for, at most: more come into view as they are played
@@ -45,15 +45,14 @@ def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
 
     finals = np.full(len(run.telemetry.actions), np.inf)
     finals[0] = expected(0, k + 1, 0.0)
-    of: dict[str, float] = {}  # by blueprint: where it is grafted makes no difference to a law
+    of: dict[int, float] = {}  # by class: where in it a graft is makes no difference to a law
     for row in run.telemetry.legal():
-        blueprint = run.telemetry.actions[row].blueprint
-        if run.telemetry.actions[row].operation == "graft":
-            if blueprint not in of:
-                to = int(known.target[known.blueprints.index(blueprint), 0])
-                end = min(clock.decisions, k + int(course.spans[to]))
-                of[blueprint] = np.inf if to == NONE else expected(to, end, float(known.graft_cost[to]))
-            finals[row] = of[blueprint]
+        option = run.layout.options[row]
+        if option.candidate.operation == "graft":
+            to = known.of_totals[option.after.totals()]
+            if to not in of:
+                of[to] = expected(to, min(clock.decisions, k + int(course.spans[to])), float(known.graft_cost[to]))
+            finals[row] = of[to]
     return finals
 
 

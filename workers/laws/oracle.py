@@ -3,14 +3,17 @@
     L[k + 1, c] = min( trained(L[k, c], a slice),  min over blueprints b: trained(L[k, c − b], a slice less b's cost) )
 
 Exact: law and costs depend on a shape's *class* (its `totals`: layers, heads, neurons, experts) only, and a lower loss
-stays lower. The spread of units over sites leaves the limits' sum unchanged, hence also legality. Prunes never pay. Of
-a ResNet, in whose stages a graft costs differently, it is that of grafts at the first site that takes them.
+stays lower. The spread of units over sites leaves the limits' sum unchanged, hence also legality. Prunes never pay.
+
+Not exact for a ResNet, whose last stage asks 4 (width) to 16 times (a block) the first one's parameters: a plan's first
+graft may be in any stage, those after it are at the deepest site that takes them, where schedules graft too. A
+controller that grows earlier stages twice may end below its `bound`.
 
 A schedule is int64 (K,): the blueprint to graft at each of the K growing decisions, or NONE; an illegal graft waits and
 delays those after it. M schedules, I instances.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ import numpy as np
 from esper.platform.clock import DecisionClock
 from esper.platform.contracts import Instance
 from esper.platform.seeding import stream
-from esper.platform.spec import RunSpec
+from esper.platform.spec import GrowthSpec, RunSpec
 from esper.workers.kasmina.registry import Blueprint, make_blueprints
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, Array, ScalingLaw, size_of, whole_steps
 from esper.workers.observe import batch_tokens, within_caps
@@ -40,7 +43,10 @@ class Classes(NamedTuple):
     size: np.ndarray  # by `size_of`, float64 (3, C)
     graft_cost: np.ndarray  # of a graft that leads here, on the budget's axis, float64 (C,)
     axis_per_step: np.ndarray  # a step's cost in each class, float64 (C,)
-    target: np.ndarray  # class after a blueprint's graft in this one, or NONE, int64 (B, C)
+    # Class after a graft in this one, or NONE, int64 (B + V, C): after each blueprint's at the deepest site that takes
+    # it; then, from class 0 only, the V classes that grafts at other sites lead to.
+    target: np.ndarray
+    of_totals: dict[tuple[int, ...], int]  # each class by a shape's `totals`
 
 
 class Course(NamedTuple):
@@ -65,17 +71,23 @@ def _classes(part: str, start: Any, most: int) -> Classes:
     blueprints = make_blueprints(growth.blueprints)
     shapes: list[Any] = [start]
     number, depth = {start.totals(): 0}, [0]  # of each class, and the grafts that lead to it
-    targets = []
+
+    def reached(here: int, after: Any) -> int:
+        to = number.setdefault(after.totals(), len(shapes))
+        if to == len(shapes):
+            shapes.append(after)
+            depth.append(depth[here] + 1)
+        return to
+
+    targets, elsewhere = [], set()
     for here, shape in enumerate(shapes):  # which grows on the way
-        row = [NONE] * len(blueprints)
-        for b, blueprint in enumerate(blueprints.values() if depth[here] < most else ()):
-            after = _grown(shape, blueprint)
-            if after is not None and within_caps(after, growth.max_layers, growth.max_parameters):
-                row[b] = number.setdefault(after.totals(), len(shapes))
-                if row[b] == len(shapes):
-                    shapes.append(after)
-                    depth.append(depth[here] + 1)
-        targets.append(row)
+        ways = [_grown(shape, blueprint, growth) for blueprint in blueprints.values() if depth[here] < most]
+        deepest = [next(way, None) for way in ways] or [None] * len(blueprints)
+        targets.append([NONE if after is None else reached(here, after) for after in deepest])
+        elsewhere |= {reached(0, after) for way in ways for after in way if here == 0} - {*targets[0]}
+    target = np.full((len(blueprints) + len(elsewhere), len(shapes)), NONE)
+    target[: len(blueprints)] = np.array(targets).T
+    target[len(blueprints) :, 0] = sorted(elsewhere)
 
     per_step = np.array([spec.clock.axis_per_step(axis, shape, tokens) for shape in shapes])
     cost = {"parameter_seconds": [shape.parameters_count() for shape in shapes], "seconds": [1] * len(shapes)}
@@ -84,13 +96,18 @@ def _classes(part: str, start: Any, most: int) -> Classes:
         size=size_of(*shapes),
         graft_cost=spec.clock.graft_seconds * np.array(cost.get(axis, [0] * len(shapes)), float),
         axis_per_step=per_step,
-        target=np.array(targets).T,
+        target=target,
+        of_totals=number,
     )
 
 
-def _grown(shape: Any, blueprint: Blueprint) -> Any:
-    sites = (site for site in shape.injection_specs() if blueprint.name in site.blueprints)
-    return next((blueprint.resized(shape, site.id) for site in sites if blueprint.allowed(shape, site.id)), None)
+def _grown(shape: Any, blueprint: Blueprint, growth: GrowthSpec) -> Iterator[Any]:
+    """The shapes after a graft, from the deepest site on."""
+    for site in reversed(shape.injection_specs()):
+        if blueprint.name in site.blueprints and blueprint.allowed(shape, site.id):
+            after = blueprint.resized(shape, site.id)
+            if within_caps(after, growth.max_layers, growth.max_parameters):
+                yield after
 
 
 def _slices(spec: RunSpec, instance: Instance) -> tuple[np.ndarray, np.ndarray]:

