@@ -5,7 +5,7 @@ N images in all, B in a batch, C channels.
 
 import hashlib
 import json
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -120,6 +120,11 @@ class ImageData(Prepared):
             mend = f"set host.image_size={own.size} and host.image_channels={own.channels}"
             raise UserError(f"{what}, and the host takes {takes}: {mend}, or data.size to average them down.")
 
+    @cached_property
+    def _levels(self) -> Tensor:
+        """The training set's mean and deviation of each channel, float32 (2, C, 1, 1)."""
+        return torch.tensor([self.manifest.mean, self.manifest.deviation])[:, :, None, None]
+
     def examples(self, split: Split, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images at `rows` (N,), by the training set's mean and deviation: float32 (N, C, size, size), int64 (N,).
 
@@ -129,8 +134,7 @@ class ImageData(Prepared):
         sent = torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows].astype(np.int64))
         if device.type == "cuda":
             sent = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in sent)
-        levels = torch.tensor([self.manifest.mean, self.manifest.deviation], device=device)
-        mean, deviation = levels[:, :, None, None]
+        mean, deviation = self._levels.to(device)
         return (sent[0].float() - mean) / deviation, sent[1]
 
     def batches(self, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device) -> "ImageBatches":
@@ -172,7 +176,8 @@ class ImageBatches:
         for epoch in range(epochs[0], epochs[-1] + 1):
             drawn = known.get(epoch)
             self._orders[epoch] = stream(self._seed, "data", epoch).permutation(self._count) if drawn is None else drawn
-        return self._low + np.array([self._orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
+        pieces = [self._orders[epoch][places[epochs == epoch]] for epoch in self._orders]
+        return self._low + np.concatenate(pieces)
 
     def _draw(self, random: np.random.Generator, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """How far each image is shifted down and right, int64 (B, 2) in [0, 2 crop], and whether it is flipped."""
