@@ -4,4 +4,16 @@ The folders of the repository appear here as subpackages through relative links:
 `esper.platform`, `esper.workers`, `esper.policies`, `esper.pipelines`.
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Public name → its module, imported at first use: a command's `--help` needs no torch.
+_PUBLIC = {"from_gpt2": "esper.workers.tolaria.gpt2", "to_gpt2": "esper.workers.tolaria.gpt2"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'esper' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Train one GPT under one arm.
 
 esper train tamiyo --data stories.txt --set budget.decisions=12
+esper train tamiyo --from gpt2 --data stories.txt          # one that is trained already
 esper train --resume runs/train-tamiyo-20260101-120000      # to the same numbers; Ctrl-C and SIGTERM save first
 """
 
@@ -25,6 +26,7 @@ class TrainArguments(ResumableArguments):
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
     match: Path | None = flag(None, "For random: a summary.json, to graft as often and the same kinds.", "FILE")
     laws: Path | None = flag(None, "For planner: loss laws that `esper policy fit` fitted.", "FILE")
+    weights: Path | None = flag(None, "A trained GPT-2 to start with, as transformers saves one.", "DIR", alias="from")
 
     @model_validator(mode="after")
     def _uses_what_is_given(self) -> Self:
@@ -42,6 +44,8 @@ def run(arguments: TrainArguments) -> int:
     if arguments.resume is not None:
         return single_run.resume(arguments.resume)
     files = {name: getattr(arguments, name) for name in USED_BY}
+    if arguments.weights is not None:
+        files |= {"config": arguments.weights / "config.json", "model": arguments.weights / "model.safetensors"}
     return single_run.begin(arguments, arm_name(arguments.arm), files)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, runti
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.telemetry import CHECKED, Telemetry
 
@@ -77,6 +78,24 @@ class HostProtocol(Protocol):
     def remove(self, name: str) -> list[Any]: ...  # take an inserted part out; returns every parameter that is gone
     def stream_sizes(self) -> dict[str, float]: ...  # stream site → root mean square there, told without data
     def written_by(self, site_id: str) -> Iterator[Any]: ...  # the parameters that a site's telemetry is about
+
+
+def check_host(model: Any) -> None:
+    """Raise UserError naming the first thing of HostProtocol and HostShape, or of a site's linears, that is missing."""
+    what = f"{type(model).__name__} is no host that can grow"
+    mend = "docs/your-own-model.md shows one that has all, and esper.from_gpt2 makes one of a GPT"
+    for place, value, protocol in (("", model, HostProtocol), ("shape.", getattr(model, "shape", None), HostShape)):
+        for name in vars(protocol):
+            if not name.startswith("_") and not hasattr(value, name):
+                raise UserError(f"{what}: it lacks {place}{name}: {mend}.")
+    for site in model.shape.injection_specs():
+        pair = model.linears(site.id) if site.units else ()
+        for axis, linear in zip((0, 1), (*pair[:1], *pair[-1:]), strict=False):
+            size = getattr(getattr(linear, "weight", None), "shape", ())
+            if len(size) < 2 or size[axis] % site.units:
+                needed = f"a matrix `weight` of a multiple of {site.units} {('rows', 'columns')[axis]}"
+                has = f"linears({site.id!r}) has a {type(linear).__name__}, which lacks {needed}"
+                raise UserError(f"{what}: {has}: {mend}.")
 
 
 @dataclass(frozen=True)

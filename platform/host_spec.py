@@ -8,6 +8,8 @@ from esper.platform.console import counted
 from esper.platform.errors import UserError
 from esper.platform.frozen import BelowOne, Frozen, Heads, Layers, Neurons, by_kind
 
+Activation = Literal["gelu_new", "gelu"]  # GELU by its tanh formula, as in GPT-2, or exact, as in nanoGPT
+
 
 class ExpertSpec(Frozen):
     """An expert that a host is born with."""
@@ -50,6 +52,7 @@ class HostSpec(Frozen):
     layers: Annotated[tuple[LayerSpec, ...], Field(max_length=512)] | None = None  # as in a summary's `shape`; or alike
     tied: bool = True  # the output head is the token embedding
     dropout: BelowOne = 0.0
+    activation: Activation = "gelu_new"  # of the MLPs
     attention: Literal["sdpa", "flash"] = "sdpa"  # torch's own, or flash-attn's: CUDA, bfloat16, the extra flash-attn
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path as File
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field
@@ -35,6 +36,7 @@ IDENTITY = 1e-4  # largest change of a logit that proves a graft harmless: it mo
 WAITED = 0.1  # seconds between two looks at a build
 STRIKES = 3  # faults in a row, without a sound decision between them, that end a run
 
+OnStep = Callable[["GrowthRun"], None]
 Path = Literal["eager", "building", "compiled"]  # by which a slice's steps go; "building" ones are eager still
 
 
@@ -66,14 +68,15 @@ class GrowthRun(Episode):
     """An episode that trains a host.
 
     `on_step` is called with the run after each optimizer step (a copy's too) and each part of an evaluation. An
-    exception from it stops the run there: `state` saves that point, and `finish` resumes from it.
+    exception from it stops the run there: `state` saves that point, and `finish` resumes from it. `weights` is the
+    `model.safetensors` of a GPT-2 to start with, of the shape that the spec tells.
     """
 
     State = RunState
 
-    def __init__(self, spec: RunSpec, data: Data, on_step: Callable[["GrowthRun"], None] | None = None) -> None:
+    def __init__(self, spec: RunSpec, data: Data, on_step: OnStep | None = None, weights: File | None = None) -> None:
         super().__init__(spec, data.manifest.vocab_size)
-        self._data = data
+        self._data, self._weights = data, weights
         self.on_step = on_step
         self.trainer: Trainer  # made by reset
 
@@ -120,6 +123,8 @@ class GrowthRun(Episode):
 
     def _start(self) -> None:
         self.trainer = Trainer(self.spec, self._data, self.blueprints, self.seed, self.instance)
+        if self._weights is not None:
+            self.trainer.start_with(self._weights)
         self.measured = Measured()
         self.norms: dict[str, tuple[float, float]] = {}  # at the last step of a slice
         self.reached: float | None = None  # loss at the end of a slice of which only cooldowns are left

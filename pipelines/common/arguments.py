@@ -116,7 +116,8 @@ class _Parser(ArgumentParser):
 
 
 def _shown(name: str, field: FieldInfo) -> str:
-    return name if field.json_schema_extra == {"positional": True} else f"--{name.replace('_', '-')}"
+    word = field.alias or name  # of a word that Python keeps for itself
+    return name if field.json_schema_extra == {"positional": True} else f"--{word.replace('_', '-')}"
 
 
 def _keywords(name: str, field: FieldInfo) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.pipelines.common.play import metrics, play, save, take_up, unplayed
-from esper.pipelines.common.preset import resolve_spec
+from esper.pipelines.common.preset import check_fits, resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.platform import checkpoint
@@ -23,21 +23,30 @@ from esper.platform.telemetry import Telemetry
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.simic.policy import policy_file
 from esper.workers.run import GrowthRun
+from esper.workers.tolaria.data import TokenData, ensure, open_data
+from esper.workers.tolaria.export import check_tokenizer
+from esper.workers.tolaria.gpt2 import from_gpt2
 
 KEPT = ("summary.json", "spec.json")  # in MLflow
 REFRESH_SECONDS = 0.5  # of the line that a terminal shows between decisions; elsewhere it is said once, at the start
+OF_NO_SHAPE = {"host.dropout", "host.attention"}  # what `--set` may change of a host that is given
 CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/run.safetensors`
 
 
 def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
-    """Settle, and train from the start; `files` are the arm's inputs by the names of `ArmInputs`."""
+    """Settle, and train from the start.
+
+    `files` are the arm's inputs by the names of `ArmInputs`, and the `config` and `model` of a GPT-2 to start with.
+    """
     spec, policy = resolve_spec(arguments), files["policy"]
     files = {**files, "policy": policy and policy_file(policy)}
+    if (weights := files.get("model")) is not None:
+        spec = _growing(weights.parent, spec, arguments.set)
     _policy(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
     folder = RunFolder.new(arguments, spec, f"train-{arm}")
     folder.tell_laws(files["laws"])
     with folder.begin("train", {"arm": arm}, files) as inputs:
-        growth = GrowthRun(spec, folder.tokens)
+        growth = GrowthRun(spec, folder.tokens, weights=inputs.get("model"))
         growth.reset(seed=folder.seed)
         return train(folder, growth, _policy(arm, spec, folder.seed, inputs), arm)
 
@@ -50,8 +59,9 @@ def resume(out: Path) -> int:
             if folder.send(lambda: folder.track({"arm": arm}), KEPT):
                 return 0
             raise UserError(f"the run in {out} has ended: its results are in {folder.out / 'summary.json'}.")
-        policy = _policy(arm, folder.spec, folder.seed, folder.check())
-        growth, saved = GrowthRun(folder.spec, folder.tokens), folder.out / CHECKPOINTS / f"{RUN}.safetensors"
+        policy = _policy(arm, folder.spec, folder.seed, inputs := folder.check())
+        growth = GrowthRun(folder.spec, folder.tokens, weights=inputs.get("model"))
+        saved = folder.out / CHECKPOINTS / f"{RUN}.safetensors"
         kept = checkpoint.read(saved) if saved.exists() else None  # it may have been killed before its first decision
         take_up(growth, policy, kept, folder.seed)
         where = f"at optimizer step {growth.ledger.steps:,} ({growth.fraction():.0%} of the budget)"
@@ -150,6 +160,23 @@ def _report(summary: Mapping[str, Any], fraction: float, unit: str) -> None:
         say(f"annealed at {point['budget_fraction']:.0%} of the budget: val loss {loss}")
     if told := unplayed(summary):
         say(told)
+
+
+def _growing(folder: Path, spec: RunSpec, changes: Iterable[str]) -> RunSpec:
+    """The spec with the host in a folder of GPT-2's format; UserError where text or `changes` ask for another."""
+    host, keys = from_gpt2(folder), {change.partition("=")[0] for change in changes}
+    if shaping := sorted(key for key in keys - OF_NO_SHAPE if key.partition(".")[0] == "host"):
+        raise UserError(f"--set {shaping[0]} is not for --from, whose folder says what the host is: leave it out.")
+    own = spec.host.model_dump(include={key.partition(".")[2] for key in keys & OF_NO_SHAPE})
+    spec = spec.overridden({"host": {**host.spec.model_dump(mode="json"), **own}})
+    check_fits(spec)
+    data, own = open_data(ensure(spec.data), verify=False), host.shape.vocab_size
+    if data.manifest.vocab_size != own:
+        what = f"{folder} has {own:,} token ids, and the text {data.manifest.vocab_size:,} ({data.manifest.made_with})"
+        raise UserError(f"{what}: give text prepared with the model's tokenizer.")
+    if isinstance(data, TokenData):
+        check_tokenizer(folder, data)
+    return spec
 
 
 def _policy(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:

@@ -1,14 +1,26 @@
-"""`esper export` and `esper prepare` end to end: what they leave, and that `esper train` takes it."""
+"""`esper export`, `esper prepare`, `esper train --from` end to end: what they leave, and that training takes it."""
 
 import json
+import shlex
 import shutil
 from textwrap import dedent
 
 import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
 
+from esper import from_gpt2
 from esper.pipelines import prepare, train
+from esper.pipelines.common import cli, single_run
 from esper.pipelines.export import main
+from esper.platform import checkpoint
+from esper.platform.errors import UserError
 from esper.workers.tolaria.data import TokenData
+from esper.workers.tolaria.data.tokenizer import Characters
+from esper.workers.tolaria.export import export, host_of
+from tests.pipelines.helpers import sets, summary_of
+from tests.test_docs import blocks
 
 
 @pytest.fixture
@@ -50,3 +62,94 @@ def test_a_grown_run_in_both_formats_and_without_its_text(trained, tmp_path, cap
         assert "tokenizer = " not in printed
         assert [path.name for path in (tmp_path / out).iterdir()] == ["model.safetensors"]
         shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+
+
+@pytest.fixture
+def small(tiny_spec, tokens, tmp_path):
+    """A folder that transformers wrote, of the text's vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tokens.manifest.vocab_size, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(**sizes, **drops, n_inner=24, bos_token_id=None, eos_token_id=None)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+ONLY_WIDTH_AND_LAYERS = sets('growth.blueprints={"ffn":{"width":8},"block":{}}')
+
+
+def test_a_trained_gpt2_goes_in_grows_and_comes_out_and_a_killed_run_ends_the_same(
+    tiny, small, tokens, tiny_spec, tmp_path, monkeypatch
+):
+    """Its loss at the beginning is that of its weights."""
+    from transformers import GPT2LMHeadModel
+
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps([{"at": 0.2, "blueprint": "ffn"}, {"at": 0.5, "blueprint": "block"}]))
+    flags = ["schedule", *tiny, "--from", str(small), "--schedule", str(plan), *ONLY_WIDTH_AND_LAYERS]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    with monkeypatch.context() as patch:  # killed before it had anything to train
+        patch.setattr(single_run, "train", lambda *arguments: 0)
+        assert train.main([*flags, "--out", str(tmp_path / "killed")]) == 0
+    before = from_gpt2(small)
+    shutil.rmtree(small)  # a run has a copy
+    assert train.main(["--resume", str(tmp_path / "killed")]) == 0
+    summary, resumed = summary_of(tmp_path / "run"), summary_of(tmp_path / "killed")
+    assert (summary["val_loss"], summary["shape"]) == (resumed["val_loss"], resumed["shape"])
+    inputs, targets = tokens.held_out(tiny_spec.data.held_out_tokens[1] // 16, tiny_spec, torch.device("cpu"))
+    with torch.no_grad():
+        loss = F.cross_entropy(before(inputs).flatten(0, 1), targets.flatten())
+    assert summary["val_curve"][0]["val_loss"] == pytest.approx(loss.item(), rel=0.02)  # on other windows of the text
+    assert summary["val_curve"][0]["parameters"] == before.shape.parameters_count()
+    assert [layer["width"] for layer in summary["shape"]].count(24) == 2  # one of them is new
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "grown"), "--format", "gpt2"]) == 0
+    grown = GPT2LMHeadModel.from_pretrained(tmp_path / "grown")
+    host = host_of(*checkpoint.read(tmp_path / "run" / "checkpoints" / "run.safetensors"))
+    with torch.no_grad():
+        assert torch.allclose(grown(inputs).logits, host(inputs), atol=1e-5)
+    (tmp_path / "killed" / "inputs" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "killed" / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors was changed since the run began"):
+        single_run.resume(tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--from nowhere", "nowhere/config.json cannot be read"),
+        ("--from small --set host.n_layer=2", "--set host.n_layer is not for --from"),
+        ("--from small --set growth.max_layers=1", "growth.max_layers is 1, but must be at least host.n_layer = 2"),
+        ("--from small --task digits --preset digits", "host is a transformer, which takes text, but data is images"),
+        ("--from other", "other has 9 token ids, and the text"),
+        ("--from mixed", "tokenizer.json gives other ids than the text has"),
+        ("--from odd", "tokenizer.json cannot be read"),
+        ("--resume small --from small", "leave out --from"),
+    ],
+)
+def test_weights_that_cannot_be_trained_are_refused(tiny, small, tokens, refused, tmp_path, words, sentence):
+    shutil.copytree(small, tmp_path / "other")
+    state = safetensors.torch.load_file(small / "model.safetensors")
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:9].clone()
+    safetensors.torch.save_file(state, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    config = json.loads((small / "config.json").read_text()) | {"vocab_size": 9}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    tokenizer = tokens.tokenizer
+    others = "\t" + tokenizer.decode(range(2, tokenizer.vocab_size - 1))  # as many, and each has another id
+    for name, mixed in (("mixed", Characters(others)), ("odd", tokenizer)):
+        export(from_gpt2(small), tmp_path / name, mixed, to="gpt2")
+    (tmp_path / "odd" / "tokenizer.json").write_text("{}")
+    flags = [] if "--resume" in words else ["static", *tiny, "--out", tmp_path / "out"]
+    refused(train.main, [*flags, *words.split()], sentence)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_the_page_on_a_users_own_model_run(tiny, text_file, tmp_path):
+    shutil.copy(text_file, tmp_path / "stories.txt")
+    [commands] = blocks("your-own-model.md", "")
+    for line in commands.splitlines():
+        _, command, *words = shlex.split(line)
+        preset = tiny[:2] if command == "train" else []
+        assert cli.main([command, *preset, *words]) == 0
+    assert (tmp_path / "grown" / "config.json").exists()

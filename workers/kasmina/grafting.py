@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from esper.platform.contracts import HostProtocol
+from esper.platform.contracts import HostProtocol, check_host
 from esper.platform.errors import UserError
 from esper.platform.seeding import torch_stream
 from esper.workers.kasmina import surgery
@@ -80,6 +80,7 @@ class Kasmina:
         probation_steps: int = 200,  # optimizer steps of a seed's warm-up, times its blueprint's patience
         seed: int = 0,  # of the `graft` stream
     ) -> None:
+        check_host(host)
         self.host = host
         self.optimizer = optimizer
         self.blueprints = dict(make_blueprints() if blueprints is None else blueprints)

@@ -1,7 +1,4 @@
-"""Exports a trained host as a folder: Esper's format, for any shape, or Hugging Face's GPT-2 layout and tokenizer.
-
-C embedding, H heads, D head dimension, W MLP neurons.
-"""
+"""Exports a trained host as a folder: Esper's format, for any shape, or Hugging Face's GPT-2 layout and tokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +6,6 @@ from typing import Any, Literal
 
 import safetensors.torch
 import tokenizers
-import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -18,15 +14,16 @@ from esper.platform.errors import UserError, in_a_sentence
 from esper.platform.host_spec import HostSpec, read_host
 from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, new_folder, write_json, write_text
-from esper.workers.tolaria.data import Tokenizer, tokenizer
+from esper.workers.tolaria.data import TokenData, Tokenizer, tokenizer
 from esper.workers.tolaria.data.tokenizer import END, BytePairs, byte_symbols
+from esper.workers.tolaria.gpt2 import CONFIG, MODEL, check_gpt2, config_of, to_gpt2
 from esper.workers.tolaria.hosts import HOSTS, AnyHost, outputs_of, rebuilt
 from esper.workers.tolaria.model.layered import Layout
-from esper.workers.tolaria.model.shape import TransformerShape
 from esper.workers.tolaria.model.transformer import TransformerHost
 from esper.workers.tolaria.trainer import within
 
-MODEL = "model.safetensors"  # the name that transformers expects
+TOKENIZER = "tokenizer.json"
+SAMPLED = 2000  # ids of the text by which tokenizers are compared
 UNSEEN = "<|unseen|>"  # several characters, so none of the text's
 
 
@@ -71,16 +68,17 @@ def export(
     if to == "gpt2":
         if not isinstance(host, TransformerHost):
             raise UserError(f"the host is a {host.spec.kind}, and no GPT-2: export in the native format.")
-        _check_gpt2(host.shape)
+        check_gpt2(host.shape)
     outputs = outputs_of(host.spec, host.state_dict())
     if tokenizer is not None and tokenizer.vocab_size != outputs:
         what = f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {outputs}"
         raise UserError(f"{what}: give the one that its text was prepared with.")
     with new_folder(folder) as partial:
         if isinstance(host, TransformerHost) and to == "gpt2":
-            data = safetensors.torch.save(_gpt2_state(host), metadata={"format": "pt"})  # which transformers asks for
+            state = {name: tensor for name, tensor in to_gpt2(host).items() if name not in host.tied(host.spec)}
+            data = safetensors.torch.save(state, metadata={"format": "pt"})  # which transformers asks for
             (partial / MODEL).write_bytes(data)
-            write_json(partial / "config.json", _gpt2_config(host, None if tokenizer is None else tokenizer.end_id))
+            write_json(partial / CONFIG, config_of(host, None if tokenizer is None else tokenizer.end_id))
             if tokenizer is not None:
                 _save_tokenizer(tokenizer, partial, host.spec.block_size)
             return
@@ -97,56 +95,16 @@ def _state(host: AnyHost) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in host.own_state().items()}
 
 
-def _check_gpt2(shape: TransformerShape) -> None:
-    C, D = shape.n_embd, shape.head_dim
-    for layer in shape.layers:
-        if layer.experts or C % D or layer.heads * D > C:
-            raise UserError(
-                f"layer h{layer.uid} has {layer.heads} head(s) of {D} dimensions and {len(layer.experts)} expert(s), "
-                f"and GPT-2 no experts and heads that fill the embedding, {C}: export in the native format, which "
-                """takes any shape, or train with --set 'growth.blueprints={"ffn": {}, "block": {}}'."""
-            )
-
-
-def _gpt2_state(host: TransformerHost) -> dict[str, Tensor]:
-    """The host's tensors as transformers has them: linears are `Conv1D` (in, out), QKV is all Q, all K, all V."""
-    D, W = host.shape.head_dim, max(layer.width for layer in host.shape.layers)
-    H = host.shape.n_embd // D
-    state = {}
-    for name, tensor in _state(host).items():
-        if ".attn.c_attn." in name:  # (H·3·D, …) → (3·H·D, …)
-            tensor = _padded(tensor.unflatten(0, (-1, 3, D)), 0, H).transpose(0, 1).flatten(0, 2)
-        elif ".mlp.c_fc." in name:
-            tensor = _padded(tensor, 0, W)
-        elif name.endswith(".c_proj.weight"):
-            tensor = _padded(tensor, 1, H * D if ".attn." in name else W)
-        if ".c_" in name and name.endswith("weight"):
-            tensor = tensor.t()  # (out, in) → (in, out)
-        state[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor.contiguous()
-    return state
-
-
-def _padded(tensor: Tensor, axis: int, size: int) -> Tensor:
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 1 - axis) + (0, size - tensor.shape[axis]))
-
-
-def _gpt2_config(host: TransformerHost, end_id: int | None) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": host.shape.vocab_size,
-        "n_positions": host.spec.block_size,
-        "n_embd": host.spec.n_embd,
-        "n_layer": host.shape.depth(),
-        "n_head": host.spec.n_embd // host.shape.head_dim,
-        "n_inner": max(layer.width for layer in host.shape.layers),
-        "activation_function": "gelu_new",  # GELU by its tanh formula
-        "layer_norm_epsilon": host.ln_f.eps,
-        "tie_word_embeddings": host.spec.tied,
-        "dtype": str(host.wte.weight.dtype).removeprefix("torch."),
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), host.spec.dropout),
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_id),  # as in GPT-2, an end stands before the next start
-    }
+def check_tokenizer(folder: Path, data: TokenData) -> None:
+    """Raise UserError where the `tokenizer.json` in a folder, if there is one, gives held-out text other ids."""
+    if not (file := folder / TOKENIZER).exists():
+        return
+    own, ids = data.tokenizer, data.arrays["valid"][:SAMPLED].tolist()
+    text = own.decode([id for id in ids if id not in (own.end_id, own.unseen_id)])
+    with in_a_sentence(f"{file} cannot be read", "it must be as transformers saves it, or not there"):
+        theirs = tokenizers.Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+    if theirs != own.encode(text):
+        raise UserError(f"{file} gives other ids than the text has: give text prepared with the model's tokenizer.")
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
@@ -164,7 +122,7 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         converted.decoder = decoders.Fuse()
         converted.add_special_tokens([UNSEEN, END])
         config["unk_token"] = UNSEEN
-    write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
+    write_text(folder / TOKENIZER, converted.to_str(pretty=True))
     write_json(folder / "tokenizer_config.json", config)
 
 

@@ -6,6 +6,7 @@ B examples, T targets of each (none: one), V kinds of targets.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +25,7 @@ from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import Data
 from esper.workers.tolaria.data.prepared import evenly
+from esper.workers.tolaria.gpt2 import from_gpt2
 from esper.workers.tolaria.hosts import AnyHost, new_host, rebuilt
 from esper.workers.tolaria.model.layered import Layout
 
@@ -77,6 +79,11 @@ class Trainer:
         self.steps = 0  # optimizer steps done: the data's cursor
         self.accuracy: float | None = None  # in the last evaluation; None where the data are not told by it
         self._measured: list[Tensor] = []
+
+    def start_with(self, weights: Path) -> None:
+        """Train the GPT-2 of this `model.safetensors`, of the shape of the spec's host, instead of a new host."""
+        host = from_gpt2(weights.parent)
+        self.take(rebuilt(self._born, self._vocab_size, host.layout(), host.own_state()))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_bound": None}  # its tensors are not a copy's

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.platform.errors import UserError
-from esper.platform.host_spec import ExpertSpec, HostSpec, LayerSpec
+from esper.platform.host_spec import Activation, ExpertSpec, HostSpec, LayerSpec
 from esper.workers.tolaria.model.experts import Expert, Experts
 from esper.workers.tolaria.model.layered import LayeredHost, Pairs
 from esper.workers.tolaria.model.shape import TransformerShape
@@ -80,27 +80,28 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers around GELU."""
 
-    def __init__(self, n_embd: int, width: int) -> None:
+    def __init__(self, n_embd: int, width: int, activation: Activation) -> None:
         super().__init__()
+        self.approximate = "tanh" if activation == "gelu_new" else "none"
         self.c_fc = nn.Linear(n_embd, width)
         self.c_proj = nn.Linear(width, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C) → (B, T, C)."""
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
     """A layer: attention, MLP and experts, each reading the normed stream and adding to it."""
 
-    def __init__(self, shape: TransformerShape, layer: LayerSpec, dropout: float, attend: Attend) -> None:
+    def __init__(self, shape: TransformerShape, layer: LayerSpec, spec: HostSpec, attend: Attend) -> None:
         super().__init__()
         self.uid = layer.uid
         self.ln_1 = nn.LayerNorm(shape.n_embd)
-        self.attn = CausalSelfAttention(shape.n_embd, layer.heads, shape.head_dim, dropout, attend)
+        self.attn = CausalSelfAttention(shape.n_embd, layer.heads, shape.head_dim, spec.dropout, attend)
         self.ln_2 = nn.LayerNorm(shape.n_embd)
-        self.mlp = MLP(shape.n_embd, layer.width)
-        self.drop = make_dropout(dropout)
+        self.mlp = MLP(shape.n_embd, layer.width, spec.activation)
+        self.drop = make_dropout(spec.dropout)
         self.experts = Experts()
         for expert in layer.experts:
             self.add_expert(expert)
@@ -219,4 +220,4 @@ class TransformerHost(LayeredHost):
         return {"lm_head.weight": "wte.weight"} if spec.tied else {}
 
     def _layer(self, layer: LayerSpec) -> Block:
-        return Block(self._shape, layer, self.spec.dropout, self._attend)
+        return Block(self._shape, layer, self.spec, self._attend)
