@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
 from esper.platform.frozen import Count, Frozen, Share, by_kind
 
@@ -55,4 +55,4 @@ class ImageSpec(Frozen):
         return self.eval_images, self.decision_images
 
 
-Data = Annotated[Annotated[DataSpec, Tag("text")] | Annotated[ImageSpec, Tag("images")], by_kind("text", "images")]
+Data = Annotated[DataSpec | ImageSpec, by_kind(DataSpec, ImageSpec)]

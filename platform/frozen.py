@@ -1,9 +1,10 @@
 """What config models and command lines are made of: a frozen base whose errors are one sentence, bounded numbers."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from esper.platform.errors import UserError, clipped, unknown
 
@@ -24,6 +25,16 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        """With the keys that there are, which pydantic's own error leaves out."""
+        if isinstance(values, Mapping) and cls.model_config.get("extra") == "forbid":
+            for key in values:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError("unknown_key", "unknown", {"key": str(key), "known": [*cls.model_fields]})
+        return values
+
     @classmethod
     def checked(cls, values: Any, what: str) -> Self:
         """Build from plain values; raises UserError naming the first wrong key of `what` and what is allowed."""
@@ -31,44 +42,26 @@ class Frozen(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-        path, fields = _place(cls, first["loc"])
-        name, rule = ".".join(map(str, path)) or "it", first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            raise unknown(f"key in {what}", name, [".".join(map(str, [*path[:-1], key])) for key in fields])
-        if first["type"] in ("value_error", "unknown_kind"):  # our own sentence names what was wrong
-            raise UserError(f"{what}: {name}: {rule}" if path else f"{what}: {rule}")
+        path, rule = [*map(str, first["loc"])], first["msg"].removeprefix("Value error, ")
+        if first["type"] == "unknown_key":
+            told = first.get("ctx", {})
+            known = [".".join([*path, key]) for key in told["known"]]
+            raise unknown(f"key in {what}", ".".join([*path, told["key"]]), known)
+        if first["type"] == "value_error":  # our own sentence names what was wrong
+            raise UserError(": ".join(filter(None, [what, ".".join(path), rule])))
         found = "missing" if first["type"] == "missing" else clipped(first.get("input"))
-        raise UserError(f"{what}: {name} is {found}: {rule[0].lower()}{rule[1:]}.")
+        raise UserError(f"{what}: {'.'.join(path) or 'it'} is {found}: {rule[0].lower()}{rule[1:]}.")
 
 
-def _place(model: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[int | str], Iterable[str]]:
-    """A key's path without the tags of unions that pydantic puts into it, and the fields beside it."""
-    path: list[int | str] = []
-    there, fields = [model], dict[str, Any]()
-    for part in loc:
-        by_kind = {m.model_fields["kind"].default: m for m in there if len(there) > 1 and "kind" in m.model_fields}
-        if part in by_kind:
-            there = [by_kind[part]]
-            continue
-        path.append(part)
-        if isinstance(part, str):
-            fields = there[0].model_fields if there else {}
-            there = _models(fields[part].annotation) if part in fields else []
-    return path, fields
+def by_kind(default: type[Frozen], *others: type[Frozen]) -> BeforeValidator:
+    """Reads a member of a union by its `kind`; what has none is of the default's."""
+    models = {model.model_fields["kind"].default: model for model in (default, *others)}
 
+    def read(value: Any) -> Any:
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        model = default if kind is None else models.get(str(kind))
+        if model is None:
+            raise ValueError(f"its kind must be {' or '.join(map(repr, models))}.")
+        return value if isinstance(value, Frozen) else model.model_validate(value)
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Those that may be at a place of this type."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
-
-
-def by_kind(default: str, *others: str) -> Discriminator:
-    """Tells the members of a union by their `kind`; what has none is of the default's."""
-
-    def kind(value: Any) -> str:
-        return str(value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", default))
-
-    known = " or ".join(map(repr, (default, *others)))
-    return Discriminator(kind, custom_error_type="unknown_kind", custom_error_message=f"its kind must be {known}.")
+    return BeforeValidator(read)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from esper.platform.console import counted
 from esper.platform.errors import UserError
@@ -201,9 +201,7 @@ class ResNetSpec(Frozen):
         return f"ResNet of {counted(self.n_layer, 'block')}, C = {self.channels}, images of {image}"
 
 
-Host = Annotated[
-    Annotated[HostSpec, Tag("transformer")] | Annotated[ResNetSpec, Tag("resnet")], by_kind("transformer", "resnet")
-]
+Host = Annotated[HostSpec | ResNetSpec, by_kind(HostSpec, ResNetSpec)]
 
 
 class _Hosted(Frozen):
