@@ -47,8 +47,8 @@ def tokens(shards) -> TokenData:
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory) -> ImageData:
-    """scikit-learn's digits."""
+def digits(tmp_path_factory) -> ImageData:
+    """scikit-learn's."""
     out = tmp_path_factory.mktemp("images") / "digits"
     prepare(ImageSpec(), out)
     return ImageData.open(out)
@@ -60,8 +60,8 @@ def domain(request) -> str:
 
 
 @pytest.fixture
-def data(domain, tokens, images) -> Data:
-    return {"text": tokens, "images": images}[domain]
+def data(domain, tokens, digits) -> Data:
+    return {"text": tokens, "images": digits}[domain]
 
 
 @pytest.fixture

@@ -13,8 +13,12 @@ import torch
 from esper.policies.simic.net import ControllerNet
 
 
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
 def summary_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
+    return read(folder, "summary.json")
 
 
 def sets(*settings: str) -> list[str]:

@@ -48,7 +48,10 @@ LINES = [
     ("sweep --budgets 40,7", "a budget of 7 steps in 8 decisions holds less than one optimizer step in each"),
     ("sweep --sizes one", "--sizes 'one'"),
     ("sweep --resume /nowhere", "--resume takes everything from /nowhere"),
-    ("prepare --data /nowhere.txt", "unknown source '/nowhere.txt': it must be one of"),
+    (
+        "prepare --data /nowhere.txt",
+        "unknown source '/nowhere.txt': it must be one of an existing file or folder",
+    ),
     ("prepare --tokenizer words", "unknown tokenizer 'words'"),
 ]
 # Of a controller, a run that was trained, a damaged one, and a file.

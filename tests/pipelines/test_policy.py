@@ -1,7 +1,6 @@
 """`esper policy`: what a checkpoint is, how it does beside the other arms, and its median schedule. Without Ray."""
 
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.simic.policy import FILE, SimicPolicy
 from esper.workers.run import GrowthRun
-from tests.pipelines.helpers import made_net
+from tests.pipelines.helpers import made_net, read
 
 EXTRA = {"preset": "tinystories-char", "iterations": 2, "episodes": 30.0, "decisions": 1240.0, "seed": 7}
 FEW = ["--set", "budget.decisions=8", "--episodes", "6"]
@@ -33,10 +32,6 @@ def trained(tmp_path, monkeypatch):
         SimicPolicy(made_net(iteration + 1, 3.0)).save(file, {**EXTRA, "iterations": iteration})
     (run / "spec.json").write_text(load_spec("tinystories-char").model_dump_json())
     return run
-
-
-def evaluation_of(folder):
-    return json.loads((folder / "evaluation.json").read_text())
 
 
 def test_info_says_what_it_is_without_ray(trained):
@@ -63,7 +58,7 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     arms = ["static", "random", "schedule", "tamiyo", "lag", "planner", "openloop", "ppo", "bound"]
     assert [line.split()[0] for line in table[1:]] == arms
-    result = evaluation_of(out)
+    result = read(out, "evaluation.json")
     rows = {row["arm"]: row for row in result["rows"]}
     losses = {
         arm: np.array([i["arms"][arm]["val_loss"] for i in result["instances"].values()])
@@ -84,7 +79,7 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
 
     again = tmp_path / "again"
     assert pipeline.main(["evaluate", str(trained), *FEW, "--arms", "random,schedule", "--out", str(again)]) == 0
-    repeated = evaluation_of(again)
+    repeated = read(again, "evaluation.json")
     for id, instance in result["instances"].items():
         assert all(instance["arms"][arm] == repeated["instances"][id]["arms"][arm] for arm in ("random", "ppo"))
 
@@ -95,7 +90,7 @@ def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys):
     command = ["evaluate", str(trained), *tiny, "--episodes", "2", "--schedule", str(plan), "--out", str(out)]
     command += ["--set", "budget.amount=80"]
     assert pipeline.main([*command, "--arms", "static,schedule,width"]) == 0
-    result = evaluation_of(out)
+    result = read(out, "evaluation.json")
     assert result["on"] == "text"
     assert [row["arm"] for row in result["rows"]] == ["static", "schedule", "width", "ppo"]
     assert all(row["to_bound"] is None for row in result["rows"])

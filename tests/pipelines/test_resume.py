@@ -11,9 +11,7 @@ import pytest
 
 from esper.pipelines.common import single_run
 from esper.pipelines.train import main
-from esper.platform.data_spec import DataSpec
 from esper.platform.storage import alone
-from esper.workers.tolaria.data import prepare
 from tests.mlflow_servers import free_port
 from tests.pipelines import helpers
 from tests.pipelines.helpers import sets, start, wait_for
@@ -111,27 +109,23 @@ def test_what_mlflow_has_not_had_is_sent_at_resume(tiny, tmp_path, runs, monkeyp
     assert (json.loads(lines[-1])["kind"], json.loads(sent.read_text())) == ("end", {store: len(lines)})
 
 
-def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, shards, text_file, tmp_path, refused):
-    out, data = tmp_path / "run", tmp_path / "data"
-    shutil.copytree(shards, data)
-    flags = ["schedule", "--schedule", str(plan), *tiny, "--data", str(data)]
+def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, tokens, tmp_path, refused):
+    out, flags = tmp_path / "run", ["schedule", "--schedule", str(plan), *tiny]
     assert main([*flags, "--out", str(out)]) == 0
     ended = summary_of(out)
     (out / "summary.json").unlink()  # as if killed before it was written
 
-    refused(main, ["--resume", out, "--seed", 3], "leave out --seed")
     refused(main, ["--resume", tmp_path])
     with alone(out):
         refused(main, ["--resume", out], "another process works in")
-    (out / "spec.json").write_text((out / "spec.json").read_text().replace('"batch_size": 4', '"batch_size": 5'))
-    refused(main, ["--resume", out], f"{out / 'spec.json'} was changed")
-    (out / "spec.json").write_text((out / "spec.json").read_text().replace('"batch_size": 5', '"batch_size": 4'))
-    shutil.rmtree(data)
-    (tmp_path / "other.txt").write_text(text_file.read_text().replace("cat", "dog"))
-    prepare(DataSpec(source=str(tmp_path / "other.txt")), data)
-    refused(main, ["--resume", out], "text")
-    shutil.rmtree(data)
-    shutil.copytree(shards, data)
+    for name, old, new, sentence in (
+        ("spec.json", '"batch_size": 4', '"batch_size": 5', "spec.json was changed since the run began"),
+        ("pins.json", tokens.manifest.fingerprint(), "f00d", "began with other text (f00d) than there is now"),
+    ):
+        whole = (out / name).read_text()
+        (out / name).write_text(whole.replace(old, new))
+        refused(main, ["--resume", out], sentence)
+        (out / name).write_text(whole)
     begun = tmp_path / "begun"  # as if killed while it began
     shutil.copytree(out / "inputs", begun / "inputs")
     assert main([*flags, "--out", str(begun)]) == 0

@@ -21,7 +21,7 @@ from esper.pipelines.sweeps import comparison, stages
 from esper.pipelines.sweeps.rates import Setting
 from esper.platform import tracking
 from tests.mlflow_servers import free_port
-from tests.pipelines.helpers import sets, start, summary_of, wait_for
+from tests.pipelines.helpers import read, sets, start, summary_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_ray")
 SCHEDULES = ("onejump", "schedule")
@@ -35,8 +35,8 @@ def tiny(tiny):
     return [*tiny, *sets("fleet.cpus=2")]
 
 
-def read(out: Path, name: str = "sweep.json"):
-    return json.loads((out / name).read_text())
+def state(out: Path) -> dict:
+    return read(out, "sweep.json")
 
 
 def summary(out: Path, trial: str) -> dict:
@@ -55,7 +55,7 @@ def children(store: MlflowClient, out: Path) -> dict:
 def check_tracked(store: MlflowClient, out: Path) -> dict:
     """Exactly the planned runs, all finished, every point once; by name."""
     runs = children(store, out)
-    assert sorted(runs) == sorted(read(out)["trials"])
+    assert sorted(runs) == sorted(state(out)["trials"])
     for name, run in runs.items():
         assert run.info.status == "FINISHED"
         curve = summary(out, name)["val_curve"]
@@ -81,7 +81,7 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
         assert part in printed
     assert "WARNING" not in printed
 
-    found = read(out)
+    found = state(out)
     point = found["points"][0]
     assert {trial["status"] for trial in found["trials"].values()} == {"done"}
     assert point["size"] in ("1", "2x24")
@@ -128,39 +128,14 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")}
     assert sweep.main(["--resume", str(out)]) == 1
     assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")} == before
-    assert [read(out)["points"][0][key] for key in ("settings", "size")] == [point[key] for key in ("settings", "size")]
+    assert [state(out)["points"][0][key] for key in ("settings", "size")] == [
+        point[key] for key in ("settings", "size")
+    ]
     assert "failed  onejump-seed2000000: it has not been run to its end" in capfd.readouterr().err
     assert len(children(store, out)) == len(runs)
 
 
-def test_two_budgets_give_regrets_and_the_budget_saved(tiny, client, tmp_path, capfd):
-    out = tmp_path / "sweep"
-    flags = ["--arms", "static,onejump", "--sizes", "1,2x24", "--budgets", "40,24", "--seeds", "2"]
-    assert sweep.main([*flags, "--tuning-seeds", "1", *tiny, "--out", str(out)]) == 0
-    points = read(out)["points"]
-    assert [point["budget"]["amount"] for point in points] == [24, 40]
-    runs = children(client(), out)
-    assert Counter(run.data.tags["grid"] for run in runs.values()) == dict.fromkeys([p["grid"] for p in points], 8)
-    assert all(run.data.metrics["steps"] == json.loads(run.data.tags["grid"])["budget.amount"] for run in runs.values())
-
-    def end(label, point, seed):
-        name, *_ = (n for n, t in trials.items() if (t["label"], t["grid"], t["seed"]) == (label, point["grid"], seed))
-        return summary(out, name)["val_loss"]
-
-    trials, [told] = read(out)["trials"], read(out, "report/report.json")["budgets"]
-    regrets = [[end("onejump", p, s) - end(f"static-{p['size']}", p, s) for s in (0, 1)] for p in points]
-    rows = {row["budget"]: row for row in told["rows"] if row["arm"] == "onejump"}
-    assert [rows[budget]["regret"]["mean"] for budget in (24, 40)] == pytest.approx(np.mean(regrets, axis=1).tolist())
-    assert rows[None]["regret"]["mean"] == pytest.approx(np.mean(regrets))
-    assert re.search(r"arm +24 +40 +mean +would show", capfd.readouterr().err)
-
-    parent = next(iter(runs.values())).data.tags["mlflow.parentRunId"]
-    tracked = {point.step: point.value for point in client().get_metric_history(parent, "regret/onejump")}
-    assert tracked == {budget: pytest.approx(rows[budget]["regret"]["mean"]) for budget in (24, 40)}
-    assert client().get_run(parent).data.metrics["mean_regret/onejump"] == pytest.approx(np.mean(regrets))
-
-
-def test_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_path, capfd, monkeypatch):
+def test_two_budgets_with_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_path, capfd, monkeypatch):
     """The search goes up in layers; the interval is never so narrow. Stopped and resumed, it goes on with seed 5."""
     out, stages_run, run_trials = tmp_path / "sweep", [], comparison.run_trials
 
@@ -170,38 +145,50 @@ def test_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_path, capfd, monk
             raise Stopped(signal.SIGINT)
         run_trials(stage, trials, *others)
 
-    flags = ["--arms", "static,onejump", "--tuning-seeds", "1", "--width", "1e-9"]
+    flags = ["--arms", "static,onejump", "--tuning-seeds", "1", "--width", "1e-9", "--budgets", "24,16"]
     flags += ["--sizes", "auto", "--seeds", "auto:6"]
     with monkeypatch.context() as patched:
         patched.setattr(comparison, "run_trials", stopping)
-        small = sets('growth.blueprints={"block":{}}', "budget.amount=24")
+        small = sets('growth.blueprints={"block":{}}', "growth.max_layers=2")
         assert sweep.main([*flags, *small, *tiny, "--out", str(out)]) == 128 + signal.SIGINT
-    printed = capfd.readouterr().err
-    assert "seeds   5 of at most 6: the interval of onejump's regret is" in printed
-    assert read(out)["seeds"] == list(range(6))  # begun
+    assert "seeds   5 of at most 6: the interval of onejump's regret is" in capfd.readouterr().err
+    assert state(out)["seeds"] == list(range(6))  # begun
     assert sweep.main(["--resume", str(out)]) == 0
+    assert re.search(r"arm +16 +24 +mean +would show", capfd.readouterr().err)
 
-    found = read(out)
-    [point], trials = found["points"], found["trials"]
-    tried = [size for step in point["sizes"] for size in step]
-    assert (tried[:2], point["sizes"][-1]) == (["1", "2"], [])
-    assert {t["label"] for t in trials.values() if t["purpose"] == "tuning"} == {f"static-{size}" for size in tried}
-    near = {str(size) for size in range(1, 4) if abs(size - int(point["size"])) <= 1}
-    assert near <= set(tried)
-    tests = Counter(trial["label"] for trial in trials.values() if trial["purpose"] == "test")
-    assert tests == dict.fromkeys(["onejump", *(f"static-{size}" for size in near)], 6)
+    found = state(out)
+    points, trials, sizes = found["points"], found["trials"], ["1", "2"]
     assert found["seeds"] == list(range(6))
-    check_tracked(client(), out)
+    assert [point["budget"]["amount"] for point in points] == [16, 24]
+    for point in points:
+        assert point["sizes"] == [["1"], ["2"], []]
+        own = [trial for trial in trials.values() if trial["grid"] == point["grid"]]
+        assert {trial["label"] for trial in own if trial["purpose"] == "tuning"} == {"static-1", "static-2"}
+        tests = Counter(trial["label"] for trial in own if trial["purpose"] == "test")
+        assert tests == dict.fromkeys(["onejump", "static-1", "static-2"], 6)
+    runs = check_tracked(client(), out)
+    assert all(run.data.metrics["steps"] == json.loads(run.data.tags["grid"])["budget.amount"] for run in runs.values())
 
-    ends = [
-        [summary(out, f"{a}-seed{s}")["val_loss"] for s in range(6)] for a in ("onejump", f"static-{point['size']}")
-    ]
-    judged = read(out, "report/report.json")["verdicts"][0]["tests"]
-    [row] = [row for row in judged if (row["baseline"], row["axis"]) == ("best static", "tokens")]
-    assert row["interval"] == pytest.approx(Interval.of(np.subtract(*ends), sequential=True).as_dict())
+    def ends(label, point):
+        names = {(t["label"], t["grid"], t["seed"]): name for name, t in trials.items()}
+        return [summary(out, names[label, point["grid"], seed])["val_loss"] for seed in range(6)]
+
+    regrets = [np.subtract(ends("onejump", p), ends(f"static-{p['size']}", p)) for p in points]
+    intervals = [Interval.of(values, sequential=True).as_dict() for values in (*regrets, np.mean(regrets, axis=0))]
+    report = read(out, "report/report.json")
+    rows = {row["budget"]: row["regret"] for row in report["budgets"][0]["rows"] if row["arm"] == "onejump"}
+    assert [rows[budget] for budget in (16, 24, None)] == [pytest.approx(interval) for interval in intervals]
+    judged = [test for verdict in report["verdicts"] for test in verdict["tests"]]
+    told = [test["interval"] for test in judged if (test["baseline"], test["axis"]) == ("best static", "tokens")]
+    assert told == [pytest.approx(interval) for interval in intervals[:2]]
     page = (out / "report" / "report.html").read_text()
-    for told in ("those of a confidence sequence", "added until 95 % intervals", f"tested: {', '.join(tried)}"):
-        assert told in page
+    for words in ("those of a confidence sequence", "added until 95 % intervals", f"tested: {', '.join(sizes)}"):
+        assert words in page
+
+    parent = next(iter(runs.values())).data.tags["mlflow.parentRunId"]
+    tracked = {point.step: point.value for point in client().get_metric_history(parent, "regret/onejump")}
+    assert tracked == {budget: pytest.approx(rows[budget]["mean"]) for budget in (16, 24)}
+    assert client().get_run(parent).data.metrics["mean_regret/onejump"] == pytest.approx(rows[None]["mean"])
 
 
 def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(
@@ -235,7 +222,7 @@ def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(
     assert "failed  static_final.of.schedule-seed0: schedule has no sound run of this seed to follow" in printed
     assert f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}" in printed
     assert "this takes 3 s at most" in printed
-    assert read(out)["trials"]["static_final.of.schedule-seed0"]["status"] == "failed"
+    assert state(out)["trials"]["static_final.of.schedule-seed0"]["status"] == "failed"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert sweep.main(["--resume", str(out)]) == 1
     statuses = {name: run.info.status for name, run in children(MlflowClient(), out).items()}
@@ -263,7 +250,7 @@ def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
         process.wait()
     assert len(list(out.glob("trials/*/summary.json"))) == 1
     assert sweep.main(["--resume", str(out)]) == 0
-    assert {trial["status"] for trial in read(out)["trials"].values()} == {"done"}
+    assert {trial["status"] for trial in state(out)["trials"].values()} == {"done"}
     check_tracked(client(), out)
 
 
@@ -295,7 +282,7 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
     small = sets("ppo.iterations=2", "ppo.decisions=64", "ppo.minibatch=32", "ppo.hidden=8", "ppo.held_out=2")
     monkeypatch.setattr(stages, "next_settings", lambda start, *others: [] if others[-1] else [Setting(start, 0.6)])
     assert sweep.main([*flags, "--train-on", "laws", "--tune-lr", *small, *tiny, "--out", str(out)]) == 0
-    found = read(out)
+    found = state(out)
     assert found["points"][0]["settings"]["ppo"] == [1.0, 0.6]
     assert found["controller"]["trained_on"] == "laws"
     assert found["points"][0]["spent"]["controller"]["steps"] == 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import RunTag
 
 from esper.pipelines.reports.paired_tests import Trials
 from esper.pipelines.reports.runs import AXES, Run
@@ -124,10 +123,9 @@ def log(client: MlflowClient, runs: Sequence[Run], sweep: dict[str, Any], name: 
     parent = client.create_run(experiment, tags=tags, run_name=name).info.run_id
     ids = {"parent": parent}
     for run in runs:
-        made = client.create_run(experiment, run_name=run.name).info
         own = {key: str(getattr(run, key)) for key in ("arm", "label", "seed", "purpose", "grid")}
         own |= {"kind": "trial", "mlflow.parentRunId": parent} | ({"size": str(run.size)} if run.size else {})
-        client.log_batch(made.run_id, tags=[RunTag(*tag) for tag in own.items()])
+        made = client.create_run(experiment, tags=own, run_name=run.name).info
         if run.summary:
             folder = Path(made.artifact_uri.removeprefix("file://"))
             folder.mkdir(parents=True)
