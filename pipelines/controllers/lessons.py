@@ -118,11 +118,9 @@ class Lessons:
 
 def parted(laws: FittedLaws) -> tuple[FittedLaws, FittedLaws]:
     """The ensemble without every `EVERY`th member, and these alone; of too few, both are all."""
-    parts = []
-    for held_out in (False, True):
-        chosen = {
-            name: tuple(value for i, value in enumerate(values) if (i % EVERY == EVERY - 1) == held_out)
-            for name, values in laws.ensemble.items()
-        }
-        parts.append(laws.model_copy(update={"ensemble": chosen if all(chosen.values()) else laws.ensemble}))
-    return parts[0], parts[1]
+    every = laws.ensemble.items()
+    unseen = {name: values[EVERY - 1 :: EVERY] for name, values in every}
+    taught = {name: tuple(value for i, value in enumerate(values, 1) if i % EVERY) for name, values in every}
+    if not all(unseen.values()):
+        return laws, laws
+    return laws.model_copy(update={"ensemble": taught}), laws.model_copy(update={"ensemble": unseen})

@@ -20,7 +20,7 @@ import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from esper.platform.deadline import within
-from esper.platform.errors import UserError, reason, shown, unknown
+from esper.platform.errors import UserError, in_a_sentence, shown, unknown
 from esper.platform.tracking_store import connect, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
@@ -145,13 +145,8 @@ def read_sweeps(uri: str | None, experiment: str | None, wanted: str | None, *, 
     if not (is_there if file is None else file.is_file() and file.stat().st_size):  # MLflow would make a new one
         mend = "give --tracking-uri, set MLFLOW_TRACKING_URI, or run this where the sweep was run."
         raise UserError(f"there is no MLflow store at {shown(address)}: {mend}")
-    try:
+    with in_a_sentence(f"MLflow at {shown(address)} cannot be read", "check --tracking-uri, or MLFLOW_TRACKING_URI"):
         found = within(SECONDS, lambda: list(islice(_find_sweeps(address, experiment, wanted), 1 if newest else None)))
-    except UserError:
-        raise
-    except Exception as error:  # whatever the driver of an address raises
-        why = f"MLflow at {shown(address)} cannot be read ({reason(error)})"
-        raise UserError(f"{why}: check --tracking-uri, or MLFLOW_TRACKING_URI.") from error
     if not found:
         raise UserError(f"MLflow at {shown(address)} holds no such sweep with a sweep.json: run `esper sweep` first.")
     if not any(run.summary for sweep in found for run in sweep.runs):

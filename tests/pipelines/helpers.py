@@ -42,6 +42,16 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen | None = No
         time.sleep(0.02)
 
 
+class Harm:
+    """Its pickle calls a function when it is read."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
 def made_net(seed: int, scale: float) -> ControllerNet:
     """An untrained controller: at scale 0 it only waits."""
     torch.manual_seed(seed)

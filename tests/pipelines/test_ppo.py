@@ -22,7 +22,7 @@ from esper.workers.instances import instance_set
 from esper.workers.laws.fit import annealed_losses
 from esper.workers.laws.surrogate import drawn_laws
 from esper.workers.observe import telemetry_space
-from tests.pipelines.helpers import made_net, sets, start, summary_of, wait_for
+from tests.pipelines.helpers import Harm, made_net, sets, start, summary_of, wait_for
 
 SMALL = sets("ppo.decisions=16", "ppo.minibatch=8", "ppo.epochs=2", "ppo.held_out=2")
 
@@ -119,7 +119,7 @@ def resumed_to_the_bit(laws, *flags: str) -> dict:
     """
     straight, resumed = laws(4, "straight", *flags), laws(2, "resumed", *flags)
     for name in ("algorithm_state.pkl", "class_and_ctor_args.pkl", "state.pkl"):
-        (resumed / "checkpoints" / "000002" / name).write_bytes(pickle.dumps(Bomb(resumed / "exploded")))
+        (resumed / "checkpoints" / "000002" / name).write_bytes(pickle.dumps(Harm(Path.touch, resumed / "exploded")))
     assert ppo.main(["--resume", str(resumed), *more(4)]) == 0
     assert not (resumed / "exploded").exists()
     for name in ("policy", "learner"):
@@ -138,16 +138,6 @@ def resumed_to_the_bit(laws, *flags: str) -> dict:
 
 def test_resumed_it_is_the_same_to_the_bit(laws):
     assert not any("anchor_kl" in metrics for metrics in resumed_to_the_bit(laws)["history"])
-
-
-class Bomb:
-    """Unpickled, it leaves a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.usefixtures("short_lessons")
@@ -261,7 +251,7 @@ def test_what_is_refused(laws, tiny, tmp_path, refused):
     for name in ("policy", "learner"):
         path = newest / f"{name}.safetensors"
         whole = path.read_bytes()
-        path.write_bytes(pickle.dumps(Bomb(out / "exploded")))
+        path.write_bytes(pickle.dumps(Harm(Path.touch, out / "exploded")))
         refused(ppo.main, go_on, str(newest))
         path.write_bytes(whole)
     assert not (out / "exploded").exists()

@@ -49,7 +49,8 @@ def lesson(seed: int) -> Played:
     )
 
 
-def test_a_clone_plays_as_its_teacher_and_is_the_same_each_time():
+def test_a_clone_plays_as_its_teacher_and_is_the_same_each_time(monkeypatch):
+    monkeypatch.setattr("esper.policies.simic.clone.STEPS", 200)
     nets, baseline, episodes = [untaught(16, 5), untaught(16, 5)], Baseline(), [lesson(seed) for seed in range(40)]
     baseline.update(episodes)
     unseen = [lesson(seed) for seed in range(100, 110)]

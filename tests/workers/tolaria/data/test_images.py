@@ -23,6 +23,7 @@ from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
 from esper.workers.tolaria.data import ImageData, ensure, image_sources, open_data, prepare, sources
 from esper.workers.tolaria.data.prepared import FILE
+from tests.pipelines.helpers import Harm
 
 CPU = torch.device("cpu")
 LABELS = np.arange(60) % 10
@@ -198,16 +199,6 @@ def test_cifars_python_batches_are_read(cifar, tmp_path):
     pixels, labels = made.arrays["valid"]
     assert np.array_equal(by_label(pixels.transpose(0, 2, 3, 1), labels), by_label(*images(20, seed=2)))
     assert held is not None
-
-
-class Harm:
-    """Its pickle runs a command when it is read."""
-
-    def __init__(self, function: object, *arguments: object) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize("function", [os.system, eval, pickle.loads, np.load, np.fromfile, getattr, print])
