@@ -30,9 +30,10 @@ class Frozen(BaseModel):
     def _refuse_unknown_keys(cls, values: Any) -> Any:
         """With the keys that there are, which pydantic's own error leaves out."""
         if isinstance(values, Mapping) and cls.model_config.get("extra") == "forbid":
+            known = [field.alias or name for name, field in cls.model_fields.items()]
             for key in values:
-                if key not in cls.model_fields:
-                    raise PydanticCustomError("unknown_key", "unknown", {"key": str(key), "known": [*cls.model_fields]})
+                if key not in known:
+                    raise PydanticCustomError("unknown_key", "unknown", {"key": str(key), "known": known})
         return values
 
     @classmethod
