@@ -1,33 +1,20 @@
 """Fitted scaling laws as a file: an ensemble of them, what they were fitted to, and how well they fit it."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Count, Frozen, NotNegative, Positive
 from esper.platform.host_spec import Host
-from esper.platform.spec import RunSpec
+from esper.platform.spec import LawSpec, RunSpec
 from esper.platform.storage import read_json
 
 FIT = "esper policy fit RUNS --out FILE"  # the command that makes one
 
-# What a law is made of, by the names of `ScalingLaw` (`workers/laws/scaling_law.py`); one number a member.
-Constant = Literal[
-    "floor",
-    "size",
-    "size_exponent",
-    "data",
-    "data_exponent",
-    "heads",
-    "width",
-    "layer",
-    "reference",
-    "tokens",
-    "depth",
-    "slowness",
-]
+# What a law is made of: the fields of `ScalingLaw` (`workers/laws/scaling_law.py`); one number a member.
+CONSTANTS = (*LawSpec.model_fields, "reference", "tokens")
 Constants = Annotated[tuple[NotNegative, ...], Field(min_length=1, max_length=1024)]
 
 
@@ -54,12 +41,14 @@ class FittedLaws(Frozen):
     # Of each run: tokens of its first slice, and the sum of both errors at evenly spaced decisions, start and end too.
     errors: tuple[tuple[Positive, Annotated[tuple[float, ...], Field(min_length=2)]], ...] = ()
     vocab_size: Count | None = None
-    ensemble: dict[Constant, Constants]
+    ensemble: dict[str, Constants]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if missing := {*get_args(Constant)} - self.ensemble.keys():
-            raise ValueError(f"its ensemble lacks {', '.join(sorted(missing))}: fit it again, with `{FIT}`.")
+        if wrong := {*CONSTANTS} ^ self.ensemble.keys():
+            raise ValueError(
+                f"its ensemble lacks {', '.join(sorted(wrong))}, or knows more: fit it again, with `{FIT}`."
+            )
         if len({len(values) for values in self.ensemble.values()}) > 1:
             raise ValueError("its ensemble's constants are not of equally many members.")
         return self

@@ -6,12 +6,12 @@ of the plans that begin with it. To average the members' own optima instead (QMD
 the truth is known from the next decision on, and so puts grafts off.
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from esper.platform.errors import UserError
-from esper.platform.law_file import FIT, Constant, FittedLaws
+from esper.platform.law_file import CONSTANTS, FIT, FittedLaws
 from esper.platform.spec import RunSpec
 from esper.workers.laws.oracle import best_plans, course_from, followed
 from esper.workers.laws.scaling_law import SIZE, VOCABULARY, ScalingLaw
@@ -100,6 +100,6 @@ def members(laws: FittedLaws) -> ScalingLaw:
     return ScalingLaw(**{name: np.array(values) for name, values in laws.ensemble.items()})
 
 
-def ensemble(laws: list[ScalingLaw]) -> dict[Constant, tuple[float, ...]]:
+def ensemble(laws: list[ScalingLaw]) -> dict[str, tuple[float, ...]]:
     """Laws as a file has them."""
-    return {name: tuple(float(getattr(law, name)) for law in laws) for name in get_args(Constant)}
+    return {name: tuple(float(getattr(law, name)) for law in laws) for name in CONSTANTS}
