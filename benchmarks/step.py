@@ -1,4 +1,4 @@
-"""A training step of a host that never grew, eager and compiled, and a plain model of its shape with the usual step."""
+"""A step of a host that never grew, eager and compiled; of a plain model of its shape; of a loop with a Grower."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from measuring import RATE, Row, bound, in_turns, text, times, trainer
 from torch import Tensor, nn
 
+from esper import Budget, Grower
 from esper.platform.host_spec import STAGES, HostSpec, ResNetSpec
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.tolaria.data import ImageData, TokenData, ensure, open_data
+from esper.workers.tolaria.hosts import new_host
 
 LARGE = ["data.batch_size=2", "data.tokenizer=char", "dtype=float32", "device=cpu"]
 SHAPES = {  # name → steps of a block, spec
@@ -115,6 +117,28 @@ class PlainGPT(Plain):
         return batch[:, :-1], batch[:, 1:]
 
 
+class OwnLoop(PlainGPT):
+    """A host in nanoGPT's loop, by itself or with a Grower that waits."""
+
+    def __init__(self, spec: RunSpec, data: TokenData, *, watched: bool) -> None:
+        super().__init__(spec, data)
+        self.host = new_host(spec.host, data.manifest.vocab_size)
+        self.optimizer = torch.optim.AdamW(self.host.parameters(), lr=RATE, betas=(0.9, 0.95), fused=True)
+        settings = {"budget": Budget(steps=10**9), "evaluate": lambda: 1.0}
+        self.grower = Grower(self.host, self.optimizer, "static", **settings) if watched else None
+
+    def step(self) -> None:
+        idx, targets = self.batch()
+        loss = F.cross_entropy(self.host(idx).flatten(0, 1), targets.flatten())
+        loss.backward()
+        if self.grower is not None:
+            self.grower.step(loss)
+            return
+        nn.utils.clip_grad_norm_(self.host.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 class PlainResNet(Plain):
     """Pre-activation blocks in three stages, with GroupNorm, as torch's own modules in a row."""
 
@@ -161,16 +185,19 @@ class Residual(nn.Module):
 
 
 def measure() -> list[Row]:
-    """Rows: two a shape of a GPT, one a shape of a ResNet."""
+    """Rows: three a shape of a GPT, one a shape of a ResNet."""
     rows = []
     for name, (steps, spec) in SHAPES.items():
         data = text(spec)
         ours, fast, plain = trainer(spec, data), bound(trainer(spec, data)), PlainGPT(spec, data)
+        loops = {"watched": OwnLoop(spec, data, watched=True).step, "bare": OwnLoop(spec, data, watched=False).step}
         works = {"ours": ours.step, "fast": fast.step}
         works = {name: lambda step=step: step(RATE) for name, step in works.items()}
-        seconds = in_turns({**works, "plain": plain.step}, steps)
+        seconds = in_turns({**works, "plain": plain.step, **loops}, steps)
         rows.append((f"training step against nanoGPT's: {name}", "≤ 1.00 ×", times(seconds["ours"], seconds["plain"])))
         rows.append((f"compiled step against eager: {name}", "< 1.00 ×", times(seconds["fast"], seconds["ours"])))
+        row = f"step of a loop with a Grower against one without: {name}"
+        rows.append((row, "≤ 1.02 ×", times(seconds["watched"], seconds["bare"])))
     for name, (steps, spec) in RESNETS.items():
         images = open_data(ensure(spec.data))
         assert isinstance(images, ImageData)

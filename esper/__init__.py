@@ -10,7 +10,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Public name → its module, imported at first use: a command's `--help` needs no torch.
-_PUBLIC = {"from_gpt2": "esper.workers.tolaria.gpt2", "to_gpt2": "esper.workers.tolaria.gpt2"}
+_PUBLIC = {
+    "Budget": "esper.pipelines.common.grow",
+    "Grower": "esper.pipelines.common.grow",
+    "from_gpt2": "esper.workers.tolaria.gpt2",
+    "to_gpt2": "esper.workers.tolaria.gpt2",
+}
 
 
 def __getattr__(name: str) -> Any:

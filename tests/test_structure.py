@@ -58,9 +58,9 @@ TRAINING = python("workers")
 @pytest.mark.parametrize(
     ("what", "measured", "limit"),
     [
-        ("lines of Python, tests apart", lines(CODE), 17_606),
-        ("lines of tests", lines(python("tests")), 10_399),
-        ("lines of docstrings and comments", prose(CODE), 2_000),
+        ("lines of Python, tests apart", lines(CODE), 18_391),
+        ("lines of tests", lines(python("tests")), 10_861),
+        ("lines of docstrings and comments", prose(CODE), 2_044),
         ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 15),
         ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),
     ],

@@ -26,6 +26,7 @@ from esper.workers.laws.forecast import forecast
 from esper.workers.laws.scaling_law import SIZE, size_of
 from esper.workers.observe import Measured, Observer, batch_tokens
 from esper.workers.tolaria.hosts import start_shape
+from esper.workers.tolaria.rate import rate
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Point = dict[str, Any]  # of the loss curve, in JSON values: budget fraction, ledger axes, parameters, validation loss
@@ -101,11 +102,14 @@ class Episode(ABC):
     shape: Any
     planted: dict[int, Planted]  # graft number → seed, oldest graft first
 
-    def __init__(self, spec: RunSpec, vocab_size: int) -> None:
+    def __init__(
+        self, spec: RunSpec, vocab_size: int, born: HostShape | None = None, tokens_per_step: int | None = None
+    ) -> None:
+        """Of a host that the spec does not describe, `born` is its shape at the start."""
         self.spec, self.vocab_size = spec, vocab_size
-        self.observer = Observer(spec)
+        self._given, self.tokens_per_step = born, tokens_per_step or batch_tokens(spec)
+        self.observer = Observer(spec, born, self.tokens_per_step)
         self.space, self.blueprints = self.observer.space, self.observer.blueprints
-        self.tokens_per_step = batch_tokens(spec)
         self.telemetry: Telemetry  # the last observation
 
     @abstractmethod
@@ -149,7 +153,7 @@ class Episode(ABC):
         self.unfinished = False  # a slice is under way: call `finish`, not `step`
         self.paid = 0.0  # parameter-seconds whose rent rewards have charged
         self.sequence = 0  # number of the last observation
-        self._born: HostShape = start_shape(self.spec, self.vocab_size, instance.n_layer)
+        self._born: HostShape = self._given or start_shape(self.spec, self.vocab_size, instance.n_layer)
         self._start()
         self._resized()
         self.reference = self.spec.reward.reference or (  # parameter-seconds that cost `reward.rent` nats
@@ -157,7 +161,12 @@ class Episode(ABC):
         )
 
     def step(self, action: GraftAction) -> Transition:
-        """Apply the action and `finish`; UserError, and no change, for an illegal or late action."""
+        """`begin` and `finish`."""
+        self.begin(action)
+        return self.finish()
+
+    def begin(self, action: GraftAction) -> None:
+        """Apply the action; UserError, and no change, for an illegal or late one."""
         candidate = self._accept(action)
         self.unfinished = True
         if candidate.operation != "wait":
@@ -183,7 +192,6 @@ class Episode(ABC):
                 self.prunes.append(Change(**values, parameters_after=self.layout.parameters))
                 for number in there.keys() - self.planted.keys():  # the seed, and those inside it
                     self.grafts[number].outcome = "pruned"
-        return self.finish()
 
     @property
     def ended(self) -> bool:  # the budget is spent, or the run was given up
@@ -191,10 +199,7 @@ class Episode(ABC):
 
     def finish(self) -> Transition:
         """Train to the next decision: the rest of an interrupted `step`."""
-        for change in (*self.grafts[-1:], *self.prunes[-1:]):
-            if change.decision == self.sequence and change.val_loss_after is None:
-                loss = self._evaluate()
-                change.val_loss_after = loss if math.isfinite(loss) else None
+        self._tell_change()
         loss_before = self.loss
         loss, self.loss = self._train(self.clock.boundary)
         self.clock.advance(self.reading())
@@ -280,6 +285,17 @@ class Episode(ABC):
     def seen(self) -> list[tuple[float, float]]:
         """(Budget fraction, validation loss) at each decision, as a controller sees them."""
         return [(point["budget_fraction"], point["val_loss"]) for point in self.curve]
+
+    def host_rate(self) -> float:
+        """The host's learning rate now, as telemetry tells it."""
+        return rate(self.spec.optimizer, self.fraction(), self.layout.non_embedding)
+
+    def _tell_change(self) -> None:
+        """Evaluate what the last action has changed, where nothing else says how it moved the loss."""
+        for change in (*self.grafts[-1:], *self.prunes[-1:]):
+            if change.decision == self.sequence and change.val_loss_after is None:
+                loss = self._evaluate()
+                change.val_loss_after = loss if math.isfinite(loss) else None
 
     def _graft(self, candidate: Candidate) -> float | None:
         """Graft; returns `Graft.identity`."""

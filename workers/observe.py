@@ -14,7 +14,6 @@ from esper.platform.spec import RunSpec
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, SITE_COLUMN, WAIT, Candidate, Telemetry, TelemetrySpace
 from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
 from esper.workers.tolaria.hosts import start_shape
-from esper.workers.tolaria.rate import rate
 
 SLOW = 4  # decisions that the slow slope looks back
 OUTCOMES = {"kept": 1.0, "rolled back": -1.0}  # of the last graft, as telemetry tells them
@@ -63,17 +62,17 @@ class Layout:
 
 
 class Observer:
-    """Makes the observations of a spec's runs, padded to `space`."""
+    """Makes the observations of a spec's runs, padded to `space`; `born`: of a host that is not the spec's."""
 
-    def __init__(self, spec: RunSpec) -> None:
-        self._spec = spec
-        self.space = telemetry_space(spec)
+    def __init__(self, spec: RunSpec, born: HostShape | None = None, tokens_per_step: int | None = None) -> None:
+        self._spec, self._tokens = spec, tokens_per_step or batch_tokens(spec)
+        self.space = telemetry_space(spec, born)
         self.blueprints = make_blueprints(spec.growth.blueprints)
         self.layout = lru_cache(maxsize=512)(self._layout)
 
     def _layout(self, shape: HostShape, newest: tuple[Planted, ...], start: HostShape) -> Layout:
         growth, clock = self._spec.growth, self._spec.clock
-        axis, tokens = self._spec.budget.axis, batch_tokens(self._spec)
+        axis, tokens = self._spec.budget.axis, self._tokens
         found, sites = options(shape, self.blueprints.values(), newest), shape.injection_specs()
         parameters, seconds = shape.parameters_count(), clock.step_seconds(shape, tokens)
         most = growth.max_parameters or start.deepened(growth.max_layers).parameters_count()
@@ -140,7 +139,7 @@ class Observer:
             "growth_left": max(0.0, optimizer.decay_from - used),
             "growth_decisions_left": math.log10(1 + max(0, growing - clock.passed)),
             "decaying": float(used >= optimizer.decay_from),
-            "rate": rate(optimizer, used, layout.non_embedding) / optimizer.rate_max,
+            "rate": run.host_rate() / optimizer.rate_max,
             "loss": losses[-1][1] / math.log(run.vocab_size),
             "slope_fast": _slope(losses, 1),
             "slope_slow": _slope(losses, SLOW),
@@ -177,10 +176,11 @@ def within_caps(shape: HostShape, max_layers: int, max_parameters: int | None) -
     return shape.depth() <= max_layers and (max_parameters is None or shape.parameters_count() <= max_parameters)
 
 
-def telemetry_space(spec: RunSpec) -> TelemetrySpace:
-    """A spec's fixed telemetry sizes: those of its deepest shape, with a prune row per site."""
+def telemetry_space(spec: RunSpec, born: HostShape | None = None) -> TelemetrySpace:
+    """A spec's fixed telemetry sizes: those of the deepest shape of its host, or one `born` so, and a prune a site."""
     blueprints = make_blueprints(spec.growth.blueprints).values()
-    deepest = start_shape(spec, vocab_size=1).deepened(spec.growth.max_layers)  # the vocabulary changes no count
+    start = born or start_shape(spec, vocab_size=1)  # the vocabulary changes no count
+    deepest = start.deepened(spec.growth.max_layers)
     sites = len(deepest.injection_specs())
     return TelemetrySpace(sites=sites, candidates=len(options(deepest, blueprints)) + sites)
 

@@ -6,12 +6,12 @@ numbers: progress is the count of unread steps, then `reached` once only cooldow
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as File
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
@@ -22,33 +22,30 @@ from esper.platform.frozen import Frozen
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate
-from esper.workers.episode import Episode, EpisodeState, Finite, Point, Rollback
-from esper.workers.kasmina.governor import CHECK_EVERY, fault
+from esper.workers.episode import Finite, Point
+from esper.workers.kasmina import Kasmina
+from esper.workers.kasmina.governor import CHECK_EVERY
 from esper.workers.kasmina.registry import Natural
-from esper.workers.observe import GlobalMeasured, Measured, norm_fields
+from esper.workers.observe import norm_fields
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import Data
 from esper.workers.tolaria.rate import rate
 from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, synchronize, within
+from esper.workers.trained import STRIKES, TrainedEpisode, TrainedState
 
 CONTRIBUTION_SHARE = 0.02  # of a slice's steps that measuring contributions may cost
 IDENTITY = 1e-4  # largest change of a logit that proves a graft harmless: it moves a token's loss by at most twice that
 WAITED = 0.1  # seconds between two looks at a build
-STRIKES = 3  # faults in a row, without a sound decision between them, that end a run
 
 OnStep = Callable[["GrowthRun"], None]
 Path = Literal["eager", "building", "compiled"]  # by which a slice's steps go; "building" ones are eager still
 
 
-class RunState(EpisodeState):
+class RunState(TrainedState):
     """A GrowthRun's own attributes too."""
 
-    measured: Measured
     contributed: dict[str, tuple[Finite, Natural, Natural]]
     norms: dict[str, tuple[Finite, Finite]]
-    window: list[Finite]
-    inspected: Natural
-    strikes: Natural
     reached: Annotated[float, Field(gt=0)] | None
     path: Path
     accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -64,7 +61,7 @@ class Trained(Frozen):
     good: TrainerState | None = None  # where it is another
 
 
-class GrowthRun(Episode):
+class GrowthRun(TrainedEpisode):
     """An episode that trains a host.
 
     `on_step` is called with the run after each optimizer step (a copy's too) and each part of an evaluation. An
@@ -125,28 +122,34 @@ class GrowthRun(Episode):
         self.trainer = Trainer(self.spec, self._data, self.blueprints, self.seed, self.instance)
         if self._weights is not None:
             self.trainer.start_with(self._weights)
-        self.measured = Measured()
         self.norms: dict[str, tuple[float, float]] = {}  # at the last step of a slice
         self.reached: float | None = None  # loss at the end of a slice of which only cooldowns are left
-        self.window: list[float] = []  # the governor's
-        self.inspected = 0  # steps of this slice that the governor has looked at
-        self.strikes = 0
         self.path: Path = "eager"
         self.accuracy: float | None = None  # in the last evaluation, of data that are told by it
         self.contributed: dict[str, tuple[float, int, int]] = {}  # site → (value, number of its seed, decision)
         self._decay: tuple[float, float] | None = None  # of a cooldown fork: where its rate starts and ends to fall
-        self._good: Snapshot = self.trainer.state()  # as the slice under way began, before its action
-        self._resized()
-        axis, step = self.spec.budget.axis, float(self.layout.axis_per_step[0])
-        if self.clock.amount < step and self.spec.clock.foretells(axis):
-            what = f"the budget is {self.clock.amount:g} {axis}, and one optimizer step uses {step:,.6g}"
-            raise UserError(f"{what}: set a larger budget.amount, or a smaller host or batch.")
+        super()._start()
 
-    def _resized(self) -> None:
-        host, seeds = self.trainer.host, self.trainer.kasmina.seeds
-        self.shape = host.shape
-        self.planted = {seed.number: seed.planted for seed in seeds}
-        super()._resized()
+    @property
+    def kasmina(self) -> Kasmina:
+        return self.trainer.kasmina
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.device
+
+    def _rows(self, since: int = 0) -> list[list[float]]:
+        return self.trainer.measured(since)
+
+    def _forget(self) -> None:
+        self.trainer.forget()
+
+    def _snapshot(self) -> Snapshot:
+        return self.trainer.state()
+
+    def _go_back(self) -> None:
+        self.trainer.roll_back(self._good)
+        self.path = "eager"
 
     def _point(self) -> Point:
         told = {} if self.accuracy is None else {"accuracy": self.accuracy}
@@ -156,16 +159,9 @@ class GrowthRun(Episode):
         return super().summary() | ({} if self.accuracy is None else {"accuracy": self.accuracy})
 
     def _change(self, candidate: Candidate) -> None:
-        begun, site = time.perf_counter(), candidate.site
-        if site is not None and candidate.operation == "prune":
-            self.trainer.kasmina.prune(site)
-        elif site is not None:
-            self.trainer.kasmina.graft(site, candidate.blueprint or "")
-        else:
-            return
-        self.path = "eager"
-        self._resized()
-        self._charge(self.spec.clock.graft_seconds, begun)
+        if candidate.operation != "wait":
+            self.path = "eager"
+        super()._change(candidate)
 
     def _graft(self, candidate: Candidate) -> float | None:
         before = self._logits()
@@ -196,9 +192,7 @@ class GrowthRun(Episode):
                 whole = self._evaluate(whole=True)
                 self.failure = f"{self.rollbacks[-1].fault}, {STRIKES} times in a row"  # last: it ends the episode
                 return loss, whole
-            self.measured = self._take_measures(loss)
-            self._next_slice()
-            self._good = self.trainer.state()
+            self._sound(loss, self._site_measures())
             self.reached = loss
         for at in self.spec.budget.cooldowns[len(self.annealed) :]:
             if self.fraction() < at * self.spec.optimizer.decay_from:
@@ -215,17 +209,13 @@ class GrowthRun(Episode):
         self.ledger.validation_seconds += time.perf_counter() - begun
         return loss
 
-    def _measured(self) -> Measured:
-        return self.measured
-
     def _train_soundly(self, boundary: float) -> float:
         """Train to a reading and return the loss there; faults are rolled back, until there are `STRIKES` in a row."""
         while self.strikes < STRIKES:
             wrong = self._train_to(boundary)
             loss = math.nan if wrong else self._evaluate()
             if math.isfinite(loss):
-                if not self.rollbacks or self.rollbacks[-1].decision != self.sequence:
-                    self.strikes = 0
+                self._note_sound()
                 return loss
             self._roll_back(wrong or "the validation loss was not finite")
         self._good = self.trainer.state()
@@ -241,10 +231,9 @@ class GrowthRun(Episode):
             self._optimizer_step()
             done = self.reading() >= boundary
             if done or self.trainer.unread - self.inspected >= CHECK_EVERY:
-                wrong = fault(self.trainer.measured(since=self.inspected), self.window, self.vocab_size)
+                wrong = self._fault(self.trainer.unread)
                 if wrong is not None:
                     return wrong
-                self.inspected = self.trainer.unread
             if done:
                 begun = time.perf_counter()
                 synchronize(self.trainer.device)  # for the rest of the slice; the wall clock waits at every step
@@ -304,39 +293,11 @@ class GrowthRun(Episode):
         size = self.layout.non_embedding - self.trainer.kasmina.parameters_warming_up()
         return rate(self.spec.optimizer, self.fraction(), size, self._decay)
 
-    def _charge(self, predicted: float, begun: float, steps: int = 0, *, wait: bool = True) -> None:
-        if wait:
-            synchronize(self.trainer.device)
-        measured = time.perf_counter() - begun
-        self.ledger.charge(
-            seconds=self.spec.clock.reading(predicted, measured),
-            wall_seconds=measured,
-            parameters=self.layout.parameters,
-            parameters_non_embedding=self.layout.non_embedding,
-            steps=steps,
-            tokens=steps * self.tokens_per_step,
-            flops=steps * self.tokens_per_step * self.layout.flops_per_token,
-        )
-
-    def _next_slice(self) -> None:
-        self.trainer.forget()
-        self.inspected = 0
-        for seed in self.trainer.kasmina.seeds:
-            if not seed.on_probation:
-                self.grafts[seed.number].outcome = "kept"
-
-    def _take_measures(self, loss: float) -> Measured:
-        rows = self.trainer.measured()
-        norms = [norm for _, norm, _ in rows]
-        told: dict[GlobalMeasured, float] = {"train_gap": (loss - statistics.fmean(row[0] for row in rows)) / loss}
-        if len(norms) > 1:
-            told["gradient_noise"] = statistics.pstdev(norms) / statistics.fmean(norms)
+    def _site_measures(self) -> dict[str, dict[str, float]]:
         sites: dict[str, dict[str, float]] = {site: norm_fields(*norms) for site, norms in self.norms.items()}
-        for seed in self.trainer.kasmina.seeds:
-            sites.setdefault(seed.site, {})["on_probation" if seed.on_probation else "established"] = 1.0
-        for site, value in self._contributions(len(rows)).items():
+        for site, value in self._contributions(self.trainer.unread).items():
             sites.setdefault(site, {}).update(contribution=value, contribution_measured=1.0)
-        return Measured(told, sites)
+        return sites
 
     def _contributions(self, steps: int) -> dict[str, float]:
         """Site → its newest seed's last measured value; the stalest are measured again, within `CONTRIBUTION_SHARE`."""
@@ -354,32 +315,3 @@ class GrowthRun(Episode):
             self._charge((1 + len(stalest)) * cost * self.layout.step_seconds, begun)
         self.contributed = known
         return {site: kept[0] for site, kept in known.items()}
-
-    def _roll_back(self, wrong: str) -> None:
-        """Return to the slice's start and drop the newest graft if on probation; the cost of training stays charged."""
-        begun = time.perf_counter()
-        kasmina = self.trainer.kasmina
-        suspect = kasmina.seeds[-1] if kasmina.seeds and kasmina.seeds[-1].on_probation else None
-        self.trainer.roll_back(self._good)
-        self.path = "eager"
-        self._resized()
-        if self.prunes and self.prunes[-1].decision == self.sequence:  # undone too
-            self.prunes.pop()
-            for number in self.planted:
-                if self.grafts[number].outcome == "pruned":
-                    self.grafts[number].outcome = None
-        if suspect is not None:
-            if suspect.number in self.planted:  # older than the slice
-                suspect = self.trainer.kasmina.prune(suspect.site)  # another, where the slice had pruned a newer one
-                self._good = self.trainer.state()
-            there = {seed.number for seed in self.trainer.kasmina.seeds}
-            for number in {suspect.number, *self.planted} - there:  # those inside it too
-                self.grafts[number].outcome = "rolled back"
-            until = self.clock.passed + 1 + self.spec.growth.lockout_decisions
-            self.lockout.append((suspect.site, suspect.blueprint, until))
-        removed = None if suspect is None else f"{suspect.blueprint} at {suspect.site}"
-        self.rollbacks.append(Rollback(self.fraction(), self.sequence, self.ledger.steps, wrong, removed))
-        self._next_slice()
-        self._resized()
-        self._charge(self.spec.clock.graft_seconds, begun)
-        self.strikes += 1

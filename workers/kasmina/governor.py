@@ -1,4 +1,4 @@
-"""The governor detects training faults (spikes in median absolute deviations); `workers/run.py` handles them."""
+"""The governor detects training faults (spikes in median absolute deviations); `workers/trained.py` handles them."""
 
 import math
 import statistics

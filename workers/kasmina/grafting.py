@@ -81,6 +81,7 @@ class Kasmina:
         seed: int = 0,  # of the `graft` stream
     ) -> None:
         check_host(host)
+        surgery.check_owned(optimizer, host)
         self.host = host
         self.optimizer = optimizer
         self.blueprints = dict(make_blueprints() if blueprints is None else blueprints)

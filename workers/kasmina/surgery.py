@@ -30,6 +30,16 @@ def resize(optimizer: Optimizer, change: Resized) -> None:
     new.grad = follow(old.grad)
 
 
+def check_owned(optimizer: Optimizer, host: Any) -> None:
+    """Raise UserError unless the optimizer holds exactly the host's parameters."""
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    own = {id(parameter) for parameter in host.parameters()}
+    lacking, others = len(own - {*held}), len({*held} - own)
+    if lacking or others:
+        what = f"the optimizer lacks {lacking} of the model's {len(own)} tensors and holds {others} others"
+        raise UserError(f"{what}: make it from model.parameters(), all of them and no more.")
+
+
 def check(optimizer: Optimizer) -> None:
     """Raise UserError where a state has tensors, but for step counts, of other shapes than their parameter's."""
     for parameter, state in optimizer.state.items():

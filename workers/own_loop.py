@@ -1,0 +1,222 @@
+"""OwnLoop: an episode whose optimizer steps come from a loop that is not ours; pipelines/common/grow.py is its face.
+
+Data and learning rate are the loop's, so a rollback returns weights and optimizer only, and there are no copies to try
+grafts on. Telemetry leaves out what is measured on them or on AdamW's moments: contributions and norms of sites.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esper.platform.console import say
+from esper.platform.contracts import GraftAction, HostShape
+from esper.platform.errors import UserError
+from esper.platform.law_file import FittedLaws
+from esper.platform.ledger import Ledger
+from esper.platform.spec import RunSpec
+from esper.platform.telemetry import Candidate
+from esper.workers.kasmina import Kasmina, Seed
+from esper.workers.kasmina.governor import CHECK_EVERY
+from esper.workers.kasmina.registry import Natural
+from esper.workers.observe import Observer, batch_tokens
+from esper.workers.ranks import Ranks
+from esper.workers.trained import STRIKES, TrainedEpisode, TrainedState
+
+Changed = tuple[Literal["graft", "prune"], str, str]  # a site and, of a graft, its blueprint
+
+
+NO_COPIES = (
+    "grafts cannot be tried on copies where the batches are the loop's own: take another controller than lag, or "
+    "`esper train lag`."
+)
+
+
+class LoopState(TrainedState):
+    """An OwnLoop's own attributes too."""
+
+    tokens_per_step: Natural
+    history: list[Changed]
+    seeds: list[Seed]
+
+
+class OwnLoop(TrainedEpisode):
+    """An episode of `kasmina`'s host, whose steps `push` makes. `evaluate` tells the validation loss, in nats."""
+
+    State = LoopState
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        kasmina: Kasmina,
+        ranks: Ranks,
+        evaluate: Callable[[], float],
+        *,
+        vocab_size: int,
+        born: HostShape,
+        tokens_per_step: int,
+        max_norm: float,
+    ) -> None:
+        super().__init__(spec, vocab_size, born, tokens_per_step)
+        self._kasmina, self._ranks, self._loss_now, self._max_norm = kasmina, ranks, evaluate, max_norm
+        self._host: Any = ranks.host
+        self._timed = spec.clock.kind == "wall" and spec.budget.axis in ("seconds", "parameter_seconds")
+
+    @property
+    def kasmina(self) -> Kasmina:
+        return self._kasmina
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._host.parameters()).device
+
+    def push(self, loss: Tensor, begun: float) -> bool:
+        """After backward: clip, step, charge the time since `begun`, look for faults; returns whether a slice ended."""
+        optimizer = self.kasmina.optimizer
+        if self.kasmina.seeds:
+            norm, seeds = self.kasmina.step(self._max_norm)
+        else:  # equal to the bit to a loop without Esper
+            norm, seeds = nn.utils.clip_grad_norm_(self._host.parameters(), self._max_norm), None
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        row = (loss.detach(), norm, norm if seeds is None else norm + seeds)
+        self._steps.append(torch.stack([value.float() for value in row]))
+        self._charge(self.layout.step_seconds, begun, steps=1, wait=False)  # the governor waits at every eighth step
+        if self.ended:
+            self._forget()
+            return False
+        done = self.reading() >= self.clock.boundary
+        if not done and len(self._steps) - self.inspected < CHECK_EVERY:
+            return False
+        wrong = self._fault(len(self._steps))
+        if wrong is None and done:
+            self._reached = self._evaluate()
+            wrong = None if math.isfinite(self._reached) else "the validation loss was not finite"
+        if wrong is not None:
+            self._roll_back(wrong)
+            if self.strikes < STRIKES:
+                return False
+            self.failure = f"{wrong}, {STRIKES} times in a row"
+            self._reached = self._evaluate()
+        elif done:
+            self._note_sound()
+            self._sound(self._reached, {})
+        else:
+            return False
+        self.finish()
+        return True
+
+    def change(self, action: GraftAction) -> Candidate:
+        """Apply the action that begins a slice, and evaluate what it has changed."""
+        chosen = self._accept(action)
+        self.begin(action)
+        if chosen.operation != "wait":
+            self._tell_change()
+            self._good = self._snapshot()
+        return chosen
+
+    def forecast(self, laws: FittedLaws) -> np.ndarray:
+        if batch_tokens(self.spec) != self.tokens_per_step:
+            what = f"laws count in whole examples, and a step of this loop has {self.tokens_per_step:,} tokens"
+            raise UserError(f"{what}: take batches of the host's whole context, or another controller.")
+        return super().forecast(laws)
+
+    def host_rate(self) -> float:
+        return max(float(group["lr"]) for group in self.kasmina.optimizer.param_groups)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self.seeds = self.kasmina.seeds
+        return super().state()[0], {"steps": torch.stack(self._steps) if self._steps else torch.zeros(0, 3)}
+
+    def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.kasmina.load(self.seeds, len(self.grafts))
+        self._steps = list(tensors["steps"].to(self.device).unbind())
+        self._good = self._snapshot()
+
+    def _start(self) -> None:
+        self.history: list[Changed] = []  # of the host, by which a new one becomes this one
+        self._steps: list[Tensor] = []  # of this slice, (3,) each
+        self._reached = math.inf  # the loss at the end of the slice that is being closed
+        super()._start()
+
+    def _change(self, candidate: Candidate) -> None:
+        super()._change(candidate)
+        if candidate.operation != "wait":
+            self.history.append((candidate.operation, candidate.site or "", candidate.blueprint or ""))
+            self._ranks.rewrap()
+
+    def _roll_back(self, wrong: str) -> None:
+        super()._roll_back(wrong)
+        removed = self.rollbacks[-1].removed
+        if removed is not None:
+            self.history.append(("prune", self.lockout[-1][0], ""))
+            self._ranks.rewrap()
+        if self._ranks.speaks:
+            say(f"rolled back at step {self.ledger.steps:,}: {wrong}{f', {removed} removed' if removed else ''}")
+
+    def _train(self, boundary: float) -> tuple[float, float]:
+        """The steps have been pushed."""
+        if self._timed:
+            self._keep_pace()
+        return self._reached, self._reached
+
+    def _keep_pace(self) -> None:
+        """Let the formula that foretells what a graft costs take as long for this host as its last steps took."""
+        begun = self.curve[-1]
+        steps = self.ledger.steps - begun["steps"]
+        ratio = (self.ledger.seconds - begun["seconds"]) / (steps * self.layout.step_seconds)
+        clock = self.spec.clock
+        names = ("base_seconds", "layer_seconds", "expert_seconds")
+        scaled = {name: ratio * getattr(clock, name) for name in names}
+        scaled["flops_per_second"] = clock.flops_per_second / ratio
+        self.spec = self.spec.model_copy(update={"clock": clock.model_copy(update=scaled)})
+        self.observer = Observer(self.spec, self._born, self.tokens_per_step)
+        self._resized()
+
+    def _evaluate(self) -> float:
+        begun = time.perf_counter()
+        loss = self._loss_now()
+        self.ledger.validation_seconds += time.perf_counter() - begun
+        return loss
+
+    def _elapsed(self, begun: float) -> float:
+        measured = super()._elapsed(begun)
+        return self._ranks.first(lambda: measured) if self._timed else measured
+
+    def _rows(self, since: int = 0) -> list[list[float]]:
+        rows = self._steps[since:]
+        return self._ranks.mean(torch.stack(rows)).tolist() if rows else []
+
+    def _forget(self) -> None:
+        self._steps.clear()
+
+    def _snapshot(self) -> Any:
+        """Copies on the CPU of the host's tensors, of each parameter's optimizer state, and of the seeds."""
+        host, state = self._host, self.kasmina.optimizer.state
+        tensors = {name: _copied(tensor) for name, tensor in host.state_dict().items()}
+        moments = [{key: _copied(value) for key, value in state.get(p, {}).items()} for p in host.parameters()]
+        return tensors, moments, tuple(map(replace, self.kasmina.seeds))
+
+    def _go_back(self) -> None:
+        tensors, moments, seeds = self._good
+        host, state = self._host, self.kasmina.optimizer.state
+        host.load_state_dict(tensors)
+        for parameter, kept in zip(host.parameters(), moments, strict=True):
+            now = state.pop(parameter, {})
+            if kept:
+                state[parameter] = {key: _copied(value, now[key]) for key, value in kept.items()}
+        self.kasmina.load(seeds, self.kasmina.grafts)
+
+    def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[list[float], Ledger]]:
+        raise UserError(NO_COPIES)
+
+
+def _copied(value: Any, like: Any = None) -> Any:
+    """Of a tensor, a copy on the CPU, or on the device of another."""
+    device = like.device if isinstance(like, Tensor) else "cpu"
+    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
