@@ -15,6 +15,7 @@ COMMANDS = {
     "sweep": "compare arms at an equal budget with Ray Tune",
     "transfer": "fine-tune a controller on another preset, and compare it with controllers from there",
     "report": "write the report on a sweep: the verdict, figures and tables, from MLflow",
+    "watch": "draw a run, under way or ended: its loss, and its network as it grew",
     "export": "write a trained GPT as files for transformers, or for Esper itself",
     "demo": "the whole story in minutes on a laptop",
     "calibrate": "fit the reference clock to this machine",
