@@ -94,7 +94,7 @@ def check_host(model: Any) -> None:
             size = getattr(getattr(linear, "weight", None), "shape", ())
             if len(size) < 2 or size[axis] % site.units:
                 needed = f"a matrix `weight` of a multiple of {site.units} {('rows', 'columns')[axis]}"
-                has = f"linears({site.id!r}) has a {type(linear).__name__}, which lacks {needed}"
+                has = f"linears({site.id!r}) has {type(linear).__name__}, which lacks {needed}"
                 raise UserError(f"{what}: {has}: {mend}.")
 
 

@@ -94,8 +94,8 @@ PROTOCOL = ("shape", "linears", "insert", "part", "remove", "stream_sizes", "wri
         *((name, f"it lacks {name}:") for name in PROTOCOL),
         ("shape.injection_specs", r"it lacks shape\.injection_specs:"),
         ("shape.deepened", r"it lacks shape\.deepened:"),
-        ("rows", r"linears\('h2\.ffn'\) has a Linear, which lacks a matrix `weight` of a multiple of 16 rows:"),
-        ("weight", r"linears\('h2\.ffn'\) has a Identity, which lacks a matrix `weight`"),
+        ("rows", r"linears\('h2\.ffn'\) has Linear, which lacks a matrix `weight` of a multiple of 16 rows:"),
+        ("weight", r"linears\('h2\.ffn'\) has Identity, which lacks a matrix `weight`"),
     ],
 )
 def test_a_module_that_is_no_host_is_told_what_it_lacks(page, lacking, sentence):
