@@ -146,26 +146,10 @@ def saturated(spec: RunSpec, answers: list[Any], workers: int) -> float:
     return worker.decisions / taken
 
 
-class Learner(threading.Thread):
-    """PPO updates without a pause, in a training of its own."""
-
-    def __init__(self, spec: RunSpec, answers: list[Any]) -> None:
-        super().__init__(daemon=True)
-        make_fleet = lambda: LocalFleet(lambda: Recorded(answers), 16)  # noqa: E731
-        self._training = PPOTraining(spec, telemetry_space(spec), make_fleet, seed=0)
-        self._ended, self.updates = False, 0
-
-    def run(self) -> None:
-        """Learn until `end`."""
-        while not self._ended:
-            self._training.iterate()
-            self.updates += 1
-
-    def end(self) -> None:
-        """End after this update."""
-        self._ended = True
-        self.join()
-        self._training.stop()
+def learn(training: PPOTraining, ended: threading.Event) -> None:
+    """PPO updates without a pause."""
+    while not ended.is_set():
+        training.iterate()
 
 
 def measured(fleet: Offered, dispatcher: Dispatcher, what: str) -> list[Row]:
@@ -191,7 +175,9 @@ def offered(spec: RunSpec, answers: list[Any]) -> list[Row]:
     """Rows of what workers feel, without and with PPO's updates in another thread."""
     with tempfile.TemporaryDirectory() as folder:
         fleet = Offered(answers, WORKERS, OFFERED * len(answers) / (len(answers) - 1))  # the last asks for no decision
-        learner, net = Learner(spec, answers), ControllerNet(spec.ppo.hidden)
+        training = PPOTraining(spec, telemetry_space(spec), lambda: LocalFleet(lambda: Recorded(answers), 16), seed=0)
+        ended, net = threading.Event(), ControllerNet(spec.ppo.hidden)
+        learner = threading.Thread(target=learn, args=[training, ended], daemon=True)
         dispatcher = Dispatcher(fleet, net, telemetry_space(spec), seed=0, ahead=10**9, journal=Path(folder))
         try:
             while not fleet.spread():
@@ -201,7 +187,9 @@ def offered(spec: RunSpec, answers: list[Any]) -> list[Row]:
             rows = measured(fleet, dispatcher, "")
             learner.start()
             rows += measured(fleet, dispatcher, ", while PPO learns")
-            learner.end()
+            ended.set()
+            learner.join()
+            training.stop()
         finally:
             dispatcher.stop()
     return rows

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from esper.platform.checkpoint import CheckpointStore, Content
-from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Stateful, Transition
+from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Stateful
 from esper.platform.telemetry import Telemetry
 from esper.workers.episode import Episode, perplexity
 from esper.workers.run import GrowthRun
 
 R = TypeVar("R", bound=Episode)
-OnDecision = Callable[[R, Telemetry, GraftAction, Transition], None]
+OnDecision = Callable[[R, Telemetry, GraftAction], None]  # what was seen, and what was done
 
 
 def play(run: R, policy: GrowthPolicy, *, arm: str, on_decision: OnDecision[R] | None = None) -> dict[str, Any]:
@@ -18,12 +18,13 @@ def play(run: R, policy: GrowthPolicy, *, arm: str, on_decision: OnDecision[R] |
     while not run.ended:
         telemetry = run.telemetry
         if run.unfinished:  # restored from within a slice, whose action has been taken
-            action, transition = GraftAction(0, telemetry.sequence), run.finish()
+            action = GraftAction(0, telemetry.sequence)
+            run.finish()
         else:
             action = policy.act(telemetry, run)
-            transition = run.step(action)
+            run.step(action)
         if on_decision is not None:
-            on_decision(run, telemetry, action, transition)
+            on_decision(run, telemetry, action)
     return {"arm": arm, **run.summary(), "unplayed": policy.unplayed() if isinstance(policy, Planned) else []}
 
 

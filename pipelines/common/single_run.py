@@ -15,7 +15,7 @@ from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.platform import checkpoint
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import Eta, counted, duration, say
-from esper.platform.contracts import GraftAction, GrowthPolicy, Transition
+from esper.platform.contracts import GraftAction, GrowthPolicy
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
 from esper.platform.storage import write_json
@@ -78,7 +78,7 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         folder.track({"arm": arm}) as tracker,
     ):
 
-        def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
+        def on_decision(growth: GrowthRun, telemetry: Telemetry, action: GraftAction) -> None:
             _say_decision(growth, telemetry, action, eta)
             tracker.log(metrics(growth.curve[-1]), growth.ledger.steps)
             save(growth, policy, checkpoints, RUN)

@@ -91,19 +91,17 @@ class SweepLog(tune.Callback):
         taken = [self._finish(trial, summary, left()) for trial, summary in late]
         return all(taken + [sync(folder, uri, left()) for folder in others if (folder / SUMMARY).exists()])
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_begin(self, **info: Any) -> None:
         self.check()
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, *, trial: Any, **info: Any) -> None:
         """Open the trial's folder and its run; another start after its process died goes on with the same."""
         planned = self.trials[trial.config["trial"]]
         if planned.name not in self._open:
             write_text(self.folder(planned) / SPEC, planned.spec.model_dump_json(indent=2) + "\n")
             self._open[planned.name] = self._track(planned)
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, *, trial: Any, result: dict[str, Any], **info: Any) -> None:
         """Keep the points; at the end, the summary."""
         planned, summary = self.trials[trial.config["trial"]], result.get("summary")
         if "error" in result:
@@ -119,11 +117,11 @@ class SweepLog(tune.Callback):
         for told in self._news(planned, result):
             say(f"  {told}")
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_recover(self, *, trial: Any, **info: Any) -> None:
         """Its process has died, and Tune is going to start it again."""
         say(f"  {trial.config['trial']}: it failed, or its process died; it is started again, from its last save")
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_error(self, *, trial: Any, **info: Any) -> None:
         text = (trial.error_file and Path(trial.error_file).read_text().strip()) or "its process died"
         self._fail(self.trials[trial.config["trial"]], f"{text.splitlines()[-1]} (log in {trial.local_path})")
 

@@ -19,7 +19,7 @@ from esper.pipelines.sweeps.log import SweepLog
 from esper.pipelines.sweeps.trials import Trial
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
-from esper.platform.contracts import GraftAction, Transition
+from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
@@ -81,7 +81,7 @@ def _play(trial: Trial, tokens: Data, store: CheckpointStore) -> None:
     take_up(run, policy, store.find(trial.name), trial.seed)
     tune.report({"curve": list(run.curve)})
 
-    def on_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction, transition: Transition) -> None:
+    def on_decision(run: GrowthRun, telemetry: Telemetry, action: GraftAction) -> None:
         save(run, policy, store, trial.name)
         if trial.spec.clock.kind == "wall":
             store.flush()  # done again, a decision would end elsewhere: what the driver has heard of must be there
