@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from esper.pipelines.common.play import play as play_on
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
@@ -25,12 +26,10 @@ def spec():
     return load_spec("tinystories-char")
 
 
-def play(spec, policy, seed=0):
+def play(spec, policy, seed=0, **instance):
     run = SurrogateRun(spec)
-    telemetry = run.reset(seed=seed)
-    while not run.ended:
-        telemetry = run.step(policy.act(telemetry)).telemetry
-    return run.summary()
+    run.reset(Instance(**instance), seed)
+    return play_on(run, policy, arm="any")
 
 
 def kinds(spec, policy):
@@ -139,27 +138,18 @@ def test_tamiyo_beats_any_static_size_and_random_grafts_of_its_kinds_over_budget
     for budget in (1, 2, 4, 8, 16):
         for name, grafts in {"1": [], "256": ["ffn"], "384": ["ffn"] * 2, "512": ["ffn"] * 3, "2": ["block"]}.items():
             nearly_static = SchedulePolicy([Entry(at=0.0, blueprint=blueprint) for blueprint in grafts])
-            found.setdefault(name, []).append(ended(spec, nearly_static, budget)["val_loss"])
-        tamiyo = ended(spec, TamiyoPolicy(), budget)
+            found.setdefault(name, []).append(play(spec, nearly_static, 1, budget=budget)["val_loss"])
+        tamiyo = play(spec, TamiyoPolicy(), 1, budget=budget)
         matched = [graft["blueprint"] for graft in tamiyo["grafts"]]
         found.setdefault("tamiyo", []).append(tamiyo["val_loss"])
-        others = [ended(spec, RandomPolicy(seed, matched=matched), budget)["val_loss"] for seed in range(8)]
-        found.setdefault("random", []).append(np.mean(others))
+        others = [play(spec, RandomPolicy(seed, matched=matched), 1, budget=budget) for seed in range(8)]
+        found.setdefault("random", []).append(np.mean([summary["val_loss"] for summary in others]))
         assert matched
         assert found["tamiyo"][-1] < found["random"][-1] + 1e-3
     means = {name: np.mean(losses) for name, losses in found.items()}
     own = means.pop("tamiyo")
     assert own < means.pop("random") - 0.001
     assert own < min(means.values()) - 0.005
-
-
-def ended(spec, policy, budget):
-    """The summary of an episode on a law, at a factor of the spec's budget."""
-    run = SurrogateRun(spec)
-    telemetry = run.reset(Instance(budget=budget), seed=1)
-    while not run.ended:
-        telemetry = run.step(policy.act(telemetry)).telemetry
-    return run.summary()
 
 
 @pytest.mark.parametrize(
