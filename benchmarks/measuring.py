@@ -8,7 +8,7 @@ import torch
 
 from esper.platform.contracts import Instance
 from esper.platform.spec import RunSpec
-from esper.workers.kasmina.registry import make_blueprints
+from esper.workers.kasmina.registry import blueprints_of
 from esper.workers.tolaria.data import Data, TokenData, ensure
 from esper.workers.tolaria.trainer import Trainer
 
@@ -26,7 +26,7 @@ def text(spec: RunSpec) -> TokenData:
 
 def trainer(spec: RunSpec, data: Data) -> Trainer:
     """A trainer of a new host with all blueprints that the spec names."""
-    return Trainer(spec, data, make_blueprints(spec.growth.blueprints), 0, Instance())
+    return Trainer(spec, data, blueprints_of(spec.growth), 0, Instance())
 
 
 def bound(each: Trainer) -> Trainer:

@@ -45,26 +45,26 @@ def run(arguments: ExportArguments) -> None:
     host = host_of(values, tensors)
     say(f"run     {arguments.run}, at optimizer step {values['ledger']['steps']:,}")
     say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")
-    tokenizer = _tokenizer(arguments.run, values["data"])
+    try:
+        tokenizer = tokenizer_of(arguments.run, values["data"])
+    except UserError as error:
+        say(f"the tokenizer is left out: {error}")
+        tokenizer = None
     export(host, out, tokenizer, to=arguments.format)
     say(f"wrote   {out}: the host in the {arguments.format} format, {tokenizer.name if tokenizer else 'no'} tokenizer")
     loading = LOADING[arguments.format].format(str(out))
     say(f"load it with:{loading if tokenizer else loading.rpartition(chr(10))[0]}")
 
 
-def _tokenizer(run: Path, fingerprint: str) -> Any:
-    """The tokenizer of the run's text; None for images, and, with a message, where there is none."""
+def tokenizer_of(run: Path, fingerprint: str) -> Any:
+    """The tokenizer of a run's text; None for images. Raises UserError where it is not there, or another."""
     from esper.pipelines.common.run_folder import RunFolder
     from esper.workers.tolaria.data import TokenData, open_data
 
-    try:
-        data = open_data(RunFolder.read(run, "train").data or run, verify=False)
-        if data.manifest.fingerprint() != fingerprint:
-            raise UserError("its text, or the tokenizer, is another than when the run was trained.")
-        return data.tokenizer if isinstance(data, TokenData) else None
-    except UserError as error:
-        say(f"the tokenizer is left out: {error}")
-        return None
+    data = open_data(RunFolder.read(run, "train").data or run, verify=False)
+    if data.manifest.fingerprint() != fingerprint:
+        raise UserError("its text, or the tokenizer, is another than when the run was trained.")
+    return data.tokenizer if isinstance(data, TokenData) else None
 
 
 main = command(run, ExportArguments, "esper export")

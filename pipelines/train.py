@@ -21,7 +21,7 @@ USED_BY = {"policy": "ppo", "schedule": "schedule", "match": "random", "laws": "
 class TrainArguments(ResumableArguments):
     """Train one GPT under one arm."""
 
-    arm: str = flag("static", f"One of {', '.join([*ARMS, *ALIASES])}.", positional=True)
+    arm: str = flag("static", f"One of {', '.join([*ARMS, *ALIASES])}, or module:object of your own.", positional=True)
     policy: Path | None = flag(None, "For ppo: a policy that `esper ppo` trained.")
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
     match: Path | None = flag(None, "For random: a summary.json, to graft as often and the same kinds.", "FILE")

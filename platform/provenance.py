@@ -10,10 +10,13 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import Field
+
+from esper.platform import plugins
 from esper.platform.console import counted
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
@@ -34,17 +37,25 @@ class Pins(Frozen):
     code: str
     torch: str
     commit: str
+    plugins: dict[str, str] = Field(default={})  # module → digest of its sources
 
 
-def pin(out: Path, spec: RunSpec, *, data: str | None, inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """Copy spec and inputs into the run's folder, `pins.json` last; returns the copies, which the run must read."""
+def pin(
+    out: Path, spec: RunSpec, *, data: str | None, inputs: Mapping[str, Path], arms: Iterable[str] = ()
+) -> dict[str, Path]:
+    """Copy spec and inputs into the run's folder, `pins.json` last; returns the copies, which the run must read.
+
+    Of plug-ins, those of the spec and of these arms, the digests are kept, and no copies.
+    """
     copies = {name: f"{INPUTS}/{name}{path.suffix}" for name, path in inputs.items()}
     contents = {copies[name]: _content(path, f"the {name} {path}") for name, path in inputs.items()}
     contents[SPEC] = (spec.model_dump_json(indent=2) + "\n").encode()
     for name, content in contents.items():
         write_bytes(out / name, content)
     files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    pins = Pins(files=files, inputs=copies, data=data, code=code_digest(), torch=version("torch"), commit=commit())
+    used = {name: plugins.digest(name) for name in plugins.modules(spec.growth, arms)}
+    now = {"data": data, "code": code_digest(), "torch": version("torch"), "commit": commit()}
+    pins = Pins(files=files, inputs=copies, plugins=used, **now)
     write_text(out / PINS, pins.model_dump_json(indent=2) + "\n")
     return {name: out / path for name, path in copies.items()}
 
@@ -59,6 +70,7 @@ def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
         ("text", pins.data, data),
         ("torch", pins.torch, version("torch")),
         (f"code, of commit {pins.commit} (this is {commit()}),", pins.code, code_digest()),
+        *((f"sources of {name}", was, plugins.digest(name)) for name, was in pins.plugins.items()),
     ):
         if found != was:
             raise UserError(

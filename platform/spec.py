@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from esper.platform.clock import ClockSpec
 from esper.platform.data_spec import Data, DataSpec
@@ -91,6 +91,10 @@ class BudgetSpec(Frozen):
     cooldowns: Annotated[tuple[Share, ...], Field(max_length=1000)] = ()
 
 
+def _listed(names: Any) -> Any:
+    return [name for name in names.split(",") if name] if isinstance(names, str) else names
+
+
 class GrowthSpec(Frozen):
     """How far and how a host may grow."""
 
@@ -100,6 +104,7 @@ class GrowthSpec(Frozen):
     probation_steps: Count = 200  # optimizer steps over which a seed's learning rate warms up
     lockout_decisions: Annotated[int, Field(ge=0)] = 4  # in which a graft that was rolled back is not allowed again
     blueprints: dict[str, dict[str, Any]] = Field(default={"attention": {}, "ffn": {}, "block": {}})  # their settings
+    plugins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()  # modules with blueprints of the user's own
 
 
 class TrainerSpec(Frozen):

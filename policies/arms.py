@@ -8,6 +8,8 @@ from pathlib import Path
 from esper.platform.contracts import GrowthPolicy
 from esper.platform.errors import UserError, unknown
 from esper.platform.law_file import FIT, FittedLaws
+from esper.platform.plugins import ARMS as PLUGINS
+from esper.platform.plugins import announced, arm_target
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json
 from esper.policies.lag import LagPolicy
@@ -99,13 +101,18 @@ ALIASES = {"baseline": "static", "heuristic": "tamiyo"}
 
 
 def arm_name(name: str) -> str:
-    """The arm of a name or an alias; a UserError where there is none."""
+    """The arm of a name, an alias or a plug-in; a UserError where there is none."""
     name = ALIASES.get(name, name)
-    if name not in ARMS:
-        raise unknown("arm", name, [*ARMS, *ALIASES])
+    if name not in ARMS and arm_target(name) is None:
+        raise unknown("arm", name, [*ARMS, *ALIASES, *announced(PLUGINS), "module:object"])
     return name
 
 
 def make_policy(arm: str, inputs: ArmInputs) -> GrowthPolicy:
     """The controller of an arm; a UserError where the arm is unknown or lacks an input."""
-    return ARMS[arm_name(arm)](inputs)
+    name = arm_name(arm)
+    if name in ARMS:
+        return ARMS[name](inputs)
+    from esper.policies.own import own_policy
+
+    return own_policy(arm_target(name) or "", inputs)

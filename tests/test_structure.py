@@ -58,10 +58,10 @@ TRAINING = python("workers")
 @pytest.mark.parametrize(
     ("what", "measured", "limit"),
     [
-        ("lines of Python, tests apart", lines(CODE), 18_622),
-        ("lines of tests", lines(python("tests")), 10_913),
-        ("lines of docstrings and comments", prose(CODE), 2_061),
-        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 16),
+        ("lines of Python, tests apart", lines(CODE), 18_909),
+        ("lines of tests", lines(python("tests")), 11_088),
+        ("lines of docstrings and comments", prose(CODE), 2_090),
+        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 17),
         ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",

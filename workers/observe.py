@@ -12,7 +12,7 @@ import numpy as np
 from esper.platform.contracts import HostShape, InjectionSpec
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, SITE_COLUMN, WAIT, Candidate, Telemetry, TelemetrySpace
-from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
+from esper.workers.kasmina.registry import Blueprint, Planted, blueprints_of
 from esper.workers.tolaria.hosts import start_shape
 
 SLOW = 4  # decisions that the slow slope looks back
@@ -67,7 +67,7 @@ class Observer:
     def __init__(self, spec: RunSpec, born: HostShape | None = None, tokens_per_step: int | None = None) -> None:
         self._spec, self._tokens = spec, tokens_per_step or batch_tokens(spec)
         self.space = telemetry_space(spec, born)
-        self.blueprints = make_blueprints(spec.growth.blueprints)
+        self.blueprints = blueprints_of(spec.growth)
         self.layout = lru_cache(maxsize=512)(self._layout)
 
     def _layout(self, shape: HostShape, newest: tuple[Planted, ...], start: HostShape) -> Layout:
@@ -178,7 +178,7 @@ def within_caps(shape: HostShape, max_layers: int, max_parameters: int | None) -
 
 def telemetry_space(spec: RunSpec, born: HostShape | None = None) -> TelemetrySpace:
     """A spec's fixed telemetry sizes: those of the deepest shape of its host, or one `born` so, and a prune a site."""
-    blueprints = make_blueprints(spec.growth.blueprints).values()
+    blueprints = blueprints_of(spec.growth).values()
     start = born or start_shape(spec, vocab_size=1)  # the vocabulary changes no count
     deepest = start.deepened(spec.growth.max_layers)
     sites = len(deepest.injection_specs())

@@ -20,7 +20,7 @@ from esper.platform.telemetry import Candidate, Telemetry
 from esper.policies.arms import ARMS, ArmInputs, make_policy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.workers.kasmina import Kasmina
-from esper.workers.kasmina.registry import make_blueprints
+from esper.workers.kasmina.registry import blueprints_of, make_blueprints
 from esper.workers.own_loop import NO_COPIES, LoopState, OwnLoop
 from esper.workers.ranks import Ranks
 
@@ -97,7 +97,7 @@ class Grower:
         self._kasmina = Kasmina(
             host,
             optimizer,
-            blueprints=make_blueprints(self._spec.growth.blueprints),
+            blueprints=blueprints_of(self._spec.growth),
             probation_steps=self._spec.growth.probation_steps,
             seed=seed,
         )

@@ -65,14 +65,18 @@ class RunFolder(Frozen):
 
     @contextmanager
     def begin(
-        self, command: str, plan: Mapping[str, Any] | None = None, inputs: Mapping[str, Path | None] | None = None
+        self,
+        command: str,
+        plan: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Path | None] | None = None,
+        arms: Iterable[str] = (),
     ) -> Iterator[dict[str, Path]]:
-        """Lock the folder for `esper COMMAND`; yields the copies of `inputs`, which the results rest on."""
+        """Lock the folder for `esper COMMAND` by `arms`; yields copies of `inputs`, which the results rest on."""
         with alone(self.out):
             kept = self.model_copy(update={"command": command, "plan": dict(plan or {})})
             write_json(self.out / PLAN, kept.model_dump(mode="json"))
             given = {name: path for name, path in (inputs or {}).items() if path is not None}
-            yield self.pin({**given, "plan": self.out / PLAN})
+            yield self.pin({**given, "plan": self.out / PLAN}, arms)
 
     @classmethod
     def read(cls, out: Path, command: str) -> Self:
@@ -100,9 +104,9 @@ class RunFolder(Frozen):
         """The inputs' copies. Raises UserError where text, spec, code or inputs have changed since the work began."""
         return check_pins(self.out, data=self._fingerprint)
 
-    def pin(self, inputs: Mapping[str, Path]) -> dict[str, Path]:
+    def pin(self, inputs: Mapping[str, Path], arms: Iterable[str] = ()) -> dict[str, Path]:
         """Write `spec.json` and the pins: when work begins, or goes on under a changed spec."""
-        return pin(self.out, self.spec, data=self._fingerprint, inputs=inputs)
+        return pin(self.out, self.spec, data=self._fingerprint, inputs=inputs, arms=arms)
 
     @cached_property
     def tokens(self) -> Data:

@@ -43,9 +43,9 @@ def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]
     if (weights := files.get("model")) is not None:
         spec = _growing(weights.parent, spec, arguments.set)
     _policy(arm, spec, arguments.seed, files)  # a file that is no good is refused before anything is written
-    folder = RunFolder.new(arguments, spec, f"train-{arm}")
+    folder = RunFolder.new(arguments, spec, f"train-{arm.replace(':', '.')}")
     folder.tell_laws(files["laws"])
-    with folder.begin("train", {"arm": arm}, files) as inputs:
+    with folder.begin("train", {"arm": arm}, files, [arm]) as inputs:
         growth = GrowthRun(spec, folder.tokens, weights=inputs.get("model"))
         growth.reset(seed=folder.seed)
         return train(folder, growth, _policy(arm, spec, folder.seed, inputs), arm)

@@ -21,6 +21,7 @@ from esper.pipelines.policy import BOUND, OPENLOOP, PLANNER, PLAYED, TRAINED
 from esper.platform.console import say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.errors import UserError, unknown
+from esper.platform.plugins import arm_target
 from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, write_json
 from esper.policies.arms import ALIASES, ArmInputs, make_policy
@@ -66,8 +67,8 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     ready: dict[str, GrowthPolicy] = {TRAINED: policy}
     if PLANNER in arms and PLANNER not in given and not on_text:
         ready[PLANNER] = PlannerPolicy(drawn_laws(spec, range(MEMBERS)))
-    for arm in {*schedules, *({*NAMED, PLANNER} & {*arms} - ready.keys())}:
-        make_policy(arm, inputs)  # refuses a blueprint that the runs lack, and laws of others
+    for arm in {*schedules, *({*arms} - ready.keys() - {*ON_LAWS_ONLY})}:
+        make_policy(arm, inputs)  # refuses a blueprint that the runs lack, laws of others, plug-ins that are none
     chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None), text=on_text)
     place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
     place.tell_laws(arguments.laws if on_text else None)
@@ -194,7 +195,7 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
         return [arm for arm in here if arm not in NAMED and (arm != PLANNER or arm in given or not on_text)]
     arms = [ALIASES.get(name.strip(), name.strip()) for name in names.split(",")]
     for arm in arms:
-        if arm not in (*here, TRAINED):
+        if arm not in (*here, TRAINED) and arm_target(arm) is None:
             raise unknown("arm on text (schedule: with --schedule FILE)" if on_text else "arm", arm, [*here, TRAINED])
     return [arm for arm in dict.fromkeys(arms) if arm != TRAINED]
 

@@ -57,7 +57,7 @@ def html(sweep: Sweep, verdicts: Sequence[Verdict]) -> str:
     files = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["told"] = told
-    own = (arm_table, budget_tables, effort, payback, tables, picture)
+    own = (arm_table, budget_tables, effort, payback, samples, tables, picture)
     environment.globals |= {function.__name__: function for function in own}
     page = environment.get_template("report.html")
     overs = over_budgets(verdicts)
@@ -107,6 +107,12 @@ def short_tables(verdicts: Sequence[Verdict]) -> list[str]:
     found = found or [(verdict.trials.title, arm_table(verdict).loc[:, :"outcome"]) for verdict in verdicts]
     frames = [(title, frame.astype(object).to_string(index=False, na_rep="–")) for title, frame in found]
     return ["\n".join(filter(None, part)) for part in frames]
+
+
+def samples(trials: Trials) -> list[tuple[str, str]]:
+    """What the first sound run of each arm wrote; empty on images."""
+    firsts = [(label, run) for label in trials.test for run in [*trials.sound(label).values()][:1]]
+    return [(label, run.summary["sample"]) for label, run in firsts if "sample" in run.summary]
 
 
 def payback(trials: Trials) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Literal
 from esper.pipelines.sweeps.sizes import Size
 from esper.platform.errors import UserError, unknown
 from esper.platform.frozen import Frozen
+from esper.platform.plugins import arm_target
 from esper.policies.arms import ALIASES, ARMS
 from esper.policies.named_schedules import NAMED
 
@@ -45,14 +46,14 @@ NAMES = (*KINDS, *ALIASES)
 class Arm(Frozen):
     """A row of the comparison."""
 
-    name: str  # of KINDS
+    name: str  # of KINDS, or a plug-in's
     size: Size | None = None  # of a static arm
     of: str | None = None  # label of the arm that it follows
     policy: str = ""  # of a ppo arm: which of the given policies, where they have names
 
     @property
     def kind(self) -> Kind:
-        return KINDS[self.name]
+        return KINDS.get(self.name) or Kind(self.name)  # a plug-in's
 
     @property
     def label(self) -> str:
@@ -68,8 +69,7 @@ def policy_input(name: str = "") -> str:
 
 def parse_arms(text: str, sizes: Sequence[Size]) -> list[Arm]:
     """The arms that `--arms` names, static ones first, followers last."""
-    parts = [part.strip().partition(":") for part in text.split(",") if part.strip()]
-    named = [(ALIASES.get(name, name), ALIASES.get(of, of)) for name, _, of in parts]
+    named = [_named(part.strip()) for part in text.split(",") if part.strip()]
     if not named:
         raise UserError(f"--arms names no arm: give one or more of {', '.join(NAMES)}.")
     policies = [Arm(name=PPO, policy=of) for name, of in named if name == PPO and of]
@@ -77,9 +77,10 @@ def parse_arms(text: str, sizes: Sequence[Size]) -> list[Arm]:
     leaders = [name for name, _ in named if name not in (STATIC, *FOLLOWERS)]
     first = next((name for name in (*CHOSEN_FIRST, *leaders) if name in leaders), None)
     for name, of in named:
-        if name not in KINDS:
-            raise unknown("arm", name, NAMES)
-        if (of and (name not in FOLLOWERS or of not in leaders)) or (KINDS[name].follows == "must" and not first):
+        if name not in KINDS and arm_target(name) is None:
+            raise unknown("arm", name, [*NAMES, "module:object"])
+        kind = Arm(name=name).kind
+        if (of and (name not in FOLLOWERS or of not in leaders)) or (kind.follows == "must" and not first):
             raise UserError(
                 f"arm '{name}{of and ':' + of}' cannot be: {', '.join(FOLLOWERS)} follow an arm that grows and takes "
                 f"part, and the others none; --arms names {', '.join(leaders) or 'none such'}: add one, such as tamiyo."
@@ -87,3 +88,11 @@ def parse_arms(text: str, sizes: Sequence[Size]) -> list[Arm]:
     static = [Arm(name=STATIC, size=size) for size in sizes if (STATIC, "") in named]
     followers = [Arm(name=name, of=of or first) for name, of in named if name in FOLLOWERS]
     return list(dict.fromkeys([*static, *(Arm(name=name) for name in leaders), *policies, *followers]))
+
+
+def _named(text: str) -> tuple[str, str]:
+    """An arm, and what is behind its colon: whom it follows, or its policy. A plug-in's name has a colon of its own."""
+    name, _, of = text.partition(":")
+    if name not in NAMES:
+        return text, ""
+    return ALIASES.get(name, name), ALIASES.get(of, of)

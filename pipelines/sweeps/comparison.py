@@ -1,5 +1,6 @@
 """Running a sweep in its folder: what is missing, and no more; then the report."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from operator import itemgetter
@@ -31,6 +32,7 @@ from esper.platform.tracking import SYNC_SECONDS, Tracker
 from esper.policies.simic.policy import SimicPolicy, policy_file, trained_on
 
 STATE = "sweep.json"
+SENTENCE = r"(?<=[.!?])\s+"  # what is between two
 
 
 class State(Frozen, extra="ignore"):
@@ -50,7 +52,7 @@ def begin(arguments: SweepArguments, name: str = "sweep") -> int:
     files = {policy_input(name): policy_file(path) for name, path in policies.items()}
     files |= {"schedule": arguments.schedule, "laws": arguments.laws}
     folder.tell_laws(arguments.laws)
-    with folder.begin("sweep", plan.model_dump(mode="json"), files) as inputs:
+    with folder.begin("sweep", plan.model_dump(mode="json"), files, [arm.name for arm in plan.arms]) as inputs:
         return compare(folder, plan, inputs)
 
 
@@ -89,6 +91,9 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
     except UserError as error:
         say(f"no report: {error}")
     say(f"compare: {share_view(parent, folder.spec.budget.axis, summaries) or parent.where}")
+    if written := [summary for summary in summaries if "sample" in summary]:
+        best = min(written, key=itemgetter("val_loss"))
+        say(f"{best['arm']} writes: {' '.join(re.split(SENTENCE, best['sample'].strip())[:2])}")
     return int(failed)
 
 

@@ -12,7 +12,7 @@ from esper.pipelines.sweeps.plan import check_budget
 from esper.pipelines.sweeps.sizes import Size
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
-from esper.workers.kasmina.registry import make_blueprints
+from esper.workers.kasmina.registry import blueprints_of
 
 WIDER = 1.5
 RUNGS = 40  # widths below and above the preset's: from one neuron to more than fit
@@ -34,7 +34,7 @@ def best_size(losses: Mapping[Size, float]) -> Size:
 def neighbours(spec: RunSpec, size: Size) -> list[list[Size]]:
     """Along each axis that growing can go: one smaller and one larger, where there is one and the budget holds it."""
     (_, own, _), (layers, width, heads) = Size(layers=1).numbers(spec.host), size.numbers(spec.host)
-    units = {blueprint.adds: blueprint.units for blueprint in make_blueprints(spec.growth.blueprints).values()}
+    units = {blueprint.adds: blueprint.units for blueprint in blueprints_of(spec.growth).values()}
     unit = math.lcm(min(units.get("width", 1), max(1, own // 4)), spec.host.whole)
     widths = {own + unit * round(own * (WIDER**rung - 1) / unit) for rung in range(-RUNGS, RUNGS)}
     beside = [max((w for w in widths if 0 < w < width), default=0), min(w for w in widths if w > width)]

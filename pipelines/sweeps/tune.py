@@ -24,7 +24,9 @@ from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
 from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import Data, open_data
+from esper.workers.tolaria.data import Data, TokenData, open_data
+from esper.workers.tolaria.export import host_of
+from esper.workers.tolaria.sampling import sample
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # `SweepLog` reports
@@ -32,6 +34,7 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C reaches the pipeline
     "TUNE_MAX_PENDING_TRIALS_PG": "4",  # a process takes seconds to start, and a trial minutes
 }
+SAMPLED = 200  # tokens that a test trial on text ends with writing, for the report
 STARTS = 3  # of a trial whose process dies, before it counts as failed
 
 
@@ -90,4 +93,6 @@ def _play(trial: Trial, tokens: Data, store: CheckpointStore) -> None:
 
     summary = play(run, policy, arm=trial.arm.label, on_decision=on_decision)
     store.flush()
+    if trial.purpose == "test" and isinstance(tokens, TokenData) and not summary["diverged"]:
+        summary["sample"] = sample(host_of(*run.state()), tokens.tokenizer, tokens=SAMPLED, seed=trial.seed)
     tune.report({"curve": list(run.curve), "summary": summary})

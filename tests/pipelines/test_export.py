@@ -1,4 +1,4 @@
-"""`esper export`, `esper prepare`, `esper train --from` end to end: what they leave, and that training takes it."""
+"""`esper export`, `sample`, `prepare`, `train --from` end to end: what they leave, and that training takes it."""
 
 import json
 import shlex
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from esper import from_gpt2
-from esper.pipelines import prepare, train
+from esper.pipelines import prepare, sample, train
 from esper.pipelines.common import cli, single_run
 from esper.pipelines.export import main
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.data.tokenizer import Characters
-from esper.workers.tolaria.export import export, host_of
+from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
 from tests.pipelines.helpers import sets, summary_of
 from tests.test_docs import blocks
 
@@ -153,3 +153,33 @@ def test_the_commands_of_the_page_on_a_users_own_model_run(tiny, text_file, tmp_
         preset = tiny[:2] if command == "train" else []
         assert cli.main([command, *preset, *words]) == 0
     assert (tmp_path / "grown" / "config.json").exists()
+
+
+def test_a_run_its_checkpoint_and_its_export_write_the_same_text(trained, tmp_path, capfd, refused):
+    native, gpt2 = tmp_path / "native", tmp_path / "gpt2"
+    assert main([str(trained), "--out", str(native)]) == 0
+
+    def written(place, *arguments):
+        capfd.readouterr()
+        assert sample.main([str(place), "--prompt", "the cat", "--tokens", "40", *arguments]) == 0
+        return capfd.readouterr().out.removesuffix("\n")
+
+    text = written(trained)
+    assert text.startswith("the cat")
+    assert len("the cat") < len(text) <= len("the cat") + 40
+    assert text == written(trained / "checkpoints" / "run.safetensors") == written(native)
+    assert text != written(trained, "--seed", "1")
+    host, tokenizer = load_native(native), load_native_tokenizer(native)
+    ids = [tokenizer.end_id, *tokenizer.encode("the cat")]
+    while len(ids) < 48 and (likeliest := int(host(torch.tensor([ids[-16:]]))[0, -1].argmax())) != tokenizer.end_id:
+        ids.append(likeliest)
+    assert written(trained, "--temperature", "0") == written(trained, "--top-k", "1") == tokenizer.decode(ids[1:])
+    for arguments, sentence in (
+        ([trained, "--prompt", "ЖΩ"], "the prompt has 'Ω' 'Ж', and the run's text had not"),
+        ([tmp_path / "nowhere"], "run.safetensors is not there"),
+        ([trained, "--temperature", "-1"], "temperature is"),
+        ([trained, "--top-k", "0"], "top_k is"),
+    ):
+        refused(sample.main, arguments, sentence)
+    assert main([str(trained), "--out", str(gpt2), "--format", "gpt2"]) == 0
+    refused(sample.main, [gpt2], "is a GPT-2 for transformers")

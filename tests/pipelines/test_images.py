@@ -2,7 +2,7 @@
 
 import pytest
 
-from esper.pipelines import prepare, train
+from esper.pipelines import prepare, sample, train
 from esper.platform.storage import read_json
 from tests.pipelines.helpers import sets, summary_of
 
@@ -16,7 +16,7 @@ def digits(tmp_path_factory):
     return out
 
 
-def test_a_run_on_digits_tells_accuracy_beside_the_loss(digits, store, client, tmp_path, capfd):
+def test_a_run_on_digits_tells_accuracy_beside_the_loss(digits, store, client, tmp_path, capfd, refused):
     out = tmp_path / "out"
     (tmp_path / "plan.json").write_text(
         '[{"at": 0.1, "blueprint": "conv_width"}, {"at": 0.3, "blueprint": "conv_block"}]'
@@ -33,6 +33,7 @@ def test_a_run_on_digits_tells_accuracy_beside_the_loss(digits, store, client, t
     history = client().get_metric_history(summary["mlflow"], "accuracy")
     assert [point.value for point in history] == [point["accuracy"] for point in summary["val_curve"][1:]]
     assert "perplexity" not in client().get_run(summary["mlflow"]).data.metrics
+    refused(sample.main, [out], "holds a resnet, which takes images and writes no text: name a run on text")
 
 
 def test_prepared_images_say_how_they_are_used(digits, tmp_path, capfd):

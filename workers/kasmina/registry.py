@@ -1,19 +1,22 @@
 """The registry of blueprints, from which candidates, mask, costs and padded sizes are derived.
 
 A blueprint (a growth operator) is a frozen dataclass whose fields are its settings in `RunSpec.growth.blueprints`.
-To add one, write a class in `blueprints/` and decorate it with `@register`.
+To add one, write a class in `blueprints/`, or in a plug-in, and decorate it with `@register`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
+from esper.platform import plugins
 from esper.platform.contracts import HostProtocol, HostShape, Resized, SiteKind
 from esper.platform.errors import UserError, unknown
+from esper.platform.spec import GrowthSpec
+from esper.platform.telemetry import GROWTH_KINDS, SITE_COLUMN
 from esper.workers.kasmina.slices import Slice
 
 Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # a setting that counts something
@@ -69,7 +72,16 @@ _KINDS: dict[str, type[Blueprint]] = {}
 
 
 def register(blueprint: type[Blueprint]) -> type[Blueprint]:
-    """Class decorator: make a blueprint known under its name."""
+    """Class decorator: make a blueprint known under its name; UserError where it is none, or another has the name."""
+    what, known = f"blueprint {blueprint.__qualname__}", {"adds": GROWTH_KINDS, "site_kind": SITE_COLUMN}
+    lacks = sorted(blueprint.__abstractmethods__) + ["units"] * (not hasattr(blueprint, "units"))
+    if lacks or not is_dataclass(blueprint):
+        raise UserError(f"{what} lacks {', '.join(lacks) or '@dataclass(frozen=True)'}: give it that.")
+    for name, values in known.items():
+        if getattr(blueprint, name, None) not in values:
+            raise unknown(f"{name} of {what}", getattr(blueprint, name, None), values)
+    if (other := _KINDS.get(blueprint.name)) is not None and other.__module__ != blueprint.__module__:
+        raise UserError(f"{what} is called {blueprint.name!r}, as one of {other.__module__} is: name it otherwise.")
     _KINDS[blueprint.name] = blueprint
     return blueprint
 
@@ -77,6 +89,17 @@ def register(blueprint: type[Blueprint]) -> type[Blueprint]:
 def names_for(site_kind: SiteKind) -> tuple[str, ...]:
     """The blueprints that a kind of site accepts."""
     return tuple(name for name, blueprint in _KINDS.items() if blueprint.site_kind == site_kind)
+
+
+def blueprints_of(growth: GrowthSpec) -> dict[str, Blueprint]:
+    """A spec's blueprints by name, those of its plug-ins and of installed packages too; UserError for a wrong one."""
+    for module in plugins.modules(growth):
+        plugins.imported(module)
+        own = [name for name, kind in _KINDS.items() if f"{kind.__module__}.".startswith(f"{module}.")]
+        if not {*own} & growth.blueprints.keys():
+            told = f"of the blueprints of plug-in {module!r} ({', '.join(own) or 'none'}) growth.blueprints names none"
+            raise UserError(f"{told}: add one, with --set growth.blueprints.NAME={{}}.")
+    return make_blueprints(growth.blueprints)
 
 
 def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Blueprint]:

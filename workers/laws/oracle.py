@@ -24,7 +24,7 @@ from esper.platform.clock import DecisionClock
 from esper.platform.contracts import Instance
 from esper.platform.seeding import stream
 from esper.platform.spec import GrowthSpec, RunSpec
-from esper.workers.kasmina.registry import Blueprint, make_blueprints
+from esper.workers.kasmina.registry import Blueprint, blueprints_of
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, Array, ScalingLaw, size_of, whole_steps
 from esper.workers.observe import batch_tokens, within_caps
 from esper.workers.tolaria.hosts import start_shape
@@ -68,7 +68,7 @@ def _classes(part: str, start: Any, most: int) -> Classes:
     """Of a spec's runs that start in a shape, after at most so many grafts."""
     spec = RunSpec.model_validate_json(part)
     growth, axis, tokens = spec.growth, spec.budget.axis, batch_tokens(spec)
-    blueprints = make_blueprints(growth.blueprints)
+    blueprints = blueprints_of(growth)
     shapes: list[Any] = [start]
     number, depth = {start.totals(): 0}, [0]  # of each class, and the grafts that lead to it
 

@@ -147,6 +147,17 @@ def test_a_sweep_on_images_shows_accuracy_beside_the_loss(made: SimpleNamespace)
     [shown] = short_tables([verdict])
     assert shown.index("final loss") < shown.index("accuracy") < shown.index("minus static-2")
     assert "accuracy" not in made.html
+    assert "What each arm writes" not in made.html
+
+
+def test_the_page_shows_what_each_arm_writes(store, tmp_path):
+    texts = {(label, seed): {"sample": f"Once {label} <{seed}>"} for label in FEW.truths() for seed in FEW.seeds}
+    sweep = replace(FEW, edits=texts)
+    log(MlflowClient(store), sweep.runs(), sweep.sweep())
+    assert report.main(["--out", str(tmp_path / "report")]) == 0
+    shown = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "What each arm writes" in shown
+    assert "Once static-1 &lt;0&gt;" in shown
 
 
 def test_the_command_says_the_verdict_on_each_grid_point(store, capfd, refused):

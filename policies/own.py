@@ -1,0 +1,48 @@
+"""An arm of the user's own: a class, an object or a function of a plug-in (docs/your-own-arm.md)."""
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from esper.platform.contracts import GraftAction, GrowthPolicy, Probe
+from esper.platform.errors import UserError, clipped, in_a_sentence
+from esper.platform.plugins import imported
+from esper.platform.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class FunctionPolicy:
+    """Plays the rows that a function of telemetry answers; one that is not legal is WAIT, as in the environments."""
+
+    target: str  # its `module:object`
+    function: Callable[[Telemetry], Any]
+
+    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
+        """The answered row; UserError for an answer that is none."""
+        answer = self.function(telemetry)
+        try:
+            row = operator.index(answer)  # of numpy and torch too
+        except TypeError:
+            told = f"{self.target} answered {clipped(answer)}"
+            raise UserError(f"{told}: it must answer the number of a row of telemetry.candidates.") from None
+        if not (0 <= row < len(telemetry.mask) and telemetry.mask[row]):
+            return GraftAction(0, telemetry.sequence, f"row {row} of {self.target} is not legal")
+        return GraftAction(row, telemetry.sequence, f"row {row} of {self.target}")
+
+
+def own_policy(target: str, inputs: Any) -> GrowthPolicy:
+    """The controller that `module:object` means; a class is made, with the run's `ArmInputs` where it takes one."""
+    module, _, name = target.partition(":")
+    whole = imported(module)
+    with in_a_sentence(f"arm {target!r} cannot be made", "mend its module"):
+        found: Any = reduce(getattr, name.split("."), whole)
+        if isinstance(found, type):
+            found = found(inputs) if inspect.signature(found).parameters else found()
+    if hasattr(found, "act"):
+        return found
+    if callable(found):
+        return FunctionPolicy(target, found)
+    raise UserError(f"arm {target!r} has no act(telemetry, probe) and is no function of telemetry: give it one.")

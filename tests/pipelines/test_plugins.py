@@ -1,0 +1,127 @@
+"""Arms and blueprints of the user's own: the docs' code runs, is pinned, and is refused where it is wrong."""
+
+import importlib
+import json
+import sys
+
+import pytest
+
+from esper.pipelines import sweep, train
+from esper.platform import plugins
+from esper.workers.kasmina import registry
+from tests.pipelines.helpers import sets, summary_of
+from tests.test_docs import blocks
+
+
+@pytest.fixture
+def module(tmp_path, store):
+    """Writes a module into the working directory; what a test imported and registered is forgotten."""
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+
+    path, kinds = list(sys.path), dict(registry._KINDS)
+    yield write
+    sys.path[:] = path
+    registry._KINDS.clear()
+    registry._KINDS.update(kinds)
+
+
+def test_the_pages_arm_decides_a_run_which_an_edited_one_does_not_go_on_with(module, tiny, tmp_path, refused):
+    module("my_module", blocks("your-own-arm.md")[0])
+    out = tmp_path / "run"
+    assert train.main(["my_module:MyPolicy", *tiny, "--out", str(out)]) == 0
+    grafts = summary_of(out)["grafts"]
+    assert {graft["reason"] for graft in grafts} == {"the smallest graft"}
+    assert json.loads((out / "pins.json").read_text())["plugins"] == {"my_module": plugins.digest("my_module")}
+    (out / "summary.json").unlink()  # as if it had been killed before
+    with (tmp_path / "my_module.py").open("a") as file:
+        file.write("# edited\n")
+    refused(train.main, ["--resume", str(out)], "began with other sources of my_module")
+
+
+def test_a_function_is_an_arm_of_a_sweep_and_in_its_workers(module, tiny, tmp_path, capfd):
+    module("my_module", blocks("your-own-arm.md")[0])
+    out = tmp_path / "sweep"
+    flags = ["--arms", "static,my_module:last_row,random:my_module:last_row", "--tuning-seeds", "0", "--out", str(out)]
+    assert sweep.main([*tiny, *flags]) == 0
+    tests = {run["arm"]: run["grafts"] for run in summary_of(out)}
+    assert tests.keys() == {"static-1", "my_module:last_row", "random:my_module:last_row"}
+    assert tests["my_module:last_row"][0]["reason"].endswith("of my_module:last_row")
+    kinds = [sorted(graft["blueprint"] for graft in grafts) for label, grafts in tests.items() if label != "static-1"]
+    assert kinds[0] == kinds[1]
+    best = min(summary_of(out), key=lambda run: run["val_loss"])
+    assert f"{best['arm']} writes: {best['sample'].split('.')[0].strip()}" in capfd.readouterr().err
+
+
+def test_the_pages_blueprint_is_grafted_without_a_change_of_the_output(module, tiny, tmp_path, refused):
+    module("my_blueprints", blocks("your-own-blueprint.md")[0])
+    plan, out, own = tmp_path / "plan.json", tmp_path / "run", sets("growth.plugins=my_blueprints")
+    plan.write_text('[{"at": 0.2, "blueprint": "copied"}]')
+    line = ["schedule", *tiny, "--schedule", str(plan), *own]
+    refused(train.main, [*line, "--out", out], "blueprints of plug-in 'my_blueprints' (copied) growth.blueprints names")
+    own = sets("growth.blueprints.copied.width=16")
+    assert train.main([*line, *own, "--out", str(out)]) == 0
+    [graft] = summary_of(out)["grafts"]
+    assert graft["blueprint"] == "copied"
+    assert graft["identity"] <= 1e-5
+    assert summary_of(out)["shape"][0]["width"] == 64 + 16
+    refused(train.main, [*line, *own, *sets("growth.blueprints.copied.width=0"), "--out", out], "must be")
+
+
+def test_installed_packages_announce_arms_by_name(module, tiny, tmp_path, monkeypatch):
+    """Of a package as pip leaves it: a folder with its metadata."""
+    module("my_module", blocks("your-own-arm.md")[0])
+    metadata = tmp_path / "mine-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[esper.arms]\nmine = my_module:MyPolicy\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.announced.cache_clear()
+    try:
+        assert train.main(["mine", *tiny, "--out", str(tmp_path / "run")]) == 0
+    finally:
+        plugins.announced.cache_clear()
+    assert summary_of(tmp_path / "run")["arm"] == "mine"
+    assert "my_module" in json.loads((tmp_path / "run" / "pins.json").read_text())["plugins"]
+
+
+@pytest.mark.parametrize(
+    ("text", "arm", "sentence"),
+    [
+        (None, "nowhere:Policy", "plug-in 'nowhere' does not import (ModuleNotFoundError: No module named 'nowhere')"),
+        ("1 / 0", "own:Policy", "plug-in 'own' does not import (ZeroDivisionError: division by zero)"),
+        ("", "own:Policy", "arm 'own:Policy' cannot be made (AttributeError: module 'own' has no attribute 'Policy')"),
+        ("class Policy:\n    pass", "own:Policy", "arm 'own:Policy' has no act(telemetry, probe) and is no function"),
+        ("def policy(telemetry):\n    return 'wait'", "own:policy", "own:policy answered 'wait': it must answer the"),
+    ],
+)
+def test_an_arm_that_is_none_is_refused_before_anything_begins(module, text, arm, sentence, tiny, tmp_path, refused):
+    out = tmp_path / "out"
+    if text is not None:
+        module("own", text)
+    if "answered" in sentence:
+        assert train.main([arm, *tiny, "--out", str(out)]) == 2
+        return
+    refused(train.main, [arm, *tiny, "--out", out], sentence)
+    refused(sweep.main, ["--arms", f"static,{arm}", *tiny, "--out", out], sentence)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("def units", "def unit"), "blueprint CopiedNeurons lacks units: give it that"),
+        (('"copied"', '"ffn"'), "CopiedNeurons is called 'ffn', as one of esper.workers.kasmina.blueprints.ffn is"),
+        (('"width"\n', '"wings"\n'), "unknown adds of blueprint CopiedNeurons 'wings'"),
+        (("(Units)", "(Blueprint)"), "blueprint CopiedNeurons lacks allowed, outgoing, prune, pruned, resized, slices"),
+        (("@dataclass(frozen=True)\n", ""), "CopiedNeurons lacks @dataclass(frozen=True)"),
+    ],
+)
+def test_a_blueprint_that_is_none_is_refused(module, change, sentence, tiny, tmp_path, refused):
+    code = "from esper.workers.kasmina.registry import Blueprint\n" + blocks("your-own-blueprint.md")[0]
+    module("odd_blueprints", code.replace(*change))
+    own = sets("growth.plugins=odd_blueprints", "growth.blueprints.copied={}")
+    refused(train.main, ["static", *tiny, *own, "--out", tmp_path / "out"], sentence)
