@@ -84,8 +84,7 @@ class OwnLoop(TrainedEpisode):
             norm, seeds = nn.utils.clip_grad_norm_(self._host.parameters(), self._max_norm), None
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        row = (loss.detach(), norm, norm if seeds is None else norm + seeds)
-        self._steps.append(torch.stack([value.float() for value in row]))
+        self._steps.append((loss.detach().clone(), norm, norm if seeds is None else norm + seeds))
         self._charge(self.layout.step_seconds, begun, steps=1, wait=False)  # the governor waits at every eighth step
         if self.ended:
             self._forget()
@@ -131,16 +130,16 @@ class OwnLoop(TrainedEpisode):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         self.seeds = self.kasmina.seeds
-        return super().state()[0], {"steps": torch.stack(self._steps) if self._steps else torch.zeros(0, 3)}
+        return super().state()[0], {"steps": _rows_of(self._steps)}
 
     def _restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.kasmina.load(self.seeds, len(self.grafts))
-        self._steps = list(tensors["steps"].to(self.device).unbind())
+        self._steps = [tuple(row.unbind()) for row in tensors["steps"].to(self.device)]
         self._good = self._snapshot()
 
     def _start(self) -> None:
         self.history: list[Changed] = []  # of the host, by which a new one becomes this one
-        self._steps: list[Tensor] = []  # of this slice, (3,) each
+        self._steps: list[tuple[Tensor, ...]] = []  # of this slice, three numbers each
         self._reached = math.inf  # the loss at the end of the slice that is being closed
         super()._start()
 
@@ -189,8 +188,7 @@ class OwnLoop(TrainedEpisode):
         return self._ranks.first(lambda: measured) if self._timed else measured
 
     def _rows(self, since: int = 0) -> list[list[float]]:
-        rows = self._steps[since:]
-        return self._ranks.mean(torch.stack(rows)).tolist() if rows else []
+        return self._ranks.mean(_rows_of(self._steps[since:])).tolist()
 
     def _forget(self) -> None:
         self._steps.clear()
@@ -214,6 +212,11 @@ class OwnLoop(TrainedEpisode):
 
     def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[list[float], Ledger]]:
         raise UserError(NO_COPIES)
+
+
+def _rows_of(steps: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """float32 (len(steps), 3)."""
+    return torch.stack([value.float() for row in steps for value in row]).view(-1, 3) if steps else torch.zeros(0, 3)
 
 
 def _copied(value: Any, like: Any = None) -> Any:

@@ -141,7 +141,7 @@ class Grower:
         changed = None
         if not (run.unfinished or run.ended):
             changed = self._decide(run)  # at the start; the gradients of what was there do not depend on a graft
-        if run.push(loss.reshape(()), self._since or time.perf_counter()):
+        if run.push(loss.squeeze(), self._since or time.perf_counter()):
             if run.failure is not None:
                 what = f"training was given up: {run.failure}; the model is as it was at the last sound decision"
                 raise UserError(f"{what}: lower the learning rate.")

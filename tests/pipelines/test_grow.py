@@ -53,7 +53,7 @@ class Loop:
 
     def __init__(self, model=None, parts=1, **settings):
         torch.manual_seed(0)
-        self.model, self.parts, self.losses = model or gpt(), parts, []
+        self.model, self.parts, self.losses = gpt() if model is None else model, parts, []
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, betas=(0.9, 0.95))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 48)
         self.grower, self.changes = None, []
@@ -117,6 +117,18 @@ def test_it_grows_when_the_controller_says_so_and_the_loop_goes_on():
     assert told.problems(loop.grower.run.space) is None
     assert told.get("gradient_noise_measured") == told.get("train_gap_measured") == 1
     assert sum(loop.losses[-5:]) / 5 < sum(loop.losses[:5]) / 5 - 0.3
+
+
+def test_a_compiled_model_grows_too():
+    losses = []
+    for model in (gpt(), torch.compile(gpt(), backend="eager")):
+        loop = Loop(model, controller=PLAN)
+        for step in range(48):
+            torch.manual_seed(step)
+            loop.train(1)
+        losses.append(loop.losses)
+        assert len(loop.grower.run.grafts) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def wait_then_first(telemetry):
