@@ -17,7 +17,7 @@ from esper.platform.telemetry import Telemetry
 class FunctionPolicy:
     """Plays the rows that a function of telemetry answers; one that is not legal is WAIT, as in the environments."""
 
-    target: str  # its `module:object`
+    target: str  # its `module:object`, or what else it is called
     function: Callable[[Telemetry], Any]
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
@@ -41,6 +41,11 @@ def own_policy(target: str, inputs: Any) -> GrowthPolicy:
         found: Any = reduce(getattr, name.split("."), whole)
         if isinstance(found, type):
             found = found(inputs) if inspect.signature(found).parameters else found()
+    return as_policy(found, target)
+
+
+def as_policy(found: Any, target: str) -> GrowthPolicy:
+    """An object with `act`, or a function of telemetry, as a controller; UserError where it is neither."""
     if hasattr(found, "act"):
         return found
     if callable(found):

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from esper.platform.clock import ClockSpec
-from esper.platform.contracts import GraftAction, GrowthPolicy, Probe, Stateful, check_host
+from esper.platform.contracts import GrowthPolicy, Stateful, check_host
 from esper.platform.errors import UserError, clipped, in_a_sentence
 from esper.platform.host_spec import HostSpec, ResNetSpec
 from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.telemetry import Candidate, Telemetry
 from esper.policies.arms import ARMS, ArmInputs, make_policy
+from esper.policies.own import as_policy
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import blueprints_of, make_blueprints
 from esper.workers.own_loop import NO_COPIES, LoopState, OwnLoop
 from esper.workers.ranks import Ranks
 
-Controller = str | Path | Sequence[tuple[float, str]] | GrowthPolicy | Callable[[Telemetry], GraftAction | int | None]
+Controller = str | Path | Sequence[tuple[float, str]] | GrowthPolicy | Callable[[Telemetry], int]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Grower:
 
     Args:
         controller: an arm's name; a policy or schedule file; [(budget fraction, blueprint), …]; a GrowthPolicy; or a
-            function of Telemetry that returns a row of `telemetry.actions`, a GraftAction, or None to wait.
+            function of Telemetry that returns a row of `telemetry.actions`, 0 to wait.
         budget: what is cut into decisions; steps after its end train and grow nothing.
         evaluate: the validation loss now, in nats; called without gradients, in evaluation mode.
         clip: largest norm of the whole gradient.
@@ -257,17 +258,6 @@ class Grower:
         return spec.model_copy(update={"data": spec.data.model_copy(update={"batch_size": examples})})
 
 
-class _Asked:
-    """A user's function as a GrowthPolicy."""
-
-    def __init__(self, function: Callable[[Telemetry], GraftAction | int | None]) -> None:
-        self._function = function
-
-    def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        answer = self._function(telemetry)
-        return answer if isinstance(answer, GraftAction) else GraftAction(int(answer or 0), telemetry.sequence)
-
-
 def _policy(controller: Controller, inputs: ArmInputs) -> GrowthPolicy:
     """What a user names, as a GrowthPolicy; UserError where it is none."""
     if controller == "lag":
@@ -283,11 +273,7 @@ def _policy(controller: Controller, inputs: ArmInputs) -> GrowthPolicy:
         entries = [Entry.checked({"at": at, "blueprint": name}, "the schedule") for at, name in controller]
         inputs.check("the schedule", (entry.blueprint for entry in entries))
         return SchedulePolicy(entries)
-    if hasattr(controller, "act"):
-        return controller  # pyright: ignore[reportReturnType]
-    if callable(controller):
-        return _Asked(controller)
-    raise UserError(f"controller is {clipped(controller)}: give an arm's name, a file, a schedule, or a function.")
+    return as_policy(controller, getattr(controller, "__name__", clipped(controller)))
 
 
 def _spec(

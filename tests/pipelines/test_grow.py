@@ -132,7 +132,7 @@ def test_a_compiled_model_grows_too():
 
 
 def wait_then_first(telemetry):
-    return int(telemetry.legal()[-1]) if telemetry.sequence == 2 else None
+    return int(telemetry.legal()[-1]) if telemetry.sequence == 2 else 0
 
 
 class Second:
@@ -328,7 +328,7 @@ def test_a_state_that_does_not_fit_is_refused():
 
 
 def grafts_twice(telemetry):
-    return int(telemetry.legal()[-1]) if telemetry.sequence in (1, 3) else None
+    return int(telemetry.legal()[-1]) if telemetry.sequence in (1, 3) else 0
 
 
 def on_a_rank(rank, folder):
@@ -376,6 +376,11 @@ def test_two_ranks_grow_alike_from_one_decision_and_as_one_process_on_both_halve
         )  # Adam magnifies rounding
 
 
+class Illegal:
+    def act(self, telemetry, probe=None):
+        return GraftAction(99, telemetry.sequence)
+
+
 class Trying:
     def act(self, telemetry, probe=None):
         probe.twins([GraftAction(0, telemetry.sequence)], 3)
@@ -406,7 +411,7 @@ BAD = {
     "arm": (gpt, adam, {"controller": "tamyo"}, "Did you mean 'tamiyo'"),
     "lag": (gpt, adam, {"controller": "lag"}, "grafts cannot be tried on copies where the batches are the loop's own"),
     "no policy": (gpt, adam, {"controller": "runs/none"}, "policy runs/none does not exist: name a folder"),
-    "no function": (gpt, adam, {"controller": 3}, "controller is 3: give an arm's name, a file, a schedule"),
+    "no function": (gpt, adam, {"controller": 3}, "arm '3' has no act.telemetry, probe. and is no function"),
     "blueprint": (gpt, adam, {"controller": [(0.1, "blok")]}, "unknown blueprint in the schedule 'blok'"),
     "no laws": (gpt, adam, {"controller": "planner"}, "arm 'planner' needs fitted laws"),
     "budget": (gpt, adam, {"budget": Budget()}, "a Budget is on one axis, and this one has 0"),
@@ -430,7 +435,7 @@ def test_bad_input_is_a_sentence_and_changes_nothing(what):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"controller": lambda telemetry: 99}, "action 99 is not legal here"),
+        ({"controller": Illegal()}, "action 99 is not legal here"),
         ({"controller": Trying()}, "grafts cannot be tried on copies where the batches are the loop's own"),
         ({"evaluate": lambda: "low"}, "evaluate.. returned 'low': it must return a loss above 0"),
         ({"evaluate": lambda: math.nan}, "evaluate.. returned nan before the first step"),
