@@ -59,7 +59,7 @@ TRAINING = python("workers")
     ("what", "measured", "limit"),
     [
         ("lines of Python, tests apart", lines(CODE), 18_903),
-        ("lines of tests", lines(python("tests")), 11_099),
+        ("lines of tests", lines(python("tests")), 11_101),
         ("lines of docstrings and comments", prose(CODE), 2_091),
         ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 17),
         ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),

@@ -84,15 +84,17 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
         assert all(instance["arms"][arm] == repeated["instances"][id]["arms"][arm] for arm in ("random", "ppo"))
 
 
-def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys):
+def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys, monkeypatch):
     out, plan = tmp_path / "out", tmp_path / "plan.json"
     plan.write_text('[{"at": 0.25, "blueprint": "ffn"}]')
     command = ["evaluate", str(trained), *tiny, "--episodes", "2", "--schedule", str(plan), "--out", str(out)]
     command += ["--set", "budget.amount=80"]
-    assert pipeline.main([*command, "--arms", "static,schedule,width"]) == 0
+    (tmp_path / "rows.py").write_text("def last(telemetry):\n    return telemetry.legal()[-1]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pipeline.main([*command, "--arms", "static,schedule,width,rows:last"]) == 0
     result = read(out, "evaluation.json")
     assert result["on"] == "text"
-    assert [row["arm"] for row in result["rows"]] == ["static", "schedule", "width", "ppo"]
+    assert [row["arm"] for row in result["rows"]] == ["static", "schedule", "width", "rows:last", "ppo"]
     assert all(row["to_bound"] is None for row in result["rows"])
     assert [len(i["arms"]["schedule"]["grafts"]) for i in result["instances"].values()] == [1, 1]
     assert [len(i["arms"]["width"]["grafts"]) for i in result["instances"].values()] == [3, 3]
