@@ -92,6 +92,7 @@ class EpisodeState(Frozen):
     unfinished: bool
     paid: Annotated[float, Field(ge=0)]
     sequence: Natural
+    rewards: list[Finite]
 
 
 class Episode(ABC):
@@ -153,6 +154,7 @@ class Episode(ABC):
         self.unfinished = False  # a slice is under way: call `finish`, not `step`
         self.paid = 0.0  # parameter-seconds whose rent rewards have charged
         self.sequence = 0  # number of the last observation
+        self.rewards: list[float] = []  # of each decision, in nats
         self._born: HostShape = self._given or start_shape(self.spec, self.vocab_size, instance.n_layer)
         self._start()
         self._resized()
@@ -211,6 +213,7 @@ class Episode(ABC):
         for graft in self.grafts if self.ended else ():
             graft.outcome = graft.outcome or "on probation"
         reward = (loss_before - loss) - self.spec.reward.rent * rented / self.reference
+        self.rewards.append(reward)
         telemetry, info = self._observe(), {"point": self.curve[-1]}
         if self.ended:
             info["summary"] = self.summary()
@@ -246,6 +249,7 @@ class Episode(ABC):
             "decisions": self.sequence,
             **{name: [asdict(each) for each in getattr(self, name)] for name in ("grafts", "prunes", "rollbacks")},
             "annealed": list(self.annealed),
+            "rewards": list(self.rewards),
             "val_curve": list(self.curve),
         }
 

@@ -15,12 +15,14 @@ from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.platform import checkpoint
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import Eta, counted, duration, say
-from esper.platform.contracts import GraftAction, GrowthPolicy
+from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
+from esper.platform.recording import SEEN_FILE
 from esper.platform.spec import RunSpec
-from esper.platform.storage import write_json
+from esper.platform.storage import write_bytes, write_json
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import ArmInputs, make_policy
+from esper.policies.recorder import Recorder
 from esper.policies.simic.policy import policy_file
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, ensure, open_data
@@ -69,7 +71,7 @@ def resume(out: Path) -> int:
         return train(folder, growth, policy, arm)
 
 
-def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) -> int:
+def train(folder: RunFolder, growth: GrowthRun, policy: Recorder, arm: str) -> int:
     """Play the run to its end, saving at every decision, and report; returns 1 if it was given up."""
     out, eta = folder.out, Eta(growth.fraction())
     with (
@@ -108,6 +110,7 @@ def train(folder: RunFolder, growth: GrowthRun, policy: GrowthPolicy, arm: str) 
         for point in growth.curve[1:]:  # a full disk may have kept one from the journal
             tracker.log(metrics(point), int(point["steps"]))
         summary["mlflow"] = tracker.run_id
+        write_bytes(out / SEEN_FILE, policy.record(growth.telemetry))
         write_json(out / "summary.json", summary)
         for name in KEPT:
             tracker.artifact(out / name)
@@ -179,7 +182,7 @@ def _growing(folder: Path, spec: RunSpec, changes: Iterable[str]) -> RunSpec:
     return spec
 
 
-def _policy(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> GrowthPolicy:
+def _policy(arm: str, spec: RunSpec, seed: int, files: Mapping[str, Path | None]) -> Recorder:
     """The arm's controller, from the files that the user named or their copies."""
     given = {name: files.get(name) for name in ("policy", "schedule", "match", "laws")}
-    return make_policy(arm, ArmInputs(seed=seed, spec=spec, **given))
+    return Recorder(make_policy(arm, ArmInputs(seed=seed, spec=spec, **given)))

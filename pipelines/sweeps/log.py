@@ -21,7 +21,8 @@ from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import Eta, counted, say
 from esper.platform.ledger import AXES
 from esper.platform.provenance import SPEC
-from esper.platform.storage import read_json, write_json, write_text
+from esper.platform.recording import SEEN_FILE
+from esper.platform.storage import read_json, write_bytes, write_json, write_text
 from esper.platform.tracking import Tracker, sync, synced
 
 SUMMARY = "summary.json"
@@ -109,6 +110,7 @@ class SweepLog(tune.Callback):
             return
         self._fractions[planned.name] = 1.0 if summary else min(0.999, result["curve"][-1]["budget_fraction"])
         if summary:
+            write_bytes(self.folder(planned) / SEEN_FILE, result["seen"])
             write_json(self.folder(planned) / SUMMARY, summary)
             self._store.drop(planned.name)
             self._finish(planned, summary, TRIAL_SECONDS)

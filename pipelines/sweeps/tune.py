@@ -23,6 +23,7 @@ from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
+from esper.policies.recorder import Recorder
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import Data, TokenData, open_data
 from esper.workers.tolaria.export import host_of
@@ -80,7 +81,7 @@ def _trial(config: dict[str, Any], trials: dict[str, Trial], data: Path, fingerp
 
 
 def _play(trial: Trial, tokens: Data, store: CheckpointStore) -> None:
-    run, policy = GrowthRun(trial.spec, tokens), make_policy(trial.arm.kind.plays, trial.inputs)
+    run, policy = GrowthRun(trial.spec, tokens), Recorder(make_policy(trial.arm.kind.plays, trial.inputs))
     take_up(run, policy, store.find(trial.name), trial.seed)
     tune.report({"curve": list(run.curve)})
 
@@ -95,4 +96,4 @@ def _play(trial: Trial, tokens: Data, store: CheckpointStore) -> None:
     store.flush()
     if trial.purpose == "test" and isinstance(tokens, TokenData) and not summary["diverged"]:
         summary["sample"] = sample(host_of(*run.state()), tokens.tokenizer, tokens=SAMPLED, seed=trial.seed)
-    tune.report({"curve": list(run.curve), "summary": summary})
+    tune.report({"curve": list(run.curve), "summary": summary, "seen": policy.record(run.telemetry)})
