@@ -25,12 +25,9 @@ FLOATS, WORDS = pa.list_(pa.float32()), pa.list_(pa.string())
 SEEN = pa.schema(
     {
         "sequence": pa.int32(),
-        "globals": FLOATS,
-        "sites": FLOATS,  # the present rows, one after another; so are the candidates'
-        "candidates": FLOATS,
+        **dict.fromkeys(("globals", "sites", "candidates"), FLOATS),  # of tables the present rows, one after another
         "mask": pa.list_(pa.bool_()),  # of the present candidates
-        "site_ids": WORDS,
-        "actions": WORDS,  # the present candidates in words
+        **dict.fromkeys(("site_ids", "actions"), WORDS),  # of the present rows
         "row": pa.int32(),  # that was chosen; none at the end
     }
 )
@@ -63,18 +60,17 @@ class Manifest(Frozen):
     """`manifest.json`."""
 
     version: Literal[1] = 1
-    telemetry: Literal[3] = VERSION
+    telemetry: int = VERSION
     spec: RunSpec  # of every run, but for its budget and start
     sites: Count  # of the telemetry space
     candidates: Count
     text: str  # fingerprint
     commits: tuple[str, ...]  # of the code that trained
     torch: tuple[str, ...]
-    command: str
     runs: Count
     instances: Count
     decisions: Count
-    files: dict[str, str]  # name → SHA-256
+    files: dict[str, str] = {}  # noqa: RUF012  (name → SHA-256; frozen)
 
     @property
     def space(self) -> TelemetrySpace:
@@ -93,6 +89,9 @@ class Manifest(Frozen):
         """A recording's manifest, decisions and runs; raises UserError where it is none, or a file has changed."""
         path = folder / MANIFEST
         manifest = cls.checked(read_json(path, str(path), "a folder that `esper record` wrote"), str(path))
+        if manifest.telemetry != VERSION:
+            what = f"{path} is of telemetry version {manifest.telemetry}, and this code reads version {VERSION}"
+            raise UserError(f"{what}: take the Esper that wrote it, or record runs of this one.")
         decisions, runs = (unpacked(folder / name, manifest.files.get(name)) for name in FILES)
         if decisions.schema != DECISIONS or runs.schema != RUNS:
             raise UserError(f"the tables in {folder} lack columns, or have others: record the runs again.")
@@ -102,7 +101,7 @@ class Manifest(Frozen):
 def packed(table: pa.Table) -> bytes:
     """A table as the bytes of a parquet file."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", compression_level=19)
+    pq.write_table(table, sink, compression="zstd", compression_level=9)
     return sink.getvalue()
 
 

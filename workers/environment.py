@@ -2,6 +2,7 @@
 
     env = gym.make("esper.workers.environment:Esper/GrowthSurrogate-v0", spec="tinystories-char")    # a scaling law
     env = gym.make("esper.workers.environment:Esper/Growth-v0", spec="demo", data="SHARDS")          # GPTs on text
+    env = gym.make("esper.workers.environment:Esper/GrowthRecorded-v0", data="RECORDING")            # recorded runs
 
 Instances as in DACBench (Eimer et al. 2021, 2105.08541). The end of the budget is `terminated`; nothing is truncated.
 Equal seeds and actions give equal numbers to the bit by the reference clock on the CPU.
@@ -21,10 +22,12 @@ from esper.platform.spec import RunSpec, load_spec
 from esper.workers.episode import Episode
 from esper.workers.instances import instance_set
 from esper.workers.laws.surrogate import SurrogateRun
+from esper.workers.recorded import RecordedInstance, RecordedRun
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import open_data
 
-Instances = Mapping[int, Instance] | str  # by id, or the name of a set of `workers/instances.py`
+# By id, or the name of a set of `workers/instances.py`.
+Instances = Mapping[int, Instance] | Mapping[int, RecordedInstance] | str
 Observation = dict[str, np.ndarray]
 SEEDS = 2**32  # episodes draw their seeds below this
 
@@ -33,13 +36,14 @@ class GrowthEnv(gym.Env[Observation, np.int64]):
     """An environment that owns a run.
 
     Info: `instance_id` and `val_loss` (nats per token); after a step also `action` (text) and `illegal` (the row was
-    not legal and was taken as WAIT, for agents without masks); at the end the run's `summary`.
+    not legal and was taken as the first that is, which is WAIT but in recordings where nobody waited: for agents
+    without masks); at the end the run's `summary`.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own name and form)
 
-    def __init__(self, run: Episode, instances: Instances) -> None:
-        self.run = run
+    def __init__(self, run: Episode | RecordedRun, instances: Instances) -> None:
+        self.run: Any = run
         self.instance_set = dict(instance_set(instances, run.spec) if isinstance(instances, str) else instances)
         self.inst_id: int | None = None  # the current instance's
         self.observation_space = observation_space(run.space)
@@ -70,7 +74,9 @@ class GrowthEnv(gym.Env[Observation, np.int64]):
             raise UserError(f"action {action!r} is not in {self.action_space}: choose a row of the candidates.")
         before = self.run.telemetry
         legal = bool(before.mask[action])
-        row = int(action) if legal else 0
+        row = int(action) if legal else int(before.legal()[0])
+        if isinstance(self.run, RecordedRun):
+            self.run.unrecorded += not legal
         transition = self.run.step(GraftAction(row, before.sequence))
         info = self._info() | {"action": str(before.actions[row]), "illegal": not legal}
         if transition.terminated:
@@ -100,6 +106,13 @@ def growth_surrogate_env(spec: RunSpec | str = "tinystories-char", instances: In
     return GrowthEnv(SurrogateRun(load_spec(spec) if isinstance(spec, str) else spec), instances)
 
 
-for _id, _maker in {"Esper/Growth-v0": growth_env, "Esper/GrowthSurrogate-v0": growth_surrogate_env}.items():
-    if _id not in gym.registry:
-        gym.register(_id, entry_point=f"{__name__}:{_maker.__name__}")
+def growth_recorded_env(data: Path | str) -> GrowthEnv:
+    """`Esper/GrowthRecorded-v0`: the runs that `esper record` left in `data`, as instances of one seed and budget."""
+    run = RecordedRun(Path(data))
+    return GrowthEnv(run, run.instances)
+
+
+MAKERS = {"Growth": growth_env, "GrowthSurrogate": growth_surrogate_env, "GrowthRecorded": growth_recorded_env}
+for _name, _maker in MAKERS.items():
+    if f"Esper/{_name}-v0" not in gym.registry:
+        gym.register(f"Esper/{_name}-v0", entry_point=f"{__name__}:{_maker.__name__}")

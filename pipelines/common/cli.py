@@ -16,6 +16,7 @@ COMMANDS = {
     "transfer": "fine-tune a controller on another preset, and compare it with controllers from there",
     "report": "write the report on a sweep: the verdict, figures and tables, from MLflow",
     "watch": "draw a run, under way or ended: its loss, and its network as it grew",
+    "record": "gather ended runs as a benchmark that replays them, for controllers to be compared without training",
     "export": "write a trained GPT as files for transformers, or for Esper itself",
     "sample": "write text with a trained GPT",
     "demo": "the whole story in minutes on a laptop",

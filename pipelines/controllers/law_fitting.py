@@ -6,20 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from esper.pipelines.common.ended_runs import ended_runs
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError
 from esper.platform.law_file import FittedLaws
-from esper.platform.provenance import PINS, SPEC
-from esper.platform.spec import RunSpec, load_spec
-from esper.platform.storage import check_unused, read_json, write_text
+from esper.platform.spec import RunSpec
+from esper.platform.storage import check_unused, write_text
 from esper.workers.laws.fit import Annealed, annealed_losses, decision_losses, fit_laws, held_out_residual
 from esper.workers.laws.forecast import ensemble
-from esper.workers.laws.scaling_law import SIZE, ScalingLaw
+from esper.workers.laws.scaling_law import ScalingLaw
 
 if TYPE_CHECKING:
     from esper.pipelines.policy import FitArguments
-
-RATES = "-rate"  # in the names of a sweep's trials that look for a learning rate: most have a poor one
 
 
 class Found(NamedTuple):
@@ -87,18 +85,6 @@ def fitted(folder: Path, found: Sequence[Found]) -> tuple[FittedLaws, ScalingLaw
 
 
 def runs_in(folder: Path) -> Iterator[Found]:
-    """The runs of `esper train` and `esper sweep` in a folder, in whatever depth; a UserError where there is none."""
-    none = True
-    for path in sorted(folder.rglob("summary.json")):
-        place = path.parent
-        pins = next((each / PINS for each in (place, *place.parents[:2]) if (each / PINS).is_file()), None)
-        if pins is None or not (place / SPEC).is_file() or (place.parent.name == "trials" and RATES in place.name):
-            continue
-        summary = read_json(path, str(path), "the summary of a run")
-        curve = summary.get("val_curve") if isinstance(summary, dict) else None
-        if not curve or not curve[0].keys() >= set(SIZE):  # of a sweep, a controller, or an older Esper
-            continue
-        none, text = False, read_json(pins, str(pins), "the pins of a run").get("data")
-        yield Found.of(load_spec(place / SPEC), text or "", summary)
-    if none:
-        raise UserError(f"{folder} holds no ended run: name a folder of `esper train` or `esper sweep` that does.")
+    """The runs of `esper train` and `esper sweep` in a folder; a UserError where there is none."""
+    for run in ended_runs(folder):
+        yield Found.of(run.spec, run.text, run.summary)

@@ -11,6 +11,7 @@ import pytest
 
 from esper.pipelines.common import single_run
 from esper.pipelines.train import main
+from esper.platform.recording import SEEN_FILE
 from esper.platform.storage import alone
 from tests.mlflow_servers import free_port
 from tests.pipelines import helpers
@@ -82,6 +83,7 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, m
         resumed = capfd.readouterr().err
         assert f"resume  {out}, schedule, at optimizer step {step if name == 'stopped' else ''}" in resumed
         assert summary_of(out) == summary_of(tmp_path / "undisturbed")
+        assert (out / SEEN_FILE).read_bytes() == (tmp_path / "undisturbed" / SEEN_FILE).read_bytes()
     assert runs() == {name: finished(tmp_path / name) for name in (*folders, "undisturbed")}
 
 

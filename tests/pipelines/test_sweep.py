@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
@@ -20,6 +21,7 @@ from esper.pipelines.common.stopping import Stopped
 from esper.pipelines.sweeps import comparison, stages
 from esper.pipelines.sweeps.rates import Setting
 from esper.platform import tracking
+from esper.platform.recording import SEEN_FILE
 from tests.mlflow_servers import free_port
 from tests.pipelines.helpers import read, sets, start, summary_of, wait_for
 
@@ -59,6 +61,7 @@ def check_tracked(store: MlflowClient, out: Path) -> dict:
     for name, run in runs.items():
         assert run.info.status == "FINISHED"
         curve = summary(out, name)["val_curve"]
+        assert len(pq.read_table(out / "trials" / name / SEEN_FILE)) == len(curve)
         for key in POINTS:
             points = [(point.step, point.value) for point in store.get_metric_history(run.info.run_id, key)]
             assert sorted(points) == [(int(p["steps"]), pytest.approx(p[key])) for p in curve]
