@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint type fmt bench gpu clean
+.PHONY: help setup demo test test-all lint type fmt docs bench gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-9s %s\n", $$1, $$2 }'
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Esper needs Python 3.11 or newer, as $(PYTHON): install one, or name it with make PYTHON=python3.12 setup." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev,docs]' -c constraints.txt
 	@touch $@
 
 demo: $(READY)  ## the whole story in minutes on a laptop
@@ -43,6 +43,9 @@ fmt: $(READY)  ## mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## build the documentation's site into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(READY)  ## measure speed, about seven minutes on an idle machine: the table of docs/performance.md
 	@$(BIN)/python benchmarks/run.py
 
@@ -50,5 +53,5 @@ gpu: $(READY)  ## check and time everything on an NVIDIA GPU in six minutes; DEV
 	$(BIN)/python benchmarks/gpu.py --device $(DEVICE)
 
 clean:  ## remove caches and build products; .venv, runs and mlflow.db stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ from esper.platform.ledger import Axis
 class ClockSpec(Frozen):
     """Which clock, and the fitted constants of the reference formula."""
 
-    kind: Literal["reference", "wall"] = "reference"
+    kind: Literal["reference", "wall"] = "reference"  # time by the formula, or measured
     base_seconds: Seconds = 1e-3  # of a step that no layer accounts for
     layer_seconds: Seconds = 1e-3  # that a layer adds to a step, whatever its size
     flops_per_second: Annotated[float, Field(gt=0)] = 5e10  # rate at which a step's FLOPs are done

@@ -14,8 +14,8 @@ Activation = Literal["gelu_new", "gelu"]  # GELU by its tanh formula, as in GPT-
 class ExpertSpec(Frozen):
     """An expert that a host is born with."""
 
-    uid: Annotated[int, Field(ge=0)]
-    width: Neurons
+    uid: Annotated[int, Field(ge=0)]  # names it: e<uid>
+    width: Neurons  # hidden, between its two matrices
     share: Annotated[float, Field(gt=0, le=1)]  # of the tokens that its gate is balanced to
 
 
@@ -23,9 +23,9 @@ class LayerSpec(Frozen):
     """A layer that a host is born with."""
 
     uid: Annotated[int, Field(ge=0)]  # names its sites: h<uid>.attention, …
-    heads: Heads
+    heads: Heads  # of its attention
     width: Neurons  # of the MLP
-    experts: Annotated[tuple[ExpertSpec, ...], Field(max_length=256)] = ()
+    experts: Annotated[tuple[ExpertSpec, ...], Field(max_length=256)] = ()  # beside the MLP
 
     @property
     def parts(self) -> list[str]:
@@ -42,8 +42,8 @@ class HostSpec(Frozen):
     takes: ClassVar[str] = "text"  # the kind of data
     whole: ClassVar[int] = 1  # that widths are multiples of
 
-    kind: Literal["transformer"] = "transformer"
-    n_layer: Layers = 2
+    kind: Literal["transformer"] = "transformer"  # takes text
+    n_layer: Layers = 2  # layers to start with
     n_head: Heads = 4  # attention heads of a layer
     n_embd: Annotated[int, Field(ge=1, le=2**16)] = 64  # embedding dimension C
     block_size: Annotated[int, Field(ge=2, le=2**17)] = 64  # context length T, in tokens
@@ -51,7 +51,7 @@ class HostSpec(Frozen):
     mlp_width: Neurons | None = None  # of an MLP; none means 4 n_embd
     layers: Annotated[tuple[LayerSpec, ...], Field(max_length=512)] | None = None  # as in a summary's `shape`; or alike
     tied: bool = True  # the output head is the token embedding
-    dropout: BelowOne = 0.0
+    dropout: BelowOne = 0.0  # probability, of embeddings, attention weights and branches
     activation: Activation = "gelu_new"  # of the MLPs
     attention: Literal["sdpa", "flash"] = "sdpa"  # torch's own, or flash-attn's: CUDA, bfloat16, the extra flash-attn
 
@@ -117,7 +117,7 @@ class BlockSpec(Frozen):
     """A residual block that a ResNet is born with."""
 
     uid: Annotated[int, Field(ge=0)]  # names its sites: h<uid>.conv, h<uid>.stream
-    stage: Annotated[int, Field(ge=0, lt=STAGES)]
+    stage: Annotated[int, Field(ge=0, lt=STAGES)]  # that it is in
     width: Neurons  # hidden channels, between its two convolutions
     gate: Annotated[int, Field(ge=0, le=2**20)] = 0  # neurons of its channel attention; 0: it has none
 
@@ -138,13 +138,13 @@ class ResNetSpec(Frozen):
     dropout: ClassVar[float] = 0.0
     own_heads: ClassVar[int] = 1
 
-    kind: Literal["resnet"] = "resnet"
+    kind: Literal["resnet"] = "resnet"  # takes images
     n_layer: Layers = 3  # blocks of all stages
     channels: Annotated[int, Field(ge=1, le=2**14)] = 16  # C, of the first stage's stream
     width: Neurons | None = None  # hidden channels of a block of the first stage, doubled like C; none means C
     image_size: Annotated[int, Field(ge=2**STAGES, le=2**11)] = 32  # height and width, in pixels; a norm needs several
-    image_channels: Annotated[int, Field(ge=1, le=2**8)] = 3
-    norm: Literal["group", "batch"] = "group"
+    image_channels: Annotated[int, Field(ge=1, le=2**8)] = 3  # 1 for grey, 3 for colours
+    norm: Literal["group", "batch"] = "group"  # GroupNorm or BatchNorm
     group: Neurons = 8  # channels that share the mean and variance of a GroupNorm
     layers: Annotated[tuple[BlockSpec, ...], Field(max_length=512)] | None = None  # as in a summary's `shape`
 

@@ -61,7 +61,7 @@ class OptimizerSpec(Frozen):
     """
 
     learning_rate: Positive = 3e-3  # stable rate at rate_parameters
-    rate_exponent: Annotated[float, Field(ge=0, le=2)] = 0.0
+    rate_exponent: Annotated[float, Field(ge=0, le=2)] = 0.0  # 0: the same rate at every size
     rate_parameters: Count = 100_000  # non-embedding parameters at which the rate is stated
     rate_max: Positive = 0.1  # the stable rate by that law is never above this
     rates: Rates = ()  # (non-embedding parameters, stable rate), log-log interpolated
@@ -69,8 +69,8 @@ class OptimizerSpec(Frozen):
     warmup: BelowOne = 0.02  # fraction of the budget over which the rate rises
     decay_from: Annotated[float, Field(gt=0, le=1)] = 0.8  # fraction of the budget at which it starts to fall
     final_rate: Fraction = 0.0  # at the budget's end, relative to the stable one
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    eps: Positive = 1e-8
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)  # decay of the means of gradients and of their squares
+    eps: Positive = 1e-8  # added to the root of the latter
     weight_decay: NotNegative = 0.1  # on matrices; none on biases and norms
     grad_clip: Positive = 1.0  # largest norm of the whole gradient
 
@@ -84,10 +84,10 @@ class OptimizerSpec(Frozen):
 class BudgetSpec(Frozen):
     """How much a run may use, and how often the controller decides."""
 
-    axis: Axis = "parameter_seconds"
+    axis: Axis = "parameter_seconds"  # what the budget counts
     amount: Positive = 1e6  # in the axis's own unit
     decisions: Annotated[int, Field(ge=1, le=1000)] = 24  # K, in an episode
-    # Budget fractions at which a fork, not charged, is annealed.
+    # Budget fractions at which a copy, not charged, is annealed.
     cooldowns: Annotated[tuple[Share, ...], Field(max_length=1000)] = ()
 
 
@@ -98,12 +98,13 @@ def _listed(names: Any) -> Any:
 class GrowthSpec(Frozen):
     """How far and how a host may grow."""
 
-    max_layers: Layers = 4
+    max_layers: Layers = 4  # at most, those it starts with included
     max_parameters: Count | None = None  # none: no cap but max_layers
-    min_optimizer_steps: Count = 10  # that a decision must hold after a graft for it to be legal
+    min_optimizer_steps: Count = 10  # that a decision must hold after a graft
     probation_steps: Count = 200  # optimizer steps over which a seed's learning rate warms up
-    lockout_decisions: Annotated[int, Field(ge=0)] = 4  # in which a graft that was rolled back is not allowed again
-    blueprints: dict[str, dict[str, Any]] = Field(default={"attention": {}, "ffn": {}, "block": {}})  # their settings
+    lockout_decisions: Annotated[int, Field(ge=0)] = 4  # that a graft which was rolled back is barred from its site
+    # Those that may be grafted, each with settings of its own.
+    blueprints: dict[str, dict[str, Any]] = Field(default={"attention": {}, "ffn": {}, "block": {}})
     plugins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()  # modules with blueprints of the user's own
 
 
@@ -119,13 +120,13 @@ class RewardSpec(Frozen):
     """The PPO arm's objective, −Loss − Rent."""
 
     rent: NotNegative = 0.2  # nats that a reference run's parameter-seconds cost
-    reference: Positive | None = None  # those; none means the budget, or what the starting size would use
+    reference: Positive | None = None  # the reference run's; none means the budget, or what the starting size would use
 
 
 class FleetSpec(Frozen):
     """Where workers run."""
 
-    workers: Annotated[int, Field(ge=1, le=10_000)] | None = None  # none means one a core (or a GPU share)
+    workers: Annotated[int, Field(ge=1, le=10_000)] | None = None  # so many; none means one a core (or a GPU share)
     cpus: NotNegative = 1.0  # cores of a worker
     gpus: Gpus = 0.0  # GPUs of a worker; fractions share one
     storage: str | None = None  # where workers save: a path or pyarrow URI that all nodes see; none: beside --out
@@ -136,14 +137,14 @@ class FleetSpec(Frozen):
 class PPOSpec(Frozen):
     """PPO (Schulman et al. 2017, 1707.06347) in RLlib's terms; γ is 1 by design."""
 
-    iterations: Count = 20
+    iterations: Count = 20  # of collecting decisions and learning from them
     decisions: Batch = 256  # that an iteration learns from (train_batch_size)
-    minibatch: Batch = 64
-    epochs: Count = 6
-    learning_rate: Positive = 1e-3
-    gae_lambda: Fraction = 0.95
-    clip: Share = 0.2
-    entropy: NotNegative = 0.005
+    minibatch: Batch = 64  # decisions of one gradient step
+    epochs: Count = 6  # passes over an iteration's decisions
+    learning_rate: Positive = 1e-3  # of Adam
+    gae_lambda: Fraction = 0.95  # λ of the advantages; 1: what was returned, less the value
+    clip: Share = 0.2  # ε: how far from 1 the ratio of probabilities is followed
+    entropy: NotNegative = 0.005  # coefficient of the entropy bonus
     anchor: NotNegative = 0.3  # coefficient of the KL divergence from a clone of the planner, where there is one
     hidden: Annotated[int, Field(ge=4, le=2**12)] = 64  # width of the policy network
     learners: Annotated[int, Field(ge=0, le=1024)] = 0  # learner processes; 0 learns in the driver
@@ -159,9 +160,9 @@ class LawSpec(Frozen):
 
     floor: Range = (0.3, 0.3)  # E, nats
     size: Range = (1.2, 1.8)  # A, nats
-    size_exponent: Range = (0.4, 0.7)  # α
+    size_exponent: Range = (0.4, 0.7)  # α, of the parameters
     data: Range = (0.02, 0.4)  # B, nats; log
-    data_exponent: Range = (0.6, 0.9)  # β
+    data_exponent: Range = (0.6, 0.9)  # β, of the tokens
     heads: Range = (0.03, 6.0)  # weight of an attention parameter; log
     width: Range = (0.03, 6.0)  # weight of any other parameter; log
     layer: Range = (0.02, 1.0)  # weight of a layer itself, in parameters of the first; log
@@ -184,7 +185,7 @@ class RunSpec(Frozen):
     fleet: FleetSpec = FleetSpec()
     ppo: PPOSpec = PPOSpec()
     laws: LawSpec = LawSpec()
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products (autocast)
     threads: Annotated[int, Field(ge=1, le=1024)] = 1  # CPU threads of a run; numbers are equal only at equal threads
 

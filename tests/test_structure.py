@@ -43,7 +43,7 @@ def prose(files: Iterable[Path]) -> int:
     return count
 
 
-CODE = [*python(*MAY_IMPORT, "benchmarks"), ROOT / "esper" / "__init__.py"]
+CODE = [*python(*MAY_IMPORT, "benchmarks", "docs"), ROOT / "esper" / "__init__.py"]
 WATCHING = [
     *python("pipelines/reports"),
     *(
@@ -58,10 +58,10 @@ TRAINING = python("workers")
 @pytest.mark.parametrize(
     ("what", "measured", "limit"),
     [
-        ("lines of Python, tests apart", lines(CODE), 19_398),
-        ("lines of tests", lines(python("tests")), 11_281),
-        ("lines of docstrings and comments", prose(CODE), 2_137),
-        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 18),
+        ("lines of Python, tests apart", lines(CODE), 19_609),
+        ("lines of tests", lines(python("tests")), 11_443),
+        ("lines of docstrings and comments", prose(CODE), 2_158),
+        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 19),
         ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",

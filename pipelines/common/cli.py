@@ -17,6 +17,7 @@ COMMANDS = {
     "report": "write the report on a sweep: the verdict, figures and tables, from MLflow",
     "watch": "draw a run, under way or ended: its loss, and its network as it grew",
     "record": "gather ended runs as a benchmark that replays them, for controllers to be compared without training",
+    "settings": "list the keys of --set, with what they allow and mean",
     "export": "write a trained GPT as files for transformers, or for Esper itself",
     "sample": "write text with a trained GPT",
     "demo": "the whole story in minutes on a laptop",

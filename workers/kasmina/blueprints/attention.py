@@ -23,8 +23,8 @@ class AttentionSeed(Units):
     site_kind: ClassVar[SiteKind] = "pre_attention"
     adds: ClassVar[str] = "heads"
 
-    heads: Count = 1
-    limit: Count = 64
+    heads: Count = 1  # of a graft
+    limit: Count = 64  # heads of a layer
 
     @property
     def units(self) -> int:

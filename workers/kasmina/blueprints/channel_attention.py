@@ -26,7 +26,7 @@ class ChannelAttentionSeed(Part):
     site_kind: ClassVar[SiteKind] = "conv"
     adds: ClassVar[str] = "expert"  # a gated part inside a layer
 
-    width: Count = 8
+    width: Count = 8  # neurons of the gate
 
     def allowed(self, shape: Any, site_id: str) -> bool:
         return not shape.layer(site_id).gate

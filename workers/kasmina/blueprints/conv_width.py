@@ -23,8 +23,8 @@ class ConvWidthSeed(Units):
     site_kind: ClassVar[SiteKind] = "conv"
     adds: ClassVar[str] = "width"
 
-    width: Count = 8
-    limit: Count = 4096
+    width: Count = 8  # channels of a graft
+    limit: Count = 4096  # hidden channels of a block
 
     @property
     def units(self) -> int:

@@ -27,9 +27,9 @@ class ExpertSeed(Part):
     site_kind: ClassVar[SiteKind] = "post_ffn"
     adds: ClassVar[str] = "expert"
 
-    width: Count = 64
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    limit: Count = 64
+    width: Count = 64  # neurons of an expert
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of the tokens that its gate is balanced to
+    limit: Count = 64  # experts of all layers together
 
     def allowed(self, shape: HostShape, site_id: str) -> bool:
         return shape.experts() < self.limit

@@ -22,8 +22,8 @@ class FFNSeed(Units):
     site_kind: ClassVar[SiteKind] = "post_ffn"
     adds: ClassVar[str] = "width"
 
-    width: Count = 64
-    limit: Count = 65536
+    width: Count = 64  # neurons of a graft
+    limit: Count = 65536  # neurons of a layer
 
     @property
     def units(self) -> int:
