@@ -9,7 +9,8 @@ from mkdocs.structure.files import File
 from esper.pipelines.settings import Group, groups
 
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "infra/README.md")  # pages under the same names
+RECORDED = "benchmarks/recorded/tinystories-char/README.md"
+ELSEWHERE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "infra/README.md", RECORDED)  # pages under the same names
 
 
 def on_files(files: Any, config: Any) -> None:

@@ -1,14 +1,17 @@
-"""Recorded runs are played again to the bit; `esper record` refuses what could not be.
+"""Recorded runs are played again to the bit; `esper record` refuses what could not be; the shipped recording is whole.
 
 The properties are shown on runs of scaling laws, which are the same episodes; one test trains, records and plays.
 """
 
+import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
@@ -30,6 +33,8 @@ from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.recorded import RecordedRun
 from tests.test_docs import blocks, names_of
 
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "benchmarks" / "recorded" / "tinystories-char"
 SPEC = load_spec("tinystories-char", ["budget.decisions=8"])
 ARRAYS = ("globals", "sites", "candidates")
 
@@ -85,7 +90,7 @@ def test_every_run_is_played_again_to_the_bit_and_a_controller_ends_where_its_ru
             assert replay.instance.best <= replay.loss
 
 
-def test_trained_runs_are_recorded_and_what_nobody_did_is_counted(tiny, tmp_path, capfd, monkeypatch):
+def test_trained_runs_are_recorded_and_what_nobody_did_is_counted(tiny, tmp_path, capfd):
     for arm in ("static", "onejump"):
         assert train.main([arm, *tiny, "--out", str(tmp_path / "runs" / arm)]) == 0
     assert record.main([str(tmp_path / "runs"), "--out", str(tmp_path / "recording")]) == 0
@@ -101,9 +106,6 @@ def test_trained_runs_are_recorded_and_what_nobody_did_is_counted(tiny, tmp_path
             _, _, _, _, info = env.step(row)
         assert info["val_loss"] == end["val_loss"]
     assert env.run.instance.best == min(end["val_loss"] for end in ends.values())
-    monkeypatch.chdir(tmp_path)
-    [code] = blocks("recorded.md")
-    assert len(names_of(code)["regrets"]) == 1
 
     run = env.run
     run.reset()
@@ -172,3 +174,24 @@ def test_runs_that_are_no_tree_and_files_that_are_no_recording_are_refused(tmp_p
     refused(record.main, [tmp_path / "recording", "--out", tmp_path / "new"], "holds no ended run")
     refused(record.main, [out, "--out", out], "already holds another run")
     assert not (tmp_path / "new").exists()
+
+
+def test_the_shipped_recording_is_whole_and_its_page_compares_a_controller_on_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run, table = RecordedRun(SHIPPED), pq.read_table(SHIPPED / FILES[1]).to_pylist()
+    assert len(table) >= 200
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 4e6
+    [code] = blocks("recorded.md")
+    names = names_of(code)
+    assert names["unrecorded"] == 0
+    tamiyo = {row["instance"]: row["val_loss"] for row in table if row["arm"] == "tamiyo"}
+    best = {i: min(row["val_loss"] for row in table if row["instance"] == i) for i in tamiyo}
+    assert names["regrets"] == [tamiyo[i] - best[i] for i in run.instances]
+    made = pq.read_table(SHIPPED / FILES[0], columns=["run", "row", "reward", "val_loss"]).to_pylist()
+    for row in table:
+        run.reset(run.instances[row["instance"]])
+        own = [each for each in made if each["run"] == row["run"]]
+        for before, after in itertools.pairwise(own):
+            assert run.step(GraftAction(before["row"], run.telemetry.sequence)).reward == before["reward"]
+            assert run.loss == after["val_loss"]
+        assert (run.ended, run.loss, run.unrecorded) == (True, row["val_loss"], 0)
