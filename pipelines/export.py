@@ -35,13 +35,13 @@ class ExportArguments(Frozen):
 
 def run(arguments: ExportArguments) -> None:
     """Read, rebuild, write, report."""
-    from esper.pipelines.common.single_run import CHECKPOINTS, RUN
+    from esper.pipelines.common.single_run import saved_run
     from esper.platform import checkpoint
     from esper.workers.tolaria.export import export, host_of
 
     check_unused(arguments.out)
     out = arguments.out.resolve()
-    values, tensors = checkpoint.read(arguments.run / CHECKPOINTS / f"{RUN}.safetensors")
+    values, tensors = checkpoint.read(saved_run(arguments.run))
     host = host_of(values, tensors)
     say(f"run     {arguments.run}, at optimizer step {values['ledger']['steps']:,}")
     say(f"host    {host.shape.parameters_count():,} parameters in {counted(host.shape.depth(), 'layer')}")

@@ -33,7 +33,7 @@ def run(arguments: SampleArguments) -> None:
 
 def load(path: Path) -> tuple[Any, Any]:
     """The host and its tokenizer. Raises UserError where there is none, or the host takes no text."""
-    from esper.pipelines.common.single_run import CHECKPOINTS, RUN
+    from esper.pipelines.common.single_run import saved_run
     from esper.pipelines.export import tokenizer_of
     from esper.platform import checkpoint
     from esper.workers.tolaria.export import MODEL, host_of, load_native, load_native_tokenizer
@@ -42,7 +42,7 @@ def load(path: Path) -> tuple[Any, Any]:
         if (path / "config.json").exists():
             raise UserError(f"{path} is a GPT-2 for transformers: load it there, or export in the native format.")
         return _of_text(load_native(path), path), load_native_tokenizer(path)
-    file = path if path.is_file() else path / CHECKPOINTS / f"{RUN}.safetensors"
+    file = path if path.is_file() else saved_run(path)
     values, tensors = checkpoint.read(file)
     host = _of_text(host_of(values, tensors), path)
     return host, tokenizer_of(file.absolute().parents[1], values["data"])

@@ -2,13 +2,17 @@
 
 import inspect
 import operator
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from esper.platform.contracts import GraftAction, GrowthPolicy, Probe
-from esper.platform.errors import UserError, clipped, in_a_sentence
+from esper.platform.errors import UserError, clipped, in_a_sentence, reason
 from esper.platform.plugins import imported
 from esper.platform.telemetry import Telemetry
 
@@ -27,7 +31,7 @@ class FunctionPolicy:
             row = operator.index(answer)  # of numpy and torch too
         except TypeError:
             told = f"{self.target} answered {clipped(answer)}"
-            raise UserError(f"{told}: it must answer the number of a row of telemetry.candidates.") from None
+            raise UserError(f"{told}: it must answer the number of a row of telemetry.actions.") from None
         if not (0 <= row < len(telemetry.mask) and telemetry.mask[row]):
             return GraftAction(0, telemetry.sequence, f"row {row} of {self.target} is not legal")
         return GraftAction(row, telemetry.sequence, f"row {row} of {self.target}")
@@ -51,3 +55,22 @@ def as_policy(found: Any, target: str) -> GrowthPolicy:
     if callable(found):
         return FunctionPolicy(target, found)
     raise UserError(f"arm {target!r} has no act(telemetry, probe) and is no function of telemetry: give it one.")
+
+
+@contextmanager
+def blamed(policy: GrowthPolicy) -> Iterator[None]:
+    """Turn what a controller of the user's own raises into a sentence that says where; Esper's own are let through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        code = policy.function if isinstance(policy, FunctionPolicy) else policy
+        module = str(getattr(code, "__module__", ""))
+        if module.startswith("esper."):
+            raise
+        target = policy.target if isinstance(policy, FunctionPolicy) else type(policy).__name__
+        file = Path(getattr(sys.modules.get(module), "__file__", None) or "").resolve()
+        theirs = [each for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).resolve() == file]
+        place = f" at {theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else ""
+        raise UserError(f"arm {target!r} raised {type(error).__name__} ({reason(error)}){place}: mend it.") from error

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Probe, Stateful
 from esper.platform.recording import SEEN, packed, seen_row
 from esper.platform.telemetry import Telemetry
+from esper.policies.own import blamed
 
 
 class Recorder:
@@ -20,7 +21,8 @@ class Recorder:
         self._rows: list[dict[str, Any]] = []
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
-        action = self.policy.act(telemetry, probe)
+        with blamed(self.policy):
+            action = self.policy.act(telemetry, probe)
         self._rows = [*self._rows[: telemetry.sequence], seen_row(telemetry, action.index)]
         return action
 

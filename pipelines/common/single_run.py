@@ -71,6 +71,14 @@ def resume(out: Path) -> int:
         return train(folder, growth, policy, arm)
 
 
+def saved_run(out: Path) -> Path:
+    """The newest checkpoint of the run in a folder; raises UserError where there is none."""
+    saved = out / CHECKPOINTS / f"{RUN}.safetensors"
+    if not saved.exists():
+        raise UserError(f"{out} holds no run that has come to a decision: name an output folder of `esper train`.")
+    return saved
+
+
 def train(folder: RunFolder, growth: GrowthRun, policy: Recorder, arm: str) -> int:
     """Play the run to its end, saving at every decision, and report; returns 1 if it was given up."""
     out, eta = folder.out, Eta(growth.fraction())

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 
-from esper.pipelines.common.single_run import CHECKPOINTS, RUN
+from esper.pipelines.common.single_run import saved_run
 from esper.pipelines.reports.figures import PALETTE, STYLE
 from esper.pipelines.reports.runs import AXES
 from esper.platform import checkpoint
@@ -52,12 +52,13 @@ class Growth:
     @classmethod
     def read(cls, run: Path) -> Self:
         """The run in a folder, to its newest checkpoint where it has not ended; UserError where there is none."""
-        ended, saved = run / "summary.json", run / CHECKPOINTS / f"{RUN}.safetensors"
-        if not ended.exists() and not saved.exists():
-            raise UserError(f"{run} holds no run that has come to a decision: name an output folder of `esper train`.")
+        ended = run / "summary.json"
+        if (run / "trials").exists():
+            raise UserError(f"{run} is a sweep, of many runs: name one of the folders in {run / 'trials'}.")
+        saved = None if ended.exists() else saved_run(run)
         with in_a_sentence(f"{run} is no run that can be drawn", "name an output folder of `esper train`"):
             spec = load_spec(run / SPEC)
-            kept = read_json(ended, str(ended), "an ended run") if ended.exists() else checkpoint.read(saved)[0]
+            kept = checkpoint.read(saved)[0] if saved else read_json(ended, str(ended), "an ended run")
             curve = kept.get("val_curve") or kept["curve"]
             changes = sorted((*kept["grafts"], *kept["prunes"]), key=lambda change: change["decision"])
             layers = layers_over(spec, changes, kept["rollbacks"], len(curve))
@@ -197,7 +198,7 @@ def _draw_network(axes: Axes, growth: Growth, at: int) -> None:
     axes.set_yticks(range(len(growth.layers[at])), [f"h{layer['uid']}" for layer in growth.layers[at]])
     axes.set_xticks([])
     axes.grid(visible=False)
-    axes.set_title("grey: at the start; in colour: grown", fontsize=9)
+    axes.set_title("input at the bottom; grey: at the start; in colour: grown", fontsize=9)
     axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
 
 

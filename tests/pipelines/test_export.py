@@ -104,8 +104,8 @@ def test_a_trained_gpt2_goes_in_grows_and_comes_out_and_a_killed_run_ends_the_sa
     assert summary["val_curve"][0]["val_loss"] == pytest.approx(loss.item(), rel=0.02)  # on other windows of the text
     assert summary["val_curve"][0]["parameters"] == before.shape.parameters_count()
     assert [layer["width"] for layer in summary["shape"]].count(24) == 2  # one of them is new
-    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "grown"), "--format", "gpt2"]) == 0
-    grown = GPT2LMHeadModel.from_pretrained(tmp_path / "grown")
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "second-gpt2"), "--format", "gpt2"]) == 0
+    grown = GPT2LMHeadModel.from_pretrained(tmp_path / "second-gpt2")
     host = host_of(*checkpoint.read(tmp_path / "run" / "checkpoints" / "run.safetensors"))
     with torch.no_grad():
         assert torch.allclose(grown(inputs).logits, host(inputs), atol=1e-5)
@@ -152,7 +152,7 @@ def test_the_commands_of_the_page_on_a_users_own_model_run(tiny, text_file, tmp_
         _, command, *words = shlex.split(line)
         preset = tiny[:2] if command == "train" else []
         assert cli.main([command, *preset, *words]) == 0
-    assert (tmp_path / "grown" / "config.json").exists()
+    assert (tmp_path / "second-gpt2" / "config.json").exists()
 
 
 def test_a_run_its_checkpoint_and_its_export_write_the_same_text(trained, tmp_path, capfd, refused):
@@ -176,7 +176,7 @@ def test_a_run_its_checkpoint_and_its_export_write_the_same_text(trained, tmp_pa
     assert written(trained, "--temperature", "0") == written(trained, "--top-k", "1") == tokenizer.decode(ids[1:])
     for arguments, sentence in (
         ([trained, "--prompt", "ЖΩ"], "the prompt has 'Ω' 'Ж', and the run's text had not"),
-        ([tmp_path / "nowhere"], "run.safetensors is not there"),
+        ([tmp_path / "nowhere"], "holds no run that has come to a decision: name an output folder"),
         ([trained, "--temperature", "-1"], "temperature is"),
         ([trained, "--top-k", "0"], "top_k is"),
     ):

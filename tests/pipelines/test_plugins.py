@@ -96,14 +96,21 @@ def test_installed_packages_announce_arms_by_name(module, tiny, tmp_path, monkey
         ("", "own:Policy", "arm 'own:Policy' cannot be made (AttributeError: module 'own' has no attribute 'Policy')"),
         ("class Policy:\n    pass", "own:Policy", "arm 'own:Policy' has no act(telemetry, probe) and is no function"),
         ("def policy(telemetry):\n    return 'wait'", "own:policy", "own:policy answered 'wait': it must answer the"),
+        ("def policy(telemetry):\n    return telemetry.leagl()[-1]", "own:policy", "own.py, line 2: mend it."),
+        ("def policy(telemetry, probe): ...", "own:policy", "arm 'own:policy' raised TypeError (policy() missing 1"),
+        ("class Policy:\n    def act(self, seen, probe):\n        1 / 0", "own:Policy", "own.py, line 3: mend it."),
     ],
 )
-def test_an_arm_that_is_none_is_refused_before_anything_begins(module, text, arm, sentence, tiny, tmp_path, refused):
+def test_an_arm_that_is_none_is_refused_before_anything_begins(
+    module, text, arm, sentence, tiny, tmp_path, refused, capfd
+):
     out = tmp_path / "out"
     if text is not None:
         module("own", text)
-    if "answered" in sentence:
+    if any(told in sentence for told in ("answered", "raised", "mend it.")):  # which only a run can show
         assert train.main([arm, *tiny, "--out", str(out)]) == 2
+        assert sentence in (said := capfd.readouterr().err)
+        assert "Traceback" not in said
         return
     refused(train.main, [arm, *tiny, "--out", out], sentence)
     refused(sweep.main, ["--arms", f"static,{arm}", *tiny, "--out", out], sentence)
