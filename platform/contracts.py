@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, runti
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, clipped
 from esper.platform.frozen import Frozen
 from esper.platform.telemetry import CHECKED, Telemetry
 
@@ -81,13 +81,15 @@ class HostProtocol(Protocol):
 
 
 def check_host(model: Any) -> None:
-    """Raise UserError naming the first thing of HostProtocol and HostShape, or of a site's linears, that is missing."""
+    """Raise UserError naming the first of HostProtocol, HostShape, or a site's linears that is missing or unfit."""
     what = f"{type(model).__name__} is no host that can grow"
     mend = "docs/your-own-model.md shows one that has all, and esper.from_gpt2 makes one of a GPT"
     for place, value, protocol in (("", model, HostProtocol), ("shape.", getattr(model, "shape", None), HostShape)):
-        for name in vars(protocol):
+        for name, asked in vars(protocol).items():
             if not name.startswith("_") and not hasattr(value, name):
                 raise UserError(f"{what}: it lacks {place}{name}: {mend}.")
+            if not name.startswith("_") and callable(asked) and not callable(has := getattr(value, name)):
+                raise UserError(f"{what}: its {place}{name} must be a method, and is {clipped(has)}: {mend}.")
     for site in model.shape.injection_specs():
         pair = model.linears(site.id) if site.units else ()
         for axis, linear in zip((0, 1), (*pair[:1], *pair[-1:]), strict=False):

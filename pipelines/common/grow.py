@@ -4,22 +4,27 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esper.pipelines.common.play import barren
 from esper.platform.clock import ClockSpec
+from esper.platform.console import say
 from esper.platform.contracts import GrowthPolicy, Stateful, check_host
 from esper.platform.errors import UserError, clipped, in_a_sentence
 from esper.platform.host_spec import HostSpec, ResNetSpec
+from esper.platform.law_file import FIT
 from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.telemetry import Candidate, Telemetry
 from esper.policies.arms import ARMS, ArmInputs, make_policy
 from esper.policies.own import as_policy
 from esper.policies.schedule import Entry, SchedulePolicy
+from esper.policies.static import StaticPolicy
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import blueprints_of, make_blueprints
 from esper.workers.own_loop import NO_COPIES, LoopState, OwnLoop
@@ -90,6 +95,13 @@ class Grower:
     ) -> None:
         if not clip > 0:
             raise UserError(f"clip is {clip}: it must be above 0, and math.inf does not clip.")
+        if not isinstance(budget, Budget):
+            raise UserError(f"budget is {clipped(budget)}: it must be a Budget, as in budget=Budget(steps=20_000).")
+        if not callable(evaluate):
+            raise UserError(f"evaluate is {clipped(evaluate)}: give a function that returns the validation loss.")
+        closure = signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise UserError(f"{type(optimizer).__name__}.step needs a closure: take an optimizer without, as AdamW.")
         self._ranks = Ranks(model)
         host = self._ranks.host
         check_host(host)
@@ -205,6 +217,8 @@ class Grower:
         run.reset(seed=self._seed)
         if not math.isfinite(run.loss):
             raise UserError(f"evaluate() returned {run.loss} before the first step: it must return a number of nats.")
+        if self._ranks.speaks and not isinstance(self._policy, StaticPolicy) and (told := barren(run)):
+            say(told)
         return run
 
     def _loop(self, spec: RunSpec, tokens: int) -> OwnLoop:
@@ -235,13 +249,13 @@ class Grower:
             self.model.eval()
             try:
                 value = self._evaluate()
-                value = value.item() if isinstance(value, Tensor) else value
+                value = value.squeeze().tolist() if isinstance(value, Tensor) else value
             finally:
                 for module, mode in modes.items():
                     module.training = mode
         value = self._ranks.first(lambda: value)
         if not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"evaluate() returned {clipped(value)}: it must return a loss above 0, a number of nats.")
+            raise UserError(f"evaluate() returned {clipped(value)}: it must return a loss above 0, one number of nats.")
         return float(value)
 
     def _count(self, host: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -262,13 +276,18 @@ def _policy(controller: Controller, inputs: ArmInputs) -> GrowthPolicy:
     """What a user names, as a GrowthPolicy; UserError where it is none."""
     if controller == "lag":
         raise UserError(NO_COPIES)
+    if controller in ("ppo", "schedule"):
+        raise UserError(f"arm {controller!r} needs a file, which a Grower takes in its place: name it as controller.")
+    if controller == "planner" and inputs.laws is None:
+        raise UserError(f"arm 'planner' needs fitted laws: give laws=FILE, made by `{FIT}`.")
+    if isinstance(controller, str | Path) and (path := Path(controller)).suffix == ".json":
+        if not path.exists():
+            raise UserError(f"the schedule {path} does not exist: name a file, or give [(budget fraction, blueprint)].")
+        return make_policy("schedule", replace(inputs, schedule=path))
     if isinstance(controller, str) and (controller in ARMS or not ("/" in controller or Path(controller).exists())):
         return make_policy(controller, inputs)
     if isinstance(controller, str | Path):
-        path = Path(controller)
-        if path.suffix == ".json":
-            return make_policy("schedule", replace(inputs, schedule=path))
-        return make_policy("ppo", replace(inputs, policy=path))
+        return make_policy("ppo", replace(inputs, policy=Path(controller)))
     if isinstance(controller, Sequence):
         entries = [Entry.checked({"at": at, "blueprint": name}, "the schedule") for at, name in controller]
         inputs.check("the schedule", (entry.blueprint for entry in entries))

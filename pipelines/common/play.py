@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from esper.platform.checkpoint import CheckpointStore, Content
+from esper.platform.console import counted
 from esper.platform.contracts import GraftAction, GrowthPolicy, Planned, Stateful
 from esper.platform.telemetry import Telemetry
 from esper.workers.episode import Episode, perplexity
@@ -53,6 +54,22 @@ def unplayed(summary: Mapping[str, Any]) -> str | None:
         f"planned and not played: {', '.join(summary['unplayed'])}; a graft waits for those before it, and for "
         "growth.max_layers, growth.max_parameters and growth.min_optimizer_steps to allow it (fewer decisions or a "
         "larger budget help); none comes while the rate decays"
+    )
+
+
+def barren(run: Episode) -> str | None:
+    """What to say at the start of a run in which no graft can ever be legal; None where some may be."""
+    layout, clock, spec = run.layout, run.clock, run.spec
+    within = layout.least_steps[1:] < float("inf")
+    if not within.any():
+        return "nothing would ever be grafted: growth.max_layers, growth.max_parameters and blueprints allow nothing"
+    most = clock.amount / clock.decisions / layout.axis_per_step[1:][within].min()
+    if most >= spec.growth.min_optimizer_steps or not spec.clock.foretells(spec.budget.axis):
+        return None
+    return (
+        f"a decision holds {counted(int(most), 'step')} after a graft, and growth.min_optimizer_steps is "
+        f"{spec.growth.min_optimizer_steps}, so nothing would ever be grafted: take fewer decisions, a larger budget, "
+        "or a lower min_optimizer_steps"
     )
 
 

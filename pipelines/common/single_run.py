@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.pipelines.common.arguments import CommonArguments
-from esper.pipelines.common.play import metrics, play, save, take_up, unplayed
+from esper.pipelines.common.play import barren, metrics, play, save, take_up, unplayed
 from esper.pipelines.common.preset import check_fits, resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, stop_signals
@@ -50,6 +50,8 @@ def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]
     with folder.begin("train", {"arm": arm}, files, [arm]) as inputs:
         growth = GrowthRun(spec, folder.tokens, weights=inputs.get("model"))
         growth.reset(seed=folder.seed)
+        if arm != "static" and (told := barren(growth)):
+            say(told)
         return train(folder, growth, _policy(arm, spec, folder.seed, inputs), arm)
 
 

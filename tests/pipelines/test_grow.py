@@ -397,6 +397,12 @@ def tie_head(host):
     return host
 
 
+def without_linears():
+    host = gpt()
+    host.linears = None
+    return host
+
+
 def adam(model):
     return torch.optim.AdamW(model.parameters())
 
@@ -414,7 +420,13 @@ BAD = {
     "no policy": (gpt, adam, {"controller": "runs/none"}, "policy runs/none does not exist: name a folder"),
     "no function": (gpt, adam, {"controller": 3}, "arm '3' has no act.telemetry, probe. and is no function"),
     "blueprint": (gpt, adam, {"controller": [(0.1, "blok")]}, "unknown blueprint in the schedule 'blok'"),
-    "no laws": (gpt, adam, {"controller": "planner"}, "arm 'planner' needs fitted laws"),
+    "no laws": (gpt, adam, {"controller": "planner"}, "arm 'planner' needs fitted laws: give laws=FILE, made by"),
+    "no file": (gpt, adam, {"controller": "plan.json"}, "the schedule plan.json does not exist: name a file, or"),
+    "unnamed": (gpt, adam, {"controller": "schedule"}, "arm 'schedule' needs a file, which a Grower"),
+    "no method": (without_linears, adam, {}, "can grow: its linears must be a method, and is None: docs"),
+    "closure": (gpt, lambda m: torch.optim.LBFGS(m.parameters()), {}, "LBFGS.step needs a closure: take an optim"),
+    "no evaluate": (gpt, adam, {"evaluate": 3.0}, "evaluate is 3.0: give a function that returns the validation loss"),
+    "a number": (gpt, adam, {"budget": 100}, r"budget is 100: it must be a Budget, as in budget=Budget.steps=20_000"),
     "budget": (gpt, adam, {"budget": Budget()}, "a Budget is on one axis, and this one has 0"),
     "two budgets": (gpt, adam, {"budget": Budget(steps=1, tokens=1)}, "on one axis, and this one has 2"),
     "growth": (gpt, adam, {"growth": {"max_layer": 3}}, "unknown key in the Grower's settings 'growth.max_layer'"),
@@ -439,6 +451,7 @@ def test_bad_input_is_a_sentence_and_changes_nothing(what):
         ({"controller": Illegal()}, "action 99 is not legal here"),
         ({"controller": Trying()}, "grafts cannot be tried on copies where the batches are the loop's own"),
         ({"evaluate": lambda: "low"}, "evaluate.. returned 'low': it must return a loss above 0"),
+        ({"evaluate": lambda: torch.ones(2)}, r"returned \[1.0, 1.0\]: it must return a loss above 0, one number of"),
         ({"evaluate": lambda: math.nan}, "evaluate.. returned nan before the first step"),
         ({"budget": Budget(tokens=9)}, "the budget is 9 tokens, and one optimizer step uses 128: set a larger"),
     ],
@@ -450,6 +463,21 @@ def test_what_is_wrong_only_once_it_trains_is_a_sentence_too(settings, sentence)
         loop.train(40)
     if "controller" not in settings:
         assert all(torch.equal(before[name], tensor) for name, tensor in loop.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"growth": {"min_optimizer_steps": 7}}, "6 steps after a graft, and growth.min_optimizer_steps is 7, so"),
+        ({"growth": {"max_layers": 1, "blueprints": {"block": {}}}}, "nothing would ever be grafted: growth.max_"),
+        ({"growth": {"min_optimizer_steps": 6}}, ""),
+        ({"growth": {"min_optimizer_steps": 7}, "controller": "static"}, ""),
+    ],
+)
+def test_bad_settings_by_which_nothing_could_be_grafted_are_told_at_the_start(settings, sentence, capfd):
+    Loop(**{"controller": "onejump"} | settings).train(2)
+    told = capfd.readouterr().err
+    assert (sentence in told and told.count("\n") == 1) if sentence else not told
 
 
 def test_a_tensor_is_asked_for_and_a_count_of_tokens_where_it_cannot_be_made():

@@ -55,3 +55,7 @@ def test_planned_grafts_that_were_not_played_are_told(tiny, tmp_path, capfd):
     assert main(["random", *tiny, *flags]) == 0
     assert "planned and not played: block" in capfd.readouterr().err
     assert summary_of(tmp_path / "b")["unplayed"] == ["block"]
+    for arm, told in (("onejump", 1), ("static", 0)):
+        flags = ["--out", str(tmp_path / arm), "--set", "growth.min_optimizer_steps=9"]
+        assert main([arm, *tiny, *flags]) == 0
+        assert capfd.readouterr().err.count("holds 5 steps after a graft, and growth.min_optimizer_steps is 9") == told
