@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper.pipelines.common.play import barren
 from esper.platform.clock import ClockSpec
 from esper.platform.console import say
-from esper.platform.contracts import GrowthPolicy, Stateful, check_host
+from esper.platform.contracts import GraftAction, GrowthPolicy, Stateful, check_host
 from esper.platform.errors import UserError, clipped, in_a_sentence
 from esper.platform.host_spec import HostSpec, ResNetSpec
 from esper.platform.law_file import FIT
@@ -22,7 +22,7 @@ from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.telemetry import Candidate, Telemetry
 from esper.policies.arms import ARMS, ArmInputs, make_policy
-from esper.policies.own import as_policy
+from esper.policies.own import as_policy, blamed
 from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.static import StaticPolicy
 from esper.workers.kasmina import Kasmina
@@ -236,7 +236,12 @@ class Grower:
 
     def _decide(self, run: OwnLoop) -> Candidate | None:
         """Ask the controller, on one rank, and do what it says, on all."""
-        chosen = run.change(self._ranks.first(lambda: self._policy.act(run.telemetry, run)))
+
+        def ask() -> GraftAction:
+            with blamed(self._policy):
+                return self._policy.act(run.telemetry, run)
+
+        chosen = run.change(self._ranks.first(ask))
         return None if chosen.operation == "wait" else chosen
 
     @torch.no_grad()

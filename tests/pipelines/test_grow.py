@@ -449,6 +449,7 @@ def test_bad_input_is_a_sentence_and_changes_nothing(what):
     ("settings", "sentence"),
     [
         ({"controller": Illegal()}, "action 99 is not legal here"),
+        ({"controller": lambda telemetry: 1 / 0}, r"raised ZeroDivisionError .*test_grow.py, line \d+: mend it"),
         ({"controller": Trying()}, "grafts cannot be tried on copies where the batches are the loop's own"),
         ({"evaluate": lambda: "low"}, "evaluate.. returned 'low': it must return a loss above 0"),
         ({"evaluate": lambda: torch.ones(2)}, r"returned \[1.0, 1.0\]: it must return a loss above 0, one number of"),
