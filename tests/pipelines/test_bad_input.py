@@ -67,7 +67,7 @@ OF_FILES = [
     ("policy distill ppo", "out is missing"),
     ("policy distill ppo --out file", "is a file: name a new file"),
     ("policy fit run --out laws.json", "holds no ended run"),
-    ("export nowhere --out out", "nowhere/checkpoints/run.safetensors is not there"),
+    ("export nowhere --out out", "nowhere holds no run that has come to a decision: name an output folder"),
     ("export damaged --out out", "is damaged"),
     ("export run --out run", "--out run already holds another run"),
     ("export run --out file", "is a file"),
