@@ -42,7 +42,7 @@ class RecordedRun:
         self.instances: dict[int, RecordedInstance] = {}
         self._after: dict[int, dict[int, int]] = {}  # row of `decisions` → action → row of the next observation
         with in_a_sentence(f"the recording in {folder} is of no runs that could be", "record them again"):
-            self._grow([runs.slice(i, 1).to_pylist()[0] for i in range(len(runs))])
+            self._grow(runs.to_pylist())
         self.reset()
 
     def reset(self, instance: RecordedInstance | None = None, seed: int = 0) -> Telemetry:

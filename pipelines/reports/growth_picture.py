@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ from esper.platform.errors import UserError, in_a_sentence, reason
 from esper.platform.provenance import SPEC
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import read_json
-from esper.workers.kasmina.registry import Planted, make_blueprints
+from esper.workers.kasmina.registry import Planted, make_blueprints, shape_without
 from esper.workers.tolaria.hosts import start_shape
 
 BORN = "0.75"  # the grey of what a run began with
@@ -74,34 +75,20 @@ def layers_over(
 ) -> list[list[Layer]]:
     """The layers at each of a curve's points: the run's changes made again on its shape alone."""
     blueprints, shape = make_blueprints(spec.growth.blueprints), start_shape(spec, vocab_size=1)
-    seeds: list[Planted] = []
+    seeds: dict[int, Planted] = {}
+    numbers = count()
     found = [shape.layers_as_json()]
     for decision in range(points - 1):
         for change in changes:
-            if change["decision"] != decision:
-                continue
-            blueprint, site = blueprints[change["blueprint"]], change["site"]
-            if "identity" in change:  # a graft
-                after = blueprint.resized(shape, site)
-                part = "" if blueprint.units else after.part_after(shape)
-                seeds.append(Planted(site, blueprint.name, blueprint.units, part))
-                shape = after
-            else:
-                shape = _without(shape, seeds, blueprints, site)
+            if change["decision"] == decision and "identity" in change:  # a graft
+                shape, seeds[next(numbers)] = blueprints[change["blueprint"]].planted(shape, change["site"])
+            elif change["decision"] == decision:
+                shape, seeds = shape_without(shape, seeds, blueprints, change["site"])
         for rollback in rollbacks:
-            if rollback["decision"] == decision and rollback["removed"]:
-                shape = _without(shape, seeds, blueprints, seeds[-1].site)
+            if rollback["decision"] == decision and rollback["removed"]:  # "blueprint at site"
+                shape, seeds = shape_without(shape, seeds, blueprints, rollback["removed"].rpartition(" ")[2])
         found.append(shape.layers_as_json())
     return found
-
-
-def _without(shape: Any, seeds: list[Planted], blueprints: Mapping[str, Any], site: str) -> Any:
-    """The shape without a site's newest seed, and without what is inside it."""
-    seed = next(seed for seed in reversed(seeds) if seed.site == site)
-    after = blueprints[seed.blueprint].pruned(shape, seed)
-    there = {each.id for each in after.injection_specs()}, set(after.parts())
-    seeds[:] = [each for each in seeds if each is not seed and (each.site in there[0] or each.part in there[1])]
-    return after
 
 
 def draw(figure: Figure, growth: Growth, at: int) -> None:

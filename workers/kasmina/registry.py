@@ -54,6 +54,11 @@ class Blueprint(ABC):
     def resized(self, shape: Any, site_id: str) -> HostShape: ...
     @abstractmethod
     def pruned(self, shape: Any, seed: Planted) -> HostShape: ...  # the shape without a seed
+
+    def planted(self, shape: Any, site_id: str) -> tuple[HostShape, Planted]:  # `resized`, and the seed that it has
+        after = self.resized(shape, site_id)
+        return after, Planted(site_id, self.name, self.units, "" if self.units else after.part_after(shape))
+
     # Add the seed to the host: the part's name or "", resized parameters, and pairs of new parameter and sibling.
     @abstractmethod
     def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> Grafted: ...
@@ -119,3 +124,14 @@ def make_blueprints(settings: Mapping[str, Mapping[str, Any]] | None = None) -> 
             what, rule = f"growth.blueprints.{name}.{first['loc'][0]}", first["msg"].removeprefix("Input should be ")
             raise UserError(f"{what} is {first['input']!r}: it must be {rule}.") from None
     return made
+
+
+def shape_without(
+    shape: Any, seeds: Mapping[int, Planted], blueprints: Mapping[str, Blueprint], site_id: str
+) -> tuple[HostShape, dict[int, Planted]]:
+    """Without a site's newest seed, and the seeds by number without it and those inside it."""
+    number = max(number for number, seed in seeds.items() if seed.site == site_id)
+    after = blueprints[seeds[number].blueprint].pruned(shape, seeds[number])
+    there = {site.id for site in after.injection_specs()} | {*after.parts()}
+    left = {other: seed for other, seed in seeds.items() if other != number}
+    return after, {other: seed for other, seed in left.items() if seed.site in there or seed.part in there}

@@ -18,7 +18,7 @@ from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate
 from esper.workers.episode import Episode, EpisodeState
-from esper.workers.kasmina.registry import Planted
+from esper.workers.kasmina.registry import Planted, shape_without
 from esper.workers.laws.forecast import ensemble
 from esper.workers.laws.scaling_law import CONTINUOUS, VOCABULARY, ScalingLaw, size_of, whole_steps
 from esper.workers.observe import Measured
@@ -104,17 +104,10 @@ class SurrogateRun(Episode):
     def _change(self, candidate: Candidate) -> None:
         before, size_loss = self.shape, self.size_loss
         if candidate.operation == "graft":
-            kind, site = self.blueprints[candidate.blueprint or ""], candidate.site or ""
-            self.shape = kind.resized(before, site)
-            part = "" if kind.units else self.shape.part_after(before)
-            self.planted = {**self.planted, len(self.grafts): Planted(site, kind.name, kind.units, part)}
+            self.shape, seed = self.blueprints[candidate.blueprint or ""].planted(before, candidate.site or "")
+            self.planted = {**self.planted, len(self.grafts): seed}
         elif candidate.operation == "prune":
-            number = max(number for number, seed in self.planted.items() if seed.site == candidate.site)
-            seed = self.planted[number]
-            self.shape = self.blueprints[seed.blueprint].pruned(before, seed)
-            there = {site.id for site in self.shape.injection_specs()} | {*self.shape.parts()}
-            left = {n: each for n, each in self.planted.items() if n != number}
-            self.planted = {n: each for n, each in left.items() if each.site in there or each.part in there}
+            self.shape, self.planted = shape_without(before, self.planted, self.blueprints, candidate.site or "")
         else:
             return
         self._resized()
