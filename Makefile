@@ -25,9 +25,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in minutes on a laptop
 	$(BIN)/python pipelines/demo.py
 
-# Two at once, for many wait for Ray or MLflow to start; neighbours, which share a Ray or a server, mostly in one process.
+# Three at once, for many wait for Ray or MLflow to start. Neighbours, which share a Ray or a server, are in one process;
+# the longest files begin (tests/conftest.py).
 test: $(READY)  ## all tests but the slow ones; those for a GPU show as skipped without one
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)  ## all tests, one after another
 	ESPER_TEST_ALL=1 $(BIN)/python -m pytest

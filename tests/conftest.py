@@ -16,6 +16,13 @@ from esper.platform.spec import RunSpec
 from esper.platform.tracking_store import ENVIRONMENT, connect
 from esper.workers.tolaria.data import Data, ImageData, TokenData, prepare
 
+TESTS = Path(__file__).parent
+# Of the files, first: each goes whole to a process (`make test`), and none is to wait for such a one at the end.
+LONGEST = """
+pipelines/test_sweep pipelines/test_ppo workers/test_compiled pipelines/test_chaos platform/test_tracking
+platform/test_cluster policies/simic/test_dispatcher policies/simic/test_ppo pipelines/test_plugins
+pipelines/test_resume test_gpu_script workers/test_resume pipelines/reports/test_report workers/kasmina/test_growth
+"""
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
 TEXT = "the cat sat on a mat and saw one big red dog run to its tree while birds sang in warm sun"
@@ -111,6 +118,11 @@ def pytest_configure(config):
     settings.register_profile("default", max_examples=15, deadline=None)
     settings.register_profile("all", max_examples=200, deadline=None)
     settings.load_profile("all" if os.environ.get("ESPER_TEST_ALL") == "1" else "default")
+
+
+def pytest_collection_modifyitems(items):
+    place = {TESTS / f"{name}.py": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,8 @@ def kill_workers(folder: Path, every: int, over: threading.Event, killed: list[i
             last = len(lines(folder))
 
 
+# What ResNets save and go on with is in test_worker.py, and in the slow one.
+@pytest.mark.parametrize("domain", ["text", pytest.param("images", marks=pytest.mark.slow)])
 def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, small_spec, data, tmp_path):
     spec = small_spec.overridden({"budget.amount": 400})  # decisions of half a second
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
@@ -95,7 +97,7 @@ def test_whatever_dies_every_episode_returns_what_it_would_have(nodes, small_spe
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     driver = subprocess.Popen(command, env=environment)
     over, killed = threading.Event(), []
-    killer = threading.Thread(target=kill_workers, args=(tmp_path, 6, over, killed), daemon=True)
+    killer = threading.Thread(target=kill_workers, args=(tmp_path, 8, over, killed), daemon=True)
     killer.start()
     try:
         wait_for(lambda: len(lines(tmp_path)) >= 4)

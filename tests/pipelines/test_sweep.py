@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 from mlflow import MlflowClient
 
 from esper.pipelines import sweep
@@ -232,20 +233,24 @@ def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(
     assert statuses == {"static-1-seed0": "FINISHED", "schedule-seed0": "FAILED"}
 
 
-def trial_processes(driver: int) -> list[int]:
-    """Ray's processes in which a trial runs."""
-    children = [child.pid for child in psutil.Process(driver).children(recursive=True)]
+def trial_processes(owner: int) -> list[int]:
+    """Processes in which a trial runs, of the Ray cluster that a process has started."""
+    children = [child.pid for child in psutil.Process(owner).children(recursive=True)]
     return [p.pid for p in psutil.process_iter(["cmdline"]) if p.pid in children and "ImplicitFunc" in str(p.info)]
 
 
-def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path):
+def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path, monkeypatch):
+    """The cluster outlives its driver, as it does for `ray job submit`."""
     out = tmp_path / "sweep"
     slow = sets("fleet.cpus=1", "budget.amount=1200")  # seconds a trial
     flags = ["--arms", "static,onejump", *tiny, *slow, "--out", str(out)]
-    process = start("sweep", flags, tmp_path / "stderr")
+    wait_for(lambda: not trial_processes(os.getpid()))
+    with monkeypatch.context() as patched:
+        patched.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        process = start("sweep", flags, tmp_path / "stderr")
     try:
-        wait_for(lambda: trial_processes(process.pid) and list(out.glob("saves/*")))
-        os.kill(trial_processes(process.pid)[0], signal.SIGKILL)
+        wait_for(lambda: trial_processes(os.getpid()) and list(out.glob("saves/*")))
+        os.kill(trial_processes(os.getpid())[0], signal.SIGKILL)
         wait_for(lambda: list(out.glob("trials/*/summary.json")))
         assert "its process died; it is started again" in (tmp_path / "stderr").read_text()
     finally:

@@ -1,6 +1,7 @@
 """A training run on real tensors: deterministic, paired by seed, safe at a graft, honest about what it measures."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def test_same_seed_same_numbers_and_a_graft_changes_no_other_random_stream(tiny_
         assert all(torch.equal(a, b) for a, b in batches)
     assert first.curve[1]["val_loss"] == static.curve[1]["val_loss"]
     assert first.loss != static.loss
+
+
+def test_it_trains_without_a_compiler_whose_import_takes_a_second(tiny_spec, tokens, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # to import it raises
+    assert len(played(tiny_spec, tokens, PLAN)[0].grafts) == 3
 
 
 def test_it_learns_and_grows(tiny_spec, tokens):

@@ -23,6 +23,7 @@ from esper.workers.kasmina import Kasmina, Seed
 from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
+from esper.workers.tolaria.adamw import EagerAdamW
 from esper.workers.tolaria.data import Data
 from esper.workers.tolaria.data.prepared import evenly
 from esper.workers.tolaria.gpt2 import from_gpt2
@@ -97,7 +98,7 @@ class Trainer:
             others = tuple(name for name in named if name not in matrices)
             kinds = ((matrices, spec.weight_decay), (others, 0.0))
             groups = [GroupState(params=names, lr=spec.learning_rate, weight_decay=decay) for names, decay in kinds]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = EagerAdamW(
             [{**group.model_dump(), "params": [named[name] for name in group.params]} for group in groups],
             betas=spec.betas,
             eps=spec.eps,

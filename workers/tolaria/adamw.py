@@ -1,0 +1,22 @@
+"""AdamW (1711.05101) without `torch._dynamo`, whose import costs a process a second and 800 modules.
+
+torch wraps an optimizer's methods for `torch.compile`, and the wrappers import it; here they are taken off.
+"""
+
+from inspect import unwrap
+
+import torch
+from torch.optim import AdamW, Optimizer
+
+_step = unwrap(AdamW.step)
+
+
+class EagerAdamW(AdamW):
+    """torch's, with the same numbers; not to be compiled."""
+
+    add_param_group = unwrap(Optimizer.add_param_group)
+    zero_grad = unwrap(Optimizer.zero_grad)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        _step(self)
