@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esper.pipelines.common.arguments import CommonArguments, choose, command, flag
+from esper.pipelines.sweeps.arms import OPENLOOP, PPO
 from esper.platform.frozen import Frozen
 from esper.policies.arms import ARMS
-from esper.policies.named_schedules import NAMED
+from esper.policies.schedule import NAMED
 
-TRAINED, OPENLOOP, BOUND = "ppo", "openloop", "bound"  # the policy itself, its median schedule, the oracle's bound
-PLANNER = "planner"
-PLAYED = (*(arm for arm in ARMS if arm != TRAINED), OPENLOOP, BOUND)
+BOUND = "bound"  # the oracle's
+PLAYED = (*(arm for arm in ARMS if arm != PPO), OPENLOOP, BOUND)
 
 
 class InfoArguments(Frozen):
@@ -68,8 +68,7 @@ ACTIONS: dict[str, tuple[type[Frozen], str]] = {
 
 def run(action: str, arguments: Any) -> None:
     """Do one of the actions, whose module imports torch."""
-    module = "law_fitting" if action == "fit" else "policy_actions"
-    getattr(import_module(f"esper.pipelines.controllers.{module}"), action)(arguments)
+    getattr(import_module("esper.pipelines.controllers.policy_actions"), action)(arguments)
 
 
 def main(argv: list[str] | None = None) -> int:

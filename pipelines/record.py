@@ -7,15 +7,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esper.pipelines.common.arguments import command, flag
+from esper.pipelines.common.ended_runs import EndedRun, ended_runs
 from esper.platform.console import counted, say
 from esper.platform.errors import UserError, in_a_sentence
 from esper.platform.frozen import Frozen
-
-if TYPE_CHECKING:
-    from esper.pipelines.common.ended_runs import EndedRun
 
 # Keys that may differ: budget and start are an instance's, and the others decide no number of a run.
 VARY = ("budget.amount", "budget.cooldowns", "host.n_layer", "host.layers", "data.source", "ppo.", "fleet.", "laws")
@@ -30,27 +28,20 @@ class RecordArguments(Frozen):
 
 def run(arguments: RecordArguments) -> None:
     """Gather, write, and read it again as the environment does."""
-    from esper.pipelines.common.ended_runs import ended_runs
-    from esper.platform.recording import SEEN_FILE
     from esper.platform.storage import check_unused, new_folder
     from esper.workers.recorded import RecordedRun
 
     check_unused(arguments.out)
-    every = list(ended_runs(arguments.runs))
-    found = [run for run in every if (run.folder / SEEN_FILE).is_file()]
-    if not found:
-        raise UserError(f"no run in {arguments.runs} has a {SEEN_FILE}: an older Esper left them, so run them again.")
+    found = list(ended_runs(arguments.runs))
     check_alike(found)
     with new_folder(arguments.out) as partial:
         write(found, partial)
         recorded = RecordedRun(partial)
-    if left := len(every) - len(found):
-        say(f"left    {counted(left, 'run')} of an older Esper, without {SEEN_FILE}")
     say(f"runs    {len(found)} of {counted(len(recorded.instances), 'instance')} (seed, budget and start)")
     say(f"wrote   {arguments.out}: gym.make('esper.workers.environment:Esper/GrowthRecorded-v0', data=…) plays it")
 
 
-def check_alike(runs: Sequence["EndedRun"]) -> None:
+def check_alike(runs: Sequence[EndedRun]) -> None:
     """Raise UserError where text, weights to start with or specs differ, these in more than budget and start."""
     first = _numbers(runs[0])
     for run in runs[1:]:
@@ -60,7 +51,7 @@ def check_alike(runs: Sequence["EndedRun"]) -> None:
             raise UserError(f"{what}, and may in seed, budget and start only: name others (not of --tune-lr).")
 
 
-def write(runs: Sequence["EndedRun"], out: Path) -> None:
+def write(runs: Sequence[EndedRun], out: Path) -> None:
     """Write a recording of runs that are alike."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -69,7 +60,7 @@ def write(runs: Sequence["EndedRun"], out: Path) -> None:
     from esper.workers.observe import telemetry_space
     from esper.workers.tolaria.hosts import start_shape
 
-    def instance(run: "EndedRun") -> tuple[float, str, int]:
+    def instance(run: EndedRun) -> tuple[float, str, int]:
         start = json.dumps(start_shape(run.spec, vocab_size=1).layers_as_json())
         return run.summary["budget"]["amount"], start, run.summary["seed"]
 
@@ -103,7 +94,7 @@ def write(runs: Sequence["EndedRun"], out: Path) -> None:
     manifest.write(out, dict(zip(FILES, (pa.concat_tables(tables), pa.Table.from_pylist(rows, RUNS)), strict=True)))
 
 
-def _numbers(run: "EndedRun") -> dict[str, Any]:
+def _numbers(run: EndedRun) -> dict[str, Any]:
     """What decides a run's numbers, but for what an instance is, by dotted key."""
     files, inputs = run.pins["files"], run.pins["inputs"]
     found: dict[str, Any] = {"the text": run.text, "the weights to start with": files.get(inputs.get("model"))}

@@ -12,10 +12,9 @@ from typing import Self
 from pydantic import model_validator
 
 from esper.pipelines.common.arguments import ResumableArguments, command, flag
-from esper.policies.arms import ALIASES, ARMS, arm_name
+from esper.policies.arms import ALIASES, ARMS, NEEDS, arm_name
 
-# What is given → the arm it is for.
-USED_BY = {"policy": "ppo", "schedule": "schedule", "match": "random", "laws": "planner"}
+USED_BY = {name: arm for arm, (name, _) in NEEDS.items()} | {"match": "random"}  # what is given → the arm it is for
 
 
 class TrainArguments(ResumableArguments):

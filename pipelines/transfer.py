@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.pipelines import ppo
-from esper.pipelines.common.arguments import ResumableArguments, command, flag
+from esper.pipelines.common.arguments import command, flag
 from esper.pipelines.ppo import PPOArguments
 from esper.pipelines.sweeps.plan import SweepArguments, SweepPlan
 from esper.platform.console import say
@@ -24,18 +24,15 @@ BEGUN = "transfer.json"  # the arguments, in the output folder
 AT_ONCE = 10  # episodes of an iteration
 
 
-class TransferArguments(ResumableArguments):
-    """Compare a controller from elsewhere with controllers from here."""
+class TransferArguments(SweepArguments):
+    """Compare a controller from elsewhere with controllers from here, as `esper sweep` compares."""
 
-    policy: Path | None = flag(None, "The policy: an `esper ppo` run, or a checkpoint in it; must be given.")
     to: str | None = flag(None, "The preset to carry it over to; must be given.", "NAME|FILE")
+    policy: tuple[str, ...] = flag((), "The policy: an `esper ppo` run, or a checkpoint in it; must be given.", "PATH")
     episodes: int = flag(30, "Episodes of fine-tuning, and of training from scratch.", ge=1, le=10_000)
     laws: Path | None = flag(None, "For planner, and to train ppo:laws on: fitted loss laws of that preset.", "FILE")
-    arms: str = flag("static,tamiyo,random:tamiyo,twice,mixed,onejump", "The other arms, as for `esper sweep`.", "A,B")
-    sizes: str | None = flag(None, "Static sizes, as for `esper sweep`.", "1,2x96|auto")
-    seeds: str = flag("5", "Test seeds of each arm.", "N|auto:N")
-    tuning_seeds: int = flag(2, "Other seeds, that sizes and schedules are chosen on.", ge=0, le=100)
-    budgets: str | None = flag(None, "Compare at each of these budgets, and over all of them.", "0.5e6,1e6,…")
+    arms: str = flag("static,tamiyo,random:tamiyo,twice,mixed,onejump", "The other arms.", "A,B,C")
+    seeds: str = flag("5", "Test seeds of each arm; auto:N adds some.", "N|auto:N")
 
 
 def run(arguments: TransferArguments) -> int:
@@ -48,15 +45,15 @@ def run(arguments: TransferArguments) -> int:
         arguments = TransferArguments.checked(kept, str(out / BEGUN))
     else:
         out = _begin(arguments)
-    policy, laws = arguments.policy, arguments.laws
-    _train(out / "fine-tuned", arguments, {"init_from": policy})
-    _train(out / "scratch", arguments, {})
-    if laws is not None:
-        _train(out / "laws", arguments, {"laws": laws, "surrogate": True})
+    [policy], laws = arguments.policy, arguments.laws
+    starts: dict[str, dict[str, Any]] = {"fine-tuned": {"init_from": policy}, "scratch": {}}
+    starts |= {} if laws is None else {"laws": {"laws": laws, "surrogate": True}}
+    for name, start in starts.items():
+        _train(out / name, arguments, start)
     if (out / "sweep" / PINS).exists():
         return comparison.resume(out / "sweep")
-    given = {name: out / name for name in ("fine-tuned", "scratch", *(["laws"] if laws is not None else []))}
-    return comparison.begin(_sweep(arguments, out / "sweep", {"zero-shot": policy, **given}), "transfer")
+    policies = {"zero-shot": policy, **{name: out / name for name in starts}}
+    return comparison.begin(_sweep(arguments, out / "sweep", policies), "transfer")
 
 
 def _begin(arguments: TransferArguments) -> Path:
@@ -66,15 +63,16 @@ def _begin(arguments: TransferArguments) -> Path:
     from esper.platform.spec import presets
     from esper.policies.simic.policy import policy_file
 
-    if arguments.policy is None or arguments.to is None:
-        raise UserError("esper transfer: give --policy CHECKPOINT, and --to PRESET to carry it over to.")
-    sweep = _sweep(arguments, Path(), {"zero-shot": arguments.policy})
+    if len(arguments.policy) != 1 or arguments.to is None:
+        raise UserError("esper transfer: give --policy CHECKPOINT, once, and --to PRESET to carry it over to.")
+    sweep = _sweep(arguments, Path(), {"zero-shot": arguments.policy[0]})
     SweepPlan.settled(sweep, spec := resolve_spec(sweep))
     out = output_folder(arguments, "transfer")
     given: dict[str, Any] = arguments.model_dump(mode="json", exclude_unset=True)
     preset = None if arguments.to in presets() else Path(arguments.to)
-    files = {"policy": policy_file(arguments.policy), "laws": arguments.laws, "to": preset}
+    files = {"schedule": arguments.schedule, "laws": arguments.laws, "to": preset}
     given |= {name: str(path.resolve()) for name, path in files.items() if path is not None}  # from wherever it goes on
+    given |= {"policy": [str(policy_file(Path(arguments.policy[0])).resolve())]}
     given |= {} if arguments.data is None else {"data": spec.data.source}
     write_json(out / BEGUN, given)
     return out
@@ -105,10 +103,9 @@ def _train(out: Path, arguments: TransferArguments, start: dict[str, Any]) -> No
 def _sweep(arguments: TransferArguments, out: Path, policies: dict[str, Any]) -> SweepArguments:
     """The comparison that is asked for, of these policies by name."""
     arms = [arguments.arms, *(["planner"] if arguments.laws is not None else []), *(f"ppo:{name}" for name in policies)]
-    kept = ("data", "seed", "set", "sizes", "tuning_seeds", "budgets", "laws")
-    given = {name: getattr(arguments, name) for name in kept if name in arguments.model_fields_set}
-    given |= {"preset": arguments.to, "out": out, "arms": ",".join(arms), "seeds": arguments.seeds}
-    return SweepArguments(**given, policy=tuple(f"{name}={path}" for name, path in policies.items()))
+    own = {"preset": arguments.to, "out": out, "arms": ",".join(arms)}
+    own["policy"] = tuple(f"{name}={path}" for name, path in policies.items())
+    return SweepArguments.model_validate(arguments.model_dump(exclude={"to", "episodes"}) | own)
 
 
 main = command(run, TransferArguments, "esper transfer")

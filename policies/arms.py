@@ -13,11 +13,16 @@ from esper.platform.plugins import announced, arm_target
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json
 from esper.policies.lag import LagPolicy
-from esper.policies.named_schedules import NAMED, named_schedule
 from esper.policies.planner import PlannerPolicy
-from esper.policies.schedule import SchedulePolicy
+from esper.policies.schedule import NAMED, SchedulePolicy, named_schedule
 from esper.policies.static import StaticPolicy
 from esper.policies.tamiyo import TamiyoPolicy
+
+NEEDS = {  # arm → the file that it cannot do without (a field of ArmInputs), and what that is
+    "ppo": ("policy", "a trained policy: give --policy CHECKPOINT, made by `esper ppo`"),
+    "schedule": ("schedule", "a schedule: give --schedule FILE, a JSON list of budget fractions"),
+    "planner": ("laws", f"fitted laws: give --laws FILE, made by `{FIT}`"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,17 @@ class ArmInputs:
 
     seed: int = 0  # the run's
     policy: Path | None = None  # a trained policy, for `ppo`
-    schedule: Path | None = None  # a JSON file, for `schedule`; those of `named_schedules.py` are arms of their own
+    schedule: Path | None = None  # a JSON file, for `schedule`; those of `NAMED` are arms of their own
     match: Path | None = None  # `summary.json` of a run whose grafts `random` should match in number and kind
     laws: Path | None = None  # fitted loss laws, for `planner`
     spec: RunSpec | None = None  # the run's: a schedule or a match may name its blueprints only, laws are of its preset
+
+    def of(self, arm: str) -> Path:
+        """The file that an arm needs; a UserError where it is not given."""
+        name, what = NEEDS[arm]
+        if (path := getattr(self, name)) is None:
+            raise UserError(f"arm {arm!r} needs {what}.")
+        return path
 
     def check(self, what: str, wanted: Iterable[str]) -> None:
         for name in wanted:
@@ -40,23 +52,17 @@ class ArmInputs:
 def _ppo(inputs: ArmInputs) -> GrowthPolicy:
     from esper.policies.simic.policy import SimicPolicy
 
-    if inputs.policy is None:
-        raise UserError("arm 'ppo' needs a trained policy: give --policy CHECKPOINT, made by `esper ppo`.")
-    return SimicPolicy.load(inputs.policy)
+    return SimicPolicy.load(inputs.of("ppo"))
 
 
 def _schedule(inputs: ArmInputs) -> GrowthPolicy:
-    if inputs.schedule is None:
-        raise UserError("arm 'schedule' needs a schedule: give --schedule FILE, a JSON list of budget fractions.")
-    policy = SchedulePolicy.load(inputs.schedule)
+    policy = SchedulePolicy.load(inputs.of("schedule"))
     inputs.check(f"--schedule {inputs.schedule}", (entry.blueprint for entry in policy.entries))
     return policy
 
 
 def _planner(inputs: ArmInputs) -> GrowthPolicy:
-    if inputs.laws is None:
-        raise UserError(f"arm 'planner' needs fitted laws: give --laws FILE, made by `{FIT}`.")
-    laws = FittedLaws.read(inputs.laws)
+    laws = FittedLaws.read(inputs.of("planner"))
     if inputs.spec is not None:
         laws.check(inputs.spec)
     return PlannerPolicy(laws)

@@ -8,7 +8,6 @@ from esper.platform.errors import UserError
 from esper.platform.provenance import PINS, SPEC
 from esper.platform.spec import RunSpec, load_spec
 from esper.platform.storage import read_json
-from esper.workers.laws.scaling_law import SIZE
 
 RATES = "-rate"  # in the names of a sweep's trials that look for a learning rate: most have a poor one
 
@@ -16,15 +15,11 @@ RATES = "-rate"  # in the names of a sweep's trials that look for a learning rat
 class EndedRun(NamedTuple):
     """A run in a folder."""
 
-    folder: Path
     spec: RunSpec
-    pins: Mapping[str, Any]  # of the run, or of the sweep that it is a trial of
+    text: str  # its fingerprint; empty where there is none
     summary: Mapping[str, Any]
-
-    @property
-    def text(self) -> str:
-        """The text's fingerprint; empty where there is none."""
-        return self.pins.get("data") or ""
+    folder: Path
+    pins: Mapping[str, Any]  # of the run, or of the sweep that it is a trial of
 
 
 def ended_runs(folder: Path) -> Iterator[EndedRun]:
@@ -36,10 +31,9 @@ def ended_runs(folder: Path) -> Iterator[EndedRun]:
         if pins is None or not (place / SPEC).is_file() or (place.parent.name == "trials" and RATES in place.name):
             continue
         summary = read_json(path, str(path), "the summary of a run")
-        curve = summary.get("val_curve") if isinstance(summary, dict) else None
-        if not curve or not curve[0].keys() >= set(SIZE):  # of a sweep, a controller, or an older Esper
+        if not isinstance(summary, dict) or "val_curve" not in summary:  # of a sweep, or a controller
             continue
-        none = False
-        yield EndedRun(place, load_spec(place / SPEC), read_json(pins, str(pins), "the pins of a run"), summary)
+        none, kept = False, read_json(pins, str(pins), "the pins of a run")
+        yield EndedRun(load_spec(place / SPEC), kept.get("data") or "", summary, place, kept)
     if none:
         raise UserError(f"{folder} holds no ended run: name a folder of `esper train` or `esper sweep` that does.")

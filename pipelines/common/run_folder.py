@@ -55,7 +55,15 @@ class RunFolder(Frozen):
         folder = cls(out=out, spec=spec, data=data, **common)
         say(f"preset  {spec.preset}: {describe(spec)}")
         if not laws:
-            folder._check_data()
+            manifest = folder.tokens.manifest
+            folder.tokens.check(spec)
+            say(f"data    {manifest} in {data}")
+            budget = budget_tokens(spec, start_shape(spec, manifest.vocab_size))
+            if (epochs := budget / manifest.counts["train"]) > 1:
+                often = f"sees each {spec.data.unit} {epochs:.1f} times (epochs)"
+                say(f"        of which a run that stays at its starting size {often}")
+            if manifest.notice:
+                say(f"        {manifest.notice}")
         say(f"out     {out}")
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -151,16 +159,6 @@ class RunFolder(Frozen):
         unlike = [] if path is None else FittedLaws.read(path).unlike(self.spec, self._fingerprint or "")
         if unlike:
             say(f"notice  {path} was fitted to runs that differ from these in {', '.join(unlike)}")
-
-    def _check_data(self) -> None:
-        data, unit = self.tokens, self.spec.data.unit
-        data.check(self.spec)
-        say(f"data    {data.manifest} in {self.data}")
-        budget = budget_tokens(self.spec, start_shape(self.spec, data.manifest.vocab_size))
-        if (epochs := budget / data.manifest.counts["train"]) > 1:
-            say(f"        of which a run that stays at its starting size sees each {unit} {epochs:.1f} times (epochs)")
-        if told := data.manifest.notice:
-            say(f"        {told}")
 
 
 def output_folder(arguments: CommonArguments, name: str) -> Path:

@@ -1,48 +1,90 @@
-"""The actions of `esper policy`: info, evaluate, distill."""
+"""The actions of `esper policy`: info; evaluate and distill, which play every instance from the same seeds; fit."""
 
 import hashlib
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from esper.pipelines.common.arguments import CommonArguments
+from esper.pipelines.common.ended_runs import ended_runs
+from esper.pipelines.common.play import play
 from esper.pipelines.common.preset import describe, resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.statistics import Interval
-from esper.pipelines.controllers.evaluation import Evaluation, Summaries, as_json
-from esper.pipelines.policy import BOUND, OPENLOOP, PLANNER, PLAYED, TRAINED
-from esper.platform.console import say
+from esper.pipelines.policy import BOUND, PLAYED, DistillArguments, EvaluateArguments, FitArguments, InfoArguments
+from esper.pipelines.sweeps.arms import OPENLOOP, PPO
+from esper.platform.console import counted, say
 from esper.platform.contracts import GrowthPolicy, Instance
 from esper.platform.errors import UserError, unknown
 from esper.platform.plugins import arm_target
+from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
-from esper.platform.storage import check_unused, write_json
+from esper.platform.storage import check_unused, write_json, write_text
 from esper.policies.arms import ALIASES, ArmInputs, make_policy
-from esper.policies.named_schedules import NAMED
 from esper.policies.planner import PlannerPolicy
-from esper.policies.schedule import Entry, SchedulePolicy
+from esper.policies.schedule import NAMED, Entry, SchedulePolicy, as_json, median_schedule
 from esper.policies.simic.policy import SimicPolicy, policy_file, trained_on
 from esper.workers.instances import SetName, instance_set
+from esper.workers.laws.fit import annealed_losses, fitted, held_out_residual
+from esper.workers.laws.oracle import best_fixed_schedule, bound
 from esper.workers.laws.surrogate import SurrogateRun, drawn_laws
 from esper.workers.run import GrowthRun
 
-if TYPE_CHECKING:
-    from esper.pipelines.policy import DistillArguments, EvaluateArguments, InfoArguments
-
+PLANNER = "planner"
 MEMBERS = 32  # draws of the preset's laws that `planner` plays by on loss laws
 ON_TEXT = 4  # instances that are played where the user does not say how many
 ON_LAWS_ONLY = ("schedule", OPENLOOP, BOUND)  # a schedule may also be given
 REACHED = ("val_loss", "diverged", "parameters", "decisions", "parameter_seconds", "tokens", "grafts", "prunes")
 
 
-def info(arguments: "InfoArguments") -> None:
+Summaries = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The instances and runs on which arms are compared."""
+
+    spec: RunSpec  # what is played
+    instances: Mapping[int, Instance]  # id → instance
+    make_run: Callable[[], GrowthRun | SurrogateRun]  # makes the run that an arm plays on
+    seed: int = 0  # from which each instance's own is derived, whatever the arm
+
+    def seed_of(self, id: int) -> int:
+        """The seed of an instance's episodes, the same for all arms."""
+        return derive(self.seed, "evaluate", id)
+
+    def play(self, arm: str, make_policy: Callable[[int], GrowthPolicy]) -> Summaries:
+        """An arm's summary per instance; `make_policy` makes its controller from an episode's seed."""
+        run, found, console = self.make_run(), [], Console(stderr=True)
+        for id in track(self.instances, arm, console=console, transient=True, disable=not sys.stderr.isatty()):
+            run.reset(self.instances[id], self.seed_of(id))
+            found.append(play(run, make_policy(self.seed_of(id)), arm=arm))
+        return found
+
+    def best_schedule(self) -> list[Entry]:
+        """The fixed schedule with the lowest mean loss here, by local search on loss laws."""
+        found = best_fixed_schedule(self.spec, self.instances.values())
+        return [Entry(at=at, blueprint=blueprint) for at, blueprint in found]
+
+    def median_schedule(self, policy: GrowthPolicy) -> tuple[list[Entry], Summaries]:
+        """The median schedule of a policy's episodes here, and their summaries."""
+        shallow = min(self.instances, key=lambda id: self.instances[id].n_layer or self.spec.host.n_layer)
+        sites = self.make_run().reset(self.instances[shallow], self.seed_of(shallow)).site_ids
+        played = self.play("ppo", lambda seed: policy)
+        return median_schedule(played, self.spec.budget.decisions, set(sites)), played
+
+
+def info(arguments: InfoArguments) -> None:
     """Print a checkpoint's card."""
     file = policy_file(arguments.checkpoint)
     policy = SimicPolicy.load(file)
@@ -55,20 +97,24 @@ def info(arguments: "InfoArguments") -> None:
         print(f"{name.replace('_', ' '):<18} {value}")
 
 
-def evaluate(arguments: "EvaluateArguments") -> None:
+def evaluate(arguments: EvaluateArguments) -> None:
     """Compare a policy with other arms, and write and print the result."""
-    file, on_text, schedules = policy_file(arguments.checkpoint), arguments.data is not None, {}
+    file, on_text = policy_file(arguments.checkpoint), arguments.data is not None
     policy, spec = SimicPolicy.load(file), spec_for(arguments, file, on_text=on_text)
-    if arguments.schedule is not None:
-        schedules["schedule"] = SchedulePolicy.load(arguments.schedule).entries
-    given = {*schedules, *([] if arguments.laws is None else [PLANNER])}
+    given = {name for name, path in (("schedule", arguments.schedule), (PLANNER, arguments.laws)) if path is not None}
     arms = parse_arms(arguments.arms, on_text=on_text, given=given)
     inputs = ArmInputs(schedule=arguments.schedule, laws=arguments.laws, spec=spec)
-    ready: dict[str, GrowthPolicy] = {TRAINED: policy}
+
+    def made(arm: str, seed: int) -> GrowthPolicy:
+        return make_policy(arm, replace(inputs, seed=seed))
+
+    makers: dict[str, Callable[[int], GrowthPolicy]] = {PPO: lambda seed: policy}
+    makers |= {arm: partial(made, arm) for arm in arms if arm in given or arm not in ON_LAWS_ONLY}
     if PLANNER in arms and PLANNER not in given and not on_text:
-        ready[PLANNER] = PlannerPolicy(drawn_laws(spec, range(MEMBERS)))
-    for arm in {*schedules, *({*arms} - ready.keys() - {*ON_LAWS_ONLY})}:
-        make_policy(arm, inputs)  # refuses a blueprint that the runs lack, laws of others, plug-ins that are none
+        planner = PlannerPolicy(drawn_laws(spec, range(MEMBERS)))
+        makers[PLANNER] = lambda seed: planner
+    for make in makers.values():
+        make(0)  # refuses a blueprint that the runs lack, laws of others, plug-ins that are none
     chosen = instances(spec, arguments.instances, arguments.episodes or (ON_TEXT if on_text else None), text=on_text)
     place = RunFolder.new(arguments, spec, "evaluate", laws=not on_text)
     place.tell_laws(arguments.laws if on_text else None)
@@ -76,12 +122,19 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     here, where = Evaluation(spec, chosen, make_run, arguments.seed), "text" if on_text else "loss laws"
     write_json(place.out / "spec.json", spec.model_dump(mode="json"))
     say(f"policy  {file}, on {len(chosen)} {arguments.instances} instances, {where}")
-    choose(arms, policy, here, schedules)
+    training = replace(here, instances=instance_set("train", spec))
+    schedules = {"schedule": SchedulePolicy.load(arguments.schedule).entries} if arguments.schedule else {}
+    for arm in [arm for arm in ("schedule", OPENLOOP) if arm in arms and arm not in schedules]:
+        say(f"  {arm}: choosing on {len(training.instances)} training instances")
+        schedules[arm] = training.best_schedule() if arm == "schedule" else training.median_schedule(policy)[0]
+    makers |= {arm: partial(lambda entries, seed: SchedulePolicy(entries), own) for arm, own in schedules.items()}
     played = {}
-    for arm in (*[arm for arm in arms if arm != BOUND], TRAINED):
-        played[arm] = here.play(arm, partial(_player, arm, ready, schedules, inputs))
+    for arm in (*[arm for arm in arms if arm != BOUND], PPO):
+        played[arm] = here.play(arm, makers[arm])
         say(f"  {arm}: played")
-    bounds = here.bounds() if BOUND in arms else None
+    bounds = None
+    if BOUND in arms:
+        bounds = np.array([bound(spec, instance, seed=here.seed_of(id)) for id, instance in chosen.items()])
     reference = next((arm for arm in ("schedule", "static") if arm in played), None)
     found = rows(played, bounds, reference)
     record = {
@@ -107,24 +160,6 @@ def evaluate(arguments: "EvaluateArguments") -> None:
     print(_table(found, reference))
     say("means over the instances, in nats; ± is half of a 95 % interval (paired t)")
     say(f"results: {place.out / 'evaluation.json'}")
-
-
-def choose(arms: list[str], policy: SimicPolicy, here: Evaluation, schedules: dict[str, list[Entry]]) -> None:
-    """Choose, on training instances, the arms' schedules that lack."""
-    training = replace(here, instances=instance_set("train", here.spec))
-    for arm in ("schedule", OPENLOOP):
-        if arm in arms and arm not in schedules:
-            say(f"  {arm}: choosing on {len(training.instances)} training instances")
-            best = training.best_schedule() if arm == "schedule" else training.median_schedule(policy)[0]
-            schedules[arm] = best
-
-
-def _player(
-    arm: str, ready: Mapping[str, GrowthPolicy], schedules: Mapping[str, list[Entry]], inputs: ArmInputs, seed: int
-) -> GrowthPolicy:
-    if arm in schedules:
-        return SchedulePolicy(schedules[arm])
-    return ready[arm] if arm in ready else make_policy(arm, replace(inputs, seed=seed))
 
 
 def rows(
@@ -165,7 +200,7 @@ def _table(rows: list[dict[str, Any]], reference: str | None) -> str:
     return frame.rename(columns=names | {"difference": f"against {reference}"}).to_string(index=False)
 
 
-def distill(arguments: "DistillArguments") -> None:
+def distill(arguments: DistillArguments) -> None:
     """Write the policy's median schedule, and compare both."""
     check_unused(arguments.out, file=True)
     file = policy_file(arguments.checkpoint)
@@ -188,6 +223,22 @@ def distill(arguments: "DistillArguments") -> None:
     say(f"wrote   {arguments.out}; play it with: esper train schedule --schedule {arguments.out}")
 
 
+def fit(arguments: FitArguments) -> None:
+    """Fit laws to the runs in a folder, and write and say what they are."""
+    check_unused(arguments.out, file=True)
+    found = list(ended_runs(arguments.runs))
+    laws, law = fitted(arguments.runs, [(run.spec, run.text, run.summary) for run in found])
+    held_out = held_out_residual(found[0].spec, [own for run in found if (own := annealed_losses(run.summary))])
+    laws, unsound = laws.model_copy(update={"held_out": held_out}), len(found) - laws.runs
+    write_text(arguments.out, laws.model_dump_json(indent=2) + "\n")
+    say(f"runs    {laws.runs}, {laws.grown} of which grew; {counted(unsound, 'run')} left out as unsound")
+    say("law     " + ", ".join(f"{name} {value:.3g}" for name, value in asdict(law).items()))
+    say(f"misses  {laws.residual:.4f} nats (rms) over {laws.losses} annealed losses")
+    if laws.held_out is not None:
+        say(f"        {laws.held_out:.4f} over growing runs, each by a law fitted without those of its seed")
+    say(f"wrote   {arguments.out}; play by it with: esper train planner --laws {arguments.out}")
+
+
 def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ()) -> list[str]:
     """The arms named, without the policy, by default all but the named schedules. UserError for one not to be had."""
     here = [arm for arm in PLAYED if not on_text or arm in given or arm not in ON_LAWS_ONLY]
@@ -195,9 +246,9 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
         return [arm for arm in here if arm not in NAMED and (arm != PLANNER or arm in given or not on_text)]
     arms = [ALIASES.get(name.strip(), name.strip()) for name in names.split(",")]
     for arm in arms:
-        if arm not in (*here, TRAINED) and arm_target(arm) is None:
-            raise unknown("arm on text (schedule: with --schedule FILE)" if on_text else "arm", arm, [*here, TRAINED])
-    return [arm for arm in dict.fromkeys(arms) if arm != TRAINED]
+        if arm not in (*here, PPO) and arm_target(arm) is None:
+            raise unknown("arm on text (schedule: with --schedule FILE)" if on_text else "arm", arm, [*here, PPO])
+    return [arm for arm in dict.fromkeys(arms) if arm != PPO]
 
 
 def spec_for(arguments: CommonArguments, file: Path, *, on_text: bool) -> RunSpec:

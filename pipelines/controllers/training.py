@@ -1,14 +1,16 @@
 """Trains a controller: PPO iterations over a fleet, with a live view, tracking, checkpoints and a summary.
 
-`esper ppo --resume` continues after the last decision. The policy that `selection.py` chooses is the result.
+`esper ppo --resume` continues after the last decision. The result is the policy of the lowest mean final loss over
+held-out episodes, the tuning set's instances, on text and on loss laws alike; they are the same for all candidates.
 """
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 from pydantic import Field
@@ -16,15 +18,16 @@ from pydantic import Field
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.controllers.live import TrainingView
 from esper.pipelines.controllers.rounds import Given, Rounds
-from esper.pipelines.controllers.selection import held_out, mean_losses
 from esper.pipelines.controllers.training_picture import training_picture
-from esper.pipelines.controllers.workers import Task, fleet_maker, other_tasks
+from esper.pipelines.controllers.workers import Task, fleet_maker, held_out_episode, other_tasks
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import counted, say
+from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.journal import Journal, read_entries
 from esper.platform.ledger import AXES
+from esper.platform.seeding import derive
 from esper.platform.storage import write_json
 from esper.platform.tracking import Tracker, milliseconds
 from esper.policies.simic.health import Health
@@ -36,12 +39,13 @@ from esper.workers.worker import save_name
 
 CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest
 SUMMARY, PICTURE, HISTORY, EPISODES, SAVES = "summary.json", "training.png", "history.jsonl", "episodes", "saves"
+PLAYED = "heldout.jsonl"  # held-out episodes, one a line: choosing can be gone on with
 KEPT = (SUMMARY, PICTURE, FILE)  # in MLflow
+WAIT = 0.25  # seconds between two calls of `check`
 ON_LAWS = {"ppo.iterations": 80, "ppo.decisions": 1024, "ppo.minibatch": 256, "ppo.held_out": 16}  # enough there
-COUNTED = (
-    "everything that GPTs were trained for: episodes learned from, in flight and dropped, and held-out ones; not what "
-    "was trained twice after a worker's death"
-)
+
+Key = tuple[int, int]  # iteration, episode
+Episode = tuple[Task, Path | None, SimicPolicy, Instance, int]  # the arguments of `held_out_episode`
 
 
 class Reached(Frozen):
@@ -126,14 +130,16 @@ def train_controller(
             training.stop()
         clones = [] if start is None else start.told()
         played = held_out(tasks, out, folder.seed, check, laws)
-        dispatcher, losses, spent = training.dispatcher, mean_losses(played), {}
+        dispatcher, losses, parts = training.dispatcher, mean_losses(played), {}
         left = {"in_flight": dispatcher.in_flight(), "dropped": dispatcher.progress.dropped, "mlflow": tracker.run_id}
         left |= {"clones": clones} if clones else {}
         if not surrogate:
-            spent = {**dispatcher.spent(), "held_out": {axis: sum(entry[axis] for entry in played) for axis in AXES}}
+            parts = {**dispatcher.spent(), "held_out": {axis: sum(entry[axis] for entry in played) for axis in AXES}}
             with CheckpointStore(storage) as saves:
                 saves.keep_only(map(save_name, left["in_flight"]))
-        summary = _conclude(out, reached, losses, left | _spent(spent))
+        whole = {name: {axis: part.get(axis, 0.0) for axis in AXES} for name, part in parts.items()}
+        left |= {"spent": {axis: sum(part[axis] for part in whole.values()) for axis in AXES}, "spent_on": whole}
+        summary = _conclude(out, reached, losses, left)
         for iteration, loss in losses.items():
             tracker.log({"held_out_loss": loss}, iteration)
         for name in KEPT:
@@ -219,8 +225,60 @@ def _checkpoint(out: Path, iteration: int) -> Path:
     return out / CHECKPOINTS / f"{iteration:06d}"
 
 
-def _spent(parts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Totals and parts per ledger axis; zero on loss laws."""
-    whole = {name: {axis: part.get(axis, 0.0) for axis in AXES} for name, part in parts.items()}
-    total = {axis: sum(part[axis] for part in whole.values()) for axis in AXES}
-    return {"spent": total, "spent_on": whole, "spent_counts": COUNTED if parts else "nothing: no GPT was trained"}
+def held_out(
+    tasks: Sequence[Task], out: Path, seed: int, check: Callable[[], None], laws: Path | None = None
+) -> list[dict[str, Any]]:
+    """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and checkpoint in `out`.
+
+    Episodes are of each task in turn, one of each at least. `check` may raise; a later call continues.
+    """
+    (spec, data), turns = tasks[0], len(tasks)
+    number = spec.ppo.held_out and max(spec.ppo.held_out, turns)
+    instances = in_turn("tuning", [each for each, _ in tasks], text=data is not None)
+    episodes: dict[Key, Episode] = {}
+    for path in checkpoints(out):
+        policy = SimicPolicy.load(path)
+        for i in range(number):
+            instance = instances(i)
+            episodes[int(path.name), i] = tasks[instance.task], laws, policy, instance, derive(seed, "held out", i)
+    with closing(Journal(out / PLAYED)) as journal:
+        played: dict[Key, dict[str, Any]] = {(entry["iteration"], entry["episode"]): entry for entry in journal.entries}
+        missing = {key: episode for key, episode in episodes.items() if key not in played}
+        if missing:
+            candidates = counted(len(episodes) // number, "candidate")
+            say(f"choose  among {candidates}, by {counted(number, 'held-out episode')} each")
+        for (iteration, episode), reached in _played(missing, check):
+            played[iteration, episode] = {"iteration": iteration, "episode": episode, **reached}
+            journal.add(played[iteration, episode])
+    return [played[key] for key in episodes]
+
+
+def mean_losses(played: list[dict[str, Any]]) -> dict[int, float]:
+    """Iteration → mean final loss of its held-out episodes, nats; infinite where one diverged."""
+    losses: dict[int, list[float]] = {}
+    for entry in played:
+        losses.setdefault(entry["iteration"], []).append(math.inf if entry["diverged"] else entry["val_loss"])
+    return {iteration: fmean(values) for iteration, values in losses.items()}
+
+
+def _played(episodes: Mapping[Key, Episode], check: Callable[[], None]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """On text each on the cluster, as they end; on loss laws here, one after another."""
+    import ray
+
+    under_way = {}
+    try:
+        for key, episode in episodes.items():
+            spec, data = episode[0]
+            if data is None:
+                check()
+                yield key, held_out_episode(*episode)
+            else:
+                remote = ray.remote(held_out_episode).options(num_cpus=spec.fleet.cpus, num_gpus=spec.fleet.gpus)
+                under_way[remote.remote(*episode)] = key
+        while under_way:
+            check()
+            for reference in ray.wait(list(under_way), timeout=WAIT)[0]:
+                yield under_way.pop(reference), ray.get(reference)
+    finally:
+        for reference in under_way:
+            ray.cancel(reference, force=True)

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from esper.pipelines.common.arguments import CommonArguments
+from esper.pipelines.common.play import play
 from esper.pipelines.common.preset import describe, resolve_spec
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.console import counted, say
-from esper.platform.contracts import Run
+from esper.platform.contracts import Instance, Run
 from esper.platform.errors import UserError
 from esper.platform.law_file import FittedLaws
+from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.policies.simic.fleet import Fleet, LocalFleet, RayFleet
+from esper.policies.simic.policy import SimicPolicy
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 from esper.workers.several import SeveralRuns, shared_space
@@ -70,6 +73,14 @@ def make_any_run(tasks: Sequence[Task], laws: Path | None = None) -> Run:
     """A worker's run of whichever of these tasks it is asked for."""
     runs = [make_run(task, laws) for task in tasks]
     return runs[0] if len(runs) == 1 else SeveralRuns(runs, shared_space([spec for spec, _ in tasks]))
+
+
+def held_out_episode(task: Task, laws: Path | None, policy: SimicPolicy, at: Instance, seed: int) -> dict[str, Any]:
+    """What an episode comes to that is not learned from, in a process of its own on text."""
+    run = make_run(task, laws)
+    run.reset(at, seed)
+    summary = play(run, policy, arm="ppo")
+    return {name: summary[name] for name in ("val_loss", "diverged", *AXES)}
 
 
 def session(spec: RunSpec, *, surrogates: bool = False) -> AbstractContextManager[None]:

@@ -6,7 +6,7 @@ over seeds, of a seed's regret or its log B'/B, or their means over the budgets;
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,7 +62,7 @@ class Regret:
 
 @dataclass(frozen=True)
 class OverBudgets:
-    """The grid points that differ in their budget only, from the smallest on."""
+    """The grid points that differ in their budget only, from the smallest on; one, or several."""
 
     points: Sequence[Trials]
     title: str  # the rest of the grid
@@ -150,11 +150,15 @@ class OverBudgets:
         return Interval.of(sound, self.sequential) if len(sound := values[np.isfinite(values)]) else None
 
 
-def over_budgets(verdicts: Sequence[Verdict]) -> list[OverBudgets]:
-    """Each group of grid points that differ in nothing but two budgets or more."""
+def grouped(points: Iterable[Trials]) -> list[OverBudgets]:
+    """Each group of grid points that differ in nothing but the budget."""
     groups: dict[str, list[Trials]] = {}
-    for trials in (verdict.trials for verdict in verdicts):
+    for trials in points:
         rest = {key: value for key, value in json.loads(trials.point["grid"]).items() if key != AMOUNT}
         groups.setdefault(", ".join(f"{key} = {value}" for key, value in rest.items()), []).append(trials)
-    several = {title: sorted(own, key=lambda trials: trials.amount) for title, own in groups.items() if len(own) > 1}
-    return [OverBudgets(own, title) for title, own in several.items()]
+    return [OverBudgets(sorted(own, key=lambda each: each.amount), title) for title, own in groups.items()]
+
+
+def over_budgets(verdicts: Sequence[Verdict]) -> list[OverBudgets]:
+    """Each such group of two budgets or more."""
+    return [group for group in grouped(verdict.trials for verdict in verdicts) if len(group.points) > 1]

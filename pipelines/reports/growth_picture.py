@@ -7,16 +7,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-
 import matplotlib.pyplot as plt
-import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from PIL import Image
 
 from esper.pipelines.common.single_run import saved_run
 from esper.pipelines.reports.figures import PALETTE, STYLE
@@ -33,8 +28,7 @@ from esper.workers.tolaria.hosts import start_shape
 BORN = "0.75"  # the grey of what a run began with
 WIDTHS = {"width": 1.0}  # share of a row that the widest of a kind takes; other kinds get less
 NARROW = 0.4
-FRAME_MILLISECONDS, LAST_MILLISECONDS = 350, 2500  # that a frame of an animation is shown, and the last one
-COLORS = 64  # of an animation
+FRAMES_A_SECOND, LAST = 3, 8  # of an animation; how many of them its end is shown for
 
 Layer = dict[str, Any]  # as a summary's `shape` has it
 
@@ -114,18 +108,13 @@ def save_animation(growth: Growth, out: Path) -> None:
     """The run as it went, a frame a decision, as a GIF."""
     if out.suffix != ".gif":
         raise UserError(f"an animation is a GIF, and {out} is not called so: name a file that ends in .gif.")
-    frames = []
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(8.6, 3.6), dpi=80, layout="constrained")
-        for at in range(len(growth.curve)):
-            draw(figure, growth, at)
-            figure.canvas.draw()
-            frame = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[:, :, :3])  # pyright: ignore[reportAttributeAccessIssue]
-            frames.append(frame.quantize(COLORS, dither=Image.Dither.NONE))
+    last = len(growth.curve) - 1
+    with plt.rc_context(STYLE), _written(out, "lies in a folder that is there"):
+        figure = plt.figure(figsize=(8.6, 3.6), layout="constrained")
+        frames = [*range(last), *[last] * LAST]
+        film = FuncAnimation(figure, lambda at: draw(figure, growth, at), frames, init_func=lambda: None)
+        film.save(out, PillowWriter(fps=FRAMES_A_SECOND), dpi=80)
         plt.close(figure)
-    shown = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
-    with _written(out, "lies in a folder that is there"):
-        frames[0].save(out, save_all=True, append_images=frames[1:], duration=shown, loop=0)
 
 
 @contextmanager
@@ -134,13 +123,6 @@ def _written(out: Path, how: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise UserError(f"{out} cannot be written ({reason(error)}): name a file that {how}.") from None
-
-
-def _kinds(growth: Growth) -> dict[str, str]:
-    """What a layer has a number of (heads, width, …) → its colour."""
-    names = dict.fromkeys(name for layers in growth.layers for layer in layers for name in layer)
-    counted = [name for name in names if name not in ("uid", "stage")]
-    return dict(zip(counted, PALETTE, strict=False))
 
 
 def _draw_losses(axes: Axes, growth: Growth, at: int) -> None:
@@ -164,7 +146,8 @@ def _draw_losses(axes: Axes, growth: Growth, at: int) -> None:
 
 def _draw_network(axes: Axes, growth: Growth, at: int) -> None:
     """A row a layer, the input at the bottom: grey what the run began with, in colour what it has grown."""
-    kinds = _kinds(growth)
+    names = dict.fromkeys(name for layers in growth.layers for layer in layers for name in layer)
+    kinds = dict(zip([name for name in names if name not in ("uid", "stage")], PALETTE, strict=False))
     born = {layer["uid"]: layer for layer in growth.layers[0]}
     most = {kind: max(_count(layer, kind) for layers in growth.layers for layer in layers) for kind in kinds}
     left = 0.0

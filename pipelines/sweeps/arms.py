@@ -8,8 +8,8 @@ from esper.pipelines.sweeps.sizes import Size
 from esper.platform.errors import UserError, unknown
 from esper.platform.frozen import Frozen
 from esper.platform.plugins import arm_target
-from esper.policies.arms import ALIASES, ARMS
-from esper.policies.named_schedules import NAMED
+from esper.policies.arms import ALIASES, ARMS, NEEDS
+from esper.policies.schedule import NAMED
 
 CHOSEN_FIRST = ("ppo", "tamiyo", "lag")  # whom a follower follows where it names nobody, if they take part
 
@@ -21,19 +21,16 @@ class Kind:
     plays: str  # the policy of its runs (`policies/arms.py`)
     grows: bool = True  # its runs may graft
     anneals: bool = False  # its loss is also taken annealed on the way: it is a baseline on every axis
-    needs: Literal["policy", "schedule", "laws"] | None = None  # that has to be given; a policy may be trained first
+    needs: str | None = None  # a file (`NEEDS`) that has to be given; a policy may be trained first
     follows: Literal["may", "must"] | None = None  # it takes after another arm's run on the same seed
 
 
 STATIC, RANDOM, PPO, OPENLOOP, FINAL, LRPATH = "static", "random", "ppo", "openloop", "static_final", "static_lrpath"
 SCHEDULES = ("schedule", *NAMED)
 KINDS: dict[str, Kind] = {
-    **{name: Kind(name, anneals=name in NAMED) for name in ARMS},
-    "schedule": Kind("schedule", anneals=True, needs="schedule"),
-    "planner": Kind("planner", needs="laws"),
+    **{name: Kind(name, anneals=name in SCHEDULES, needs=NEEDS.get(name, (None,))[0]) for name in ARMS},
     STATIC: Kind("static", grows=False, anneals=True),
     RANDOM: Kind("random", follows="may"),  # grafts as often and the same kinds
-    PPO: Kind("ppo", needs="policy"),
     OPENLOOP: Kind("schedule", needs="policy"),  # the median schedule of the trained policy's own tuning runs
     FINAL: Kind("static", grows=False, anneals=True, follows="must"),  # the shape it ended with, from scratch
     LRPATH: Kind("static", grows=False, follows="must"),  # the best static size, under its learning rate

@@ -1,23 +1,22 @@
 """Running a sweep in its folder: what is missing, and no more; then the report."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
-from esper.pipelines.common.statistics import Interval
 from esper.pipelines.common.stopping import Stopped, stop_signals
 from esper.pipelines.controllers.workers import session
 from esper.pipelines.report import write_report
+from esper.pipelines.reports.budgets import grouped
 from esper.pipelines.reports.page import short_tables
-from esper.pipelines.reports.runs import read_sweeps
-from esper.pipelines.sweeps.arms import PPO, STATIC, policy_input
+from esper.pipelines.reports.paired_tests import Trials
+from esper.pipelines.reports.runs import Run, read_sweeps
+from esper.pipelines.sweeps.arms import PPO, STATIC, Arm, policy_input
 from esper.pipelines.sweeps.chart_view import share_view
 from esper.pipelines.sweeps.log import SUMMARY, TRIAL_SECONDS, SweepLog
 from esper.pipelines.sweeps.plan import AT_ONCE, SweepArguments, SweepPlan, parse_policies
@@ -146,12 +145,15 @@ class Sweep:
 
     def _more_seeds(self) -> tuple[int, ...]:
         """The test seeds to add: some while an arm's interval is wider than it may be and some are left."""
-        plan, begun, groups = self._plan, len(self._seeds), dict[str, list[dict[str, np.ndarray]]]()
+        plan, begun, arms = self._plan, len(self._seeds), [arm.label for arm in self._plan.compared]
         if plan.width is None:
             return ()
-        for stages in self._points:
-            groups.setdefault(stages.point.beside_budget, []).append(stages.regrets(self._seeds))
-        label, width = widest(groups.values())
+        of_trial = lambda trial: {"summary": self._log.summary(trial) or {}, **trial.tags()}  # noqa: E731
+        runs = [Run("", "", name, status="", **of_trial(trial)) for name, trial in self._log.trials.items()]
+        points = [Trials(runs, stages.record(), self._labels(), sequential=True) for stages in self._points]
+        means = [row for group in grouped(points) for row in group.rows if row.budget is None and row.arm in arms]
+        widths = [(row.arm, row.interval.width) for row in means if row.interval]
+        label, width = max(widths, key=itemgetter(1), default=("", 0.0))
         more = plan.seeds[begun : begun + AT_ONCE] if width > plan.width else ()
         told = f"the interval of {label}'s regret is {width:.4f} nats wide" if label else "no arm has a regret"
         say(f"seeds   {begun} of at most {len(plan.seeds)}: {told}" + f"; {len(more)} more" * bool(more))
@@ -169,26 +171,26 @@ class Sweep:
             say(f"failed  {name}: {why}")
         return summaries, bool(failures)
 
+    def _statics(self) -> list[Arm]:
+        """The static sizes of any grid point."""
+        sizes = dict.fromkeys(arm.size for stages in self._points for arm in stages.statics if arm.size)
+        return static_arms(sizes, self._folder.spec)
+
+    def _labels(self) -> list[str]:
+        """Of the arms, static ones first."""
+        return [arm.label for arm in (*self._statics(), *(arm for arm in self._plan.arms if arm.name != STATIC))]
+
     def _keep(self) -> None:
         """Write `sweep.json`: the report and a resumed sweep read it."""
-        points: list[dict[str, Any]] = []
-        others = [arm for arm in self._plan.arms if arm.name != STATIC]
-        sizes = {str(arm.size): arm.size for stages in self._points for arm in stages.statics if arm.size}
-        statics = static_arms(sizes.values(), self._folder.spec)
-        for stages in self._points:
-            spec = stages.point.spec.model_dump(mode="json")
-            budget = {key: spec["budget"][key] for key in ("axis", "amount")}
-            point = {"grid": stages.point.grid, "budget": budget, "spec": spec, "spent": stages.spent()}
-            points.append(point | stages.settled)
+        points = [stages.record() for stages in self._points]
         state = {
             **self._plan.model_dump(mode="json", include={"width", "tuning_seeds", "command"}),
             "seeds": self._seeds,
             "most_seeds": len(self._plan.seeds),
-            "sizes": [str(arm.size) for arm in statics],
-            "arms": [arm.label for arm in (*statics, *others)],
+            "sizes": [str(arm.size) for arm in self._statics()],
+            "arms": self._labels(),
             "rates_tuned": all(point.get("bracketed") for point in points),
             "points": points,
-            "controller": points[0].get("controller"),
             "policies": self._learned,
             "trials": self._trials(),
         }
@@ -204,18 +206,3 @@ class Sweep:
             done = self._log.summary(trial) is not None
             found[name] = trial.tags() | ({"status": "done", "error": None} if done else status)
         return found
-
-
-def widest(groups: Iterable[Sequence[Mapping[str, np.ndarray]]]) -> tuple[str, float]:
-    """The arm whose mean regret over a group's budgets has the widest interval, and how wide that is, in nats.
-
-    groups: of grid points that differ in their budget only, each with regrets (seeds,) by label, NaN where there is
-    none. An arm that has none at all does not count.
-    """
-    found = [("", 0.0)]
-    for points in groups:
-        for label in points[0]:
-            values = np.mean([point[label] for point in points], axis=0)
-            if len(sound := values[np.isfinite(values)]):
-                found.append((label, Interval.of(sound, sequential=True).width))
-    return max(found, key=itemgetter(1))

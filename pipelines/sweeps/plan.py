@@ -1,11 +1,11 @@
-"""A sweep's plan: arms, seeds and grid points, as the command line asks for them. Imports no torch."""
+"""A sweep's plan: arms, seeds and grid points, as the command line asks for them; its trials. Imports no torch."""
 
 import json
 import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ WIDTH = 0.02  # nats
 MOST_SEEDS = 1000
 PREPARED = {"kind", "source", "tokenizer", "valid_fraction", "max_bytes", "size", "max_images"}  # keys of `data`
 LAW_SIZES = 3  # static sizes, at least, that loss laws can be fitted to
+Purpose = Literal["rates", "tuning", "test"]  # of a trial
 TrainedOn = Literal["text", "laws"]  # a controller: on GPTs, or on loss laws fitted to the sweep's static runs
 
 
@@ -71,17 +72,40 @@ class Point:
     def grid(self) -> str:
         return json.dumps(self.values, sort_keys=True)
 
-    @property
-    def beside_budget(self) -> str:
-        """The same for all points that differ in their budget only."""
-        return json.dumps({key: value for key, value in self.values.items() if key != AMOUNT}, sort_keys=True)
-
     def row(self, arm: Arm) -> str:
         return f"{arm.label} {self.grid}" if self.several else arm.label
 
     def __str__(self) -> str:
         told = (f"{key} = {value:,}" if key == AMOUNT else f"{key} = {value}" for key, value in self.values.items())
         return f"{', '.join(told)}: " if self.values else ""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One arm on one seed at one grid point, a whole training run.
+
+    Purposes: "rates" and "tuning" run on tuning seeds, and choose each arm's learning rate and decay, then the best
+    size and schedule. "test" runs on test seeds, and is compared.
+    """
+
+    arm: Arm
+    purpose: Purpose
+    seed: int
+    point: Point
+    spec: RunSpec
+    inputs: ArmInputs = field(default_factory=ArmInputs)  # files that its policy needs
+    note: str = ""  # tells it from others of the same label and seed
+    impossible: str | None = None  # why it cannot be run, if it cannot
+
+    @property
+    def name(self) -> str:
+        """Unique in the sweep; names its folder and its run."""
+        parts = [self.arm.label.replace(":", ".of." if self.arm.of else "."), self.note, f"seed{self.seed}"]
+        return "-".join(filter(None, [*parts, f"point{self.point.index}" if self.point.several else ""]))
+
+    def tags(self) -> dict[str, Any]:
+        whose = {"arm": self.arm.name, "label": self.arm.label, "size": self.spec.host.n_layer, "seed": self.seed}
+        return {**whose, "purpose": self.purpose, "grid": self.point.grid}
 
 
 class SweepPlan(Frozen):
@@ -129,9 +153,9 @@ class SweepPlan(Frozen):
         return [arm for arm in self.arms if arm.kind.grows and arm.of is None]
 
     def points(self, spec: RunSpec) -> list[Point]:
-        found = [Point(i, values, spec.overridden(values), len(self.grid) > 1) for i, values in enumerate(self.grid)]
-        rests = [point.beside_budget for point in found]
-        return [replace(point, trains=rests.index(rest)) for point, rest in zip(found, rests, strict=True)]
+        rests = [{key: value for key, value in values.items() if key != AMOUNT} for values in self.grid]
+        several, numbered = len(self.grid) > 1, enumerate(self.grid)
+        return [Point(i, each, spec.overridden(each), several, rests.index(rests[i])) for i, each in numbered]
 
     def _check(self, given: SweepArguments, spec: RunSpec) -> None:
         policies = parse_policies(given.policy)

@@ -1,13 +1,14 @@
-"""The static sizes of a sweep, `2` or `2x96h4` (layers × MLP width, heads); and the specs of networks born so."""
+"""The static sizes of a sweep, `2` or `2x96h4` (layers × MLP width, heads); and the specs that runs of them have."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen, Heads, Layers, Neurons
 from esper.platform.host_spec import Host
 from esper.platform.spec import RunSpec
+from esper.workers.tolaria.rate import rate, stable_rate
 
 FORM = re.compile(r"(\d+)(?:x(\d+))?(?:h(\d+))?")
 
@@ -52,3 +53,20 @@ def born(spec: RunSpec, layers: int | Sequence[dict[str, Any]], **optimizer: Any
     count, own = (layers, None) if isinstance(layers, int) else (len(layers), layers)
     values = {"host.n_layer": count, "host.layers": own, "growth.max_layers": max(count, spec.growth.max_layers)}
     return spec.overridden({**values, **{f"optimizer.{key}": value for key, value in optimizer.items()}})
+
+
+def with_rates(spec: RunSpec, rates: Iterable[tuple[Size, float]]) -> RunSpec:
+    """With the stable rates of static sizes, which any run has while it has as many parameters."""
+    pairs = {size.parameters(spec): rate for size, rate in rates}
+    return spec.overridden({"optimizer.rates": sorted(pairs.items())})
+
+
+def lrpath_spec(spec: RunSpec, size: Size, curve: Iterable[dict[str, float]]) -> RunSpec:
+    """A static size under the stable rate that a run had (its summary's `val_curve`), read at its decisions."""
+    path = []
+    for point in curve:
+        fraction = point["budget_fraction"]
+        share = rate(spec.optimizer, fraction, 1) / stable_rate(spec.optimizer, 1)  # that warm-up and decay leave
+        if share > 0 and fraction >= spec.optimizer.warmup:
+            path.append([fraction, point["learning_rate"] / share])
+    return size.born(spec, rate_path=path)

@@ -19,18 +19,15 @@ from statistics import fmean
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 from pydantic import Field
 
 from esper.pipelines.common.run_folder import PLAN, RunFolder
-from esper.pipelines.controllers.evaluation import as_json
+from esper.pipelines.sweeps import search
 from esper.pipelines.sweeps.arms import LRPATH, OPENLOOP, PPO, RANDOM, SCHEDULES, STATIC, Arm, policy_input
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
-from esper.pipelines.sweeps.plan import Point, SweepPlan
-from esper.pipelines.sweeps.rates import DECAYS, ROUNDS, Setting, best_setting, bracketed, next_settings
-from esper.pipelines.sweeps.size_search import best_size, neighbours, next_sizes
-from esper.pipelines.sweeps.sizes import Size, born
-from esper.pipelines.sweeps.trials import Purpose, Trial, cost, lrpath_spec, with_rates
+from esper.pipelines.sweeps.plan import Point, Purpose, SweepPlan, Trial
+from esper.pipelines.sweeps.search import Setting
+from esper.pipelines.sweeps.sizes import Size, born, lrpath_spec, with_rates
 from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
@@ -38,8 +35,7 @@ from esper.platform.ledger import AXES
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.policies.arms import ArmInputs, make_policy
-from esper.policies.schedule import SchedulePolicy
-from esper.policies.simic.distill import median_schedule
+from esper.policies.schedule import SchedulePolicy, as_json, median_schedule
 from esper.workers.laws.fit import annealed_losses, fit_laws
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import stable_rate
@@ -108,31 +104,27 @@ class PointStages:
         yield "test", self._trials([arm for arm in arms if arm.of is None], "test", seeds), True
         yield "follow", self._trials([arm for arm in arms if arm.of is not None], "test", seeds), True
 
-    def regrets(self, seeds: Sequence[int]) -> dict[str, np.ndarray]:
-        """Of the arms that `--seeds auto` is about, by label: nats (seeds,), NaN where one of a pair has no loss."""
-        labels = [f"{STATIC}-{self.settled['size']}", *(arm.label for arm in self._plan.compared)]
-        tests = [t for t in self._log.trials.values() if t.point is self.point and t.purpose == "test"]
-        ends = {(t.arm.label, t.seed): loss for t, loss in zip(tests, self._losses(tests), strict=True)}
-        losses = np.array([[ends.get((label, seed), math.inf) for seed in seeds] for label in labels])
-        losses[~np.isfinite(losses)] = np.nan
-        return dict(zip(labels[1:], losses[1:] - losses[0], strict=True))
+    def record(self) -> dict[str, Any]:
+        """Its entry in `sweep.json`."""
+        spec = self.point.spec.model_dump(mode="json")
+        budget = {key: spec["budget"][key] for key in ("axis", "amount")}
+        return {"grid": self.point.grid, "budget": budget, "spec": spec, "spent": self._spent(), **self.settled}
 
-    def spent(self) -> dict[str, Any]:
-        """What tuning trials and the controller have used on each ledger axis, by purpose."""
+    def _spent(self) -> dict[str, Any]:
+        """What tuning trials have used on each ledger axis, by purpose."""
         parts: dict[str, dict[str, float]] = {name: dict.fromkeys(map(str, AXES), 0.0) for name in ("rates", "tuning")}
         for trial in self._log.trials.values():
             summary = self._log.summary(trial)
             if trial.point is self.point and trial.purpose in parts and summary is not None:
                 for axis, used in cost(trial.spec, summary).items():
                     parts[trial.purpose][axis] += used
-        controller = self.settled.get("controller")
-        return parts | ({"controller": controller.get("spent")} if controller else {})
+        return parts
 
     def _tested(self) -> list[Arm]:
         if not self._plan.search_sizes or self.settled["size"] is None:
             return self.statics
         best = Size.of(self.settled["size"])
-        near = [best, *chain.from_iterable(neighbours(self.point.spec, best))]
+        near = [best, *chain.from_iterable(search.neighbours(self.point.spec, best))]
         return [arm for arm in self.statics if arm.size in near]
 
     def _find_sizes(self) -> Iterator[Batch]:
@@ -140,7 +132,7 @@ class PointStages:
         spec, losses, steps = self.point.spec, dict[Size, float](), self.settled.setdefault("sizes", [])
         for number in count():
             if number == len(steps):
-                steps.append([str(size) for size in next_sizes(spec, losses)])
+                steps.append([str(size) for size in search.next_sizes(spec, losses)])
             if not steps[number]:
                 return
             new = static_arms(map(Size.of, steps[number]), spec)
@@ -148,7 +140,7 @@ class PointStages:
             if self._plan.tune_lr:
                 scale = 1.0
                 if losses:  # the best size's rate was found to be so many times the preset's
-                    best = best_size(losses)
+                    best = search.best_size(losses)
                     tuned = self.settled["settings"][f"{STATIC}-{best}"][0]
                     scale = tuned / stable_rate(spec.optimizer, best.parameters(spec))
                 yield from self._find_settings(new, scale)
@@ -162,8 +154,10 @@ class PointStages:
         decays = {arm: self._decays(arm) for arm in arms}
         tried: dict[Arm, dict[Setting, list[float]]] = {arm: {} for arm in arms}
         starts = {a: scale * stable_rate(optimizer, a.size.parameters(spec)) if a.size else 1.0 for a in arms}
-        for _ in range(ROUNDS):
-            new = [(a, next_) for a, done in tried.items() for next_ in next_settings(starts[a], decays[a], done)]
+        for _ in range(search.ROUNDS):
+            new = [
+                (a, next_) for a, done in tried.items() for next_ in search.next_settings(starts[a], decays[a], done)
+            ]
             if not new:
                 break
             seeds = self._plan.tuning_seeds
@@ -172,9 +166,11 @@ class PointStages:
             for (arm, setting), group in zip(new, groups, strict=True):
                 tried[arm][setting] = self._losses(group)
         if still_open:
-            self.settled["settings"] = known | {arm.label: best_setting(losses) for arm, losses in tried.items()}
+            self.settled["settings"] = known | {arm.label: search.best_setting(losses) for arm, losses in tried.items()}
             if arms and all(arm.size for arm in arms):
-                self.settled["bracketed"] = self.settled.get("bracketed", True) and all(map(bracketed, tried.values()))
+                self.settled["bracketed"] = self.settled.get("bracketed", True) and all(
+                    map(search.bracketed, tried.values())
+                )
         told = [f"{arm.label} {'×' * (not arm.size)}{self.settled['settings'][arm.label]}" for arm in arms]
         if told:
             say(f"rates   {self.point}{', '.join(told)}")
@@ -188,7 +184,7 @@ class PointStages:
             policy = make_policy(arm.name, ArmInputs(spec=spec, schedule=self._inputs.get("schedule")))
             due = [entry.at for entry in policy.entries] if isinstance(policy, SchedulePolicy) else []
             last = max([last, *(math.ceil(at * spec.budget.decisions) / spec.budget.decisions for at in due)])
-        return [decay for decay in DECAYS if decay > last] or [spec.optimizer.decay_from]
+        return [decay for decay in search.DECAYS if decay > last] or [spec.optimizer.decay_from]
 
     def _choose(self) -> Iterator[Batch]:
         schedules = [arm for arm in self._plan.arms if arm.name in SCHEDULES]
@@ -320,3 +316,13 @@ class PointStages:
         losses = {arm: self._losses([trial for trial in trials if trial.arm == arm]) for arm in arms}
         means = {arm: fmean(own) for arm, own in losses.items() if own and math.isfinite(sum(own))}
         return min(means, key=means.__getitem__, default=arms[0] if len(arms) == 1 else None)
+
+
+def cost(spec: RunSpec, summary: Mapping[str, Any]) -> dict[str, float]:
+    """What a run has used on each ledger axis, with its cooldown forks, which are not charged to the run."""
+    used = {axis: summary[axis] for axis in AXES}
+    for at, fork in zip(spec.budget.cooldowns, summary["annealed"], strict=False):
+        begun = at * spec.optimizer.decay_from
+        start = next(point for point in summary["val_curve"] if point["budget_fraction"] >= begun)
+        used = {axis: used[axis] + fork[axis] - start[axis] for axis in AXES}
+    return used

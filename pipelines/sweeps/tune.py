@@ -16,7 +16,7 @@ from ray import tune
 from esper.pipelines.common.play import play, save, take_up
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.sweeps.log import SweepLog
-from esper.pipelines.sweeps.trials import Trial
+from esper.pipelines.sweeps.plan import Trial
 from esper.platform import cluster
 from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction

@@ -26,6 +26,13 @@ def sets(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
+def planned(folder: Path, grafts: dict[float, str]) -> list[str]:
+    """Flags of a schedule, budget fraction → blueprint, which is written into a folder."""
+    entries = [{"at": at, "blueprint": blueprint} for at, blueprint in grafts.items()]
+    (folder / "plan.json").write_text(json.dumps(entries))
+    return ["--schedule", str(folder / "plan.json")]
+
+
 def start(command: str, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """`esper COMMAND` in a process of its own, whose output is added to a file."""
     with log.open("ab") as file:

@@ -19,7 +19,7 @@ from esper.platform.errors import UserError
 from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.data.tokenizer import Characters
 from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
-from tests.pipelines.helpers import sets, summary_of
+from tests.pipelines.helpers import planned, sets, summary_of
 from tests.test_docs import blocks
 
 
@@ -28,9 +28,7 @@ def trained(tiny, text_file, tmp_path):
     """The folder of a run that grew, on text that `esper prepare` made."""
     out = tmp_path / "shards"
     assert prepare.main(["--data", str(text_file), "--out", str(out)]) == 0  # the default preset
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps([{"at": 0.2, "blueprint": "ffn"}, {"at": 0.5, "blueprint": "block"}]))
-    arguments = ["--data", str(out), "--out", str(tmp_path / "run"), "--schedule", str(plan)]
+    arguments = ["--data", str(out), "--out", str(tmp_path / "run"), *planned(tmp_path, {0.2: "ffn", 0.5: "block"})]
     assert train.main(["schedule", *tiny[:2], *arguments]) == 0
     return tmp_path / "run"
 
@@ -39,9 +37,9 @@ def test_a_grown_run_in_both_formats_and_without_its_text(trained, tmp_path, cap
     data = TokenData.open(tmp_path / "shards")
     assert data.manifest.max_bytes is None
     assert sum(split.documents for split in data.manifest.splits.values()) == 200
-    assert json.loads((tmp_path / "shards" / "summary.json").read_text())["tokenizer"] == "char"
+    assert summary_of(tmp_path / "shards")["tokenizer"] == "char"
     capfd.readouterr()
-    summary, native, gpt2 = json.loads((trained / "summary.json").read_text()), {}, {}
+    summary, native, gpt2 = summary_of(trained), {}, {}
     assert len({layer["width"] for layer in summary["shape"]}) == 2  # MLPs of different widths
     for name, names in (("native", native), ("gpt2", gpt2)):
         assert main([str(trained), "--out", str(tmp_path / name), "--format", name]) == 0
@@ -77,18 +75,14 @@ def small(tiny_spec, tokens, tmp_path):
     return tmp_path / "small"
 
 
-ONLY_WIDTH_AND_LAYERS = sets('growth.blueprints={"ffn":{"width":8},"block":{}}')
-
-
 def test_a_trained_gpt2_goes_in_grows_and_comes_out_and_a_killed_run_ends_the_same(
     tiny, small, tokens, tiny_spec, tmp_path, monkeypatch
 ):
     """Its loss at the beginning is that of its weights."""
     from transformers import GPT2LMHeadModel
 
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps([{"at": 0.2, "blueprint": "ffn"}, {"at": 0.5, "blueprint": "block"}]))
-    flags = ["schedule", *tiny, "--from", str(small), "--schedule", str(plan), *ONLY_WIDTH_AND_LAYERS]
+    plan = planned(tmp_path, {0.2: "ffn", 0.5: "block"})
+    flags = ["schedule", *tiny, "--from", str(small), *plan, *sets('growth.blueprints={"ffn":{"width":8},"block":{}}')]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     with monkeypatch.context() as patch:  # killed before it had anything to train
         patch.setattr(single_run, "train", lambda *arguments: 0)

@@ -4,7 +4,7 @@ import pytest
 
 from esper.pipelines import prepare, sample, train
 from esper.platform.storage import read_json
-from tests.pipelines.helpers import sets, summary_of
+from tests.pipelines.helpers import planned, sets, summary_of
 
 SMALL = sets("budget.axis=steps", "budget.amount=60", "budget.decisions=6", "growth.min_optimizer_steps=2")
 
@@ -18,11 +18,8 @@ def digits(tmp_path_factory):
 
 def test_a_run_on_digits_tells_accuracy_beside_the_loss(digits, store, client, tmp_path, capfd, refused):
     out = tmp_path / "out"
-    (tmp_path / "plan.json").write_text(
-        '[{"at": 0.1, "blueprint": "conv_width"}, {"at": 0.3, "blueprint": "conv_block"}]'
-    )
-    flags = ["--task", "digits", "--data", str(digits), "--schedule", str(tmp_path / "plan.json"), "--out", str(out)]
-    assert train.main(["schedule", *flags, *SMALL]) == 0
+    flags = ["--task", "digits", "--data", str(digits), "--out", str(out), *SMALL]
+    assert train.main(["schedule", *flags, *planned(tmp_path, {0.1: "conv_width", 0.3: "conv_block"})]) == 0
     summary, printed = summary_of(out), capfd.readouterr().err
     assert [graft["blueprint"] for graft in summary["grafts"]] == ["conv_width", "conv_block"]
     assert summary["tokens"] == 60 * 32  # an image is one
@@ -42,20 +39,12 @@ def test_prepared_images_say_how_they_are_used(digits, tmp_path, capfd):
     assert f"use it with --data {tmp_path / 'small'} --set data.size=4" in capfd.readouterr().err
 
 
-def test_data_of_another_kind_or_size_is_refused(digits, shards, text_file, store, tmp_path, refused):
+def test_data_of_another_kind_or_size_is_refused(digits, store, tmp_path, refused):
     for line, sentence in (
-        (["--task", "digits", "--data", text_file], "holds no images: give an .npz file"),
-        (["--task", "digits", "--data", shards], "holds prepared text, and the preset is for images"),
         (["--preset", "demo", "--data", digits], "holds prepared images, and the preset is for text"),
-        (["--preset", "demo", "--set", "data.kind=images"], "unknown key in the spec"),
-        (["--preset", "demo", "--set", 'data={"kind":"images"}'], "which takes text"),
         (["--task", "digits", "--set", "host.image_size=16"], "are 8 × 8 × 1, and the host takes 16 × 16 × 1"),
-        (["--task", "digits", "--set", "data.kind=sound"], "its kind must be"),
     ):
         refused(train.main, ["static", *line, "--out", tmp_path / "out"], sentence)
         assert not (tmp_path / "out").exists()
-    refused(
-        prepare.main,
-        ["--task", "digits", "--tokenizer", "char", "--out", tmp_path / "out"],
-        "unknown key in the spec 'data.tokenizer'",
-    )
+    line = ["--task", "digits", "--tokenizer", "char", "--out", tmp_path / "out"]
+    refused(prepare.main, line, "unknown key in the spec 'data.tokenizer'")

@@ -154,7 +154,7 @@ def test_no_line_is_wider_than_the_terminal_and_values_that_are_no_number_are_ma
     assert "▁▅!█!" in capture.get()
 
 
-FULL = {name: 0.5 for panel in PANELS for name in panel.lines}
+FULL = {name: 0.5 for names in PANELS.values() for name in names}
 ALL = (COLUMNS, -(-len(PANELS) // COLUMNS))
 GAPS = [FULL | {"kl": float(kl), "value_loss": float(kl)} for kl in ("1", "nan", "inf")]
 

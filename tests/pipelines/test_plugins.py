@@ -9,7 +9,7 @@ import pytest
 from esper.pipelines import sweep, train
 from esper.platform import plugins
 from esper.workers.kasmina import registry
-from tests.pipelines.helpers import sets, summary_of
+from tests.pipelines.helpers import planned, sets, summary_of
 from tests.test_docs import blocks
 
 
@@ -58,9 +58,8 @@ def test_a_function_is_an_arm_of_a_sweep_and_in_its_workers(module, tiny, tmp_pa
 
 def test_the_pages_blueprint_is_grafted_without_a_change_of_the_output(module, tiny, tmp_path, refused):
     module("my_blueprints", blocks("your-own-blueprint.md")[0])
-    plan, out, own = tmp_path / "plan.json", tmp_path / "run", sets("growth.plugins=my_blueprints")
-    plan.write_text('[{"at": 0.2, "blueprint": "copied"}]')
-    line = ["schedule", *tiny, "--schedule", str(plan), *own]
+    out, own = tmp_path / "run", sets("growth.plugins=my_blueprints")
+    line = ["schedule", *tiny, *planned(tmp_path, {0.2: "copied"}), *own]
     refused(train.main, [*line, "--out", out], "blueprints of plug-in 'my_blueprints' (copied) growth.blueprints names")
     own = sets("growth.blueprints.copied.width=16")
     assert train.main([*line, *own, "--out", str(out)]) == 0

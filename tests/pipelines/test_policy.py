@@ -1,6 +1,7 @@
-"""`esper policy`: what a checkpoint is, how it does beside the other arms, and its median schedule. Without Ray."""
+"""`esper policy`: what a checkpoint is, how it does beside other arms, its median schedule; laws, fitted and used."""
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -10,13 +11,15 @@ import pytest
 from scipy import stats
 
 from esper.pipelines import policy as pipeline
+from esper.pipelines import train
 from esper.pipelines.common.play import play
+from esper.platform.law_file import FittedLaws
 from esper.platform.spec import load_spec
 from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.schedule import SchedulePolicy
 from esper.policies.simic.policy import FILE, SimicPolicy
 from esper.workers.run import GrowthRun
-from tests.pipelines.helpers import made_net, read
+from tests.pipelines.helpers import made_net, planned, read, sets, summary_of
 
 EXTRA = {"preset": "tinystories-char", "iterations": 2, "episodes": 30.0, "decisions": 1240.0, "seed": 7}
 FEW = ["--set", "budget.decisions=8", "--episodes", "6"]
@@ -85,9 +88,8 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
 
 
 def test_evaluate_on_text_trains_gpts(trained, tiny, tmp_path, capsys, monkeypatch):
-    out, plan = tmp_path / "out", tmp_path / "plan.json"
-    plan.write_text('[{"at": 0.25, "blueprint": "ffn"}]')
-    command = ["evaluate", str(trained), *tiny, "--episodes", "2", "--schedule", str(plan), "--out", str(out)]
+    out, plan = tmp_path / "out", planned(tmp_path, {0.25: "ffn"})
+    command = ["evaluate", str(trained), *tiny, "--episodes", "2", *plan, "--out", str(out)]
     command += ["--set", "budget.amount=80"]
     (tmp_path / "rows.py").write_text("def last(telemetry):\n    return telemetry.legal()[-1]\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -113,3 +115,42 @@ def test_distill_writes_a_schedule_that_plays_on_text(trained, tiny_spec, tokens
     run.reset(seed=0)
     grafts = play(run, make_policy("schedule", ArmInputs(schedule=plan)), arm="schedule")["grafts"]
     assert {graft["blueprint"] for graft in grafts} == {entry.blueprint for entry in entries}
+
+
+@pytest.fixture
+def runs(tiny, tmp_path):
+    """A folder of ended runs: three static sizes, and one that grew."""
+    for layers in (1, 2, 3):
+        more = sets(f"host.n_layer={layers}", "budget.cooldowns=[0.5]")
+        assert train.main(["static", *tiny, "--out", str(tmp_path / "runs" / f"s{layers}"), *more]) == 0
+    assert train.main(["width", *tiny, "--out", str(tmp_path / "runs" / "width"), "--seed", "1"]) == 0
+    return tmp_path / "runs"
+
+
+def test_laws_are_fitted_to_runs_and_played_by(tiny, runs, tmp_path, capfd, refused):
+    path, out = tmp_path / "laws.json", tmp_path / "out"
+    assert pipeline.main(["fit", str(runs), "--out", str(path)]) == 0
+    told, laws = capfd.readouterr().err, FittedLaws.read(path)
+    assert (laws.preset, laws.tokenizer, laws.runs, laws.grown, laws.losses) == ("tiny", "char", 4, 1, 7)
+    assert laws.held_out is not None
+    assert 0 < laws.held_out < 1
+    assert f"{laws.residual:.4f} nats (rms) over 7 annealed losses" in told
+    assert f"{laws.held_out:.4f} over growing runs" in told
+
+    assert train.main(["planner", *tiny, "--laws", str(path), "--out", str(out), "--seed", "3"]) == 0
+    assert "notice" not in capfd.readouterr().err
+    grafts = summary_of(out)["grafts"]
+    assert all("expected to end at" in graft["reason"] for graft in grafts)
+    (out / "summary.json").unlink()  # as if killed before it was written
+    assert train.main(["--resume", str(out)]) == 0
+    assert summary_of(out)["grafts"] == grafts
+
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text": "another"}))
+    more = ["--laws", str(path), "--out", str(tmp_path / "other"), *sets("host.n_head=4")]
+    assert train.main(["planner", *tiny, *more]) == 0
+    assert "was fitted to runs that differ from these in host.n_head, the text" in capfd.readouterr().err
+
+    refused(pipeline.main, ["fit", runs / "width", "--out", tmp_path / "w"], "laws are fitted to 3 sizes or more")
+    (runs / "s1" / "spec.json").write_text((runs / "s1" / "spec.json").read_text().replace('"tiny"', '"tinier"'))
+    refused(pipeline.main, ["fit", runs, "--out", tmp_path / "w"], "are of several: tinier, tiny: name others")
+    assert not (tmp_path / "w").exists()

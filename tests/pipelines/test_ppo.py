@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 
 from esper.pipelines import policy, ppo, train
-from esper.pipelines.controllers import lessons, rounds, selection
+from esper.pipelines.controllers import rounds, training
 from esper.platform import checkpoint
 from esper.platform.journal import read_entries
 from esper.platform.law_file import FittedLaws
@@ -100,7 +100,7 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
 @pytest.fixture
 def short_lessons(monkeypatch):
     for name, number in {"LESSONS": 2, "EPISODES": 4, "HELD_OUT": 2}.items():
-        monkeypatch.setattr(lessons, name, number)
+        monkeypatch.setattr(rounds, name, number)
     monkeypatch.setattr(clone, "STEPS", 20)
 
 
@@ -198,7 +198,7 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
     assert "laws    fitted anew" in capfd.readouterr().err
     clones = [SimicPolicy.load(path).net.state_dict() for path in sorted(out.glob("rounds/*/policy.safetensors"))]
     with monkeypatch.context() as patch:
-        patch.setattr(lessons.Lessons, "clone", lambda self: pytest.fail("cloned again"))
+        patch.setattr(rounds.Lessons, "clone", lambda self: pytest.fail("cloned again"))
         assert ppo.main(["--resume", str(out)]) == 0
     kept = [SimicPolicy.load(path).net.state_dict() for path in sorted(out.glob("rounds/*/policy.safetensors"))]
     torch.testing.assert_close(kept, clones, rtol=0, atol=0)
@@ -329,15 +329,15 @@ def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp
     for iteration, scale in ((1, 0.0), (3, 3.0)):  # one only waits
         file = tmp_path / "checkpoints" / f"{iteration:06d}" / "policy.safetensors"
         SimicPolicy(made_net(iteration, scale)).save(file)
-    played = selection.held_out([(spec, None)], tmp_path, 0, lambda: None)
+    played = training.held_out([(spec, None)], tmp_path, 0, lambda: None)
     assert len(played) == 6
-    losses = selection.mean_losses(played)
+    losses = training.mean_losses(played)
     assert losses[3] < losses[1] - 0.1
     diverged = [entry | {"diverged": entry["episode"] == 2} for entry in played]
-    assert selection.mean_losses(diverged) == {1: float("inf"), 3: float("inf")}
+    assert training.mean_losses(diverged) == {1: float("inf"), 3: float("inf")}
 
-    monkeypatch.setattr(selection, "_episode", lambda *_: pytest.fail("played again"))
-    assert selection.held_out([(spec, None)], tmp_path, 0, lambda: None) == played
+    monkeypatch.setattr(training, "held_out_episode", lambda *_: pytest.fail("played again"))
+    assert training.held_out([(spec, None)], tmp_path, 0, lambda: None) == played
 
 
 def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, tmp_path):

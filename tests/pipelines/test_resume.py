@@ -6,6 +6,7 @@ Real processes and signals.
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from esper.platform.recording import SEEN_FILE
 from esper.platform.storage import alone
 from tests.mlflow_servers import free_port
 from tests.pipelines import helpers
-from tests.pipelines.helpers import sets, start, wait_for
+from tests.pipelines.helpers import planned, sets, start, wait_for
 
 LONG = sets("budget.amount=450", "budget.decisions=15")
 
@@ -30,9 +31,7 @@ def summary_of(folder):
 
 @pytest.fixture
 def plan(tmp_path):
-    path, grafts = tmp_path / "schedule.json", {0.05: "ffn", 0.1: "block", 0.5: "attention"}
-    path.write_text(json.dumps([{"at": at, "blueprint": blueprint} for at, blueprint in grafts.items()]))
-    return path
+    return planned(tmp_path, {0.05: "ffn", 0.1: "block", 0.5: "attention"})
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ STOPS = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
 
 
 def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, monkeypatch):
-    flags, shown = ["schedule", "--schedule", str(plan), *tiny, *LONG], {}
+    flags, shown = ["schedule", *plan, *tiny, *LONG], {}
     folders = {name: tmp_path / name for name in (*STOPS, "killed at once")}
     processes = {
         name: start("train", [*flags, "--out", str(folders[name])], tmp_path / f"{name}.log") for name in STOPS
@@ -75,7 +74,7 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, m
     assert f"go on with: esper train --resume {folders['stopped']}" in shown["stopped"]
     step = shown["stopped"].split("saved at optimizer step ")[1].split()[0]
 
-    plan.unlink()  # the runs have their own
+    Path(plan[1]).unlink()  # the runs have their own
     again = ["schedule", "--schedule", str(folders["killed"] / "inputs" / "schedule.json"), *flags[3:]]
     assert main([*again, "--out", str(tmp_path / "undisturbed")]) == 0
     for name, out in folders.items():
@@ -112,7 +111,7 @@ def test_what_mlflow_has_not_had_is_sent_at_resume(tiny, tmp_path, runs, monkeyp
 
 
 def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, tokens, tmp_path, refused):
-    out, flags = tmp_path / "run", ["schedule", "--schedule", str(plan), *tiny]
+    out, flags = tmp_path / "run", ["schedule", *plan, *tiny]
     assert main([*flags, "--out", str(out)]) == 0
     ended = summary_of(out)
     (out / "summary.json").unlink()  # as if killed before it was written

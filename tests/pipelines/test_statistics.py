@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from esper.pipelines.common.statistics import Interval, critical_t, detectable, p_below
-from esper.pipelines.sweeps.comparison import widest
 from esper.pipelines.sweeps.plan import AT_ONCE
 
 SWEEPS, MOST, SPREAD = 1000, 60, 0.013  # of differences between seeds, nats
@@ -31,18 +30,6 @@ def errors(width: float, shows: bool, sequential: bool) -> float:
 def test_seeds_that_are_added_on_the_way_keep_the_error_rate_with_the_sequence_and_not_with_t(shows):
     assert errors(0.02, shows, sequential=True) <= 0.05
     assert errors(0.02, shows, sequential=False) > (0.25 if shows else 0.055)
-
-
-def test_what_is_compared_by_the_sequence_is_compared_at_once_over_arms_and_budgets():
-    """The widest interval counts, of an arm's mean over the budgets; a seed or an arm without a loss does not."""
-    rng = np.random.default_rng(0)
-    small, large = ({arm: rng.normal(0, spread, 9) for arm, spread in (("a", 0.01), ("b", 0.02))} for _ in range(2))
-    small["none"] = large["none"] = np.full(9, np.nan)
-    large["b"][3] = np.nan
-    expected = Interval.of(np.delete((small["b"] + large["b"]) / 2, 3), sequential=True)
-    assert widest([[small, large]]) == ("b", expected.width)
-    assert widest([[{"none": small["none"]}]]) == ("", 0.0)
-    assert widest([[{"a": small["a"][:4]}], [large]])[1] == np.inf  # too few for an interval: more are needed
 
 
 @pytest.mark.parametrize("n", [5, 12, 40])

@@ -19,12 +19,12 @@ from mlflow import MlflowClient
 from esper.pipelines import sweep
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.common.stopping import Stopped
-from esper.pipelines.sweeps import comparison, stages
-from esper.pipelines.sweeps.rates import Setting
+from esper.pipelines.sweeps import comparison, search
+from esper.pipelines.sweeps.search import Setting
 from esper.platform import tracking
 from esper.platform.recording import SEEN_FILE
 from tests.mlflow_servers import free_port
-from tests.pipelines.helpers import read, sets, start, summary_of, wait_for
+from tests.pipelines.helpers import planned, read, sets, start, summary_of, wait_for
 
 pytestmark = pytest.mark.usefixtures("one_ray")
 SCHEDULES = ("onejump", "schedule")
@@ -73,11 +73,10 @@ def check_tracked(store: MlflowClient, out: Path) -> dict:
 
 def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     # For each size and for each schedule; the search has tests of its own.
-    search = itertools.cycle([Setting(0.003, 0.6), Setting(0.005, 0.8), Setting(1.0, 0.6), Setting(2.0, 0.6)])
-    monkeypatch.setattr(stages, "next_settings", lambda start, decays, tried: [] if tried else [next(search)])
-    out, late = tmp_path / "sweep", tmp_path / "late.json"
-    late.write_text(json.dumps([{"at": 0.99, "blueprint": "ffn"}]))  # never comes: none does while the rate decays
-    flags = ["--arms", ",".join(ARMS), "--sizes", "2x24,1", "--tuning-seeds", "1", "--tune-lr", "--schedule", str(late)]
+    tries = itertools.cycle([Setting(0.003, 0.6), Setting(0.005, 0.8), Setting(1.0, 0.6), Setting(2.0, 0.6)])
+    monkeypatch.setattr(search, "next_settings", lambda start, decays, tried: [] if tried else [next(tries)])
+    out, late = tmp_path / "sweep", planned(tmp_path, {0.99: "ffn"})  # never comes: none does while the rate decays
+    flags = ["--arms", ",".join(ARMS), "--sizes", "2x24,1", "--tuning-seeds", "1", "--tune-lr", *late]
     assert sweep.main([*flags, *tiny, "--out", str(out)]) == 0
     printed = capfd.readouterr().err
     told = ["rates   2 trials: static-1, static-2x24", "rates   2 trials: onejump, schedule", "tuning ", "test   "]
@@ -288,12 +287,12 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
     out = tmp_path / "sweep"
     flags = ["--arms", "static,ppo,openloop,static_final:ppo", "--sizes", "1,2,3", "--tuning-seeds", "1"]
     small = sets("ppo.iterations=2", "ppo.decisions=64", "ppo.minibatch=32", "ppo.hidden=8", "ppo.held_out=2")
-    monkeypatch.setattr(stages, "next_settings", lambda start, *others: [] if others[-1] else [Setting(start, 0.6)])
+    monkeypatch.setattr(search, "next_settings", lambda start, *others: [] if others[-1] else [Setting(start, 0.6)])
     assert sweep.main([*flags, "--train-on", "laws", "--tune-lr", *small, *tiny, "--out", str(out)]) == 0
     found = state(out)
     assert found["points"][0]["settings"]["ppo"] == [1.0, 0.6]
-    assert found["controller"]["trained_on"] == "laws"
-    assert found["points"][0]["spent"]["controller"]["steps"] == 0
+    controller = found["points"][0]["controller"]
+    assert (controller["trained_on"], controller["spent"]["steps"]) == ("laws", 0)
     assert read(out / "ppo", "spec.json")["laws"]["floor"] != [0.3, 0.3]
     assert {trial["label"] for trial in found["trials"].values()} >= {"ppo", "openloop", "static_final:ppo"}
 

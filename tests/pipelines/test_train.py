@@ -1,12 +1,10 @@
 """`esper train` end to end: what it leaves, what MLflow gets, what it refuses."""
 
-import json
-
 import pytest
 
 from esper.pipelines.train import main
 from esper.platform.spec import load_spec
-from tests.pipelines.helpers import summary_of
+from tests.pipelines.helpers import planned, summary_of
 
 SUMMARY = (
     "arm seed preset val_loss perplexity parameters parameters_non_embedding tokens flops seconds wall_seconds "
@@ -18,11 +16,9 @@ POINT = "budget_fraction tokens flops seconds wall_seconds parameter_seconds par
 
 def test_a_run_leaves_its_summary_spec_and_mlflow_run(tiny, client, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("esper.pipelines.common.single_run.REFRESH_SECONDS", 0)
-    plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps([{"at": 0.2, "blueprint": "ffn"}, {"at": 0.5, "blueprint": "block"}]))
-    out = tmp_path / "out"
+    out, plan = tmp_path / "out", planned(tmp_path, {0.2: "ffn", 0.5: "block"})
     through_a_parent = ["--out", str(tmp_path / "x" / ".." / "out")]
-    assert main(["schedule", "--schedule", str(plan), *tiny, *through_a_parent, "--seed", "3"]) == 0
+    assert main(["schedule", *plan, *tiny, *through_a_parent, "--seed", "3"]) == 0
     summary = summary_of(out)
     assert set(SUMMARY.split()) <= set(summary)
     assert (summary["arm"], summary["seed"], summary["decisions"]) == ("schedule", 3, 8)

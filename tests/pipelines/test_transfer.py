@@ -38,18 +38,3 @@ def test_a_policy_from_images_is_compared_with_one_from_here(tiny, tmp_path, mon
     [told] = [each for each in report["verdicts"][0]["criteria"] if each["criterion"] == "Transfer"]
     assert "ppo:zero-shot, which has grown resnet: " in told["sentence"]
     assert "to ppo:scratch" in told["sentence"]
-
-
-def test_what_is_refused(tiny, tmp_path, refused):
-    given = tmp_path / "given.safetensors"
-    SimicPolicy(made_net(3, 3.0)).save(given)
-    for line, sentence in (
-        (["--to", "demo"], "give --policy CHECKPOINT"),
-        (["--policy", given], "--to PRESET"),
-        (["--policy", given, "--to", "dem"], "Did you mean 'demo'"),
-        (["--policy", tmp_path / "x", "--to", "demo"], "does not exist"),
-        (["--policy", given, "--to", "demo", "--arms", "nobody"], "unknown arm 'nobody'"),  # before any training
-        (["--policy", given, "--to", "demo", "--budgets", "-1"], "is not a list of positive numbers"),
-        (["--resume", tmp_path], "a folder that `esper transfer` made"),
-    ):
-        refused(transfer.main, line, sentence)

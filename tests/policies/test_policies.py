@@ -12,9 +12,8 @@ from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
 from esper.platform.telemetry import GLOBALS
 from esper.policies.arms import ArmInputs, make_policy
-from esper.policies.named_schedules import NAMED, named_schedule
 from esper.policies.random import RandomPolicy
-from esper.policies.schedule import Entry, SchedulePolicy
+from esper.policies.schedule import NAMED, Entry, SchedulePolicy, median_schedule, named_schedule
 from esper.policies.static import StaticPolicy
 from esper.policies.tamiyo import TamiyoPolicy
 from esper.workers.laws.surrogate import SurrogateRun
@@ -81,20 +80,45 @@ def test_named_schedules_graft_all_that_they_name(spec, name):
         make_policy(name, ArmInputs(spec=load_spec("tinystories-char", ['growth.blueprints={"expert":{}}'])))
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ('[{"at": 0.0, "blueprint": "blok"}]', "Did you mean 'block'"),
-        ('[{"at": 0.0, "blueprint": "ffn", "site": "h7.ffn"}]', "unknown site"),
-        ('[{"at": 1.5, "blueprint": "ffn"}]', "less than or equal to 1"),
-        ("{}", "--schedule"),
-    ],
-)
-def test_bad_schedules(spec, tmp_path, text, sentence):
-    path = tmp_path / "plan.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match=sentence):
-        play(spec, SchedulePolicy.load(path))
+def block(fraction, site="wte.stream", blueprint="block"):
+    return {"budget_fraction": fraction, "blueprint": blueprint, "site": site}
+
+
+def ffn(fraction):
+    return block(fraction, "h0.ffn", "ffn")
+
+
+def median(episodes, decisions=8, sites=()):
+    entries = median_schedule([{"grafts": grafts} for grafts in episodes], decisions, sites)
+    return [(entry.at, entry.blueprint, entry.site) for entry in entries]
+
+
+def test_the_schedule_is_that_of_the_median_episode():
+    alike = [block(0.0), ffn(0.25), block(0.25), ffn(0.5)]
+    own = [(0.0, "block"), (0.25, "block"), (0.25, "ffn"), (0.5, "ffn")]
+    assert median([alike] * 3) == [(*each, None) for each in own]
+    counts = ((0, 1), (1, 0), (2, 0), (2, 0), (9, 1))
+    assert median([[block(0.5)] * n + [ffn(0.5)] * m for n, m in counts]) == [(0.5, "block", None)] * 2
+    assert median([[], [], [block(0.5)]]) == []
+    assert len(median([[], [block(0.5)]])) == 1  # a half counts as one
+    episodes = [[block(0.125)], [block(0.25), block(0.5)], [block(0.5), block(0.75)], [block(0.25), block(0.625)]]
+    assert [at for at, *_ in median(episodes)] == [0.25, 0.625]  # the j-th by those that have one
+
+
+def test_an_entry_is_due_at_the_decision_that_it_was_taken_at():
+    """Whatever the overshoot past the boundary, and through the telemetry's float32."""
+    random = np.random.default_rng(0)
+    for decisions, k in ((7, 5), (24, 7), (1000, 3), (1000, 997)):
+        taken = [[block((k + share) / decisions)] for share in random.uniform(0, 0.4, 5)]
+        [(at, *_)] = median(taken, decisions)
+        assert (k - 1 + 0.5) / decisions < at <= np.float32(k / decisions)
+
+
+def test_a_site_is_named_if_most_took_it_and_every_episode_has_it():
+    episodes = [[block(0.5, site)] for site in ("wte.stream", "wte.stream", "h0.stream")]
+    assert median(episodes, sites={"wte.stream"}) == [(0.5, "block", "wte.stream")]
+    for other, sites in ((episodes, {"h0.stream"}), (episodes[1:], {"wte.stream"})):
+        assert median(other, sites=sites) == [(0.5, "block", None)]
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,21 @@ of keeps the prior's spread.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
 from esper.platform.errors import UserError
+from esper.platform.law_file import FittedLaws
 from esper.platform.seeding import stream
 from esper.platform.spec import LawSpec, Range, RunSpec
-from esper.workers.laws.forecast import member_losses, steady
+from esper.workers.laws.forecast import ensemble, member_losses, steady
 from esper.workers.laws.scaling_law import SIZE, VOCABULARY, ScalingLaw, size_of
 from esper.workers.tolaria.hosts import start_shape
 
@@ -88,6 +91,39 @@ def stages(curve: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one[name] == other[name] for name in SIZE)
+
+
+def fitted(folder: Path, found: Sequence[tuple[RunSpec, str, Mapping[str, Any]]]) -> tuple[FittedLaws, ScalingLaw]:
+    """Laws fitted to runs in a folder (spec, fingerprint of the text, summary), and the middle one.
+
+    UserError where they are of several presets, tokenizers or texts, or as for `fit_laws`.
+    """
+    for what, values in (
+        ("preset", {spec.preset for spec, _, _ in found}),
+        ("tokenizer", {spec.data.encoding for spec, _, _ in found}),
+        ("text", {text for _, text, _ in found}),
+    ):
+        if len(values) != 1:
+            told = f"several: {', '.join(sorted(values))}" if values else "none"
+            raise UserError(f"laws are of one {what}, and the runs in {folder} are of {told}: name others.")
+    used = [(spec, summary, own) for spec, _, summary in found if (own := annealed_losses(summary))]
+    (spec, text, _), losses = found[0], [own for *_, own in used]
+    made = fit_laws(spec, losses)
+    laws = FittedLaws(
+        preset=spec.preset,
+        tokenizer=spec.data.encoding,
+        host=spec.host.starting_with(1),
+        text=text,
+        folder=str(folder.absolute()),
+        runs=len(used),
+        grown=sum(bool(summary["grafts"]) for _, summary, _ in used),
+        losses=sum(map(len, losses)),
+        command=" ".join(sys.argv),
+        residual=made.residual,
+        ensemble=ensemble(made.ensemble),
+        **decision_losses(made.law, [(spec, summary) for spec, summary, _ in used]),
+    )
+    return laws, made.law
 
 
 def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = MEMBERS) -> LawFit:

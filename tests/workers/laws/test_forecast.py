@@ -9,7 +9,6 @@ from esper.pipelines.common.play import play
 from esper.platform.contracts import GraftAction, Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import load_spec
-from esper.policies.arms import ArmInputs, make_policy
 from esper.policies.planner import PlannerPolicy
 from esper.policies.static import StaticPolicy
 from esper.policies.tamiyo import TamiyoPolicy
@@ -125,22 +124,3 @@ def test_it_plays_legal_rows_and_asks_for_a_probe(run):
     run.step(StaticPolicy().act(telemetry))
     with pytest.raises(UserError, match="say nothing of a host as small as this one"):
         run.forecast(steep)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (None, "needs fitted laws: give --laws FILE, made by `esper policy fit RUNS --out FILE`"),
-        ({"preset": "demo"}, "runs of preset 'demo', and this one is of 'tinystories-char'"),
-        ({"tokenizer": "gpt2"}, "runs of tokenizer 'gpt2', and this one is of 'char'"),
-        ({"version": 2}, "version is 2"),
-        ({"noise": 0}, "noise is 0"),
-        ({"ensemble": {}}, "its ensemble lacks data, "),
-        ({"ensemble": {**drawn_laws(SPEC, range(2)).ensemble, "size": [1]}}, "not of equally many members"),
-    ],
-)
-def test_bad_laws_are_one_sentence(tmp_path, change, sentence):
-    path = tmp_path / "laws.json"
-    path.write_text(json.dumps({**json.loads(drawn_laws(SPEC, range(2)).model_dump_json()), **(change or {})}))
-    with pytest.raises(UserError, match=sentence):
-        make_policy("planner", ArmInputs(laws=None if change is None else path, spec=SPEC))

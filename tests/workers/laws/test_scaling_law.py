@@ -81,20 +81,6 @@ def test_the_ranges_surround_the_truth_the_fit_and_the_curves(fitted):
     assert ((curves.min(axis=0) < losses) & (losses < curves.max(axis=0))).all()
 
 
-def test_a_surrogate_that_stays_at_a_size_ends_where_it_was_seen_to(fitted):
-    _, points, fit = fitted
-    laws = {name: (getattr(fit.law, name),) * 2 for name in BOUNDS}
-    run = SurrogateRun(SPEC.model_copy(update={"laws": LawSpec.model_validate(laws)}))
-    for layers in (1, 3, 6):
-        run.reset(Instance(n_layer=layers), seed=3)
-        play(run)
-        own = [point for point in points if point.sizes[0, 2] == layers]
-        last = max(point.tokens[0] for point in own)
-        assert abs(run.loss - np.mean([point.loss for point in own if point.tokens[0] == last])) < 0.02
-        (found,) = annealed_losses(run.summary())
-        assert (found.sizes[:, 2], found.tokens, found.loss, found.seed) == (layers, run.ledger.tokens, run.loss, 3)
-
-
 GOOD = static_points(truth({}), seeds=1)
 
 

@@ -11,13 +11,11 @@ from torch.nn.functional import softplus
 from esper.pipelines.common.play import play
 from esper.platform.contracts import GraftAction
 from esper.platform.data_spec import DataSpec
-from esper.platform.law_file import FittedLaws
 from esper.platform.spec import load_spec
 from esper.policies.random import RandomPolicy
 from esper.policies.simic.net import ControllerNet
 from esper.policies.static import StaticPolicy
-from esper.workers.laws.fit import annealed_losses, decision_losses, fit_laws
-from esper.workers.laws.forecast import ensemble
+from esper.workers.laws.fit import fitted
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
@@ -86,15 +84,10 @@ def test_a_surrogate_of_fitted_laws_looks_like_a_run(tinystories, tmp_path):
         run.reset(seed=number)
         summary = play(run, arm, arm="any")
         if number % 2 == 0:
-            fitted_to.append((spec, summary))
+            fitted_to.append((spec, "", summary))
         else:
             played.append((spec, arm.seen))
-    spec = load_spec("tinystories-char")
-    fit = fit_laws(spec, [annealed_losses(summary) for _, summary in fitted_to])
-    seen = decision_losses(fit.law, fitted_to)
-    told = {"preset": spec.preset, "tokenizer": "char", "host": spec.host, "text": "", "command": "fit"}
-    counts = {"runs": 1, "grown": 1, "losses": 1, "residual": fit.residual}
-    laws = FittedLaws(**told, **counts, **seen, ensemble=ensemble(fit.ensemble))
+    laws, _ = fitted(tmp_path, fitted_to)
     found = {}
     for name, given in (("the preset's", None), ("fitted", laws)):
         surrogates = []
