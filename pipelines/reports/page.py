@@ -16,13 +16,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from esper import __version__
 from esper.pipelines.common.statistics import Interval
 from esper.pipelines.reports.budgets import OverBudgets, over_budgets
-from esper.pipelines.reports.paired_tests import BEST_STATIC, Trials, pair
+from esper.pipelines.reports.paired_tests import BEST_STATIC, Trials, draw_envelope, pair
 from esper.pipelines.reports.runs import AXES, Sweep, tables
 from esper.pipelines.reports.verdict import Verdict
 from esper.pipelines.sweeps.arms import STATIC
 from esper.pipelines.sweeps.search import Setting
 from esper.platform.console import counted
 
+CONTROLLED = ("ppo", "openloop")  # labels that the controller's training has to be paid for
+COUNTED = {
+    "rates": "the search for rates",
+    "tuning": "tuning runs",
+    "controller": "the controller's training (with forks, and episodes dropped or in flight at its end)",
+}
 MEANS = [*AXES, "parameters", "layers", "grafts"]  # of a run, whose means are told
 
 
@@ -32,7 +38,7 @@ def as_dict(sweep: Sweep, verdicts: Sequence[Verdict]) -> dict[str, Any]:
     for verdict in verdicts:
         trials = verdict.trials
         point = {"grid": trials.point["grid"], "budget": trials.budget, "did_not_grow": trials.idle}
-        point |= {"best_static": trials.best_static, "best_schedule": trials.schedule}
+        point |= {"best_static": trials.best_static, "best_schedule": trials.schedule, "payback": payback(trials)}
         point |= {"criteria": [asdict(criterion) for criterion in verdict.criteria]}
         points.append(point | {"tests": [t.as_dict() for t in verdict.tests], "arms": _records(arm_table(verdict))})
     told = {"experiment": sweep.experiment, "sweep": sweep.name, "verdicts": points}
@@ -51,7 +57,7 @@ def html(sweep: Sweep, verdicts: Sequence[Verdict]) -> str:
     files = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["told"] = told
-    own = (arm_table, budget_tables, effort, samples, tables, picture)
+    own = (arm_table, budget_tables, effort, payback, samples, tables, picture)
     environment.globals |= {function.__name__: function for function in own}
     page = environment.get_template("report.html")
     overs = over_budgets(verdicts)
@@ -109,6 +115,32 @@ def samples(trials: Trials) -> list[tuple[str, str]]:
     return [(label, run.summary["sample"]) for label, run in firsts if "sample" in run.summary]
 
 
+def payback(trials: Trials) -> list[str]:
+    """The controller's cost, and the number of uses that pay for it; empty where none was trained."""
+    labels = [label for label in CONTROLLED if trials.sound(label)]
+    if not labels or not trials.point.get("controller"):
+        return []
+    spent: dict[str, Any] = trials.point.get("spent") or {}
+    if "controller" not in spent or not all(spent.values()):
+        return ["What the controller and the tuning that it rests on cost is not known: nor is when it has paid."]
+    parts = {COUNTED[part]: axes["parameter_seconds"] for part, axes in spent.items() if axes["parameter_seconds"]}
+    total, counts = sum(parts.values()), ", ".join(f"{told(cost)} for {part}" for part, cost in parts.items())
+    sentences = [f"The controller cost {told(total)} parameter-seconds that no arm's budget contains: {counts}."]
+    costs, losses = draw_envelope(trials.statics.values(), "parameter_seconds")
+    for label in labels:
+        ends = [(run.loss, run.summary["parameter_seconds"]) for run in trials.sound(label).values()]
+        loss, used = np.mean(ends, axis=0).tolist()
+        if not len(costs) or losses[-1] > loss:
+            then = "no static run ends as low: what a use saves cannot be said"
+        else:
+            saved = float(np.exp(np.interp(-loss, -losses, np.log(costs)))) - used  # linear in log cost
+            uses = counted(math.ceil(total / saved), "use") if saved > 0 else ""
+            then = f"the best static sizes need {told(used + saved)} for that loss: "
+            then += f"the cost is paid back after {uses}" if uses else "a use saves nothing"
+        sentences.append(f"{label} ends at {loss:.4f} after {told(used)} parameter-seconds; {then}.")
+    return sentences
+
+
 def effort(record: dict[str, Any], point: dict[str, Any]) -> list[str]:
     """Each arm's rate (a growing arm's is a factor), where it starts to fall, sizes tried, and what all that took."""
     trials = [trial for trial in record["trials"].values() if trial["grid"] == point["grid"]]
@@ -121,8 +153,8 @@ def effort(record: dict[str, Any], point: dict[str, Any]) -> list[str]:
         found.append(f"sizes tried, the best of which and its neighbours were tested: {', '.join(sizes)}")
     axis = point["budget"]["axis"]
     spent = [
-        f"{counted(runs[part], 'run')} and {told(point['spent'][part][axis])} for {what}"
-        for part, what in {"rates": "the search for rates", "tuning": "tuning runs"}.items()
+        f"{counted(runs[part], 'run')} and {told(point['spent'][part][axis])} for {COUNTED[part]}"
+        for part in ("rates", "tuning")
     ]
     return [*found, f"{axis.replace('_', '-')}: {', '.join(spent)}"]
 

@@ -16,6 +16,7 @@ from esper.platform.tracking_store import connect, runs_page
 TESTED = "3.17."  # MLflow's versions
 TAG = "mlflow.sharedViewState."
 CURVE = "curve"  # the trials' tag that the chart groups by
+COLORS = 29  # in MLflow's palette, from which a hash of a group's name picks
 HEIGHT = 420  # of a chart, pixels
 SETTLED = 0.1  # the share of the budget whose steep start does not set the scale
 
@@ -37,6 +38,26 @@ def share_view(run: Tracker, axis: str, summaries: Iterable[Mapping[str, Any]]) 
     except Exception:  # the store's; the link is a convenience
         return None
     return f"{page}?viewStateShareKey={run.run_id}&compareRunsMode=CHART"
+
+
+def curve_names(rows: Iterable[str]) -> dict[str, str]:
+    """Each row, padded with spaces until MLflow's pages give it a colour of its own, while there are any left."""
+    taken: set[int] = set()
+    found = {}
+    for row in rows:
+        padded = (row + " " * spaces for spaces in range(10 * COLORS))
+        found[row] = next((name for name in padded if _color(name) not in taken), row)
+        taken.add(_color(found[row]))
+    return found
+
+
+def _color(name: str) -> int:
+    """The page's hash of a group's name (Fletcher's checksum), as a number in the palette."""
+    low = high = 0
+    for character in f"tag.{CURVE}.{name}":
+        low = (low + ord(character)) % 255
+        high = (high + low) % 255
+    return (low | high << 8) % COLORS
 
 
 def _state(parent: str, axis: str, summaries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ray import tune
 
 from esper.pipelines.common.play import metrics, unplayed
 from esper.pipelines.common.run_folder import RunFolder
-from esper.pipelines.sweeps.chart_view import CURVE
+from esper.pipelines.sweeps.chart_view import CURVE, curve_names
 from esper.pipelines.sweeps.plan import Trial
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import Eta, counted, say
@@ -39,6 +39,7 @@ class SweepLog(tune.Callback):
         self.failures: dict[str, str] = {}
         self.parent, self.check = parent, check
         self._folder = folder
+        self._curves: dict[str, str] = {}  # the chart's names, by row of a table of test trials
         self._store = CheckpointStore(self.saves)
         self._summaries: dict[str, dict[str, Any]] = {}  # as read: one is never written twice
         self._fractions: dict[str, float] = {}
@@ -60,6 +61,8 @@ class SweepLog(tune.Callback):
     def begin(self, stage: str, trials: Mapping[Trial, bool]) -> list[Trial]:
         """Note trials, and whether they are wanted; says and returns which can be run and have not been."""
         self.trials |= {trial.name: trial for trial in trials}
+        rows = [trial.point.row(trial.arm) for trial in trials if trial.purpose == "test"]
+        self._curves = curve_names(dict.fromkeys([*self._curves, *rows]))
         self.failures |= {trial.name: trial.impossible for trial in trials if trial.impossible}
         missing = [t for t, wanted in trials.items() if wanted and not t.impossible and self.summary(t) is None]
         if missing:
@@ -127,7 +130,7 @@ class SweepLog(tune.Callback):
     def _track(self, trial: Trial) -> Tracker:
         manifest, key = self._folder.tokens.manifest, f"{self._folder.key}/{trial.name}"
         own = self._folder.model_copy(update={"out": self.folder(trial), "spec": trial.spec, "key": key})
-        tags = {**trial.tags(), "kind": "trial", CURVE: trial.point.row(trial.arm)}
+        tags = {**trial.tags(), "kind": "trial", CURVE: self._curves.get(trial.point.row(trial.arm), "")}
         tracker = own.track(tags, run_name=trial.name, parent=self.parent)
         profile = {f"{trial.spec.data.unit}s": manifest.counts}
         tracker.log_input(Path(manifest.source).stem, manifest.source, manifest.fingerprint(), profile)

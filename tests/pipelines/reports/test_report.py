@@ -12,6 +12,7 @@ from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,11 +22,11 @@ from mlflow import MlflowClient
 
 from esper.pipelines import report
 from esper.pipelines.reports.figures import draw_losses
-from esper.pipelines.reports.page import arm_table, short_tables
+from esper.pipelines.reports.page import arm_table, payback, short_tables
 from esper.pipelines.reports.runs import AXES
 from esper.pipelines.reports.verdict import judge
 from esper.platform.errors import UserError
-from tests.pipelines.reports.synthetic_sweeps import FAILED, PROVENANCE, SyntheticSweep, graft, log
+from tests.pipelines.reports.synthetic_sweeps import BUDGET, FAILED, PROVENANCE, SyntheticSweep, graft, log
 from tests.test_docs import blocks, names_of
 
 EXPERIMENT = "esper-tinystories"
@@ -172,12 +173,38 @@ def test_the_command_says_the_verdict_on_each_grid_point(store, capfd, refused):
     (out / "report.html").unlink()
     report.write_report(report.read_sweeps(store, None, ids["parent"])[0], out)  # over the older one
     text = (out / "report.html").read_text(encoding="utf-8")
+    assert "What the controller cost" not in text
     verdicts = json.loads((out / "report.json").read_text(encoding="utf-8"))["verdicts"]
     for verdict, amount in zip(verdicts, (500000, 1000000), strict=True):
         assert f"budget.amount = {amount}" in text
         for criterion in verdict["criteria"]:
             assert f"{criterion['criterion']}: {criterion['outcome']}. {criterion['sentence']}" in printed.out
             assert all(f"  - {reason}" in printed.out for reason in criterion["withheld"])
+
+
+PAID: dict[str, Any] = SPENT | {"controller": {"parameter_seconds": 1.5e6}}
+TEXT = {"trained_on": "text"}
+ALL = "cost 3,000,000 parameter-seconds that no arm's budget contains: 1,000,000 for the search for rates.*in flight.*"
+
+
+@pytest.mark.parametrize(
+    ("controller", "spent", "ppo", "budgets", "told"),
+    [
+        (TEXT, PAID, 1.3, 4, ALL + r"need 2,\d+,\d+ for that loss: the cost is paid back after 3 uses"),
+        (TEXT, PAID, 1.1, 1, ALL + "no static run ends as low: what a use saves cannot be said"),
+        (TEXT, PAID, 1.5, 1, ALL + "a use saves nothing"),
+        (TEXT, None, 1.1, 1, "is not known"),
+        (TEXT, PAID | {"controller": None}, 1.1, 1, "is not known"),
+        (None, PAID, 1.1, 1, "^$"),
+    ],
+)
+def test_after_how_many_uses_the_controller_has_paid(controller, spent, ppo, budgets, told):
+    """It ends at a loss after one budget, beside a static size that ends at 1.2 after so many."""
+    cost = {"static-2": {"parameter_seconds": budgets * BUDGET}}
+    sweep = SyntheticSweep(statics={2: 1.2}, grown={"ppo": ppo}, cost=cost)
+    point = sweep.point(controller=controller, spent=spent)
+    said = " ".join(payback(judge(sweep.runs(), point, sweep.sweep()).trials))
+    assert re.search(told, said), said
 
 
 def test_the_range_of_losses_holds_every_end_and_each_graft_is_marked(made: SimpleNamespace):

@@ -15,12 +15,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from esper.pipelines.sweeps import chart_view
-from esper.pipelines.sweeps.chart_view import CURVE, TAG, share_view
+from esper.pipelines.sweeps.chart_view import CURVE, TAG, _color, curve_names, share_view
 from esper.platform.tracking import Tracker, milliseconds
 from tests.mlflow_servers import MlflowServer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LABELS = ["gradual", "lag", "onejump", "random:tamiyo", "static-1", "static-2", "static_final:tamiyo", "tamiyo"]
+CURVES = curve_names(LABELS)
 BUDGET, DECISIONS = 1e6, 20
 LOSSES = [1.3 + 2 * math.exp(-5 * k / DECISIONS) for k in range(DECISIONS + 1)]
 SUMMARIES = [{"val_curve": [{"budget_fraction": k / DECISIONS, "val_loss": loss} for k, loss in enumerate(LOSSES)]}]
@@ -39,7 +40,7 @@ DRAWN = """() => document.querySelectorAll('.js-plotly-plot').length >= 2 &&
 
 def trial(client: MlflowClient, parent: Tracker, label: str, seed: int, purpose: str) -> None:
     """A run as a sweep logs it, with less in it."""
-    tags = {"kind": "trial", "label": label, "seed": str(seed), "purpose": purpose, CURVE: label}
+    tags = {"kind": "trial", "label": label, "seed": str(seed), "purpose": purpose, CURVE: CURVES[label]}
     tags |= {"mlflow.parentRunId": parent.run_id or ""}
     run = client.create_run(parent.experiment_id or "", tags=tags, run_name=f"{label}-seed{seed}-{purpose}")
     now, metrics = milliseconds(), []
@@ -67,6 +68,7 @@ def server(template: Path, tmp_path: Path) -> Iterator[MlflowServer]:
 def test_the_link_opens_loss_against_cost_by_label(server: MlflowServer, monkeypatch, tmp_path: Path):
     from playwright.sync_api import sync_playwright
 
+    assert len({_color(label) for label in LABELS}) < len(LABELS)  # without care two arms would have one colour
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     client = MlflowClient(server.uri)
     with start(tmp_path, "esper-chart", "another") as another, start(tmp_path, "esper-chart", "this") as parent:
@@ -91,7 +93,7 @@ def test_the_link_opens_loss_against_cost_by_label(server: MlflowServer, monkeyp
     assert (curve["axis"], annealed["axis"]) == ("grid/parameter_seconds", "annealed/parameter_seconds")
     for label in LABELS:
         assert f"{label} (grid/val_loss)" in " ".join(curve["text"].split())  # the legend
-    assert len(curve["bands"]) == len(LABELS)
+    assert len(set(curve["bands"])) == len(curve["bands"]) == len(LABELS)
     assert "Unassigned" not in text  # the parent is no curve
     assert f"{2 * len(LABELS)} matching runs" in text  # neither the other sweep's, nor the tuning runs
     assert curve["lines"]
