@@ -145,6 +145,7 @@ class Run(Protocol):
     def reset(self, instance: Instance | None = None, seed: int = 0) -> Telemetry: ...  # the first observation
     def step(self, action: GraftAction) -> Transition: ...  # apply the action, train to the next decision, and report
     def summary(self) -> dict[str, Any]: ...  # what the run has reached and used, as plain JSON values
+    def sample(self, tokens: int) -> str | None: ...  # so many that its host writes; None where it writes no text
     def expected_seconds(self) -> float: ...  # of the next decision at the size now, by the run's clock
     @property
     def telemetry(self) -> Telemetry: ...  # the last observation

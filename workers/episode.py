@@ -253,6 +253,9 @@ class Episode(ABC):
             "val_curve": list(self.curve),
         }
 
+    def sample(self, tokens: int) -> str | None:
+        return None
+
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All that `load` needs to continue to the same numbers: JSON values, and tensors by name."""
         own = {name: getattr(self, name) for name in self.State.model_fields if name != "passed"}

@@ -28,8 +28,10 @@ from esper.workers.kasmina.governor import CHECK_EVERY
 from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import norm_fields
 from esper.workers.tolaria import compiled
-from esper.workers.tolaria.data import Data
+from esper.workers.tolaria.data import Data, TokenData
+from esper.workers.tolaria.export import host_of
 from esper.workers.tolaria.rate import rate
+from esper.workers.tolaria.sampling import sample
 from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, synchronize, within
 from esper.workers.trained import STRIKES, TrainedEpisode, TrainedState
 
@@ -98,6 +100,11 @@ class GrowthRun(TrainedEpisode):
         wrong = fork._train_to(end * fork.clock.amount)
         loss = fork._evaluate(whole=True)
         return {**fork._point(), "val_loss": loss if wrong is None and math.isfinite(loss) else None}
+
+    def sample(self, tokens: int) -> str | None:
+        if self.failure is not None or not isinstance(self._data, TokenData):
+            return None
+        return sample(host_of(*self.state()), self._data.tokenizer, tokens=tokens, seed=self.seed)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         snapshots = {"now": self.trainer.state(), "good": self._good} if self.unfinished else {"now": self._good}

@@ -44,6 +44,9 @@ class SeveralRuns:
     def summary(self) -> dict[str, Any]:
         return self._now.summary()
 
+    def sample(self, tokens: int) -> str | None:
+        return self._now.sample(tokens)
+
     def expected_seconds(self) -> float:
         return self._now.expected_seconds()
 

@@ -15,8 +15,10 @@ from esper.platform.checkpoint import CheckpointStore
 from esper.platform.contracts import GraftAction, Order, Reply, Run, Transition
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Telemetry
+from esper.workers.tolaria.sampling import opening
 
 KEY = "order"  # in a checkpoint's state: the episode's seed, its actions and the last outcome
+SAMPLED = 100  # tokens that the host of an ended episode writes, for the live view
 OUTCOME = ("reward", "terminated", "truncated", "info")  # of a Transition; `load` rebuilds its telemetry
 
 
@@ -44,6 +46,8 @@ class EpisodeWorker:
                 self.store.drop(save_name(at.episode))  # the next episode's order confirms the last answer
             answer, redone = self._taken_up(order)
         self._at = order
+        if isinstance(answer, Transition) and answer.terminated and (text := self._run.sample(SAMPLED)):
+            answer.info["summary"]["sample"] = opening(text)
         if self.store is not None:
             state, tensors = self._run.state()
             outcome = {key: getattr(answer, key) for key in OUTCOME} if isinstance(answer, Transition) else None

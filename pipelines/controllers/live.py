@@ -7,7 +7,7 @@ terminal that has gone ends the training. The cursor stays visible.
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, Self
 
@@ -42,6 +42,7 @@ class TrainingView:
         self._iterations, self._begin, self._number, self._workers = iterations, begin, begin, workers
         self._eta, self._started, self._left = Eta(), time.monotonic(), "?"
         self._history: list[dict[str, float]] = []
+        self._written = ""
         terminal: Any = _Terminal()
         self._console = _Console(file=terminal, highlight=False)
         results = sys.stdout.isatty()  # elsewhere they go untouched
@@ -49,7 +50,10 @@ class TrainingView:
         self._console.whole = self._live._lock
         self._exit = ExitStack()
 
-    def iteration(self, number: int, metrics: dict[str, float]) -> None:
+    def iteration(self, number: int, metrics: dict[str, float], texts: Mapping[int, str | None] = {}) -> None:
+        """An iteration has ended; `texts`: what the networks of its episodes have written, by their numbers."""
+        for episode, text in texts.items():
+            self._written = f"episode {episode} writes: {text}" if text else self._written
         self._number, self._history = number, [*self._history, metrics]
         self._left = self._eta.left(self._done())
         if not self._console.is_interactive:
@@ -67,12 +71,15 @@ class TrainingView:
     def __exit__(self, *error: object) -> None:
         self._workers = list  # the picture that stays is without them
         self._exit.close()
+        if self._written and not self._console.is_interactive:
+            say(self._written)
 
     def drawing(self) -> RenderableType:
         """The current view, or what is wrong with it; rich crops it to the terminal."""
         try:
             metrics = [_metrics(self._history)] if self._history else []
-            return Group(self._head(), *metrics, *_workers(self._workers(), self._console.height))
+            written = [Text(self._written, "italic")] if self._written else []
+            return Group(self._head(), *metrics, *written, *_workers(self._workers(), self._console.height))
         except Exception as error:
             return Text(" ".join(f"live view: {type(error).__name__}: {error}".split()))
 

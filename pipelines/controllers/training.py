@@ -190,7 +190,8 @@ def _iterate(
                 if int(path.name) % every:
                     shutil.rmtree(path, ignore_errors=True)
             note(reached)
-            view.iteration(reached.iterations, metrics)
+            texts = {each.number: each.summary.get("sample") for each in training.episodes}
+            view.iteration(reached.iterations, metrics, texts)
             for warning in health.look(metrics):
                 say(f"warning: {warning}")
     return reached

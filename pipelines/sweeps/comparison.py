@@ -1,6 +1,5 @@
 """Running a sweep in its folder: what is missing, and no more; then the report."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, zip_longest
 from operator import itemgetter
@@ -29,9 +28,9 @@ from esper.platform.provenance import provenance
 from esper.platform.storage import read_json, write_json
 from esper.platform.tracking import SYNC_SECONDS, Tracker
 from esper.policies.simic.policy import SimicPolicy, policy_file, trained_on
+from esper.workers.tolaria.sampling import opening
 
 STATE = "sweep.json"
-SENTENCE = r"(?<=[.!?])\s+"  # what is between two
 
 
 class State(Frozen, extra="ignore"):
@@ -92,7 +91,7 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
     say(f"compare: {share_view(parent, folder.spec.budget.axis, summaries) or parent.where}")
     if written := [summary for summary in summaries if "sample" in summary]:
         best = min(written, key=itemgetter("val_loss"))
-        say(f"{best['arm']} writes: {' '.join(re.split(SENTENCE, best['sample'].strip())[:2])}")
+        say(f"{best['arm']} writes: {opening(best['sample'])}")
     return int(failed)
 
 

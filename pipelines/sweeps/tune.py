@@ -25,9 +25,7 @@ from esper.platform.telemetry import Telemetry
 from esper.policies.arms import make_policy
 from esper.policies.recorder import Recorder
 from esper.workers.run import GrowthRun
-from esper.workers.tolaria.data import Data, TokenData, open_data
-from esper.workers.tolaria.export import host_of
-from esper.workers.tolaria.sampling import sample
+from esper.workers.tolaria.data import Data, open_data
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # `SweepLog` reports
@@ -94,6 +92,6 @@ def _play(trial: Trial, tokens: Data, store: CheckpointStore) -> None:
 
     summary = play(run, policy, arm=trial.arm.label, on_decision=on_decision)
     store.flush()
-    if trial.purpose == "test" and isinstance(tokens, TokenData) and not summary["diverged"]:
-        summary["sample"] = sample(host_of(*run.state()), tokens.tokenizer, tokens=SAMPLED, seed=trial.seed)
+    if trial.purpose == "test" and (written := run.sample(SAMPLED)):
+        summary["sample"] = written
     tune.report({"curve": list(run.curve), "summary": summary, "seen": policy.record(run.telemetry)})

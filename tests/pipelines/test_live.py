@@ -82,7 +82,7 @@ def test_in_a_terminal_everything_said_stands_above_one_view(monkeypatch):
         for i in range(1, 5):
             print(f"stray {i}", file=sys.stderr)
             print(f"result {i}")
-            view.iteration(i, METRICS | {"return_mean": 2 + i / 10})
+            view.iteration(i, METRICS | {"return_mean": 2 + i / 10}, {i: f"Once {i}.", 9: None})
             wait_for(lambda i=i: f"iteration {i}/4" in screen.getvalue())
         talker.join()
         assert screen.cursor  # also if it were killed now
@@ -100,6 +100,7 @@ def test_in_a_terminal_everything_said_stands_above_one_view(monkeypatch):
     assert lines[head].startswith("iteration 4/4")
     assert {"message", "stray", "result", "before"} >= {line.split()[0] for line in lines[:head]}
     assert re.match(r"return mean +\+2.400 +▁▃▅█", lines[head + 1].replace("▆", "▅"))
+    assert [line for line in lines if "writes" in line] == ["episode 4 writes: Once 4."]
     assert not any("training" in line for line in lines)  # the workers are gone from the last picture
 
 
@@ -133,10 +134,10 @@ def test_in_a_dumb_terminal_or_a_pipe_plain_lines_and_results_apart(monkeypatch,
     assert screen.getvalue().startswith(f"  {told}, busy 95%, ")
     monkeypatch.undo()
     with TrainingView(4, 0, list) as view:
-        view.iteration(1, METRICS)
+        view.iteration(1, METRICS, {3: "Once."})
         print("result")
     out, err = capsys.readouterr()
-    assert (out, told in err) == ("result\n", True)
+    assert (out, told in err, err.endswith("\nepisode 3 writes: Once.\n")) == ("result\n", True, True)
 
 
 def test_no_line_is_wider_than_the_terminal_and_values_that_are_no_number_are_marked():

@@ -9,6 +9,7 @@ import pytest
 from esper.pipelines import sweep, train
 from esper.platform import plugins
 from esper.workers.kasmina import registry
+from esper.workers.tolaria.sampling import opening
 from tests.pipelines.helpers import planned, sets, summary_of
 from tests.test_docs import blocks
 
@@ -53,7 +54,7 @@ def test_a_function_is_an_arm_of_a_sweep_and_in_its_workers(module, tiny, tmp_pa
     kinds = [sorted(graft["blueprint"] for graft in grafts) for label, grafts in tests.items() if label != "static-1"]
     assert kinds[0] == kinds[1]
     best = min(summary_of(out), key=lambda run: run["val_loss"])
-    assert f"{best['arm']} writes: {best['sample'].split('.')[0].strip()}" in capfd.readouterr().err
+    assert f"{best['arm']} writes: {opening(best['sample'])}" in capfd.readouterr().err
 
 
 def test_the_pages_blueprint_is_grafted_without_a_change_of_the_output(module, tiny, tmp_path, refused):

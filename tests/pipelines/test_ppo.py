@@ -264,7 +264,7 @@ def test_what_is_refused(laws, tiny, tmp_path, refused):
 
 
 @pytest.mark.usefixtures("one_ray")
-def test_on_text_every_episode_is_learned_from_once_and_all_that_was_spent_is_told(tiny, tmp_path):
+def test_on_text_every_episode_is_learned_from_once_and_all_that_was_spent_is_told(tiny, tmp_path, capfd):
     """Two real workers train GPTs; `test_chaos.py` kills some."""
     out = tmp_path / "out"
     small = sets("ppo.iterations=2", "ppo.decisions=32", "ppo.minibatch=16", "ppo.epochs=2", "ppo.held_out=1")
@@ -273,6 +273,7 @@ def test_on_text_every_episode_is_learned_from_once_and_all_that_was_spent_is_to
     last, learned = summary["history"][-1], round(summary["episodes"])
     assert summary["iterations"] == len(summary["history"]) == 2
     assert last["failures"] == last["dropped"] == last["refused"] == 0
+    assert f"\nepisode {learned - 1} writes: " in capfd.readouterr().err
     assert 8 * learned == summary["decisions"]
     assert summary["in_flight"] == list(range(learned, learned + len(summary["in_flight"])))
     assert all(0 < last[share] <= 1 for share in ("busy", "learned_share"))

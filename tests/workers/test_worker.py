@@ -43,7 +43,7 @@ def equal(one: Reply, other: Reply) -> None:
         assert plain(getattr(one.answer, what, None)) == plain(getattr(other.answer, what, None))
 
 
-def test_every_order_gets_the_same_answer_from_any_worker(make, done):
+def test_every_order_gets_the_same_answer_from_any_worker(make, done, domain):
     first, replies = make(saves=True), []
     for order, reply in done:
         replies.append(first.advance(order))
@@ -54,7 +54,8 @@ def test_every_order_gets_the_same_answer_from_any_worker(make, done):
             equal(theirs, reply)
             assert theirs.redone == redone
     assert [(reply.redone, reply.unsaved) for reply in replies] == [(0, None)] * 9
-    assert len(replies[-1].answer.info["summary"]["grafts"]) == 2
+    summary = replies[-1].answer.info["summary"]
+    assert (len(summary["grafts"]), 0 < len(summary.get("sample", "")) <= 200) == (2, domain == "text")
 
 
 @pytest.fixture

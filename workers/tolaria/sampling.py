@@ -1,5 +1,6 @@
 """Text from a host: token by token, from its softmax at a temperature, among the top_k likeliest (1805.04833)."""
 
+import re
 from typing import Any
 
 import torch
@@ -41,3 +42,9 @@ def sample(
         ids.append(chosen)
     host.train(training)
     return tokenizer.decode(ids[1:])
+
+
+def opening(text: str) -> str:
+    """A line of a text's first two sentences, of 200 characters at most."""
+    line = "".join(filter(str.isprintable, " ".join(text.split())))
+    return " ".join(re.split(r"(?<=[.!?])\s+", line)[:2])[:200]

@@ -53,6 +53,9 @@ class ToyRun:
     def summary(self) -> dict[str, object]:
         return {}
 
+    def sample(self, tokens) -> None:
+        return None
+
     def expected_seconds(self) -> float:
         return self._expected
 
