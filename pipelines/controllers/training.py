@@ -39,6 +39,10 @@ from esper.workers.worker import save_name
 
 CANDIDATES = 5  # policies of a training, evenly apart, whose checkpoints stay; of the others only the newest
 SUMMARY, PICTURE, HISTORY, EPISODES, SAVES = "summary.json", "training.png", "history.jsonl", "episodes", "saves"
+COUNTED = (
+    "everything that GPTs were trained for: episodes learned from, in flight and dropped, and held-out ones; not what "
+    "was trained twice after a worker's death"
+)
 PLAYED = "heldout.jsonl"  # held-out episodes, one a line: choosing can be gone on with
 KEPT = (SUMMARY, PICTURE, FILE)  # in MLflow
 WAIT = 0.25  # seconds between two calls of `check`
@@ -139,6 +143,7 @@ def train_controller(
                 saves.keep_only(map(save_name, left["in_flight"]))
         whole = {name: {axis: part.get(axis, 0.0) for axis in AXES} for name, part in parts.items()}
         left |= {"spent": {axis: sum(part[axis] for part in whole.values()) for axis in AXES}, "spent_on": whole}
+        left["spent_counts"] = COUNTED if parts else "nothing: no GPT was trained"
         summary = _conclude(out, reached, losses, left)
         for iteration, loss in losses.items():
             tracker.log({"held_out_loss": loss}, iteration)

@@ -190,6 +190,7 @@ class Sweep:
             "arms": self._labels(),
             "rates_tuned": all(point.get("bracketed") for point in points),
             "points": points,
+            "controller": points[0].get("controller"),
             "policies": self._learned,
             "trials": self._trials(),
         }

@@ -111,14 +111,15 @@ class PointStages:
         return {"grid": self.point.grid, "budget": budget, "spec": spec, "spent": self._spent(), **self.settled}
 
     def _spent(self) -> dict[str, Any]:
-        """What tuning trials have used on each ledger axis, by purpose."""
+        """What tuning trials and the controller have used on each ledger axis, by purpose."""
         parts: dict[str, dict[str, float]] = {name: dict.fromkeys(map(str, AXES), 0.0) for name in ("rates", "tuning")}
         for trial in self._log.trials.values():
             summary = self._log.summary(trial)
             if trial.point is self.point and trial.purpose in parts and summary is not None:
                 for axis, used in cost(trial.spec, summary).items():
                     parts[trial.purpose][axis] += used
-        return parts
+        controller = self.settled.get("controller")
+        return parts | ({"controller": controller.get("spent")} if controller else {})
 
     def _tested(self) -> list[Arm]:
         if not self._plan.search_sizes or self.settled["size"] is None:

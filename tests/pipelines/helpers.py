@@ -59,10 +59,10 @@ class Harm:
         return self.call
 
 
-def made_net(seed: int, scale: float) -> ControllerNet:
-    """An untrained controller: at scale 0 it only waits."""
+def made_net(seed: int = 0, scale: float = 1.0, hidden: int = 16) -> ControllerNet:
+    """An untrained controller with opinions; at scale 0 it has none, and only waits."""
     torch.manual_seed(seed)
-    net = ControllerNet(16)
+    net = ControllerNet(hidden)
     with torch.no_grad():
         net.score[-1].weight.normal_(0, scale)  # pyright: ignore[reportCallIssue]
     return net

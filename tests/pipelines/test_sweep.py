@@ -291,8 +291,8 @@ def test_a_controller_trained_on_laws_of_its_own_static_runs(tiny, client, tmp_p
     assert sweep.main([*flags, "--train-on", "laws", "--tune-lr", *small, *tiny, "--out", str(out)]) == 0
     found = state(out)
     assert found["points"][0]["settings"]["ppo"] == [1.0, 0.6]
-    controller = found["points"][0]["controller"]
-    assert (controller["trained_on"], controller["spent"]["steps"]) == ("laws", 0)
+    assert found["controller"]["trained_on"] == "laws"
+    assert found["points"][0]["spent"]["controller"]["steps"] == 0
     assert read(out / "ppo", "spec.json")["laws"]["floor"] != [0.3, 0.3]
     assert {trial["label"] for trial in found["trials"].values()} >= {"ppo", "openloop", "static_final:ppo"}
 

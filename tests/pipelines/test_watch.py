@@ -6,22 +6,17 @@ from PIL import Image
 from esper.pipelines import train, watch
 from esper.pipelines.reports.growth_picture import layers_over
 from tests.pipelines.helpers import planned
-from tests.workers.growing_run import begun, finish
+from tests.workers.growing_run import begun, choose, outcome
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_layers_drawn_are_those_that_the_run_had(small_spec, data, seed):
     run = begun(small_spec, data, seed=seed)
     shapes = [run.shape.layers_as_json()]
-    there, finish_one = run.step, shapes.append
-
-    def step(action):
-        transition = there(action)
-        finish_one(run.shape.layers_as_json())
-        return transition
-
-    run.step = step
-    summary = finish(run)
+    while not run.ended:
+        run.step(choose(run.telemetry))
+        shapes.append(run.shape.layers_as_json())
+    summary = outcome(run)
     changes = sorted((*summary["grafts"], *summary["prunes"]), key=lambda change: change["decision"])
     assert summary["grafts"]
     assert layers_over(small_spec, changes, summary["rollbacks"], len(summary["val_curve"])) == shapes

@@ -3,23 +3,13 @@
 import time
 
 import numpy as np
-import torch
 
 from esper.platform.contracts import GraftAction, Instance, Transition
 from esper.platform.telemetry import CANDIDATE, GLOBALS, SITE, WAIT, Candidate, Telemetry, TelemetrySpace
-from esper.policies.simic.net import ControllerNet
 
 SPACE = TelemetrySpace(sites=3, candidates=5)
 DECISIONS = 8
 BEST = DECISIONS * 1.0
-
-
-def bold_net(hidden: int = 8, seed: int = 0) -> ControllerNet:
-    """A network that has opinions: one fresh from its initialisation scores all rows about equal."""
-    torch.manual_seed(seed)
-    net = ControllerNet(hidden)
-    torch.nn.init.normal_(net.score[-1].weight)  # pyright: ignore[reportArgumentType]
-    return net
 
 
 class ToyRun:

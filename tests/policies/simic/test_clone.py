@@ -4,17 +4,21 @@ Alone: `pytest tests/policies/simic/test_clone.py`.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from simic_toy import ToyRun
+from simic_toy import DECISIONS, SPACE, ToyRun
 
-from esper.platform.contracts import GraftAction
-from esper.platform.spaces import observation
+from esper.platform.telemetry import GLOBALS
 from esper.policies.simic.baseline import Baseline
 from esper.policies.simic.clone import TEMPERATURE, agreement, choice, teach, untaught
+from esper.policies.simic.dispatcher import Dispatcher
 from esper.policies.simic.episode import Played
+from esper.policies.simic.fleet import LocalFleet
+from esper.workers.worker import EpisodeWorker
+from tests.pipelines.helpers import made_net
 
 
 def test_labels_by_hand():
@@ -28,32 +32,21 @@ def test_labels_by_hand():
     assert alone.tolist() == [1, 0, 0, 0]
 
 
-def lesson(seed: int) -> Played:
-    """An episode of the toy, played at random; the labels prefer the row that pays."""
-    run, random = ToyRun(), np.random.default_rng(seed)
-    telemetry, ended = run.reset(None, seed), False
-    seen, labels, actions, rewards = [observation(telemetry)], [], [], []
-    while not ended:
-        finals = np.array([1.0, 1.01, 1.01])
-        finals[run.paying] = 0.99
-        labels.append(choice(finals, 5))
-        actions.append(int(random.integers(3)))
-        outcome = run.step(GraftAction(actions[-1], telemetry.sequence))
-        telemetry, ended = outcome.telemetry, outcome.terminated
-        seen.append(observation(telemetry))
-        rewards.append(outcome.reward)
-    unused = np.zeros(len(actions))
-    arrays = {name: np.stack([each[name] for each in seen]) for name in seen[0]}
-    return Played(
-        seed, None, arrays, np.array(actions), np.array(labels), *[unused] * 3, np.array(rewards), True, unused, unused
-    )
+def lessons(seed: int, number: int) -> list[Played]:
+    """Episodes of the toy, with labels that prefer the row that pays."""
+    fleet = LocalFleet(lambda: EpisodeWorker(ToyRun), 1)
+    episodes = Dispatcher(fleet, made_net(), SPACE, seed=seed, ahead=10_000).collect(number * DECISIONS)
+    pays = {sign: np.where(np.arange(3) == row, 0.99, [1.0, 1.01, 1.01]) for sign, row in ((1, 1), (-1, 2))}
+    signs = [each.states[:-1, GLOBALS.index("slope_fast")] for each in episodes]
+    labels = [np.array([choice(pays[sign], 5) for sign in own]) for own in signs]
+    return [replace(each, logits=own) for each, own in zip(episodes, labels, strict=True)]
 
 
 def test_a_clone_plays_as_its_teacher_and_is_the_same_each_time(monkeypatch):
     monkeypatch.setattr("esper.policies.simic.clone.STEPS", 200)
-    nets, baseline, episodes = [untaught(16, 5), untaught(16, 5)], Baseline(), [lesson(seed) for seed in range(40)]
+    nets, baseline, episodes = [untaught(16, 5), untaught(16, 5)], Baseline(), lessons(0, 40)
     baseline.update(episodes)
-    unseen = [lesson(seed) for seed in range(100, 110)]
+    unseen = lessons(1, 10)
     assert agreement(nets[0], unseen) < 0.9
     for net in nets:
         torch.rand(3)  # whatever the process draws beside
@@ -68,7 +61,7 @@ def test_a_stop_ends_the_lessons():
     def stop() -> None:
         raise KeyboardInterrupt
 
-    episodes, baseline = [lesson(0)], Baseline()
+    episodes, baseline = lessons(0, 1), Baseline()
     baseline.update(episodes)
     with pytest.raises(KeyboardInterrupt):
         teach(untaught(8, 0), episodes, baseline, 0, stop)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from simic_toy import DECISIONS, SPACE, ToyRun, bold_net
+from simic_toy import DECISIONS, SPACE, ToyRun
 
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
@@ -22,7 +22,7 @@ from esper.policies.simic.dispatcher import OVERTAKING, Dispatcher, Progress
 from esper.policies.simic.episode import Played
 from esper.policies.simic.fleet import LocalFleet, RayFleet
 from esper.workers.worker import EpisodeWorker, GrowthWorker
-from tests.pipelines.helpers import wait_for
+from tests.pipelines.helpers import made_net, wait_for
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def make():
 
     def dispatcher(fleet, *, seed=0, ahead=10_000, **kwargs) -> Dispatcher:
         fleet = local(ToyRun, fleet) if isinstance(fleet, int) else fleet
-        made.append(Dispatcher(fleet, bold_net(), SPACE, seed=seed, ahead=ahead, **kwargs))
+        made.append(Dispatcher(fleet, made_net(), SPACE, seed=seed, ahead=ahead, **kwargs))
         return made[-1]
 
     yield dispatcher
@@ -92,13 +92,13 @@ def test_new_weights_come_between_batches_and_leave_their_number(make):
     assert all(set(each.weights) == {0} for each in dispatcher.collect(3 * DECISIONS))
     for _ in range(DECISIONS // 2):  # into the next episodes
         dispatcher._turn()
-    dispatcher.set_weights(bold_net(seed=1).state_dict(), 1)
+    dispatcher.set_weights(made_net(1).state_dict(), 1)
     second = dispatcher.collect(8 * DECISIONS)
     assert set(second[-1].weights) == {1}
     mixed = next(each for each in second if set(each.weights) == {0, 1})  # those under way go on with the new weights
     seen = {name: torch.from_numpy(array[:-1]) for name, array in mixed.observations.items()}
     for k, number in enumerate(mixed.weights):
-        expected = bold_net(seed=number).logits(seen)[k].detach().numpy()
+        expected = made_net(number).logits(seen)[k].detach().numpy()
         np.testing.assert_allclose(mixed.logits[k], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_what_is_learned_is_what_has_begun_and_no_older_than_stated(make, n):
         episodes = dispatcher.collect(BATCH)
         learned += numbers(episodes)
         lags += [update - episode.weights.min() for episode in episodes]
-        dispatcher.set_weights(bold_net().state_dict(), update + 1)
+        dispatcher.set_weights(made_net().state_dict(), update + 1)
     assert learned == list(range(len(learned)))  # in the order of their beginning: the share is that of what has begun
     assert slow[learned].mean() == pytest.approx(0.67, abs=0.1)
     assert dispatcher.progress.learned == len(learned)

@@ -5,10 +5,10 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from simic_toy import bold_net
 
 from esper.platform.telemetry import CANDIDATE, GLOBALS, HIDDEN, SITE
 from esper.policies.simic.net import ILLEGAL, WAIT_PRIOR, ControllerNet, entropy
+from tests.pipelines.helpers import made_net
 
 
 def inputs(b: int, s: int, a: int, *, sites: int | None = None, legal: int | None = None, seed: int = 0):
@@ -28,7 +28,7 @@ def inputs(b: int, s: int, a: int, *, sites: int | None = None, legal: int | Non
 
 @pytest.fixture
 def net() -> ControllerNet:
-    return bold_net(32)
+    return made_net(hidden=32)
 
 
 def test_order_and_padding_change_nothing_but_the_order_of_the_logits(net: ControllerNet):

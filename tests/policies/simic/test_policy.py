@@ -8,19 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simic_toy import ToyRun, bold_net
+from simic_toy import ToyRun
 
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import FILE, SimicPolicy, likeliest, trained_on
+from tests.pipelines.helpers import made_net
 
 TELEMETRY = ToyRun().reset(None, 3)
 
 
 @pytest.fixture(scope="module")
 def policy() -> SimicPolicy:
-    return SimicPolicy(bold_net(16))
+    return SimicPolicy(made_net())
 
 
 def test_acting_competes_with_waiting_as_a_whole(policy: SimicPolicy):
