@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -16,6 +17,11 @@ def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
     close = get_close_matches(str(name)[:100], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return UserError(f"unknown {what} {clipped(name)}: it must be one of {', '.join(names)}.{hint}")
+
+
+def like_a_path(name: str) -> bool:
+    """Whether a name has a separator or a suffix, as one of a file would."""
+    return bool(re.search(r"[/\\]", name) or Path(name).suffix)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 
 from esper.pipelines.common.arguments import CommonArguments
 from esper.platform.console import counted
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError, like_a_path, unknown
 from esper.platform.spec import RunSpec, load_spec
 from esper.workers.observe import telemetry_space
 from esper.workers.tolaria import compiled
@@ -31,6 +31,7 @@ def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "la
     overrides = list(arguments.set)
     if arguments.data is not None:
         named = str(arguments.data) in [source.name for source in (*sources.SOURCES, *image_sources.SOURCES)]
+        named |= not (arguments.data.exists() or like_a_path(str(arguments.data)))  # or meant to be
         overrides.append(f"data.source={arguments.data if named else arguments.data.resolve()}")
     spec = load_spec(arguments.preset or by_place.get(place, by_place["cpu"]), overrides)
     if on != "laws" and spec.device != "cuda":

@@ -20,7 +20,7 @@ import pandas as pd
 from pydantic.dataclasses import dataclass
 
 from esper.platform.deadline import within
-from esper.platform.errors import UserError, in_a_sentence, shown, unknown
+from esper.platform.errors import UserError, in_a_sentence, like_a_path, shown, unknown
 from esper.platform.tracking_store import connect, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
@@ -158,6 +158,10 @@ def _find_sweeps(address: str, experiment: str | None, wanted: str | None) -> It
     client = connect(address)
     known = {found.experiment_id: found.name for found in client.search_experiments()}
     if experiment is not None and experiment not in known.values():
+        if like_a_path(experiment):
+            what = f"{experiment} {'is a path' if Path(experiment).exists() else 'does not exist'}"
+            mend = f"one of {', '.join(sorted(known.values()))}; a sweep by --sweep, its folder's name or its run id"
+            raise UserError(f"{what}, and `esper report` takes the name of an experiment in MLflow: {mend}.")
         raise unknown("experiment", experiment, known.values())
     ids, order = [id for id, name in known.items() if experiment in (None, name)], ["attributes.start_time DESC"]
     parents = client.search_runs(ids, "tags.kind = 'sweep'", max_results=MOST, order_by=order)

@@ -73,10 +73,8 @@ LINES = [
     ("sweep --sizes 1,0", "layers is '0'"),
     ("sweep --sizes 2x0", "width is '0'"),
     ("sweep --resume /nowhere", "--resume takes everything from /nowhere"),
-    (
-        "prepare --data /nowhere.txt",
-        "unknown source '/nowhere.txt': it must be one of an existing file or folder",
-    ),
+    ("prepare --data nowhere.txt", "nowhere.txt does not exist: name a file or folder, or one of python-docs, tinyst"),
+    ("prepare --data nowhere", "unknown source 'nowhere': it must be one of an existing file or folder"),
     ("prepare --tokenizer words", "unknown tokenizer 'words'"),
 ]
 OF_JSON = [  # what takes a file, what is in that (of laws: what is unlike good ones), and what is said

@@ -247,6 +247,8 @@ def test_experiments_that_are_not_there_or_have_nothing_to_tell(store, refused):
     refused(report.main, [], "no such sweep with a sweep.json")
     refused(report.main, ["Default"], "no such sweep with a sweep.json")
     refused(report.main, [EXPERIMENT], "Did you mean 'esper-tinystories-old'?")
+    refused(report.main, ["runs/nothere"], "runs/nothere does not exist, and `esper report` takes the name of an exp")
+    refused(report.main, ["/tmp"], "/tmp is a path, and `esper report` takes the name of an exp")
     failed = replace(FEW, edits={"static-1": FAILED})
     log(client, failed.runs(), failed.sweep(), "lost")
     refused(report.main, [], "no trial has finished")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from esper.platform.console import say
 from esper.platform.deadline import within
-from esper.platform.errors import UserError, unknown
+from esper.platform.errors import UserError, like_a_path, unknown
 
 TINYSTORIES = "roneneldan/TinyStories"
 HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can read, and a minute or two to fetch
@@ -71,6 +71,8 @@ def found(source: str, known: Sequence[Source[Content]], of_path: Callable[[Path
     """The one of the `known` sources with a name, else what `of_path` makes of a local file or folder."""
     named, path = {each.name: each for each in known}, Path(source).expanduser()
     if source not in named and not path.exists():
+        if like_a_path(source):
+            raise UserError(f"{source} does not exist: name a file or folder, or one of {', '.join(sorted(named))}.")
         raise unknown("source", source, [*named, "an existing file or folder"])
     return named[source] if source in named else of_path(path)
 
