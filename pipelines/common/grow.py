@@ -126,6 +126,8 @@ class Grower:
         self._since: float | None = None  # the end of the last step
         self._counted, self._tokens = 0, tokens_per_step
         self._hook = host.register_forward_pre_hook(self._count)
+        self._stepped = False  # by the loop, since the last `step`
+        optimizer.register_step_post_hook(self._note_step)
 
     @property
     def ended(self) -> bool:
@@ -146,15 +148,20 @@ class Grower:
         Args:
             loss: of this step, a scalar in nats; of several backwards, their mean.
 
-        Returns the graft or prune that was made, if any.
+        Returns the graft or prune that was made, if any; raises UserError for a loop that lacks backward, or steps too.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise UserError(f"grower.step got {clipped(loss)}: give it the loss, a tensor of one number.")
+        self._check_loop()
         run = self.run = self.run or self._first()
         changed = None
         if not (run.unfinished or run.ended):
             changed = self._decide(run)  # at the start; the gradients of what was there do not depend on a graft
-        if run.push(loss.squeeze(), self._since or time.perf_counter()):
+        try:
+            reached = run.push(loss.squeeze(), self._since or time.perf_counter())
+        finally:
+            self._stepped = False  # that was not the loop
+        if reached:
             if run.failure is not None:
                 what = f"training was given up: {run.failure}; the model is as it was at the last sound decision"
                 raise UserError(f"{what}: lower the learning rate.")
@@ -267,6 +274,19 @@ class Grower:
         """Tokens, or examples, that a forward pass learns from."""
         if torch.is_grad_enabled() and host.training and inputs and isinstance(inputs[0], Tensor):
             self._counted += len(inputs[0]) if inputs[0].is_floating_point() else inputs[0].numel()
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def _check_loop(self) -> None:
+        """Raise UserError where the optimizer has stepped already, or there is nothing to step by."""
+        stepped, self._stepped = self._stepped, False
+        if stepped:
+            what = "the optimizer has stepped since the last grower.step, which steps it itself"
+            raise UserError(f"{what}: leave optimizer.step() out of the loop.")
+        if all(parameter.grad is None for group in self._optimizer.param_groups for parameter in group["params"]):
+            mend = "call loss.backward() before grower.step, and no zero_grad between them"
+            raise UserError(f"no parameter of the model has a gradient: {mend}.")
 
     def _with_batches(self, tokens: int) -> RunSpec:
         """The spec with as many examples in a batch, where they are whole: laws count by it."""

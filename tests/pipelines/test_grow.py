@@ -485,8 +485,22 @@ def test_a_tensor_is_asked_for_and_a_count_of_tokens_where_it_cannot_be_made():
     loop = Loop(controller=TamiyoPolicy())
     with pytest.raises(UserError, match=r"grower.step got 1.5: give it the loss, a tensor"):
         loop.grower.step(1.5)
+    loss = F.cross_entropy(loop.model(idx=TEXT[None, :T])[0], TEXT[1 : T + 1])
+    loss.backward()
     with pytest.raises(UserError, match="tokens_per_step could not be counted"):
-        loop.grower.step(torch.tensor(1.5))
+        loop.grower.step(loss)
+
+
+def test_a_loop_that_lacks_backward_or_steps_itself_is_told_and_goes_on_once_it_is_mended():
+    loop = Loop(controller="static").train(2)
+    before = copy.deepcopy(loop.model.state_dict())
+    with pytest.raises(UserError, match=r"no parameter of the model has a gradient: call loss.backward\(\) before"):
+        loop.grower.step(loss_on(loop.model, *windows()))
+    loop.optimizer.step()  # without gradients it changes nothing
+    with pytest.raises(UserError, match=r"since the last grower.step, which steps it itself: leave optimizer.step\(\)"):
+        loop.train(1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in loop.model.state_dict().items())
+    assert loop.train(2).grower.summary()["steps"] == 4
 
 
 def test_the_page_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
