@@ -4,7 +4,7 @@ A label has one colour everywhere: greys for static sizes; followers (`static_fi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -83,14 +83,15 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
         values = [run.loss - base[seed].loss for seed, run in trials.sound(label).items() if seed in base]
         if values:
             found[label] = np.array(values)
-    for label, values in sorted(found.items(), key=lambda item: item[1].mean()):
-        interval = Interval.of(values, trials.sequential)
+    intervals = {label: Interval.of(values, trials.sequential) for label, values in found.items()}
+    for label, interval in sorted(intervals.items(), key=lambda item: item[1].mean):
         name = f"{label} {interval.mean:+.3f}"  # what is beyond the range is told by its name
         axes.errorbar(interval.mean, name, xerr=interval.half or 0, color="black", capsize=4, marker="|", markersize=12)
         dots: Look = looks(trials.arms)[label] | {"linestyle": ""}
-        axes.plot(values, [name] * len(values), markersize=5, **dots)
+        axes.plot(found[label], [name] * len(found[label]), markersize=5, **dots)
     middle = float(np.mean([run.loss for run in base.values()])) if base else 0.0
-    axes.set_xlim(*(edge - middle for edge in _range(trials)))
+    shown = [(each.mean, each.mean - (each.half or 0), each.mean + (each.half or 0)) for each in intervals.values()]
+    axes.set_xlim(*_limits([edge - middle for edge in _range(trials)], shown))
     axes.axvline(0, color="black", linewidth=1, linestyle=":", zorder=1)
     axes.set_xlabel(f"final loss minus that of {trials.best_static or 'a static size'} on the same seed (nats)")
     axes.invert_yaxis()
@@ -99,6 +100,7 @@ def draw_differences(axes: Axes, trials: Trials) -> None:
 def draw_budgets(axes: Axes, over: OverBudgets, what: Literal["regret", "saved"]) -> None:
     """Every label's regret, or the part of the budget that it saves, over the budgets, with 95 % intervals."""
     arms, edges = {label: arm for trials in over.points for label, arm in trials.arms.items()}, [0.0]
+    sizes = []  # intervals of static ones: one far too large or small for a budget may lie outside
     means = {row.arm: row.cells()[0] for row in over.rows if row.budget is None}
     for number, (label, look) in enumerate(looks(arms).items()):
         rows = [row for row in over.rows if row.arm == label and row.budget and row.interval]
@@ -109,18 +111,21 @@ def draw_budgets(axes: Axes, over: OverBudgets, what: Literal["regret", "saved"]
             halves = [(row.interval.mean, row.interval.half or 0.0) for row in rows if row.interval]
             ends = [(mean, mean - half, mean + half) for mean, half in halves]
         mean, low, high = np.reshape(ends, (-1, 3)).T
-        edges += [] if arms[label] == "static" else [*low, *high]
+        least = np.maximum(low, -1.0) if what == "saved" else low
+        if arms[label] == "static":
+            sizes += zip(mean, least, high, strict=True)
+        else:
+            edges += [*least, *high]
         beside = np.array([row.budget for row in rows], float) * 1.01 ** (number - len(arms) / 2)
         bars, told = (mean - low, high - mean), f"{label}: {means[label]}"
         axes.errorbar(beside, mean, yerr=bars, capsize=3, label=told, markersize=5, **look)
     axes.axhline(0, color="black", linewidth=2.6, alpha=0.5, label="best static at each budget", zorder=1)
-    bottom, top = max(min(edges), -1.0) if what == "saved" else min(edges), max(edges)
-    room = 0.1 * (top - bottom) or 0.01
-    axes.set(ylim=(bottom - room, top + room), xscale="log", xlabel=f"budget ({AXES[over.points[0].axis]})")
+    axes.set(ylim=_limits(edges, sizes), xscale="log", xlabel=f"budget ({AXES[over.points[0].axis]})")
     axes.set_xticks(over.budgets, list(map(EngFormatter(sep=""), over.budgets)))
     axes.minorticks_off()
-    axes.set_ylabel("regret: loss minus the best static's (nats)" if what == "regret" else "part of the budget saved")
+    axes.set_ylabel("regret: loss minus the best static's (nats)")
     if what == "saved":
+        axes.set_ylabel("part of the budget saved, down to −100%")
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
 
 
@@ -162,3 +167,14 @@ def _range(trials: Trials) -> tuple[float, float]:  # of the best static size's 
     ends = [run.loss for label in kept for run in trials.sound(label).values()] or [0.0, 1.0]
     room = max(0.3 * (max(ends) - min(ends)), 0.005)  # nats
     return min(ends) - room, max(ends) + room
+
+
+def _limits(edges: Sequence[float], shown: Iterable[Sequence[float]]) -> tuple[float, float]:
+    """Limits with room for the edges, and for the whole interval (mean, ends) of each mean within them."""
+    bottom, top = min(edges), max(edges)
+    room = 0.1 * (top - bottom) or 0.01
+    for mean, low, high in sorted(shown, key=lambda interval: abs(interval[0])):
+        if bottom - room <= mean <= top + room:
+            bottom, top = min(bottom, low), max(top, high)
+            room = 0.1 * (top - bottom) or 0.01
+    return bottom - room, top + room

@@ -21,7 +21,7 @@ import pytest
 from mlflow import MlflowClient
 
 from esper.pipelines import report
-from esper.pipelines.reports.figures import draw_losses
+from esper.pipelines.reports.figures import draw_differences, draw_losses
 from esper.pipelines.reports.page import arm_table, payback, short_tables
 from esper.pipelines.reports.runs import AXES
 from esper.pipelines.reports.verdict import judge
@@ -215,6 +215,20 @@ def test_the_range_of_losses_holds_every_end_and_each_graft_is_marked(made: Simp
     assert (low, high) == axes.get_ylim()
     marks = [line.get_xdata() for line in axes.lines if line.get_marker() == "^"]
     assert sum(map(np.size, marks)) == sum(run.grafts for run in sound)
+
+
+def test_no_interval_is_cut_whose_mean_is_in_the_picture():
+    """A size's neither, and one that is far from the best lies outside."""
+    edits: dict[Any, dict[str, Any]] = {("static-3", seed): {"val_loss": loss} for seed, loss in ((1, 1.1), (2, 1.3))}
+    sweep = SyntheticSweep(statics={1: 1.4, 2: 1.2, 3: 1.2}, grown={"tamiyo": 1.2}, final_size=1.2, edits=edits)
+    draw_differences(axes := plt.figure().subplots(), judge(sweep.runs(), sweep.point(), sweep.sweep()).trials)
+    names = [label.get_text().split()[0] for label in axes.get_yticklabels()]
+    drawn = [bars[2][0].get_segments()[0][:, 0] for bars in axes.containers]  # of each interval its ends
+    ends = dict(zip(names, drawn, strict=True))
+    low, high = ends.pop("static-3")
+    assert axes.get_xlim()[0] < low < -0.08
+    assert 0.08 < high < axes.get_xlim()[1] < min(ends.pop("static-1"))
+    assert all(low < min(each) <= max(each) < high for each in ends.values())
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path, monkeypatch, refused):
