@@ -50,8 +50,6 @@ def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]
     with folder.begin("train", {"arm": arm}, files, [arm]) as inputs:
         growth = GrowthRun(spec, folder.tokens, weights=inputs.get("model"))
         growth.reset(seed=folder.seed)
-        if arm != "static" and (told := barren(growth)):
-            say(told)
         return train(folder, growth, _policy(arm, spec, folder.seed, inputs), arm)
 
 
@@ -84,6 +82,8 @@ def saved_run(out: Path) -> Path:
 def train(folder: RunFolder, growth: GrowthRun, policy: Recorder, arm: str) -> int:
     """Play the run to its end, saving at every decision, and report; returns 1 if it was given up."""
     out, eta = folder.out, Eta(growth.fraction())
+    if arm != "static" and not growth.grafts and (told := barren(growth)):
+        say(told)
     with (
         stop_signals(f"stopped; go on with: esper train --resume {out}") as check,
         CheckpointStore(out / CHECKPOINTS) as checkpoints,

@@ -6,6 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from esper.pipelines.common.play import barren
 from esper.pipelines.common.preset import resolve_spec
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.common.stopping import Stopped, stop_signals
@@ -28,6 +29,7 @@ from esper.platform.provenance import provenance
 from esper.platform.storage import read_json, write_json
 from esper.platform.tracking import SYNC_SECONDS, Tracker
 from esper.policies.simic.policy import SimicPolicy, policy_file, trained_on
+from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.tolaria.sampling import opening
 
 STATE = "sweep.json"
@@ -77,7 +79,7 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
         except Stopped:
             parent.close("KILLED", TRIAL_SECONDS)
             raise
-        summaries, failed = sweep.tell()
+        summaries, failed, written = sweep.tell()
     say(f"results: {out / SUMMARY}")
     if parent.run_id is None:
         say(f"MLflow was not to be had: send it all, and get the report, with: esper sweep --resume {out}")
@@ -89,9 +91,8 @@ def compare(folder: RunFolder, plan: SweepPlan, inputs: Inputs) -> int:
     except UserError as error:
         say(f"no report: {error}")
     say(f"compare: {share_view(parent, folder.spec.budget.axis, summaries) or parent.where}")
-    if written := [summary for summary in summaries if "sample" in summary]:
-        best = min(written, key=itemgetter("val_loss"))
-        say(f"{best['arm']} writes: {opening(best['sample'])}")
+    if written:
+        say(written)
     return int(failed)
 
 
@@ -119,6 +120,12 @@ class Sweep:
 
     def run(self) -> None:
         self._parent.artifact(self._folder.out / "spec.json")
+        for point in [stages.point for stages in self._points] if self._plan.compared else ():
+            run = SurrogateRun(point.spec)
+            run.vocab_size = self._folder.tokens.manifest.vocab_size
+            run.reset()
+            if told := barren(run):
+                say(f"{point}{told}")
         seconds, sent = TRIAL_SECONDS, False  # where the sweep is stopped
         try:
             self._run(chain(point.choices(), point.tests(self._seeds)) for point in self._points)
@@ -158,8 +165,8 @@ class Sweep:
         say(f"seeds   {begun} of at most {len(plan.seeds)}: {told}" + f"; {len(more)} more" * bool(more))
         return more
 
-    def tell(self) -> tuple[list[dict[str, Any]], bool]:
-        """Write and print the test runs' summaries; returns them, and whether a trial failed."""
+    def tell(self) -> tuple[list[dict[str, Any]], bool, str]:
+        """Write and print the test runs' summaries; returns these, if a trial failed, and what the best writes."""
         tests = [trial for trial in self._log.trials.values() if trial.purpose == "test"]
         found = [(trial, self._log.summary(trial)) for trial in tests]
         summaries = [{**summary, "arm": trial.point.row(trial.arm)} for trial, summary in found if summary is not None]
@@ -168,7 +175,12 @@ class Sweep:
         failures = {name: trial["error"] for name, trial in self._trials().items() if trial["error"]}
         for name, why in failures.items():
             say(f"failed  {name}: {why}")
-        return summaries, bool(failures)
+        told = [
+            (summary["val_loss"], f"{trial.point}{trial.arm.label} writes: {opening(summary['sample'])}")
+            for trial, summary in found
+            if summary is not None and "sample" in summary
+        ]
+        return summaries, bool(failures), min(told, default=(0, ""))[1]
 
     def _statics(self) -> list[Arm]:
         """The static sizes of any grid point."""

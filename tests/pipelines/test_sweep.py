@@ -152,12 +152,16 @@ def test_two_budgets_with_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_
     flags += ["--sizes", "auto", "--seeds", "auto:6"]
     with monkeypatch.context() as patched:
         patched.setattr(comparison, "run_trials", stopping)
-        small = sets('growth.blueprints={"block":{}}', "growth.max_layers=2")
+        small = sets('growth.blueprints={"block":{}}', "growth.max_layers=2", "growth.min_optimizer_steps=3")
         assert sweep.main([*flags, *small, *tiny, "--out", str(out)]) == 128 + signal.SIGINT
     assert "seeds   5 of at most 6: the interval of onejump's regret is" in capfd.readouterr().err
     assert state(out)["seeds"] == list(range(6))  # begun
     assert sweep.main(["--resume", str(out)]) == 0
-    assert re.search(r"arm +16 +24 +mean +would show", capfd.readouterr().err)
+    told = capfd.readouterr().err
+    assert re.search(r"arm +16 +24 +mean +would show", told)
+    assert re.search(r"\nbudget.amount = (16|24): \S+ writes: ", told)
+    assert "budget.amount = 16: a decision holds 2 steps after a graft" in told
+    assert told.count("ever be grafted") == 1
 
     found = state(out)
     points, trials, sizes = found["points"], found["trials"], ["1", "2"]
