@@ -225,6 +225,10 @@ class Planned(Protocol):
 
 
 class GrowthPolicy(Protocol):
-    """Who decides. Every arm is one, on the same run, trainer and ledger."""
+    """Who decides. Every arm is one, on the same run, trainer and ledger.
+
+    A class of your own is made with the run's `ArmInputs` (`seed`, `spec`, …) where it takes an argument; for
+    `--resume` one that remembers something has `state()`, a JSON value, and `resume(state)`.
+    """
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction: ...  # a legal candidate

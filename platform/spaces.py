@@ -23,5 +23,5 @@ def action_space(space: TelemetrySpace) -> gym.spaces.Discrete:
 
 
 def observation(telemetry: Telemetry) -> dict[str, np.ndarray]:
-    """An element of `observation_space`."""
+    """Telemetry as an environment's observation, an element of `observation_space`; its action mask is its `mask`."""
     return {name: np.asarray(array, np.float32) for name, array in telemetry.arrays().items()}

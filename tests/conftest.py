@@ -1,8 +1,10 @@
 """Fixtures that many tests need: a small text as prepared shards, and a spec that trains in seconds."""
 
+import importlib
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from esper.platform import cluster
 from esper.platform.data_spec import DataSpec, ImageSpec
 from esper.platform.spec import RunSpec
 from esper.platform.tracking_store import ENVIRONMENT, connect
+from esper.workers.kasmina import registry
 from esper.workers.tolaria.data import Data, ImageData, TokenData, prepare
 
 TESTS = Path(__file__).parent
@@ -21,7 +24,8 @@ TESTS = Path(__file__).parent
 LONGEST = """
 pipelines/test_sweep pipelines/test_ppo workers/test_compiled pipelines/test_chaos platform/test_tracking
 platform/test_cluster policies/simic/test_dispatcher policies/simic/test_ppo pipelines/test_plugins
-pipelines/test_resume test_gpu_script workers/test_resume pipelines/reports/test_report workers/kasmina/test_growth
+pipelines/test_resume test_doc_commands test_gpu_script workers/test_resume pipelines/reports/test_report
+workers/kasmina/test_growth
 """
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
@@ -141,6 +145,30 @@ def store(template, tmp_path, monkeypatch) -> str:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_spec, shards, store):
+    """Flags that make any pipeline take seconds."""
+    preset = tmp_path / "tiny.json"
+    preset.write_text(tiny_spec.model_dump_json(exclude={"preset"}))
+    return ["--preset", str(preset), "--data", str(shards)]
+
+
+@pytest.fixture
+def module(tmp_path, store):
+    """Writes a module into the working directory; what a test imported and registered is forgotten."""
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+
+    path, kinds = list(sys.path), dict(registry._KINDS)
+    yield write
+    sys.path[:] = path
+    registry._KINDS.clear()
+    registry._KINDS.update(kinds)
 
 
 @pytest.fixture(scope="session")

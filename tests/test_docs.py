@@ -1,59 +1,146 @@
-"""The code of the documentation's pages runs, and does what they say of it."""
+"""All Python of the documentation's pages runs, and does what they say of it."""
 
-import inspect
-import re
 import shlex
 import sys
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from mlflow import MlflowClient
 from torch import nn
 
-from esper.pipelines import policy, settings
 from esper.pipelines.common import cli
-from esper.pipelines.common.arguments import parse
-from esper.platform.contracts import HostShape
+from esper.platform.contracts import HostShape, Instance
 from esper.platform.errors import UserError
-from esper.platform.frozen import Frozen
 from esper.platform.host_spec import HostSpec
-from esper.platform.spec import load_spec, presets
 from esper.policies.tamiyo import TamiyoPolicy
-from esper.workers.kasmina import Kasmina
+from esper.workers.environment import growth_env
+from esper.workers.kasmina import Kasmina, registry
 from esper.workers.tolaria.export import export
 from esper.workers.tolaria.model.transformer import TransformerHost
+from tests.pages import PAGES, RECORDED, ROOT, after_each, blocks
+from tests.pipelines.helpers import summary_of
+from tests.pipelines.reports.synthetic_sweeps import SyntheticSweep, log
+from tests.pipelines.test_record import ended, recorded
 from tests.workers.kasmina.growing import assert_owned
 from tests.workers.tolaria import nanogpt
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PAGES = [f"../{name}" for name in ("README.md", "CONTRIBUTING.md", "infra/README.md")] + [
-    page.name for page in sorted(DOCS.glob("*.md"))
-]
+PYTHON: dict[str, Callable[..., None]] = {}  # page → what its code takes from its reader, and what holds after it
 
 
-def blocks(page: str, language: str = "python") -> list[str]:
-    """The code of a page's fenced blocks in a language, in their order; `""`: in none, as commands are."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [code for named, code in found if named == language]
+def of(page: str):
+    return lambda function: PYTHON.setdefault(page, function)
 
 
-def names_of(*codes: str) -> dict:
-    """What code leaves, run in one namespace after another."""
-    names = {"__name__": "page"}
-    for code in codes:
-        exec(compile(code, "page", "exec", dont_inherit=True), names)
-    return names
-
-
-@pytest.fixture
-def page(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_all_python_of_a_page_runs(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "model", nanogpt)
-    return blocks("your-own-model.md")
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))  # a page's own blueprint is forgotten
+    ran = []
+
+    def run(words: dict[str, Any] | None = None, **names: Any) -> list[dict[str, Any]]:
+        """Every block, with `words` in the place of others and with `names` that it finds; all names after each."""
+        codes = blocks(page)
+        for word, other in (words or {}).items():
+            assert any(word in code for code in codes)
+            codes = [code.replace(word, str(other)) for code in codes]
+        ran.extend(codes)
+        return after_each(codes, **names)
+
+    PYTHON[page](request.getfixturevalue, run)  # to be written, where a page has its first Python
+    assert len(ran) == len(blocks(page))
+
+
+@of("../README.md")
+def _(get, run):
+    model = TransformerHost(HostSpec(n_layer=1, n_head=2, n_embd=16, block_size=16), vocab_size=23)
+    batch, optimizer = torch.randint(23, (4, 16)), torch.optim.AdamW(model.parameters())
+    given = {"torch": torch, "model": model, "optimizer": optimizer, "loader": [(batch, batch)]}
+    [names] = run(validation_loss=lambda: 3.0, **given)
+    assert names["grower"].summary()["steps"] == 1
+
+
+@of("environments.md")
+def _(get, run):
+    """The policy that learns there is an arm: it plays the same episode of a GPT as in the environment."""
+    spec, shards, tmp_path, module = (get(name) for name in ("tiny_spec", "shards", "tmp_path", "module"))
+    preset, *_ = get("tiny")[1:]
+    places = {"demo": preset, "tinystories-char": preset, "SHARDS": shards}
+    places["RECORDING"] = recorded(tmp_path, [ended(tmp_path / "tamiyo", TamiyoPolicy(), 0, "tamiyo")[0]])
+    words = {f'"{name}"': repr(str(place)) for name, place in places.items()}
+    made, *_, last = run({**words, "20_000": 64, "gamma=": "n_steps=64, seed=0, gamma="})
+    assert made["info"]["instance_id"] == 3
+
+    module("my_controller", blocks("environments.md")[-1])
+    [command] = blocks("environments.md", "")
+    _, *line = shlex.split(command.replace("tinystories-char", preset))
+    assert cli.main([*line, "--data", str(shards), "--out", "run"]) == 0
+    env, ended_ = growth_env(spec, shards, {0: Instance()}), False
+    seen, _ = env.reset(seed=0)
+    while not ended_:
+        row, _ = last["model"].predict(seen, action_masks=env.action_masks(), deterministic=True)
+        seen, _, ended_, _, info = env.step(row)
+    summary = summary_of(tmp_path / "run")
+    assert (summary["val_loss"], summary["shape"]) == (info["val_loss"], info["summary"]["shape"])
+    assert {graft["reason"].partition(" of ")[2] for graft in summary["grafts"]} == {"my_controller:arm"}
+
+
+@of("recorded.md")
+def _(get, run):
+    get("monkeypatch").chdir(ROOT)
+    [names] = run()
+    assert names["unrecorded"] == 0
+    table = pq.read_table((ROOT / RECORDED).with_name("runs.parquet")).to_pylist()
+    tamiyo = {row["instance"]: row["val_loss"] for row in table if row["arm"] == "tamiyo"}
+    best = {i: min(row["val_loss"] for row in table if row["instance"] == i) for i in tamiyo}
+    assert names["regrets"] == [tamiyo[i] - best[i] for i in names["env"].instance_set]
+
+
+@of("sweeps.md")
+def _(get, run):
+    few = SyntheticSweep(statics={1: 1.4}, grown={}, seeds=(0,), tuning_seeds=())
+    log(MlflowClient(get("store")), few.runs(), few.sweep())
+    [names] = run()
+    assert len(names["tables"].finals) == 1
+
+
+@of("text.md")
+def _(get, run):
+    tokenizer = get("tokens").tokenizer
+    host = TransformerHost(HostSpec(n_layer=1), vocab_size=tokenizer.vocab_size)
+    export(host, Path("DIR"), tokenizer)
+    [names] = run()
+    idx = torch.tensor([names["tokenizer"].encode("the cat")])
+    assert torch.equal(names["host"](idx), host.eval()(idx))
+
+
+@of("your-own-arm.md")
+@of("your-own-blueprint.md")
+def _(get, run):
+    """And `tests/pipelines/test_plugins.py` plays them."""
+    run()
+
+
+@of("your-own-loop.md")
+def _(get, run):
+    printed = get("capsys")
+    torch.manual_seed(0)
+    run()
+    assert printed.readouterr().out.splitlines() == ["graft block at h0.stream at step 67", "2 layers"]
+
+
+@of("your-own-model.md")
+def _(get, run):
+    """A GPT of transformers and one of nanoGPT grow, and keep their logits on the way back."""
+    get("monkeypatch").setitem(sys.modules, "model", nanogpt)
+    first, second, *_ = run()
+    assert (first["grown"].config.n_layer, first["grown"].config.n_inner) == (2, 192)
+    assert second["host"].shape.depth() == 3
+    assert all(same_logits(names["host"], names["grown"]) for names in (first, second))
 
 
 @torch.no_grad()
@@ -64,18 +151,14 @@ def same_logits(host, model) -> bool:
     return torch.allclose(host.eval()(idx), logits, atol=1e-5)
 
 
-def test_a_gpt_of_transformers_and_one_of_nanogpt_grow_as_the_page_says(page):
-    names = names_of(page[0])
-    assert (names["grown"].config.n_layer, names["grown"].config.n_inner) == (2, 192)
-    assert same_logits(names["host"], names["grown"])
-    names = names_of(page[1])
-    assert names["host"].shape.depth() == 3
-    assert same_logits(names["host"], names["grown"])
+@pytest.fixture
+def page():
+    """The names that the page's own host leaves."""
+    return after_each(blocks("your-own-model.md")[2:])[-1]
 
 
 def test_the_pages_own_host_grows_and_shrinks_as_every_host_does(page):
-    names = names_of(*page[2:])
-    host, kasmina = names["host"], names["kasmina"]
+    host, kasmina = page["host"], page["kasmina"]
     x, generator = torch.randn(128, 64, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)
     labels = torch.randint(10, (128,), generator=generator)
     losses = []
@@ -116,7 +199,7 @@ PROTOCOL = ("shape", "linears", "insert", "part", "remove", "stream_sizes", "wri
     ],
 )
 def test_a_module_that_is_no_host_is_told_what_it_lacks(page, lacking, sentence):
-    host, module = names_of(*page[2:])["host"], nn.Linear(3, 3)
+    host, module = page["host"], nn.Linear(3, 3)
     for name in PROTOCOL:
         if name != lacking:
             setattr(module, name, getattr(host, name))
@@ -130,84 +213,3 @@ def test_a_module_that_is_no_host_is_told_what_it_lacks(page, lacking, sentence)
     with pytest.raises(UserError, match=rf"^Linear is no host that can grow: {sentence}[^\n]*your-own-model[^\n]*$"):
         Kasmina(module, torch.optim.AdamW(module.parameters()))
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-
-
-def test_the_environments_page_runs(shards, tiny_spec, tmp_path):
-    from tests.pipelines.test_record import ended, recorded  # which imports this file
-
-    (tmp_path / "demo").write_text(tiny_spec.model_dump_json())
-    places = {"demo": tmp_path / "demo", "SHARDS": shards}
-    places["RECORDING"] = recorded(tmp_path, [ended(tmp_path / "run", TamiyoPolicy(), 0, "tamiyo")[0]])
-    making, learning = blocks("environments.md")
-    for name, place in places.items():
-        making = making.replace(f'"{name}"', repr(str(place)))
-    names = names_of(making, learning.replace("20_000", "64").replace("gamma", "n_steps=64, gamma"))
-    assert names["info"]["instance_id"] == 3
-
-
-def test_what_text_md_loads_was_exported(tokens, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    host = TransformerHost(HostSpec(n_layer=1), vocab_size=tokens.tokenizer.vocab_size)
-    export(host, Path("DIR"), tokens.tokenizer)
-    names = names_of(*blocks("text.md"))
-    idx = torch.tensor([names["tokenizer"].encode("the cat")])
-    assert torch.equal(names["host"](idx), host.eval()(idx))
-
-
-def test_every_page_with_python_is_run():
-    """Here, or in another file by `blocks` of its name."""
-    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
-    assert [page for page in PAGES if blocks(page) and f'blocks("{page}")' not in tests] == []
-
-
-def block_lines(page: str) -> list[list[str]]:
-    """The words of each command in a page's blocks, loops' variables put as 1; of a Ray job, the job's."""
-    text = "\n".join(blocks(page, "")).replace("\\\n", "").replace("$arm", "static")
-    starts = ("esper ", "make ", "python ", "ray job submit ")
-    found = [each.strip() for each in text.splitlines() if each.strip().startswith(starts)]
-    return [shlex.split(re.sub(r"\$\w+", "1", each), comments=True) for each in found]
-
-
-def targets(words: list[str]) -> set[str]:
-    """Those of `make` that there are none of."""
-    there = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    return {word for word in words if "=" not in word} - {*there}
-
-
-def model_of(words: list[str]) -> tuple[type[Frozen], list[str]]:
-    """The model of the arguments of `esper WORDS`, and the words that it takes."""
-    assert words[0] in cli.COMMANDS
-    if words[0] == "policy":
-        return policy.ACTIONS[words[1]][0], words[2:]
-    main = import_module(f"esper.pipelines.{words[0]}").main
-    return inspect.getclosurevars(main).nonlocals["model_class"], words[1:]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_pages_commands_are_accepted(page):
-    """Without being run: those of its blocks with all their values, those in its text by their flags."""
-    for words in block_lines(page):
-        _, program, *rest = ["", *words[words.index("--") + 1 if words[0] == "ray" else 0 :]]
-        if program == "make":
-            assert targets(rest) == set()
-            continue
-        if program != "esper":
-            assert (ROOT / rest[0]).is_file()
-            if not rest[0].startswith("pipelines/"):
-                continue
-            rest = [Path(rest[0]).stem, *rest[1:]]
-        arguments: Any = parse(*model_of(rest))
-        if getattr(arguments, "set", ()):
-            load_spec(arguments.preset if arguments.preset in presets() else "tinystories-char", arguments.set)
-    text = (DOCS / page).read_text(encoding="utf-8")
-    for program, line in re.findall(r"`(make|esper) ([^`]+)`", text):
-        words = shlex.split(line.replace("…", ""))
-        if program == "make":
-            assert targets(words) == set()
-        elif words and words[0].islower():
-            model = model_of([*words, "evaluate"])[0]
-            known = {f"--{(field.alias or name).replace('_', '-')}" for name, field in model.model_fields.items()}
-            assert {word for word in words if word.startswith("--")} <= known | {"--help"}
-    keys = {setting.key for group in settings.groups() for setting in group.settings}
-    named = {key for key in re.findall(r"--set '?(\w+\.[\w.]+)=", text) if not key.startswith("growth.blueprints.")}
-    assert named <= keys | {"key.path"}

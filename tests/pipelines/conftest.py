@@ -1,14 +1,6 @@
-"""What the end-to-end tests of the pipelines share: a tiny preset, flags for it, and a store of their own."""
+"""What the end-to-end tests of the pipelines share: what their store holds, and how a mistake is told."""
 
 import pytest
-
-
-@pytest.fixture
-def tiny(tmp_path, tiny_spec, shards, store):
-    """Flags that make any pipeline take seconds."""
-    preset = tmp_path / "tiny.json"
-    preset.write_text(tiny_spec.model_dump_json(exclude={"preset"}))
-    return ["--preset", str(preset), "--data", str(shards)]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`esper export`, `sample`, `prepare`, `train --from` end to end: what they leave, and that training takes it."""
 
 import json
-import shlex
 import shutil
 from textwrap import dedent
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 
 from esper import from_gpt2
 from esper.pipelines import prepare, sample, train
-from esper.pipelines.common import cli, single_run
+from esper.pipelines.common import single_run
 from esper.pipelines.export import main
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
@@ -20,7 +19,6 @@ from esper.workers.tolaria.data import TokenData
 from esper.workers.tolaria.data.tokenizer import Characters
 from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
 from tests.pipelines.helpers import planned, sets, summary_of
-from tests.test_docs import blocks
 
 
 @pytest.fixture
@@ -137,16 +135,6 @@ def test_weights_that_cannot_be_trained_are_refused(tiny, small, tokens, refused
     flags = [] if "--resume" in words else ["static", *tiny, "--out", tmp_path / "out"]
     refused(train.main, [*flags, *words.split()], sentence)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_commands_of_the_page_on_a_users_own_model_run(tiny, text_file, tmp_path):
-    shutil.copy(text_file, tmp_path / "stories.txt")
-    [commands] = blocks("your-own-model.md", "")
-    for line in commands.splitlines():
-        _, command, *words = shlex.split(line)
-        preset = tiny[:2] if command == "train" else []
-        assert cli.main([command, *preset, *words]) == 0
-    assert (tmp_path / "second-gpt2" / "config.json").exists()
 
 
 def test_a_run_its_checkpoint_and_its_export_write_the_same_text(trained, tmp_path, capfd, refused):

@@ -1,41 +1,31 @@
 """Arms and blueprints of the user's own: the docs' code runs, is pinned, and is refused where it is wrong."""
 
-import importlib
 import json
-import sys
 
 import pytest
 
-from esper.pipelines import sweep, train
+from esper.pipelines import ppo, sweep, train
 from esper.platform import plugins
-from esper.workers.kasmina import registry
 from esper.workers.tolaria.sampling import opening
+from tests.pages import blocks
 from tests.pipelines.helpers import planned, sets, summary_of
-from tests.test_docs import blocks
+
+CLASS = """
+from esper.platform.contracts import GraftAction
 
 
-@pytest.fixture
-def module(tmp_path, store):
-    """Writes a module into the working directory; what a test imported and registered is forgotten."""
-
-    def write(name: str, text: str) -> None:
-        (tmp_path / f"{name}.py").write_text(text)
-        sys.modules.pop(name, None)
-        importlib.invalidate_caches()
-
-    path, kinds = list(sys.path), dict(registry._KINDS)
-    yield write
-    sys.path[:] = path
-    registry._KINDS.clear()
-    registry._KINDS.update(kinds)
+class MyPolicy:
+    def act(self, telemetry, probe=None):
+        return GraftAction(int(telemetry.legal()[-1]), telemetry.sequence, "the last row")
+"""
 
 
-def test_the_pages_arm_decides_a_run_which_an_edited_one_does_not_go_on_with(module, tiny, tmp_path, refused):
-    module("my_module", blocks("your-own-arm.md")[0])
+def test_a_class_decides_a_run_which_an_edited_one_does_not_go_on_with(module, tiny, tmp_path, refused):
+    module("my_module", CLASS)
     out = tmp_path / "run"
     assert train.main(["my_module:MyPolicy", *tiny, "--out", str(out)]) == 0
     grafts = summary_of(out)["grafts"]
-    assert {graft["reason"] for graft in grafts} == {"the smallest graft"}
+    assert {graft["reason"] for graft in grafts} == {"the last row"}
     assert json.loads((out / "pins.json").read_text())["plugins"] == {"my_module": plugins.digest("my_module")}
     (out / "summary.json").unlink()  # as if it had been killed before
     with (tmp_path / "my_module.py").open("a") as file:
@@ -43,18 +33,23 @@ def test_the_pages_arm_decides_a_run_which_an_edited_one_does_not_go_on_with(mod
     refused(train.main, ["--resume", str(out)], "began with other sources of my_module")
 
 
-def test_a_function_is_an_arm_of_a_sweep_and_in_its_workers(module, tiny, tmp_path, capfd):
+def test_a_function_and_a_blueprint_are_a_sweeps_and_in_rays_workers_as_are_those_of_ppo(module, tiny, tmp_path, capfd):
     module("my_module", blocks("your-own-arm.md")[0])
+    module("my_blueprints", blocks("your-own-blueprint.md")[0])
+    own = [*tiny, *sets("growth.plugins=my_blueprints", 'growth.blueprints={"copied":{}}')]
     out = tmp_path / "sweep"
-    flags = ["--arms", "static,my_module:last_row,random:my_module:last_row", "--tuning-seeds", "0", "--out", str(out)]
-    assert sweep.main([*tiny, *flags]) == 0
+    flags = ["--arms", "static,my_module:my_arm,random:my_module:my_arm", "--tuning-seeds", "0", "--out", str(out)]
+    assert sweep.main([*own, *flags]) == 0
     tests = {run["arm"]: run["grafts"] for run in summary_of(out)}
-    assert tests.keys() == {"static-1", "my_module:last_row", "random:my_module:last_row"}
-    assert tests["my_module:last_row"][0]["reason"].endswith("of my_module:last_row")
-    kinds = [sorted(graft["blueprint"] for graft in grafts) for label, grafts in tests.items() if label != "static-1"]
-    assert kinds[0] == kinds[1]
+    assert tests.keys() == {"static-1", "my_module:my_arm", "random:my_module:my_arm"}
+    assert tests["my_module:my_arm"][0]["reason"].endswith("of my_module:my_arm")
+    kinds = [[graft["blueprint"] for graft in grafts] for label, grafts in tests.items() if label != "static-1"]
+    assert kinds[0] == kinds[1] == ["copied"] * len(kinds[0]) != []
     best = min(summary_of(out), key=lambda run: run["val_loss"])
     assert f"{best['arm']} writes: {opening(best['sample'])}" in capfd.readouterr().err
+    small = sets("ppo.iterations=1", "ppo.decisions=8", "ppo.minibatch=8", "ppo.held_out=0", "fleet.workers=1")
+    assert ppo.main([*own, *small, "--out", str(tmp_path / "ppo")]) == 0
+    assert summary_of(tmp_path / "ppo")["spent_on"]["learned"]["steps"] > 0
 
 
 def test_the_pages_blueprint_is_grafted_without_a_change_of_the_output(module, tiny, tmp_path, refused):
@@ -62,30 +57,35 @@ def test_the_pages_blueprint_is_grafted_without_a_change_of_the_output(module, t
     out, own = tmp_path / "run", sets("growth.plugins=my_blueprints")
     line = ["schedule", *tiny, *planned(tmp_path, {0.2: "copied"}), *own]
     refused(train.main, [*line, "--out", out], "blueprints of plug-in 'my_blueprints' (copied) growth.blueprints names")
-    own = sets("growth.blueprints.copied.width=16")
+    own = sets("growth.blueprints.copied.units=16")
     assert train.main([*line, *own, "--out", str(out)]) == 0
     [graft] = summary_of(out)["grafts"]
     assert graft["blueprint"] == "copied"
     assert graft["identity"] <= 1e-5
     assert summary_of(out)["shape"][0]["width"] == 64 + 16
-    refused(train.main, [*line, *own, *sets("growth.blueprints.copied.width=0"), "--out", out], "must be")
+    refused(train.main, [*line, *own, *sets("growth.blueprints.copied.units=0"), "--out", out], "must be")
 
 
-def test_installed_packages_announce_arms_by_name(module, tiny, tmp_path, monkeypatch):
+def test_installed_packages_announce_arms_and_blueprints_by_name(module, tiny, tmp_path, monkeypatch):
     """Of a package as pip leaves it: a folder with its metadata."""
-    module("my_module", blocks("your-own-arm.md")[0])
+    module("my_module", CLASS)
+    module("my_blueprints", blocks("your-own-blueprint.md")[0])
     metadata = tmp_path / "mine-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[esper.arms]\nmine = my_module:MyPolicy\n")
+    points = "[esper.arms]\nmine = my_module:MyPolicy\n[esper.blueprints]\ncopied = my_blueprints\n"
+    (metadata / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(tmp_path)
     plugins.announced.cache_clear()
+    line = ["mine", *tiny, *sets('growth.blueprints={"copied":{}}'), "--out", str(tmp_path / "run")]
     try:
-        assert train.main(["mine", *tiny, "--out", str(tmp_path / "run")]) == 0
+        assert train.main(line) == 0
     finally:
         plugins.announced.cache_clear()
-    assert summary_of(tmp_path / "run")["arm"] == "mine"
-    assert "my_module" in json.loads((tmp_path / "run" / "pins.json").read_text())["plugins"]
+    summary = summary_of(tmp_path / "run")
+    assert (summary["arm"], {graft["blueprint"] for graft in summary["grafts"]}) == ("mine", {"copied"})
+    pinned = json.loads((tmp_path / "run" / "pins.json").read_text())["plugins"]
+    assert pinned == {name: plugins.digest(name) for name in ("my_module", "my_blueprints")}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_arm_that_is_none_is_refused_before_anything_begins(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (("def units", "def unit"), "blueprint CopiedNeurons lacks units: give it that"),
+        (("units: Count", "unit: Count"), "blueprint CopiedNeurons lacks units: give it that"),
         (('"copied"', '"ffn"'), "CopiedNeurons is called 'ffn', as one of esper.workers.kasmina.blueprints.ffn is"),
         (('"width"\n', '"wings"\n'), "unknown adds of blueprint CopiedNeurons 'wings'"),
         (("(Units)", "(Blueprint)"), "blueprint CopiedNeurons lacks allowed, outgoing, prune, pruned, resized, slices"),

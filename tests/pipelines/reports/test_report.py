@@ -27,7 +27,6 @@ from esper.pipelines.reports.runs import AXES
 from esper.pipelines.reports.verdict import judge
 from esper.platform.errors import UserError
 from tests.pipelines.reports.synthetic_sweeps import BUDGET, FAILED, PROVENANCE, SyntheticSweep, graft, log
-from tests.test_docs import blocks, names_of
 
 EXPERIMENT = "esper-tinystories"
 LOST = {
@@ -103,7 +102,6 @@ def test_load_takes_all_sweeps_or_one(store, capfd, refused):
     assert set(report.load(EXPERIMENT).finals["sweep"]) == {first, second}
     assert set(report.load(EXPERIMENT, sweep="first").finals["sweep"]) == {first}
     assert set(report.load(EXPERIMENT, sweep=second).finals["sweep"]) == {second}
-    assert len(names_of(*blocks("sweeps.md"))["tables"].finals) == 2  # the page's notebook
     assert "Did you mean 'first'?" in refused(report.main, ["--sweep", "frist"], "unknown sweep 'frist'")
     report.main([])
     assert "sweep   second of" in capfd.readouterr().err  # the newest
