@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
 from esper.pipelines.common.statistics import Interval, detectable
 from esper.pipelines.reports.paired_tests import Trials
@@ -98,6 +97,8 @@ class OverBudgets:
 
         Losses fall ever more slowly, so beyond the ends this tells less of the saving, and more of the waste.
         """
+        from scipy.interpolate import PchipInterpolator  # which takes half a second, and few sweeps need
+
         best = np.fmin.accumulate(self.envelope)
         falls = np.isfinite(self.envelope) & (np.append(np.inf, best[:-1]) > self.envelope)
         gain, log_budget = -self.envelope[falls], np.log(self.budgets[falls])

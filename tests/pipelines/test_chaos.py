@@ -81,8 +81,9 @@ def kill_workers(folder: Path, every: int, over: threading.Event, killed: list[i
 
     chance, last = random.Random(0), 0
     while not over.wait(0.05):
-        pids = [actor["Pid"] for actor in actors().values() if actor["State"] == "ALIVE" and actor["Pid"]]
-        if len(lines(folder)) >= last + every and pids:
+        if len(lines(folder)) < last + every:
+            continue
+        if pids := [actor["Pid"] for actor in actors().values() if actor["State"] == "ALIVE" and actor["Pid"]]:
             killed.append(chance.choice(pids))
             os.kill(killed[-1], signal.SIGKILL)
             last = len(lines(folder))

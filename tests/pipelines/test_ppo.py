@@ -184,7 +184,7 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
         assert train.main(["static", *tiny, "--out", str(runs / f"s{layers}"), *more_of]) == 0
     assert policy.main(["fit", str(runs), "--out", str(path)]) == 0
     small = sets("ppo.iterations=2", "ppo.decisions=16", "ppo.minibatch=16", "ppo.epochs=1", "ppo.held_out=1")
-    command = [*tiny, *small, *sets("budget.amount=160", "fleet.workers=1"), "--laws", str(path)]
+    command = [*tiny, *small, *sets("budget.amount=160", "fleet.cpus=2"), "--laws", str(path)]  # a process at a time
     note = rounds.Rounds.note
 
     def noted_then_dead(self, iteration, episodes):
@@ -298,7 +298,7 @@ def test_one_fleet_trains_on_two_presets_in_turn_and_goes_on(tiny, shards, tiny_
     other = tiny_spec.overridden({"growth.max_layers": 6, "budget.amount": 120})
     deeper.write_text(other.model_dump_json(exclude={"preset"}))
     small = sets("ppo.decisions=32", "ppo.minibatch=16", "ppo.epochs=1", "ppo.held_out=2")
-    small += sets("budget.amount=160", "fleet.workers=1")
+    small += sets("budget.amount=160", "fleet.cpus=2")  # a process at a time
     line = [*tiny, *small, *more(1), "--also", f"{deeper}={shards}", "--out", str(out)]
     assert ppo.main(line) == 0
     assert ppo.main(["--resume", str(out), *more(2)]) == 0

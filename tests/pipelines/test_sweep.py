@@ -237,7 +237,7 @@ def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(
 
 
 def trial_processes(owner: int) -> list[int]:
-    """Processes in which a trial runs, of the Ray cluster that a process has started."""
+    """Processes in which a trial runs, of the Ray cluster that a process has started. Asked often, it takes a core."""
     children = [child.pid for child in psutil.Process(owner).children(recursive=True)]
     return [p.pid for p in psutil.process_iter(["cmdline"]) if p.pid in children and "ImplicitFunc" in str(p.info)]
 
@@ -252,7 +252,7 @@ def test_deaths_of_a_trial_and_of_the_driver(tiny, client, tmp_path, monkeypatch
         patched.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         process = start("sweep", flags, tmp_path / "stderr")
     try:
-        wait_for(lambda: trial_processes(os.getpid()) and list(out.glob("saves/*")))
+        wait_for(lambda: list(out.glob("saves/*")) and trial_processes(os.getpid()))
         os.kill(trial_processes(os.getpid())[0], signal.SIGKILL)
         wait_for(lambda: list(out.glob("trials/*/summary.json")))
         assert "its process died; it is started again" in (tmp_path / "stderr").read_text()
@@ -270,7 +270,7 @@ def test_ctrl_c_ends_lag_trials_and_forks_at_once(tiny, tmp_path, client):
     slow = sets("fleet.cpus=1", "budget.amount=4000", "budget.cooldowns=[0.3]", "host.n_embd=64")
     process = start("sweep", ["--arms", "static,lag", *tiny, *slow, "--out", str(out)], tmp_path / "stderr")
     try:
-        wait_for(lambda: len(trial_processes(process.pid)) == 2 and list(out.glob("saves/*")))
+        wait_for(lambda: list(out.glob("saves/*")) and len(trial_processes(process.pid)) == 2)
         trials = trial_processes(process.pid)
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)

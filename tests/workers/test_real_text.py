@@ -32,8 +32,8 @@ def excess(run, telemetry, grafts):
 
 
 def test_no_graft_spikes(real):
-    """tinystories-char at its stable rate, 600 steps in: every legal graft, layers after the embeddings too."""
-    overrides = ["budget.axis=steps", "budget.amount=3000", "budget.decisions=5"]
+    """tinystories-char at its stable rate, 300 steps in: every legal graft, layers after the embeddings too."""
+    overrides = ["budget.axis=steps", "budget.amount=1500", "budget.decisions=5"]
     spec = load_spec("tinystories-char", [*overrides, "growth.blueprints=" + BLUEPRINTS % "zero"])
     run = GrowthRun(spec, real)
     telemetry = run.step(GraftAction(0, run.reset(seed=0).sequence)).telemetry

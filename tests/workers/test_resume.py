@@ -52,7 +52,10 @@ def undisturbed(spec, data, monkeypatch):
     return run, len(calls)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=settings.default.max_examples // 2,  # each is a run
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(part=st.floats(0, 1))
 def test_stopped_and_restored_anywhere_it_ends_the_same(undisturbed, spec, data, part):
     """Between two steps, within an evaluation, a measurement of contributions or a cooldown."""

@@ -8,6 +8,7 @@ import torch
 
 from esper.platform.errors import UserError
 from esper.workers.calibrate import calibrate
+from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data.prepared import evenly
 from tests.workers.growing_run import act, begun, changed, outcome, play, same_telemetry
 
@@ -36,9 +37,12 @@ def test_same_seed_same_numbers_and_a_graft_changes_no_other_random_stream(tiny_
     assert first.loss != static.loss
 
 
-def test_it_trains_without_a_compiler_whose_import_takes_a_second(tiny_spec, tokens, monkeypatch):
+def test_it_trains_and_goes_on_without_a_compiler_whose_import_takes_a_second(small_spec, data, grafts, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # to import it raises
-    assert len(played(tiny_spec, tokens, PLAN)[0].grafts) == 3
+    run, _ = played(small_spec, data, {1: grafts["width"], 3: grafts["layer"]})
+    restored = GrowthRun(small_spec, data)
+    restored.load(*run.state())
+    assert restored.loss == run.loss
 
 
 def test_it_learns_and_grows(tiny_spec, tokens):

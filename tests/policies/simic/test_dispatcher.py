@@ -268,7 +268,8 @@ def test_deadlines_are_by_what_a_decision_usually_takes_here(make, monkeypatch):
     assert lost == pytest.approx([once, once + again], abs=10)
 
 
-def test_workers_join_hang_die_and_leave(make, local_ray):
+def test_workers_join_hang_die_and_leave(make, local_ray, monkeypatch):
+    monkeypatch.setattr(fleets, "LOOK", 0.5)
     wanted = [1]
     fleet = actors(lambda: ToyRun(seconds=0.05), lambda: wanted[0])
     dispatcher = make(fleet, limits=FleetSpec(deadline=10, grace=1.5))

@@ -115,7 +115,8 @@ class ResNetHost(LayeredHost):
         self.down = nn.ModuleList(conv(*pair, size=1) for pair in pairwise(streams))
         self.norm = Norm(spec, streams[-1])
         self.head = nn.Linear(streams[-1], classes)
-        self.init_weights(generator)
+        if not self.head.weight.is_meta:  # where random numbers import torch's compiler, which takes a second
+            self.init_weights(generator)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

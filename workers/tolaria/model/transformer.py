@@ -142,8 +142,8 @@ class TransformerHost(LayeredHost):
         super().__init__()
         self.spec = spec
         self._shape = TransformerShape.of(spec, vocab_size)
-        self.wte = nn.Embedding(vocab_size, spec.n_embd)
-        self.wpe = nn.Embedding(spec.block_size, spec.n_embd)
+        tables = [torch.empty(rows, spec.n_embd) for rows in (vocab_size, spec.block_size)]
+        self.wte, self.wpe = (nn.Embedding.from_pretrained(table, freeze=False) for table in tables)
         self.drop = make_dropout(spec.dropout)
         self._attend = kernel(spec.attention)
         self.h = nn.ModuleList(self._layer(layer) for layer in self._shape.layers)
@@ -151,7 +151,8 @@ class TransformerHost(LayeredHost):
         self.lm_head = nn.Linear(spec.n_embd, vocab_size, bias=False)
         if spec.tied:
             self.lm_head.weight = self.wte.weight
-        self.init_weights(generator)
+        if not self.wte.weight.is_meta:  # where random numbers import torch's compiler, which takes a second
+            self.init_weights(generator)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
