@@ -18,7 +18,6 @@ from pydantic import Field
 from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.controllers.live import TrainingView
 from esper.pipelines.controllers.rounds import Given, Rounds
-from esper.pipelines.controllers.training_picture import training_picture
 from esper.pipelines.controllers.workers import Task, fleet_maker, held_out_episode, other_tasks
 from esper.platform.checkpoint import CheckpointStore, below
 from esper.platform.console import counted, say
@@ -204,6 +203,8 @@ def _iterate(
 
 def _conclude(out: Path, reached: Reached, losses: dict[int, float], others: dict[str, Any]) -> dict[str, Any]:
     """Write the best policy, the picture and the summary, which ends the training; and say so."""
+    from esper.pipelines.controllers.training_picture import training_picture  # matplotlib takes a second
+
     iterations, last = read_entries(out / HISTORY), reached.iterations
     best = min(losses, key=lambda iteration: (losses[iteration], -iteration), default=last)
     summary = {

@@ -1,10 +1,14 @@
 """Arms and blueprints of the user's own: the docs' code runs, is pinned, and is refused where it is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import ray
 
-from esper.pipelines import ppo, sweep, train
+from esper.pipelines import sweep, train
 from esper.platform import plugins
 from esper.workers.tolaria.sampling import opening
 from tests.pages import blocks
@@ -33,22 +37,34 @@ def test_a_class_decides_a_run_which_an_edited_one_does_not_go_on_with(module, t
     refused(train.main, ["--resume", str(out)], "began with other sources of my_module")
 
 
-def test_a_function_and_a_blueprint_are_a_sweeps_and_in_rays_workers_as_are_those_of_ppo(module, tiny, tmp_path, capfd):
+BOTH = """
+import json, sys
+from esper.pipelines import ppo, sweep
+sys.exit(sweep.main(json.loads(sys.argv[1])) or ppo.main(json.loads(sys.argv[2])))
+"""
+
+
+@pytest.mark.usefixtures("one_ray")
+def test_a_function_and_a_blueprint_are_a_sweeps_and_in_rays_workers_as_are_those_of_ppo(module, tiny, tmp_path):
+    """By a driver of their own: workers have the path that it had when it connected."""
     module("my_module", blocks("your-own-arm.md")[0])
     module("my_blueprints", blocks("your-own-blueprint.md")[0])
     own = [*tiny, *sets("growth.plugins=my_blueprints", 'growth.blueprints={"copied":{}}')]
     out = tmp_path / "sweep"
     flags = ["--arms", "static,my_module:my_arm,random:my_module:my_arm", "--tuning-seeds", "0", "--out", str(out)]
-    assert sweep.main([*own, *flags]) == 0
+    small = sets("ppo.iterations=1", "ppo.decisions=8", "ppo.minibatch=8", "ppo.held_out=0", "fleet.workers=1")
+    commands = [*own, *flags], [*own, *small, "--out", str(tmp_path / "ppo")]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    line = [sys.executable, "-c", BOTH, *map(json.dumps, commands)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     tests = {run["arm"]: run["grafts"] for run in summary_of(out)}
     assert tests.keys() == {"static-1", "my_module:my_arm", "random:my_module:my_arm"}
     assert tests["my_module:my_arm"][0]["reason"].endswith("of my_module:my_arm")
     kinds = [[graft["blueprint"] for graft in grafts] for label, grafts in tests.items() if label != "static-1"]
     assert kinds[0] == kinds[1] == ["copied"] * len(kinds[0]) != []
     best = min(summary_of(out), key=lambda run: run["val_loss"])
-    assert f"{best['arm']} writes: {opening(best['sample'])}" in capfd.readouterr().err
-    small = sets("ppo.iterations=1", "ppo.decisions=8", "ppo.minibatch=8", "ppo.held_out=0", "fleet.workers=1")
-    assert ppo.main([*own, *small, "--out", str(tmp_path / "ppo")]) == 0
+    assert f"{best['arm']} writes: {opening(best['sample'])}" in done.stderr
     assert summary_of(tmp_path / "ppo")["spent_on"]["learned"]["steps"] > 0
 
 
