@@ -3,13 +3,11 @@
 Workers are simulated: their replies are those of a recorded episode. Ray's own share of a decision is not in it.
 """
 
-import pickle
+import heapq
 import tempfile
 import threading
 import time
-from collections import deque
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -44,80 +42,51 @@ class Recorded:
 
 
 class Offered(LocalFleet):
-    """Workers whose replies arrive at the times of a Poisson process, whatever the dispatcher does: an open loop.
+    """Workers that work an exponential time at each decision: their replies arrive as a Poisson process.
 
-    A thread unpickles each reply and queues it, as Ray's callbacks do; whose order is oldest replies next. Before, each
-    worker answers some orders at once, so that the workers stand at evenly spread decisions of their episodes.
+    Before, each answers some orders at once, so that they stand at evenly spread decisions of their episodes.
     """
 
     lockstep = False
 
     def __init__(self, answers: list[Any], workers: int, rate: float) -> None:
         super().__init__(lambda: Recorded(answers), workers)
-        self._answers, self._rate = [pickle.dumps(answer) for answer in answers], rate
-        self._at_once = [worker % len(answers) for worker in range(workers)]  # orders still to be answered so
-        self._arrived: SimpleQueue[tuple[int, Reply | None]] = SimpleQueue()
-        self._at_work: deque[tuple[int, Order]] = deque()
-        self._came: dict[int, float] = {}  # worker → when its reply was to arrive
+        self._answers, self._work, self._random = answers, workers / rate, np.random.default_rng(0)
+        self.at_once = [worker % len(answers) for worker in range(workers)]  # orders still to be answered so
+        self._due: list[tuple[float, int, Order]] = []  # a heap: when a reply arrives
+        self._came: dict[int, float] = {}  # worker → when its last reply was to arrive
+        self._woken = threading.Event()
         self.replies = 0  # that have arrived
-        self._ended = False
         self.latencies: list[float] = []  # seconds from a reply's arrival to the next order
         self.decisions, self.spent = 0, 0.0  # that were sent; the serving thread's seconds of CPU
 
     def submit(self, worker: int, order: Order) -> None:
         """Take an order, and note how long the worker waited for it."""
+        now = time.perf_counter()
         self.decisions += bool(order.actions)
-        came = self._came.pop(worker, None)
-        if came is not None:
-            self.latencies.append(time.perf_counter() - came)
-        if self._at_once[worker]:
-            self._at_once[worker] -= 1
-            self._reply(worker, order)
-        else:
-            self._at_work.append((worker, order))
+        if worker in self._came:
+            self.latencies.append(now - self._came.pop(worker))
+        work = 0.0 if self.at_once[worker] else self._random.exponential(self._work)
+        self.at_once[worker] = max(0, self.at_once[worker] - 1)
+        heapq.heappush(self._due, (now + work, worker, order))
 
     def ready(self, timeout: float) -> Events:
-        """All that has arrived, as RayFleet gives it."""
+        """All replies that have arrived, waiting for the first."""
         self.spent = time.thread_time()
         events, self._events = self._events, []
         if events:
             return events
-        try:
-            arrived = [self._arrived.get(timeout=timeout)]
-            while not self._arrived.empty():
-                arrived.append(self._arrived.get_nowait())
-        except Empty:
-            return []
-        return [(worker, reply) for worker, reply in arrived if reply is not None]
+        self._woken.wait(max(0.0, min([timeout, *(due - time.perf_counter() for due, *_ in self._due[:1])])))
+        self._woken.clear()
+        while self._due and self._due[0][0] <= time.perf_counter():
+            due, worker, order = heapq.heappop(self._due)
+            self._came[worker], self.replies = due, self.replies + 1
+            events.append((worker, Reply(order.episode, self._answers[len(order.actions)], expected=1.0)))
+        return events
 
     def wake(self) -> None:
         """Make `ready` return now."""
-        self._arrived.put((-1, None))
-
-    def close(self) -> None:
-        """End the arrivals."""
-        self._ended = True
-
-    def spread(self) -> bool:
-        """Whether all are at work, and none answers at once any more."""
-        return len(self._at_work) == len(self._workers)
-
-    def arrive(self) -> None:
-        """Let replies arrive until the fleet is closed; where the dispatcher owes every worker an order, they queue."""
-        intervals, due = np.random.default_rng(0), time.perf_counter()
-        while not self._ended:
-            due += intervals.exponential(1 / self._rate)
-            time.sleep(max(0.0, due - time.perf_counter()))
-            while not self._at_work and not self._ended:
-                time.sleep(0.001)
-            if not self._ended:
-                worker, order = self._at_work.popleft()
-                self._came[worker], self.replies = due, self.replies + 1
-                self._reply(worker, order)
-
-    def _reply(self, worker: int, order: Order) -> None:
-        answer = pickle.loads(self._answers[len(order.actions)])
-        self._arrived.put((worker, Reply(order.episode, answer, expected=1.0)))
+        self._woken.set()
 
 
 def recorded(spec: RunSpec) -> list[Any]:
@@ -180,10 +149,9 @@ def offered(spec: RunSpec, answers: list[Any]) -> list[Row]:
         learner = threading.Thread(target=learn, args=[training, ended], daemon=True)
         dispatcher = Dispatcher(fleet, net, telemetry_space(spec), seed=0, ahead=10**9, journal=Path(folder))
         try:
-            while not fleet.spread():
+            while any(fleet.at_once):
                 dispatcher.collect(0)
                 time.sleep(0.1)
-            threading.Thread(target=fleet.arrive, daemon=True).start()
             rows = measured(fleet, dispatcher, "")
             learner.start()
             rows += measured(fleet, dispatcher, ", while PPO learns")
@@ -195,7 +163,7 @@ def offered(spec: RunSpec, answers: list[Any]) -> list[Row]:
     return rows
 
 
-def measure() -> list[Row]:
+def dispatch() -> list[Row]:
     """Rows: one core's capacity, and what 1,000 workers feel at 500 decisions a second."""
     spec = load_spec(SPEC)
     answers = recorded(spec)

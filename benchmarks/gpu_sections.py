@@ -14,9 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from growth import rows as growth_rows
 from measuring import BURN_IN, RATE, Row, bound, in_turns, text, times, trainer
-from step import PlainGPT
+from step import grown_rows, plain_gpt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from esper.pipelines.common.play import play
@@ -105,12 +104,12 @@ def step(device: str, compiled: bool = False) -> Iterator[Row]:
     """Our training step and nanoGPT's, taking turns; `compiled` too, apart, as a bare machine may lack a compiler."""
     spec = spec_of(device, *(["dtype=float32"] if compiled and device == "cpu" else []))
     data = text(spec)
-    ours, plain = trainer(spec, data), PlainGPT(spec, data, device)
+    ours, plain = trainer(spec, data), plain_gpt(spec, data, device)
     works: dict[str, Callable[[], object]] = {"ours": lambda: ours.step(RATE), "nanoGPT": plain.step}
     if compiled:
-        fast, plain_fast = bound(trainer(spec, data)), PlainGPT(spec, data, device)
+        fast, plain_fast = bound(trainer(spec, data)), plain_gpt(spec, data, device)
         how = {"dynamic": False, "backend": "inductor" if device == "cuda" else "aot_eager"}  # rehearsed in seconds
-        plain_fast.compile(**how)
+        plain_fast.model.compile(**how)
         works |= {"ours, compiled": lambda: fast.step(RATE), "nanoGPT, compiled": plain_fast.step}
     flops, tokens = ours.host.shape.flops_per_token(), batch_tokens(spec)
     seconds = in_turns(works, STEPS[device])
@@ -127,7 +126,7 @@ def step(device: str, compiled: bool = False) -> Iterator[Row]:
 
 def born(device: str) -> Iterator[Row]:
     """A grown host against one born that shape."""
-    yield from growth_rows(spec_of(device), STEPS[device], "")
+    yield from grown_rows(spec_of(device), STEPS[device], "")
 
 
 class Packed:

@@ -1,6 +1,6 @@
 """`make bench` (or `python benchmarks/run.py step start`): a Markdown table of speeds, their goals and the commit.
 
-A benchmark is a file here with `measure()`, which returns its rows; `gpu.py` is another script, for a GPU.
+A benchmark is a function that returns its rows, in the file that `BENCHMARKS` names; `gpu.py` is for a GPU.
 """
 
 import sys
@@ -12,7 +12,7 @@ from measuring import Row
 
 from esper.platform.provenance import provenance
 
-BENCHMARKS = ("step", "growth", "share", "start", "dispatch")
+BENCHMARKS = {"step": "step", "growth": "step", "share": "train", "start": "train", "dispatch": "dispatch"}
 
 
 def main(names: list[str]) -> None:
@@ -22,7 +22,7 @@ def main(names: list[str]) -> None:
     print(f"{told['hardware']}, 1 thread, {told['versions']}, {time.strftime('%Y-%m-%d')}:\n")
     print("| what | goal | now | commit |\n|---|---|---|---|", flush=True)
     for name in names:
-        rows: list[Row] = import_module(name).measure()
+        rows: list[Row] = getattr(import_module(BENCHMARKS[name]), name)()
         for row in rows:
             print(f"| {' | '.join(row)} | {told['commit']} |", flush=True)
 

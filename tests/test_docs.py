@@ -13,6 +13,7 @@ import torch
 from mlflow import MlflowClient
 from torch import nn
 
+from benchmarks import nanogpt
 from esper.pipelines.common import cli
 from esper.platform.contracts import HostShape, Instance
 from esper.platform.errors import UserError
@@ -27,7 +28,6 @@ from tests.pipelines.helpers import summary_of
 from tests.pipelines.reports.synthetic_sweeps import SyntheticSweep, log
 from tests.pipelines.test_record import ended, recorded
 from tests.workers.kasmina.growing import assert_owned
-from tests.workers.tolaria import nanogpt
 
 PYTHON: dict[str, Callable[..., None]] = {}  # page → what its code takes from its reader, and what holds after it
 
