@@ -19,12 +19,13 @@ from pyarrow import fs
 from torch import Tensor
 
 from esper.platform.console import say
-from esper.platform.errors import UserError, clipped, reason
+from esper.platform.errors import UserError, clipped, in_a_sentence, reason
 from esper.platform.storage import write_bytes
 
 VERSION = "2"  # 1 was a folder of three files
 SUFFIX = ".safetensors"
 NO_DIGEST = "0" * 64
+MEND = "restore it from a copy, or start the run anew"
 
 Content = tuple[Any, dict[str, Tensor]]  # state and tensors
 
@@ -43,7 +44,7 @@ def pack(state: Any, tensors: Mapping[str, Tensor]) -> bytes:
 
 def unpack(data: bytes, name: str) -> Content:
     """State and tensors (CPU, own memory); raises UserError, with `name`, for another version or any changed byte."""
-    try:
+    with in_a_sentence(f"checkpoint {name} is damaged", MEND):
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if (version := metadata["version"]) != VERSION:
             wanted = f"this code reads version {VERSION}, so go on with the Esper that wrote it"
@@ -52,8 +53,6 @@ def unpack(data: bytes, name: str) -> Content:
         if hashlib.sha256(_marked(data, digest, NO_DIGEST)).hexdigest() != digest:
             raise ValueError("its checksum differs")
         return json.loads(metadata["state"]), safetensors.torch.load(data)
-    except Exception as error:  # a reader of bytes raises what it likes
-        raise _damaged(name, error) from None
 
 
 def write(path: Path, state: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -65,12 +64,10 @@ def write(path: Path, state: Any, tensors: Mapping[str, Tensor]) -> None:
 
 def read(path: Path) -> Content:
     """`unpack` from a file; raises UserError where it is missing, unreadable or damaged."""
-    try:
+    if not path.exists():
+        raise UserError(f"checkpoint {path} is not there: name the file of one, or start the run anew.")
+    with in_a_sentence(f"checkpoint {path} is damaged", MEND):
         return unpack(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} is not there: name the file of one, or start the run anew.") from None
-    except OSError as error:
-        raise _damaged(path, error) from None
 
 
 def below(place: str, folder: str) -> str:
@@ -91,14 +88,10 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
     def __init__(self, place: str | Path) -> None:
         self.failed: str | None = None
         self._place = str(place)
-        try:
+        mend = "give a path that every node sees, or a URI such as s3://bucket/folder"
+        with in_a_sentence(f"checkpoints cannot be kept in {place!r}", mend):
             path = str(Path(place).expanduser().absolute())
             self._system, self._folder = fs.FileSystem.from_uri(self._place if "://" in self._place else path)
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"checkpoints cannot be kept in {place!r} ({reason(error)}): give a path that every node sees, or a "
-                "URI such as s3://bucket/folder."
-            ) from None
         self._newest: dict[str, Content | None] = {}  # by name, what is to be written; None stands for its removal
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")  # joined at exit
 
@@ -185,7 +178,3 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _marked(data: bytes, digest: str, other: str) -> bytes:
     """A file with another digest in its metadata; inside the state's text, the quotes would be escaped."""
     return data.replace(f'"sha256":"{digest}"'.encode(), f'"sha256":"{other}"'.encode(), 1)
-
-
-def _damaged(name: object, error: Exception) -> UserError:
-    return UserError(f"checkpoint {name} is damaged ({reason(error)}): restore it from a copy, or start the run anew.")

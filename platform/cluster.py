@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from esper.platform.console import counted, say
-from esper.platform.errors import UserError, reason
+from esper.platform.errors import UserError, in_a_sentence
 
 LOCAL = {  # read by Ray when it is imported; what the user has set stays
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's way to say: one machine only, so listen on 127.0.0.1
@@ -106,16 +106,12 @@ def fit(cpus: float, gpus: float, taken: tuple[float, float] = (0, 0)) -> int:
 def _attach(address: str, options: dict[str, Any]) -> str:
     import ray
 
-    try:
+    mend = "start one with `ray start --head`, whose host:6379 it takes (not the dashboard's address), or unset"
+    with in_a_sentence(f"RAY_ADDRESS={address} leads to no Ray cluster", f"{mend} RAY_ADDRESS to run on this machine"):
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if host and port.isdigit():
             socket.create_connection((host, int(port)), PROBE_SECONDS).close()
         ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"RAY_ADDRESS={address} leads to no Ray cluster ({reason(error)}): start one with `ray start --head`, "
-            "whose host:6379 it takes (not the dashboard's address), or unset RAY_ADDRESS to run on this machine."
-        ) from error
     return f"attached to {ray.get_runtime_context().gcs_address}"
 
 

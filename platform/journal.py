@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-from esper.platform.errors import UserError
+from esper.platform.errors import in_a_sentence
 from esper.platform.storage import naming
 
 Entry = dict[str, Any]
@@ -62,18 +62,13 @@ def read_entries(path: Path) -> list[Entry]:
 
 def _read(path: Path) -> tuple[list[Entry], int]:
     """The entries, and the whole lines' length in bytes."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return [], 0
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it a file that may be read.") from None
+    with in_a_sentence(f"{path} cannot be read", "make it a file that may be read"):
+        content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     entries = []
     for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
-        try:
+        with in_a_sentence(f"{path} is damaged in line {number}", "restore it from a copy, or delete that line"):
             entries.append({} | json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            what = f"{path} is damaged in line {number}"
-            raise UserError(f"{what}: restore it from a copy, or delete that line.") from None
     return entries, whole

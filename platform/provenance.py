@@ -18,7 +18,7 @@ from pydantic import Field
 
 from esper.platform import plugins
 from esper.platform.console import counted
-from esper.platform.errors import UserError
+from esper.platform.errors import UserError, in_a_sentence
 from esper.platform.frozen import Frozen
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_bytes, write_text
@@ -118,7 +118,5 @@ def commit() -> str:
 
 
 def _content(path: Path, what: str) -> bytes:
-    try:
+    with in_a_sentence(f"{what} cannot be read", "it must be a file that is there"):
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror}): it must be a file that is there.") from None

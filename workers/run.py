@@ -9,10 +9,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as File
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from torch import Tensor
 
 from esper.platform.console import say
@@ -22,17 +21,15 @@ from esper.platform.frozen import Frozen
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate
-from esper.workers.episode import Finite, Point
-from esper.workers.kasmina import Kasmina
+from esper.workers.episode import Point
 from esper.workers.kasmina.governor import CHECK_EVERY
-from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import norm_fields
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import Data, TokenData
 from esper.workers.tolaria.export import host_of
 from esper.workers.tolaria.rate import rate
 from esper.workers.tolaria.sampling import sample
-from esper.workers.tolaria.trainer import Snapshot, Trainer, TrainerState, synchronize, within
+from esper.workers.tolaria.trainer import Trainer, TrainerState, synchronize, within
 from esper.workers.trained import STRIKES, TrainedEpisode, TrainedState
 
 CONTRIBUTION_SHARE = 0.02  # of a slice's steps that measuring contributions may cost
@@ -46,11 +43,11 @@ Path = Literal["eager", "building", "compiled"]  # by which a slice's steps go; 
 class RunState(TrainedState):
     """A GrowthRun's own attributes too."""
 
-    contributed: dict[str, tuple[Finite, Natural, Natural]]
-    norms: dict[str, tuple[Finite, Finite]]
-    reached: Annotated[float, Field(gt=0)] | None
+    contributed: dict[str, tuple[float, int, int]]
+    norms: dict[str, tuple[float, float]]
+    reached: float | None
     path: Path
-    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    accuracy: float | None = None
 
 
 class Trained(Frozen):
@@ -118,8 +115,6 @@ class GrowthRun(TrainedEpisode):
         if saved.data != self._data.manifest.fingerprint():
             raise UserError("the checkpoint is of a run on other data, or text by another tokenizer: give it the same.")
         now, good = saved.now, saved.good or saved.now
-        if not good.grafts <= now.grafts == len(self.grafts) or self.strikes > len(self.rollbacks):
-            raise ValueError("the trainer is not that of the episode")
         self._good = good, within("good/" if saved.good else "now/", tensors)
         self.trainer.load(*self._good)  # also to check that a rollback can
         if saved.good:
@@ -137,25 +132,8 @@ class GrowthRun(TrainedEpisode):
         self._decay: tuple[float, float] | None = None  # of a cooldown fork: where its rate starts and ends to fall
         super()._start()
 
-    @property
-    def kasmina(self) -> Kasmina:
-        return self.trainer.kasmina
-
-    @property
-    def device(self) -> torch.device:
-        return self.trainer.device
-
-    def _rows(self, since: int = 0) -> list[list[float]]:
-        return self.trainer.measured(since)
-
-    def _forget(self) -> None:
-        self.trainer.forget()
-
-    def _snapshot(self) -> Snapshot:
-        return self.trainer.state()
-
-    def _go_back(self) -> None:
-        self.trainer.roll_back(self._good)
+    def _roll_back(self, wrong: str) -> None:
+        super()._roll_back(wrong)
         self.path = "eager"
 
     def _point(self) -> Point:

@@ -5,18 +5,16 @@
 
 import statistics
 import time
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Candidate
-from esper.workers.episode import Episode, EpisodeState, Finite, Rollback
+from esper.workers.episode import Episode, EpisodeState, Rollback
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.governor import fault
-from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import GlobalMeasured, Measured
 from esper.workers.tolaria.trainer import synchronize
 
@@ -27,38 +25,41 @@ class TrainedState(EpisodeState):
     """A TrainedEpisode's own attributes too."""
 
     measured: Measured
-    window: list[Finite]
-    inspected: Natural
-    strikes: Natural
+    window: list[float]
+    inspected: int
+    strikes: int
+
+
+class Engine(Protocol):
+    """What trains a host: a `Trainer`, or the user's loop."""
+
+    @property
+    def kasmina(self) -> Kasmina: ...
+    @property
+    def device(self) -> torch.device: ...
+    # Of each step of this slice, from one on: [loss in nats, gradient norm without and with seeds on probation].
+    def measured(self, since: int = 0) -> list[list[float]]: ...
+    def forget(self) -> None: ...  # these rows
+    def state(self) -> Any: ...
+    def roll_back(self, good: Any) -> None: ...  # to a `state`; no number of a graft and no part's name is used twice
 
 
 class TrainedEpisode(Episode):
-    """An episode of a host of tensors, which `kasmina` grows."""
+    """An episode of a host of tensors, which `trainer` trains and grows."""
 
-    _good: Any  # what `_go_back` returns to: how the host was at the start of the slice under way
+    trainer: Engine
+    _good: Any  # the trainer's state at the start of the slice under way
 
     @property
-    @abstractmethod
-    def kasmina(self) -> Kasmina: ...
-    @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
-    # Of each step of this slice, from one on: [loss in nats, gradient norm without and with seeds on probation].
-    @abstractmethod
-    def _rows(self, since: int = 0) -> list[list[float]]: ...
-    @abstractmethod
-    def _forget(self) -> None: ...  # these rows
-    @abstractmethod
-    def _snapshot(self) -> Any: ...
-    @abstractmethod
-    def _go_back(self) -> None: ...  # to `_good`; no number of a graft and no name of a part is used twice
+    def kasmina(self) -> Kasmina:
+        return self.trainer.kasmina
 
     def _start(self) -> None:
         self.measured = Measured()
         self.window: list[float] = []  # the governor's
         self.inspected = 0  # steps of this slice that the governor has looked at
         self.strikes = 0
-        self._good = self._snapshot()
+        self._good = self.trainer.state()
         self._resized()
         axis, step = self.spec.budget.axis, float(self.layout.axis_per_step[0])
         if self.clock.amount < step and self.spec.clock.foretells(axis):
@@ -86,7 +87,7 @@ class TrainedEpisode(Episode):
 
     def _charge(self, predicted: float, begun: float, steps: int = 0, *, wait: bool = True) -> None:
         if wait:
-            synchronize(self.device)
+            synchronize(self.trainer.device)
         measured = self._elapsed(begun)
         self.ledger.charge(
             seconds=self.spec.clock.reading(predicted, measured),
@@ -103,14 +104,14 @@ class TrainedEpisode(Episode):
 
     def _fault(self, unread: int) -> str | None:
         """What the governor finds wrong in the steps since its last look, of `unread` in the slice."""
-        wrong = fault(self._rows(since=self.inspected), self.window, self.vocab_size)
+        wrong = fault(self.trainer.measured(since=self.inspected), self.window, self.vocab_size)
         if wrong is None:
             self.inspected = unread
         return wrong
 
     def _sound(self, loss: float, sites: Mapping[str, Mapping[str, float]]) -> None:
         """Close a slice that ended at this loss: its measures, among them those of `sites`; begin the next one."""
-        rows = self._rows()
+        rows = self.trainer.measured()
         norms = [norm for _, norm, _ in rows]
         told: dict[GlobalMeasured, float] = {"train_gap": (loss - statistics.fmean(row[0] for row in rows)) / loss}
         if len(norms) > 1:
@@ -120,10 +121,10 @@ class TrainedEpisode(Episode):
             found.setdefault(seed.site, {})["on_probation" if seed.on_probation else "established"] = 1.0
         self.measured = Measured(told, found)
         self._next_slice()
-        self._good = self._snapshot()
+        self._good = self.trainer.state()
 
     def _next_slice(self) -> None:
-        self._forget()
+        self.trainer.forget()
         self.inspected = 0
         for seed in self.kasmina.seeds:
             if not seed.on_probation:
@@ -139,7 +140,7 @@ class TrainedEpisode(Episode):
         begun = time.perf_counter()
         seeds = self.kasmina.seeds
         suspect = seeds[-1] if seeds and seeds[-1].on_probation else None
-        self._go_back()
+        self.trainer.roll_back(self._good)
         self._resized()
         undone = [number for number in self.planted if self.grafts[number].outcome == "pruned"]
         if undone:
@@ -149,7 +150,7 @@ class TrainedEpisode(Episode):
         if suspect is not None:
             if suspect.number in self.planted:  # older than the slice
                 suspect = self.kasmina.prune(suspect.site)  # another, where the slice had pruned a newer one
-                self._good = self._snapshot()
+                self._good = self.trainer.state()
             there = {seed.number for seed in self.kasmina.seeds}
             for number in {suspect.number, *self.planted} - there:  # those inside it too
                 self.grafts[number].outcome = "rolled back"

@@ -27,8 +27,7 @@ from esper.policies.schedule import Entry, SchedulePolicy
 from esper.policies.static import StaticPolicy
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.registry import blueprints_of, make_blueprints
-from esper.workers.own_loop import NO_COPIES, LoopState, OwnLoop
-from esper.workers.ranks import Ranks
+from esper.workers.own_loop import NO_COPIES, LoopState, OwnLoop, Ranks
 
 Controller = str | Path | Sequence[tuple[float, str]] | GrowthPolicy | Callable[[Telemetry], int]
 

@@ -182,32 +182,34 @@ def test_the_planner_plans_by_laws(tmp_path):
         Loop(controller="planner", laws=tmp_path / "laws.json", tokens_per_step=100).train(1)
 
 
+def grown(host, optimizer, x, plan, **settings):
+    """What a host that tells ten classes apart has come to by a plan, in 40 steps on one batch."""
+    labels = torch.arange(len(x)) % 10
+
+    def evaluate():
+        return F.cross_entropy(host(x), labels)
+
+    given = {"evaluate": evaluate, "growth": {"min_optimizer_steps": 1}} | settings
+    grower = Grower(host, optimizer, plan, **given)
+    while not grower.ended:
+        loss = evaluate()
+        loss.backward()
+        grower.step(loss)
+    summary = grower.summary()
+    assert [graft["blueprint"] for graft in summary["grafts"]] == [blueprint for _, blueprint in plan]
+    for graft in summary["grafts"]:
+        assert graft["val_loss_after"] == pytest.approx(graft["val_loss_before"], abs=1e-5)
+    return summary
+
+
 def test_a_resnet_grows_too():
     torch.manual_seed(0)
     spec = ResNetSpec(n_layer=1, channels=4, group=4, image_size=8, image_channels=1)
     host = ResNetHost(spec, 10, torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(host.parameters(), lr=0.05, momentum=0.9)
-    images, labels = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
-
-    def evaluate():
-        return F.cross_entropy(host(images), labels)
-
-    grower = Grower(
-        host,
-        optimizer,
-        [(0.2, "conv_width"), (0.4, "conv_block")],
-        budget=Budget(tokens=40 * 32, decisions=8),
-        evaluate=evaluate,
-        growth={"min_optimizer_steps": 1},
-    )
-    while not grower.ended:
-        loss = F.cross_entropy(host(images), labels)
-        loss.backward()
-        grower.step(loss)
-    summary = grower.summary()
-    assert (summary["steps"], summary["tokens"], len(summary["grafts"])) == (40, 1280, 2)
-    for graft in summary["grafts"]:
-        assert graft["val_loss_after"] == pytest.approx(graft["val_loss_before"], abs=1e-5)
+    plan, budget = [(0.2, "conv_width"), (0.4, "conv_block")], Budget(tokens=40 * 32, decisions=8)
+    summary = grown(host, optimizer, torch.randn(32, 1, 8, 8), plan, budget=budget)
+    assert (summary["steps"], summary["tokens"]) == (40, 1280)
     assert summary["val_loss"] < summary["val_curve"][0]["val_loss"]
 
 
@@ -215,22 +217,12 @@ def test_a_host_of_another_kind_grows_once_it_is_told_how_many_outputs_there_are
     [page] = after_each(blocks("your-own-model.md")[2:3])
     layers = (page["Layer"](uid=0, width=16),)
     host = page["MLPHost"](page["MLPShape"](64, 32, 10, born=page["Layer"](uid=1, width=16), layers=layers))
-    optimizer, x, labels = adam(host), torch.randn(32, 64), torch.arange(32) % 10
-    settings = {"budget": Budget(steps=40, decisions=8), "evaluate": lambda: F.cross_entropy(host(x), labels)}
-    Grower(host, optimizer, **settings)  # as the page's own tells
+    optimizer, x, budget = adam(host), torch.randn(32, 64), Budget(steps=40, decisions=8)
+    Grower(host, optimizer, budget=budget, evaluate=lambda: 1.0)  # as the page's own tells
     del page["MLPHost"].OUTPUTS
     with pytest.raises(UserError, match=r"outputs= is missing or below 2, .*: give the size of the vocabulary, or"):
-        Grower(host, optimizer, **settings)
-    grower = Grower(
-        host, optimizer, [(0.2, "ffn"), (0.4, "block")], outputs=10, growth={"min_optimizer_steps": 1}, **settings
-    )
-    while not grower.ended:
-        loss = F.cross_entropy(host(x), labels)
-        loss.backward()
-        grower.step(loss)
-    grafts = grower.summary()["grafts"]
-    assert [graft["blueprint"] for graft in grafts] == ["ffn", "block"]
-    assert grafts[1]["val_loss_after"] == pytest.approx(grafts[1]["val_loss_before"], abs=1e-5)
+        grown(host, optimizer, x, [], budget=budget)
+    grown(host, optimizer, x, [(0.2, "ffn"), (0.4, "block")], budget=budget, outputs=10)
     assert host.shape.depth() == 2
 
 

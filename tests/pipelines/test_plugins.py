@@ -137,7 +137,7 @@ def test_an_arm_that_is_none_is_refused_before_anything_begins(
     ("change", "sentence"),
     [
         (("units: Count", "unit: Count"), "blueprint CopiedNeurons lacks units: give it that"),
-        (('"copied"', '"ffn"'), "CopiedNeurons is called 'ffn', as one of esper.workers.kasmina.blueprints.ffn is"),
+        (('"copied"', '"ffn"'), "CopiedNeurons is called 'ffn', as one of esper.workers.kasmina.blueprints.units is"),
         (('"width"\n', '"wings"\n'), "unknown adds of blueprint CopiedNeurons 'wings'"),
         (("(Units)", "(Blueprint)"), "blueprint CopiedNeurons lacks allowed, outgoing, prune, pruned, resized, slices"),
         (("@dataclass(frozen=True)\n", ""), "CopiedNeurons lacks @dataclass(frozen=True)"),

@@ -42,19 +42,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes):
     path = tmp_path / "points.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     for open_it in (read_entries, Journal):
-        with pytest.raises(UserError, match=r"points\.jsonl is damaged in line 2: restore"):
+        with pytest.raises(UserError, match=r"points\.jsonl is damaged in line 2 \(.*\): restore"):
             open_it(path)
     assert read_entries(tmp_path / "nothing") == []
-
-
-def test_a_full_disk_is_an_error_that_names_the_file_and_not_half_a_line(tmp_path: Path, files_of_at_most):
-    journal = Journal(tmp_path / "points.jsonl")
-    journal.add({"step": 1})
-    with files_of_at_most(journal.path.stat().st_size + 5), pytest.raises(OSError, match="points"):
-        journal.add({"step": 2})
-    journal.add({"step": 3})
-    journal.close()
-    assert read_entries(journal.path) == [{"step": 1}, {"step": 3}]
 
 
 def test_a_write_that_a_full_disk_cuts_short_names_its_file_and_leaves_the_old_one(tmp_path, files_of_at_most):

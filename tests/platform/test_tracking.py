@@ -163,7 +163,7 @@ def test_a_full_disk_is_told_once_and_what_is_logged_again_is_there_once(
     with begin("trial") as tracker:
         assert tracker.run_id
         tracker.log(point(0), 0)
-        with files_of_at_most((tmp_path / "trial" / JOURNAL).stat().st_size):
+        with files_of_at_most((tmp_path / "trial" / JOURNAL).stat().st_size + 5):  # half a line has room
             for step in range(1, 4):
                 tracker.log(point(step), step)
         tracker.log(point(4), 4)

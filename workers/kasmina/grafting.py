@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from esper.platform.contracts import HostProtocol, check_host
 from esper.platform.errors import UserError
 from esper.platform.seeding import torch_stream
 from esper.workers.kasmina import surgery
-from esper.workers.kasmina.registry import Blueprint, Count, Natural, Planted, make_blueprints
+from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
 from esper.workers.kasmina.slices import Apart, Slice, rest
 
 NEGLIGIBLE = 1e-6  # β₂ᵗ from which on moments that began at zero are as good as the host's
@@ -29,12 +30,12 @@ class Seed:
     """One graft."""
 
     planted: Planted
-    number: Natural  # of this graft among all that were made
-    parameters: Natural  # that it added
-    probation: Count  # optimizer steps over which its rate warms up
-    settled: Natural  # age from which on nothing sets it apart
-    older: Natural = 0  # steps that the tensors which it joined had behind them
-    age: Natural = 0  # optimizer steps since birth
+    number: int  # of this graft among all that were made
+    parameters: int  # that it added
+    probation: int  # optimizer steps over which its rate warms up
+    settled: int  # age from which on nothing sets it apart
+    older: int = 0  # steps that the tensors which it joined had behind them
+    age: int = 0  # optimizer steps since birth
 
     @property
     def site(self) -> str:
@@ -65,9 +66,6 @@ class Seed:
         return self.scale(t) * first / math.sqrt(second)
 
 
-SlowedBy = tuple[Seed, tuple[float, float] | None]  # a young seed, and Adam's betas where it is Adam
-
-
 class Kasmina:
     """Grows one host and its optimizer, which must hold exactly the host's parameters."""
 
@@ -89,7 +87,7 @@ class Kasmina:
         self.seeds: list[Seed] = []  # on the host, oldest graft first
         self.grafts = 0  # ever made: the next one's number and random key
         self._random = seed
-        self._apart: Apart[SlowedBy] | None = None  # None: to be found again
+        self._apart: Apart | None = None  # None: to be found again
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_apart": None}  # its views are not a copy's
@@ -165,7 +163,7 @@ class Kasmina:
         norms = apart.clip(max_norm)
         for seed in self.seeds:
             seed.age += 1
-        apart.step(self.optimizer, _weight)
+        apart.step(self.optimizer)
         if any(seed.age in (seed.probation, seed.settled) for seed in self.seeds):
             self._apart = None
         return norms[0], norms[1:].sum() if len(norms) > 1 else None
@@ -173,39 +171,19 @@ class Kasmina:
     def slowed(self) -> list[tuple[Slice, float]]:
         """Slices whose last update was a fraction of the optimizer's, and that fraction."""
         apart = self._apart or self._find_apart()
-        return [(each, _weight(owner)) for owner, slices in apart.slowed for each in slices]
+        return [(each, weight()) for weight, slices in apart.slowed for each in slices]
 
     def parameters_warming_up(self) -> float:
         """Parameters on probation, each weighted by what its rate lacks: from about 1 at birth to 0."""
         return sum(seed.parameters * (1 - seed.scale(seed.age + 1)) for seed in self.seeds if seed.on_probation)
 
     def load(self, seeds: Sequence[Seed], grafts: int) -> None:
-        """Restore copies of `seeds`, after host and optimizer; ValueError where they are not this host's."""
-        sites = self._sites()
-        parts = [seed.planted.part for seed in seeds if seed.planted.part]
-        numbers = [seed.number for seed in seeds]
-        units = Counter[str]()
-        for seed in seeds:
-            units[seed.site] += seed.planted.units
-        if not (
-            all(self._could_hold(seed.planted, sites.get(seed.site)) for seed in seeds)
-            and all(units[site.id] < site.units for site in sites.values() if units[site.id])
-            and len(set(parts)) == len(parts)
-            and numbers == sorted(set(numbers) & set(range(grafts)))
-        ):
-            raise ValueError("the seeds are not this host's")
+        """Restore copies of `seeds`, after host and optimizer."""
         self.seeds = [replace(seed) for seed in seeds]
         self.grafts = grafts
         self._apart = None
 
-    def _could_hold(self, planted: Planted, site: Any) -> bool:
-        blueprint = self.blueprints.get(planted.blueprint)
-        if blueprint is None or blueprint.units != planted.units or bool(planted.units) == bool(planted.part):
-            return False
-        there = self.host.part(planted.part) if planted.part else site
-        return there is not None and (site is None or blueprint.name in site.blueprints)  # a part's site may be gone
-
-    def _find_apart(self) -> Apart[SlowedBy]:
+    def _find_apart(self) -> Apart:
         """The slices of seeds on probation, clipped apart, and of young ones, slowed."""
         groups = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         clipped: list[list[Slice]] = []  # newest seed first, without what belongs to seeds inside it
@@ -219,7 +197,7 @@ class Kasmina:
                 for each in mine:
                     betas = self._betas(each.parameter, groups) if seed.older else None
                     by_betas.setdefault(betas, []).append(each)
-                slowed += [((seed, betas), slices) for betas, slices in by_betas.items()]
+                slowed += [(partial(seed.weight, betas), slices) for betas, slices in by_betas.items()]
             if seed.on_probation:
                 clipped.append(rest(mine, taken))
                 taken += clipped[-1]
@@ -241,8 +219,3 @@ class Kasmina:
 
     def _sites(self) -> dict[str, Any]:
         return {site.id: site for site in self.host.shape.injection_specs()}
-
-
-def _weight(owner: SlowedBy) -> float:
-    seed, betas = owner
-    return seed.weight(betas)

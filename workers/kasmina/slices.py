@@ -6,12 +6,10 @@ rate is applied after the optimizer's step, as its way from the old to the new v
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-Owner = TypeVar("Owner")
 
 
 class Slice(NamedTuple):
@@ -46,14 +44,16 @@ def rest(slices: Iterable[Slice], taken: Iterable[Slice]) -> list[Slice]:
     return [each for each in left if each.size != 0]
 
 
-class Apart(Generic[Owner]):
+class Apart:
     """The slices that a step sets apart: groups that are clipped each by itself, and slices that move more slowly.
 
     It holds views of the parameters: make it anew once one of them is replaced, and after a copy.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Slice]], slowed: Sequence[tuple[Owner, Sequence[Slice]]]) -> None:
-        self.slowed = slowed  # by what their weight follows from
+    def __init__(
+        self, groups: Sequence[Sequence[Slice]], slowed: Sequence[tuple[Callable[[], float], Sequence[Slice]]]
+    ) -> None:
+        self.slowed = slowed  # with what tells their weight
         pieces: dict[int, list[tuple[int, Slice, int]]] = {}  # of each parameter: (start, slice, group)
         for number, group in enumerate(groups):
             for each in group:
@@ -88,7 +88,7 @@ class Apart(Generic[Owner]):
         return norms
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, weight: Callable[[Owner], float]) -> None:
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's step, each slowed slice's way in it multiplied by its weight; one inside another by both."""
         if not self._views:
             optimizer.step()
@@ -96,6 +96,6 @@ class Apart(Generic[Owner]):
         torch._foreach_copy_(self._before, self._views)  # pyright: ignore[reportPrivateImportUsage]
         optimizer.step()
         views, before = iter(self._views), iter(self._before)
-        for owner, slices in self.slowed:  # a GPU works on all tensors of a call at once, and owners share some
+        for weight, slices in self.slowed:  # a GPU works on all tensors of a call at once, and seeds share some
             now, then = list(islice(views, len(slices))), list(islice(before, len(slices)))
-            torch._foreach_lerp_(now, then, 1 - weight(owner))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(now, then, 1 - weight())  # pyright: ignore[reportPrivateImportUsage]

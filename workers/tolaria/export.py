@@ -16,7 +16,7 @@ from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, new_folder, write_json, write_text
 from esper.workers.tolaria.data import TokenData, Tokenizer, tokenizer
 from esper.workers.tolaria.data.tokenizer import END, BytePairs, byte_symbols
-from esper.workers.tolaria.gpt2 import CONFIG, MODEL, check_gpt2, config_of, to_gpt2
+from esper.workers.tolaria.gpt2 import CONFIG, MODEL, config_of, to_gpt2
 from esper.workers.tolaria.hosts import HOSTS, AnyHost, outputs_of, rebuilt
 from esper.workers.tolaria.model.layered import Layout
 from esper.workers.tolaria.model.transformer import TransformerHost
@@ -65,10 +65,8 @@ def export(
     exactly nothing. UserError where it cannot express a layer, the folder is in use or the tokenizer another.
     """
     check_unused(folder)
-    if to == "gpt2":
-        if not isinstance(host, TransformerHost):
-            raise UserError(f"the host is a {host.spec.kind}, and no GPT-2: export in the native format.")
-        check_gpt2(host.shape)
+    if to == "gpt2" and not isinstance(host, TransformerHost):
+        raise UserError(f"the host is a {host.spec.kind}, and no GPT-2: export in the native format.")
     outputs = outputs_of(host.spec, host.state_dict())
     if tokenizer is not None and tokenizer.vocab_size != outputs:
         what = f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the host {outputs}"
@@ -88,11 +86,7 @@ def export(
             tokenizer.save(partial)
             name = tokenizer.name
         state = {"config": config, "vocab_size": outputs, "tokenizer": name}
-        checkpoint.write(partial / MODEL, state, _state(host))
-
-
-def _state(host: AnyHost) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in host.own_state().items()}
+        checkpoint.write(partial / MODEL, state, host.own_state())
 
 
 def check_tokenizer(folder: Path, data: TokenData) -> None:

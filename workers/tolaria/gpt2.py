@@ -22,7 +22,6 @@ from esper.platform.frozen import BelowOne, Frozen, Heads
 from esper.platform.host_spec import Activation, HostSpec, LayerSpec
 from esper.platform.storage import read_json
 from esper.workers.tolaria.model.layered import Layout
-from esper.workers.tolaria.model.shape import TransformerShape
 from esper.workers.tolaria.model.transformer import TransformerHost
 
 CONFIG, MODEL = "config.json", "model.safetensors"  # the files of a folder, as transformers calls them
@@ -79,37 +78,30 @@ def from_gpt2(model: nn.Module | Path | str) -> TransformerHost:
 def to_gpt2(host: TransformerHost, *, linear: bool = False) -> dict[str, Tensor]:
     """The host's weights by GPT-2's names, on the CPU, for a model's `load_state_dict`: `n_layer`, `n_inner` as grown.
 
-    `linear`: for `nn.Linear`s, as in nanoGPT's form, and not for transformers' `Conv1D`. UserError where GPT-2 has no
-    such layer.
+    `linear`: for `nn.Linear`s, as in nanoGPT's form, and not for transformers' `Conv1D`. UserError naming a layer
+    that GPT-2 cannot have.
     """
-    check_gpt2(host.shape)
-    D, W = host.shape.head_dim, max(layer.width for layer in host.shape.layers)
-    H = host.shape.n_embd // D
-    state = {}
-    for name, value in host.state_dict().items():
-        tensor = value.detach().cpu()
-        if ".attn.c_attn." in name:  # (H·3·D, …) → (3·H·D, …)
-            tensor = _padded(tensor.unflatten(0, (-1, 3, D)), 0, H).transpose(0, 1).flatten(0, 2)
-        elif ".mlp.c_fc." in name:
-            tensor = _padded(tensor, 0, W)
-        elif name.endswith(".c_proj.weight"):
-            tensor = _padded(tensor, 1, H * D if ".attn." in name else W)
-        if not linear and ".c_" in name and name.endswith("weight"):
-            tensor = tensor.t()  # (out, in) → (in, out)
-        state[name if name == HEAD else f"{PREFIX}{name}"] = tensor.contiguous()
-    return state
-
-
-def check_gpt2(shape: TransformerShape) -> None:
-    """Raise UserError naming a layer that GPT-2 cannot have, if there is one."""
-    C, D = shape.n_embd, shape.head_dim
-    for layer in shape.layers:
+    C, D, W = host.shape.n_embd, host.shape.head_dim, max(layer.width for layer in host.shape.layers)
+    for layer in host.shape.layers:
         if layer.experts or C % D or layer.heads * D > C:
             raise UserError(
                 f"layer h{layer.uid} has {layer.heads} head(s) of {D} dimensions and {len(layer.experts)} expert(s), "
                 f"and GPT-2 no experts and heads that fill the embedding, {C}: export in the native format, which "
                 """takes any shape, or train with --set 'growth.blueprints={"ffn": {}, "block": {}}'."""
             )
+    state = {}
+    for name, value in host.state_dict().items():
+        tensor = value.detach().cpu()
+        if ".attn.c_attn." in name:  # (H·3·D, …) → (3·H·D, …)
+            tensor = _padded(tensor.unflatten(0, (-1, 3, D)), 0, C // D).transpose(0, 1).flatten(0, 2)
+        elif ".mlp.c_fc." in name:
+            tensor = _padded(tensor, 0, W)
+        elif name.endswith(".c_proj.weight"):
+            tensor = _padded(tensor, 1, C if ".attn." in name else W)
+        if not linear and ".c_" in name and name.endswith("weight"):
+            tensor = tensor.t()  # (out, in) → (in, out)
+        state[name if name == HEAD else f"{PREFIX}{name}"] = tensor.contiguous()
+    return state
 
 
 def config_of(host: TransformerHost, end_id: int | None) -> dict[str, Any]:

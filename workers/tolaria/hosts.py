@@ -9,10 +9,8 @@ from torch import Tensor
 from esper.platform.host_spec import Host
 from esper.platform.spec import RunSpec
 from esper.workers.tolaria.model.layered import Layout
-from esper.workers.tolaria.model.resnet import ResNetHost
-from esper.workers.tolaria.model.resnet_shape import ResNetShape
-from esper.workers.tolaria.model.shape import TransformerShape
-from esper.workers.tolaria.model.transformer import TransformerHost
+from esper.workers.tolaria.model.resnet import ResNetHost, ResNetShape
+from esper.workers.tolaria.model.transformer import TransformerHost, TransformerShape
 
 HOSTS: dict[str, type[Any]] = {"transformer": TransformerHost, "resnet": ResNetHost}
 AnyHost = TransformerHost | ResNetHost

@@ -4,14 +4,13 @@ B examples, T targets of each (none: one), V kinds of targets.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from esper.platform.contracts import Instance
@@ -20,7 +19,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.seeding import derive, torch_stream
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina import Kasmina, Seed
-from esper.workers.kasmina.registry import Blueprint, Natural
+from esper.workers.kasmina.registry import Blueprint
 from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.adamw import EagerAdamW
@@ -34,25 +33,14 @@ EVAL_POSITIONS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # activations fit a core'
 PROOF_POSITIONS = 1024  # of held-out data, on which logits are compared before and after a graft
 CONTRIBUTION_BATCHES = 2  # training batches' worth of held-out data that contributions are measured on
 
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class GroupState(Frozen):
-    """An optimizer group: its parameters by name, and the settings that differ between groups."""
-
-    params: Annotated[tuple[str, ...], Field(min_length=1)]
-    lr: NotNegative
-    weight_decay: NotNegative
-
 
 class TrainerState(Frozen):
     """A trainer's state without its tensors."""
 
     layout: Layout
-    groups: tuple[GroupState, ...]
     seeds: tuple[Seed, ...]
-    grafts: Natural
-    steps: Natural
+    grafts: int
+    steps: int
 
 
 Snapshot = tuple[TrainerState, dict[str, Tensor]]  # never changed once taken
@@ -89,21 +77,13 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_bound": None}  # its tensors are not a copy's
 
-    def take(self, host: AnyHost, groups: Sequence[GroupState] = ()) -> None:
+    def take(self, host: AnyHost) -> None:
         """Train this host from now on, with a new optimizer: AdamW, weight decay on matrices (1711.05101)."""
-        self.host = host.to(self.device)
-        named, spec = dict(host.named_parameters()), self._spec.optimizer
-        if not groups:
-            matrices = tuple(name for name, parameter in named.items() if parameter.dim() >= 2)
-            others = tuple(name for name in named if name not in matrices)
-            kinds = ((matrices, spec.weight_decay), (others, 0.0))
-            groups = [GroupState(params=names, lr=spec.learning_rate, weight_decay=decay) for names, decay in kinds]
-        self.optimizer = EagerAdamW(
-            [{**group.model_dump(), "params": [named[name] for name in group.params]} for group in groups],
-            betas=spec.betas,
-            eps=spec.eps,
-            fused=True,
-        )
+        self.host, spec = host.to(self.device), self._spec.optimizer
+        matrices = [parameter for parameter in self.host.parameters() if parameter.dim() >= 2]
+        others = {"params": [p for p in self.host.parameters() if p.dim() < 2], "weight_decay": 0.0}
+        groups = [{"params": matrices, "weight_decay": spec.weight_decay}, others]
+        self.optimizer = EagerAdamW(groups, spec.learning_rate, spec.betas, spec.eps, fused=True)
         self.kasmina = Kasmina(
             self.host,
             self.optimizer,
@@ -231,29 +211,22 @@ class Trainer:
         for parameter, moments in self.optimizer.state.items():
             tensors |= {f"optimizer/{names[id(parameter)]}/{key}": value for key, value in moments.items()}
         tensors["measured"] = torch.stack(self._measured) if self._measured else torch.zeros(0, 3)
-        groups = tuple(
-            GroupState(params=tuple(names[id(p)] for p in g["params"]), lr=g["lr"], weight_decay=g["weight_decay"])
-            for g in self.optimizer.param_groups
-        )
         layout, seeds = self.host.layout(), tuple(map(replace, self.kasmina.seeds))
-        values = TrainerState(layout=layout, groups=groups, seeds=seeds, grafts=self.kasmina.grafts, steps=self.steps)
+        values = TrainerState(layout=layout, seeds=seeds, grafts=self.kasmina.grafts, steps=self.steps)
         return values, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def load(self, state: TrainerState, tensors: Mapping[str, Tensor]) -> None:
-        """Restore a state, copying its tensors; all kinds of errors where the two do not fit together."""
+        """Restore a state, copying its tensors."""
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in within("host/", tensors).items()}
         host = rebuilt(self._born, self._vocab_size, state.layout, own)
-        self.take(host, state.groups)
+        self.take(host)
         named, moments = dict(self.host.named_parameters()), self.optimizer.state
         for name, tensor in within("optimizer/", tensors).items():
             owner, _, key = name.rpartition("/")
             moments[named[owner]][key] = tensor.to(self.device, copy=True)
-        rows = tensors["measured"]
-        if rows.shape[1:] != (3,) or not all(_fit(parameter, kept) for parameter, kept in moments.items()):
-            raise ValueError("the optimizer's tensors have other shapes")
         self.kasmina.load(state.seeds, state.grafts)
         self.steps = state.steps
-        self._measured = list(rows.to(self.device, copy=True).unbind())
+        self._measured = list(tensors["measured"].to(self.device, copy=True).unbind())
 
     def roll_back(self, good: Snapshot) -> None:
         """Load a snapshot of this run but keep the counters of layers and grafts: no id is used twice."""
@@ -290,13 +263,6 @@ class Trainer:
 def within(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under `folder`, with that prefix removed from their names."""
     return {name.removeprefix(folder): tensor for name, tensor in tensors.items() if name.startswith(folder)}
-
-
-def _fit(parameter: Tensor, moments: Mapping[str, Tensor]) -> bool:
-    """Whether these may be AdamW's state of a parameter."""
-    shapes = {key: tensor.shape for key, tensor in moments.items()}
-    fitting = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-    return shapes == fitting and bool(moments["step"] >= 1)
 
 
 def _update(state: dict, parameter: Tensor, group: dict, slowed: Iterable[tuple[Slice, float]]) -> Tensor:

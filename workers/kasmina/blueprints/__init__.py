@@ -1,7 +1,4 @@
-"""The blueprints, one file each; importing this package registers all that lie in it."""
+"""The blueprints; importing this package registers them."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+from esper.workers.kasmina.blueprints import parts as parts
+from esper.workers.kasmina.blueprints import units as units

@@ -1,23 +1,23 @@
-"""What blueprints share: units (heads, neurons, channels) between two linear maps, and parts, put in and taken out.
+"""Units (heads, neurons, channels) between two linear maps: grown widthwise (Net2Net 1511.05641; GradMax 2201.05125).
 
 A unit is rows of the incoming map and columns of the outgoing one, matrices or convolutions:
 
     y = V·φ(U·x)   →   y' = [V 0]·φ([U; U⁺]·x) = V·φ(U·x) + 0·φ(U⁺·x) = y
 
 for any φ that acts on each unit alone (GELU, attention heads, a norm of whole groups of channels). Only the outgoing
-side is zero: zero on both would leave both without a gradient (Net2Net 1511.05641; GradMax 2201.05125).
+side is zero: zero on both would leave both without a gradient.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from esper.platform.contracts import HostProtocol, HostShape, Resized
+from esper.platform.contracts import HostProtocol, HostShape, Resized, SiteKind
 from esper.workers.kasmina import surgery
-from esper.workers.kasmina.registry import Blueprint, Grafted, Planted
+from esper.workers.kasmina.registry import Blueprint, Count, Grafted, Planted, register
 from esper.workers.kasmina.slices import Slice
 
 
@@ -65,60 +65,70 @@ class Units(Blueprint):
         return _lengthened(_grown(host, seed.site), -seed.units), []
 
 
-class Part(Blueprint):
-    """What every blueprint of a part shares."""
+@register
+@dataclass(frozen=True)
+class AttentionSeed(Units):
+    """`heads` heads at a time, up to `limit` in a layer (MSG 2305.02869; 2308.06103, theorem on heads).
 
-    units = 0
+    A head is 3·D rows of QKV (a (3, D) group in the (H, 3, D, C) layout) and D output columns.
+    Parameters per head: 3·D·(C + 1) + C·D. Training FLOPs per token and head: 3·(8·C·D + 4·T·D).
+    """
 
-    def pruned(self, shape: HostShape, seed: Planted) -> HostShape:
-        return shape.without(seed.part)
+    name: ClassVar[str] = "attention"
+    site_kind: ClassVar[SiteKind] = "pre_attention"
+    adds: ClassVar[str] = "heads"
 
-    def outgoing(self, host: HostProtocol, seed: Planted) -> list[Tensor]:
-        return host.part(seed.part).outgoing()
+    heads: Count = 1  # of a graft
+    limit: Count = 64  # heads of a layer
 
-    def slices(self, host: HostProtocol, seed: Planted, newer: int) -> list[Slice]:
-        return [Slice(parameter) for parameter in host.part(seed.part).parameters()]
-
-    def prune(self, host: HostProtocol, seed: Planted) -> tuple[list[Resized], list[Any]]:
-        return [], host.remove(seed.part)
+    @property
+    def units(self) -> int:
+        return self.heads
 
 
-class Layer(Part):
-    """What every blueprint of a whole layer in a residual stream shares; the spec's `growth.max_layers` bounds them."""
+@register
+@dataclass(frozen=True)
+class FFNSeed(Units):
+    """`width` neurons at a time, up to `limit` in a layer's MLP.
 
-    def patience(self, host: HostProtocol, site_id: str) -> int:
-        """The largest stream size over the one here, at most 4: an update weighs that much more in a small stream.
+    A neuron is a row of `c_fc` and a column of `c_proj`: 2·C + 1 parameters, 3·4·C training FLOPs per token.
+    """
 
-        Root mean squares: 0.3 after the embeddings, 13 after the first layer (tinystories-char, 600 steps).
-        """
-        sizes = host.stream_sizes()
-        return min(4, math.ceil(max(sizes.values()) / max(sizes[site_id], 1e-12)))
+    name: ClassVar[str] = "ffn"
+    site_kind: ClassVar[SiteKind] = "post_ffn"
+    adds: ClassVar[str] = "width"
 
-    def allowed(self, shape: HostShape, site_id: str) -> bool:
-        return True  # the run caps layers
+    width: Count = 64  # neurons of a graft
+    limit: Count = 65536  # neurons of a layer
+
+    @property
+    def units(self) -> int:
+        return self.width
+
+
+@register
+@dataclass(frozen=True)
+class ConvWidthSeed(Units):
+    """`width` hidden channels at a time, in whole groups of the host's norm; up to `limit` in a residual block.
+
+    A channel is a row of K₁, an entry of the norm between and a column of K₂: 2·9·C + 2 parameters, 3·4·9·C training
+    FLOPs per pixel. GroupNorm's channels come in whole groups, so that no old group's mean changes.
+    """
+
+    name: ClassVar[str] = "conv_width"
+    site_kind: ClassVar[SiteKind] = "conv"
+    adds: ClassVar[str] = "width"
+
+    width: Count = 8  # channels of a graft
+    limit: Count = 4096  # hidden channels of a block
+
+    @property
+    def units(self) -> int:
+        return self.width
 
     def resized(self, shape: Any, site_id: str) -> HostShape:
-        return shape.with_layer(site_id)
-
-    @torch.no_grad()
-    def graft(self, host: HostProtocol, site_id: str, generator: torch.Generator) -> Grafted:
-        """Zero the outgoing side; norms and biases are as at birth, what else there is as `drawn` says."""
-        name, pairs = host.insert(site_id, self.resized(host.shape, site_id))
-        layer = host.part(name)
-        siblings = {id(new): sibling for new, sibling in pairs}
-        outgoing = {id(parameter) for parameter in layer.outgoing()}
-        for key, parameter in layer.named_parameters():
-            if id(parameter) in outgoing:
-                parameter.zero_()
-            else:
-                parameter.copy_(self.drawn(key, parameter, siblings[id(parameter)].detach(), generator))
-        return name, [], pairs
-
-    def drawn(self, key: str, new: Tensor, sibling: Tensor, generator: torch.Generator) -> Tensor:
-        """The value of a parameter of the incoming side: at its sibling's scale; norms 1, biases 0."""
-        if new.dim() > 1:
-            return drawn_like(sibling, new.shape, generator)
-        return torch.zeros_like(new) if key.endswith("bias") else torch.ones_like(new)
+        shape.check_width(self.width, f"growth.blueprints.{self.name}.width")
+        return super().resized(shape, site_id)
 
 
 def _units_at(shape: HostShape, site_id: str) -> int:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from esper.platform.console import say
 from esper.platform.deadline import within
-from esper.platform.errors import UserError, like_a_path, unknown
+from esper.platform.errors import UserError, in_a_sentence, like_a_path, unknown
 
 TINYSTORIES = "roneneldan/TinyStories"
 HUB_TRAIN_BYTES = 100_000_000  # of 1.9 GB: more than the presets' budgets can read, and a minute or two to fetch
@@ -105,12 +105,9 @@ def hub_rows(repo: str, split: str, columns: Sequence[str], instead: str) -> Ite
     datasets.logging.set_verbosity_error()  # no warnings of retries
     huggingface_hub.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    try:
+    with in_a_sentence(f"{repo} ({split}) could not be read from the hub", f"try again, or name {instead}"):
         for row in datasets.load_dataset(repo, split=split, streaming=True):
             yield [row[column] for column in columns]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    except (OSError, ValueError, KeyError) as error:
-        what = f"{repo} ({split}) could not be read from the hub ({type(error).__name__}: {error})"
-        raise UserError(f"{what}: try again, or name {instead}.") from None
 
 
 def hub_texts(repo: str, split: str) -> Iterator[str]:
@@ -187,7 +184,8 @@ def files_fingerprint(files: Iterable[Path]) -> str:
 
 def read_file(path: Path) -> Iterator[str]:
     """A file's documents without nulls; UserError where it is damaged or has no one column of texts."""
-    try:
+    rule = "write it anew, in UTF-8 and with each text under 'text'"
+    with in_a_sentence(f"{path} is no whole {path.suffix} file", rule):
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8-sig")
             yield from map(str.strip, text.split(SEPARATOR)) if SEPARATOR in text else pieces(text)
@@ -199,10 +197,6 @@ def read_file(path: Path) -> Iterator[str]:
             raise ValueError(f"of {names} none is called 'text', and {len(strings)} hold strings")
         for chunk in table["text" if "text" in strings else strings[0]].chunks:
             yield from chunk.drop_null().to_pylist()
-    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        rule = "write it anew, in UTF-8 and with each text under 'text'"
-        raise UserError(f"{path} is no whole {path.suffix} file ({reason}): {rule}.") from None
 
 
 class Piece(str):

@@ -15,7 +15,7 @@ import tiktoken
 from pydantic_core import from_json
 
 from esper.platform.deadline import within
-from esper.platform.errors import UserError, clipped
+from esper.platform.errors import UserError, clipped, in_a_sentence
 from esper.platform.storage import write_text
 
 END = "<|endoftext|>"
@@ -117,7 +117,7 @@ def build(name: str, documents: Sequence[str]) -> Tokenizer:
 def load(name: str, folder: Path) -> Tokenizer:
     """Read a saved tokenizer; UserError where it is missing or damaged."""
     path = folder / (Characters if checked_name(name) == "char" else BytePairs).FILE
-    try:
+    with in_a_sentence(f"{path}, the tokenizer, cannot be read", "make the folder anew"):
         content = path.read_bytes()
         if name == "char":
             return Characters(from_json(content))
@@ -125,8 +125,6 @@ def load(name: str, folder: Path) -> Tokenizer:
         if loaded.content.encode() != content:
             raise ValueError("its ranks are not 0, 1, 2, …")
         return loaded
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path}, the tokenizer, cannot be read ({error}): make the folder anew.") from None
 
 
 def byte_symbols() -> dict[int, str]:
@@ -154,11 +152,9 @@ def _learned_tokens(name: str, documents: Sequence[str]) -> list[bytes]:
 
 
 def _gpt2_tokens() -> list[bytes]:
-    try:
+    what = "the gpt2 tokenizer is fetched from the network once, and that failed"
+    with in_a_sentence(what, "connect once, or use char or bpe:N"):
         encoding = within(DOWNLOAD_SECONDS, lambda: tiktoken.get_encoding("gpt2"))
-    except (OSError, ValueError) as error:
-        what = f"the gpt2 tokenizer is fetched from the network once, and that failed ({type(error).__name__})"
-        raise UserError(f"{what}: connect once, or use char or bpe:N.") from None
     return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
 
 

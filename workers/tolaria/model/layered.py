@@ -6,10 +6,9 @@ A layer is named `h<uid>` and never loses its name; a part inside it `h<uid>.<na
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from esper.platform.frozen import Frozen
@@ -21,7 +20,7 @@ Pairs = list[tuple[nn.Parameter, nn.Parameter]]  # (new parameter, sibling whose
 class Layout(Frozen):
     """The structure of a host's tree of modules and parameters."""
 
-    layers: Annotated[tuple[LayerSpec | BlockSpec, ...], Field(min_length=1)]
+    layers: tuple[LayerSpec | BlockSpec, ...]
     next_uid: int  # of the next new layer
 
 
@@ -130,9 +129,7 @@ class LayeredHost(nn.Module):
     @classmethod
     def rebuilt(cls, spec: Any, outputs: int, layout: Layout, state: Mapping[str, Tensor]) -> Self:
         """The host of this layout and `own_state`, not copied; an error, before allocating, where they do not fit."""
-        layers, uids = layout.layers, {layer.uid for layer in layout.layers}
-        if len(uids) < len(layers) or layout.next_uid <= max(uids):
-            raise ValueError("a layer's uid is not its own")
+        layers = layout.layers
         with torch.device("meta"):
             host = cls(spec.model_copy(update={"n_layer": len(layers), "layers": layers}), outputs)
         tied = cls.tied(spec)
