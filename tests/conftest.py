@@ -20,10 +20,11 @@ from esper.workers.kasmina import registry
 from esper.workers.tolaria.data import Data, ImageData, TokenData, prepare
 
 TESTS = Path(__file__).parent
-# Of the files, first: each goes whole to a process (`make test`), and none is to wait for such a one at the end.
+# Of the files, first: each goes whole to a process (`make test`), and none is to wait for such a one at the end. Before
+# all that share a Ray: plug-ins, whose folder a Ray that runs already does not know.
 LONGEST = """
-pipelines/test_sweep pipelines/test_ppo workers/test_compiled pipelines/test_chaos platform/test_tracking
-platform/test_cluster policies/simic/test_dispatcher policies/simic/test_ppo pipelines/test_plugins
+pipelines/test_plugins pipelines/test_sweep pipelines/test_ppo workers/test_compiled pipelines/test_chaos
+platform/test_tracking platform/test_cluster policies/simic/test_dispatcher policies/simic/test_ppo
 pipelines/test_resume test_doc_commands test_gpu_script workers/test_resume pipelines/reports/test_report
 workers/kasmina/test_growth
 """
