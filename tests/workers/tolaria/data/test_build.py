@@ -123,7 +123,7 @@ def ensured(source: object, tokenizer: str, **environment: str) -> subprocess.Po
 
 
 def test_several_processes_may_ensure_at_once(text, cache):
-    processes = [ensured(text, "bpe:300") for _ in range(3)]
+    processes = [ensured(text, "bpe:300") for _ in range(2)]
     outputs = [process.communicate(timeout=100) for process in processes]
     assert {process.returncode for process in processes} == {0}, outputs
     assert {out.strip() for out, _ in outputs} == {str(next(cache.iterdir()))}
