@@ -92,7 +92,10 @@ class Manifest(Frozen):
         if manifest.telemetry != VERSION:
             what = f"{path} is of telemetry version {manifest.telemetry}, and this code reads version {VERSION}"
             raise UserError(f"{what}: take the Esper that wrote it, or record runs of this one.")
-        return manifest, *(unpacked(folder / name, manifest.files.get(name)) for name in FILES)
+        decisions, runs = (unpacked(folder / name, manifest.files.get(name)) for name in FILES)
+        if decisions.schema != DECISIONS or runs.schema != RUNS:
+            raise UserError(f"the tables in {folder} lack columns, or have others: record the runs again.")
+        return manifest, decisions, runs
 
 
 def packed(table: pa.Table) -> bytes:

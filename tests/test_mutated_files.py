@@ -1,6 +1,6 @@
 """Every reader of a file: whatever its bytes are, it is read, or refused in one line.
 
-Checkpoints and policies, whose checksums tell, have tests of their own.
+Checkpoints and policies, whose checksums tell, and odd states that fit them have tests of their own.
 """
 
 import re

@@ -8,10 +8,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from esper.platform.clock import DecisionClock
 from esper.platform.contracts import GraftAction, HostShape, Instance, Transition
@@ -21,31 +21,32 @@ from esper.platform.law_file import FittedLaws
 from esper.platform.ledger import AXES, Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate, Telemetry
-from esper.workers.kasmina.registry import Planted
+from esper.workers.kasmina.registry import Natural, Planted
 from esper.workers.laws.forecast import forecast
 from esper.workers.laws.scaling_law import SIZE, size_of
 from esper.workers.observe import Measured, Observer, batch_tokens
 from esper.workers.tolaria.hosts import start_shape
 from esper.workers.tolaria.rate import rate
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Point = dict[str, Any]  # of the loss curve, in JSON values: budget fraction, ledger axes, parameters, validation loss
-SavedPoints = list[dict[str, int | float | None]]
+SavedPoints = list[dict[str, int | Finite | None]]
 
 
 @dataclass
 class Change:
     """A change of the host, as in `summary.json`."""
 
-    budget_fraction: float
-    decision: int  # number of the observation that it answered
-    optimizer_step: int
+    budget_fraction: Finite
+    decision: Natural  # number of the observation that it answered
+    optimizer_step: Natural
     site: str
     blueprint: str
-    parameters_before: int
-    parameters_after: int
-    val_loss_before: float
+    parameters_before: Natural
+    parameters_after: Natural
+    val_loss_before: Finite
     reason: str
-    val_loss_after: float | None = None  # nats per token; None until it is evaluated, and where it was not finite
+    val_loss_after: Finite | None = None  # nats per token; None until it is evaluated, and where it was not finite
 
 
 @dataclass
@@ -55,16 +56,16 @@ class Graft(Change):
     outcome: Literal["kept", "pruned", "rolled back", "on probation"] | None = None
     # Largest change of a logit that it made on a held-out batch, where that proved `val_loss_after` equal to
     # `val_loss_before`; None where the loss after it was evaluated.
-    identity: float | None = None
+    identity: Finite | None = None
 
 
 @dataclass
 class Rollback:
     """A fault that was undone, and the graft removed for it."""
 
-    budget_fraction: float
-    decision: int
-    optimizer_step: int
+    budget_fraction: Finite
+    decision: Natural
+    optimizer_step: Natural
     fault: str
     removed: str | None
 
@@ -78,20 +79,20 @@ class EpisodeState(Frozen):
     instance: Instance
     seed: int
     ledger: Ledger
-    passed: int  # boundaries
-    loss: float
+    passed: Natural  # boundaries
+    loss: Annotated[float, Field(gt=0)]
     curve: SavedPoints
     grafts: list[Graft]
     prunes: list[Change]
     rollbacks: list[Rollback]
     annealed: SavedPoints
     failure: str | None
-    grafted: list[tuple[int, str]]
+    grafted: list[tuple[Natural, str]]
     lockout: list[tuple[str, str, int]]
     unfinished: bool
-    paid: float
-    sequence: int
-    rewards: list[float]
+    paid: Annotated[float, Field(ge=0)]
+    sequence: Natural
+    rewards: list[Finite]
 
 
 class Episode(ABC):
@@ -267,6 +268,8 @@ class Episode(ABC):
         if state.spec.model_copy(update=others) != self.spec:
             raise UserError("the checkpoint is of a run of another spec: go on with the spec that it was saved with.")
         with in_a_sentence("the checkpoint's parts do not fit together", "restore an older copy of it"):
+            if (state.instance.n_layer or 1) > self.spec.growth.max_layers or len(state.curve) != state.sequence + 1:
+                raise ValueError("records of no run that could be")
             self._begin(state.instance, state.seed)
             for name in self.State.model_fields.keys() - {"spec", "passed"}:
                 setattr(self, name, getattr(state, name))

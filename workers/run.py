@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as File
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from esper.platform.console import say
@@ -21,8 +21,9 @@ from esper.platform.frozen import Frozen
 from esper.platform.ledger import Ledger
 from esper.platform.spec import RunSpec
 from esper.platform.telemetry import Candidate
-from esper.workers.episode import Point
+from esper.workers.episode import Finite, Point
 from esper.workers.kasmina.governor import CHECK_EVERY
+from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import norm_fields
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.data import Data, TokenData
@@ -43,11 +44,11 @@ Path = Literal["eager", "building", "compiled"]  # by which a slice's steps go; 
 class RunState(TrainedState):
     """A GrowthRun's own attributes too."""
 
-    contributed: dict[str, tuple[float, int, int]]
-    norms: dict[str, tuple[float, float]]
-    reached: float | None
+    contributed: dict[str, tuple[Finite, Natural, Natural]]
+    norms: dict[str, tuple[Finite, Finite]]
+    reached: Annotated[float, Field(gt=0)] | None
     path: Path
-    accuracy: float | None = None
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class Trained(Frozen):
@@ -115,6 +116,8 @@ class GrowthRun(TrainedEpisode):
         if saved.data != self._data.manifest.fingerprint():
             raise UserError("the checkpoint is of a run on other data, or text by another tokenizer: give it the same.")
         now, good = saved.now, saved.good or saved.now
+        if not good.grafts <= now.grafts == len(self.grafts) or self.strikes > len(self.rollbacks):
+            raise ValueError("the trainer is not that of the episode")
         self._good = good, within("good/" if saved.good else "now/", tensors)
         self.trainer.load(*self._good)  # also to check that a rollback can
         if saved.good:

@@ -12,9 +12,10 @@ import torch
 
 from esper.platform.errors import UserError
 from esper.platform.telemetry import Candidate
-from esper.workers.episode import Episode, EpisodeState, Rollback
+from esper.workers.episode import Episode, EpisodeState, Finite, Rollback
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.governor import fault
+from esper.workers.kasmina.registry import Natural
 from esper.workers.observe import GlobalMeasured, Measured
 from esper.workers.tolaria.trainer import synchronize
 
@@ -25,9 +26,9 @@ class TrainedState(EpisodeState):
     """A TrainedEpisode's own attributes too."""
 
     measured: Measured
-    window: list[float]
-    inspected: int
-    strikes: int
+    window: list[Finite]
+    inspected: Natural
+    strikes: Natural
 
 
 class Engine(Protocol):

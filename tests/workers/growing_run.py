@@ -82,6 +82,20 @@ def same_telemetry(one, other):
     return one.actions == other.actions and all(np.array_equal(a, b) for a, b in pairs)
 
 
+def odd(value, chance):
+    """A copy of a JSON value in which one leaf or branch is something else."""
+    if isinstance(value, dict | list) and value and chance.random() < 0.95:
+        copy = value.copy()
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if chance.random() < 0.1:
+            del copy[key]
+        else:
+            copy[key] = odd(value[key], chance)
+        return copy
+    numbers = [value - 1, value + 1, value * 2] if isinstance(value, int) else []
+    return chance.choice([None, -1, 0, 10**12, 0.5, "x", "h0.ffn", [], {}, True, [[]], {"a": 1}, *numbers])
+
+
 def mutated(content, chance):
     """Bytes with one to four places overwritten, cut or lengthened."""
     changed = bytearray(content)

@@ -1,6 +1,10 @@
-"""A run that is stopped, saved and restored goes on to the same numbers, to the bit."""
+"""A run that is stopped, saved and restored goes on to the same numbers, to the bit; odd states are refused."""
+
+import random
+from contextlib import suppress
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +14,7 @@ from esper.platform.data_spec import DataSpec
 from esper.platform.errors import UserError
 from esper.workers.run import GrowthRun
 from esper.workers.tolaria.data import TokenData, prepare
-from tests.workers.growing_run import begun, changed, finish, outcome, same_telemetry, same_weights
+from tests.workers.growing_run import act, begun, changed, choose, finish, odd, outcome, same_telemetry, same_weights
 
 INSTANCE = Instance(data=(0.1, 0.9))
 
@@ -81,3 +85,41 @@ def test_other_text_and_another_spec_are_refused(tiny_spec, tokens, tmp_path):
     prepare(DataSpec(source=str(tmp_path / "other.txt")), tmp_path / "other")
     with pytest.raises(UserError, match="other data, or text by another tokenizer"):
         GrowthRun(spec, TokenData.open(tmp_path / "other")).load(*state)
+
+
+@pytest.fixture
+def stopped(spec, data, grafts):
+    """A run within a slice, with a fused seed, young ones of every kind, and a prune behind it."""
+    plan = grafts["width"], grafts["layer"], grafts["gated"], grafts["other"]
+    run = begun(changed(spec, budget={"cooldowns": ()}), data, *plan)
+    act(run, grafts["gated"], None, "prune")
+
+    run.on_step = stop
+    with pytest.raises(Stop):
+        act(run, grafts["width"])
+    return run
+
+
+def odd_tensors(tensors, chance):
+    """The tensors with one missing, of another shape, of other numbers, or under another name."""
+    rest, name = tensors.copy(), chance.choice(sorted(tensors))
+    tensor = rest.pop(name)
+    return rest | chance.choice([{}, {name: torch.zeros(3)}, {name: tensor * torch.nan}, {name + "x": tensor}])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_an_odd_state_is_a_run_that_goes_on_or_a_sentence(stopped, data, seed):
+    chance, (values, tensors) = random.Random(seed), stopped.state()
+    run, of_values = GrowthRun(stopped.spec, data), chance.random() < 0.8
+    try:
+        run.load(odd(values, chance), tensors) if of_values else run.load(values, odd_tensors(tensors, chance))
+    except UserError:
+        return
+    left = iter(range(300))  # a budget of 10¹² is a budget too
+    run.on_step = lambda _: None if next(left, None) is not None else stop()
+    with suppress(Stop):
+        if run.unfinished:
+            run.finish()
+        while not run.ended and run.sequence < 8:
+            run.step(choose(run.telemetry))

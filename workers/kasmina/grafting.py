@@ -19,7 +19,7 @@ from esper.platform.contracts import HostProtocol, check_host
 from esper.platform.errors import UserError
 from esper.platform.seeding import torch_stream
 from esper.workers.kasmina import surgery
-from esper.workers.kasmina.registry import Blueprint, Planted, make_blueprints
+from esper.workers.kasmina.registry import Blueprint, Count, Natural, Planted, make_blueprints
 from esper.workers.kasmina.slices import Apart, Slice, rest
 
 NEGLIGIBLE = 1e-6  # β₂ᵗ from which on moments that began at zero are as good as the host's
@@ -30,12 +30,12 @@ class Seed:
     """One graft."""
 
     planted: Planted
-    number: int  # of this graft among all that were made
-    parameters: int  # that it added
-    probation: int  # optimizer steps over which its rate warms up
-    settled: int  # age from which on nothing sets it apart
-    older: int = 0  # steps that the tensors which it joined had behind them
-    age: int = 0  # optimizer steps since birth
+    number: Natural  # of this graft among all that were made
+    parameters: Natural  # that it added
+    probation: Count  # optimizer steps over which its rate warms up
+    settled: Natural  # age from which on nothing sets it apart
+    older: Natural = 0  # steps that the tensors which it joined had behind them
+    age: Natural = 0  # optimizer steps since birth
 
     @property
     def site(self) -> str:
@@ -178,10 +178,30 @@ class Kasmina:
         return sum(seed.parameters * (1 - seed.scale(seed.age + 1)) for seed in self.seeds if seed.on_probation)
 
     def load(self, seeds: Sequence[Seed], grafts: int) -> None:
-        """Restore copies of `seeds`, after host and optimizer."""
+        """Restore copies of `seeds`, after host and optimizer; ValueError where they are not this host's."""
+        sites = self._sites()
+        parts = [seed.planted.part for seed in seeds if seed.planted.part]
+        numbers = [seed.number for seed in seeds]
+        units = Counter[str]()
+        for seed in seeds:
+            units[seed.site] += seed.planted.units
+        if not (
+            all(self._could_hold(seed.planted, sites.get(seed.site)) for seed in seeds)
+            and all(units[site.id] < site.units for site in sites.values() if units[site.id])
+            and len(set(parts)) == len(parts)
+            and numbers == sorted(set(numbers) & set(range(grafts)))
+        ):
+            raise ValueError("the seeds are not this host's")
         self.seeds = [replace(seed) for seed in seeds]
         self.grafts = grafts
         self._apart = None
+
+    def _could_hold(self, planted: Planted, site: Any) -> bool:
+        blueprint = self.blueprints.get(planted.blueprint)
+        if blueprint is None or blueprint.units != planted.units or bool(planted.units) == bool(planted.part):
+            return False
+        there = self.host.part(planted.part) if planted.part else site
+        return there is not None and (site is None or blueprint.name in site.blueprints)  # a part's site may be gone
 
     def _find_apart(self) -> Apart:
         """The slices of seeds on probation, clipped apart, and of young ones, slowed."""

@@ -21,6 +21,7 @@ from esper.workers.kasmina.slices import Slice
 
 Count = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # a setting that counts something
 Grafted = tuple[str, list[Resized], list[tuple[Any, Any]]]
+Natural = Annotated[int, Field(ge=0, le=2**53)]  # a count in a saved state
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.seeding import derive, torch_stream
 from esper.platform.spec import RunSpec
 from esper.workers.kasmina import Kasmina, Seed
-from esper.workers.kasmina.registry import Blueprint
+from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
 from esper.workers.tolaria.adamw import EagerAdamW
@@ -39,8 +39,8 @@ class TrainerState(Frozen):
 
     layout: Layout
     seeds: tuple[Seed, ...]
-    grafts: int
-    steps: int
+    grafts: Natural
+    steps: Natural
 
 
 Snapshot = tuple[TrainerState, dict[str, Tensor]]  # never changed once taken
@@ -216,7 +216,7 @@ class Trainer:
         return values, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def load(self, state: TrainerState, tensors: Mapping[str, Tensor]) -> None:
-        """Restore a state, copying its tensors."""
+        """Restore a state, copying its tensors; all kinds of errors where the two do not fit together."""
         own = {name: tensor.to(torch.float32, copy=True) for name, tensor in within("host/", tensors).items()}
         host = rebuilt(self._born, self._vocab_size, state.layout, own)
         self.take(host)
@@ -224,9 +224,12 @@ class Trainer:
         for name, tensor in within("optimizer/", tensors).items():
             owner, _, key = name.rpartition("/")
             moments[named[owner]][key] = tensor.to(self.device, copy=True)
+        rows = tensors["measured"]
+        if rows.shape[1:] != (3,) or not all(_fit(parameter, kept) for parameter, kept in moments.items()):
+            raise ValueError("the optimizer's tensors have other shapes")
         self.kasmina.load(state.seeds, state.grafts)
         self.steps = state.steps
-        self._measured = list(tensors["measured"].to(self.device, copy=True).unbind())
+        self._measured = list(rows.to(self.device, copy=True).unbind())
 
     def roll_back(self, good: Snapshot) -> None:
         """Load a snapshot of this run but keep the counters of layers and grafts: no id is used twice."""
@@ -263,6 +266,13 @@ class Trainer:
 def within(folder: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under `folder`, with that prefix removed from their names."""
     return {name.removeprefix(folder): tensor for name, tensor in tensors.items() if name.startswith(folder)}
+
+
+def _fit(parameter: Tensor, moments: Mapping[str, Tensor]) -> bool:
+    """Whether these may be AdamW's state of a parameter."""
+    shapes = {key: tensor.shape for key, tensor in moments.items()}
+    fitting = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return shapes == fitting and bool(moments["step"] >= 1)
 
 
 def _update(state: dict, parameter: Tensor, group: dict, slowed: Iterable[tuple[Slice, float]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A young seed moves as if its tensors and their optimizer were its own."""
+"""A grown host is one that was born so, and a young seed moves as if its tensors and their optimizer were its own."""
 
 import math
 
@@ -9,7 +9,33 @@ from hypothesis import strategies as st
 
 from esper.workers.kasmina import Kasmina
 from esper.workers.kasmina.slices import Slice
-from tests.workers.kasmina.growing import BETAS, KINDS, growths, loss_of, named, pick, small, train
+from esper.workers.tolaria.hosts import new_host
+from tests.workers.kasmina.growing import (
+    BETAS,
+    KINDS,
+    grow,
+    growths,
+    logits,
+    loss_of,
+    named,
+    outputs,
+    pick,
+    small,
+    train,
+    tree,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_a_grown_host_is_one_that_was_born_so(kind, data):
+    host, kasmina, numbers = data.draw(growths(kind))
+    grow(host, kasmina, numbers)
+    spec = host.spec.model_copy(update={"n_layer": host.shape.depth(), "layers": host.shape.layers})
+    born = new_host(spec, outputs(host)).to(logits(host).dtype)
+    assert tree(born) == tree(host)
+    born.load_state_dict(host.state_dict())
+    assert torch.equal(logits(born), logits(host))
 
 
 def prefix(part):

@@ -1,6 +1,7 @@
 """An exported host is the host: Esper's own format to the bit and for any shape, GPT-2's as transformers runs it."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from esper import from_gpt2
+from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.workers.kasmina import Kasmina
 from esper.workers.tolaria.data import tokenizer
 from esper.workers.tolaria.export import export, host_of, load_native, load_native_tokenizer
-from tests.workers.growing_run import begun
+from tests.workers.growing_run import begun, odd
 from tests.workers.kasmina.growing import batch, logits, resnet, small, train
 
 DOCUMENTS = ["the cat sat on the mat, and it's 1234 birds that sang in the warm sun.\n\n\tHééé – 中文 😀!" * 3] * 9
@@ -62,6 +64,23 @@ def test_a_resnet_is_given_back_to_the_bit_and_is_no_gpt2(tmp_path, norm):
     loaded = load_native(tmp_path / "host")
     assert loaded.shape == host.shape
     assert torch.equal(logits(loaded), logits(host))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: [],
+        lambda state: {**state, "vocab_size": 10**12},
+        lambda state: {**state, "config": {**state["config"], "block_size": 17}},
+        lambda state: {**state, "config": {**state["config"], "n_embd": 10**30}},
+    ],
+)
+def test_another_shape_in_the_file_is_refused_and_not_allocated(tmp_path, change):
+    export(grown(()), tmp_path / "host")
+    state, tensors = checkpoint.read(tmp_path / "host" / "model.safetensors")
+    checkpoint.write(tmp_path / "host" / "model.safetensors", change(state), tensors)
+    with pytest.raises(UserError, match=r"^[^\n]*holds no exported host[^\n]*$"):
+        load_native(tmp_path / "host")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -159,3 +178,16 @@ def test_the_host_of_a_saved_run_is_the_runs(run):
     host = host_of({**values, "train": {}}, tensors)
     assert torch.equal(logits(host), logits(run.trainer.host))
     assert host.shape == run.trainer.host.shape
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_an_odd_state_is_a_host_or_a_sentence(run, seed):
+    chance, (values, tensors) = random.Random(seed), run.state()
+    kept = {"spec": values["spec"], "now": {"layout": values["now"]["layout"]}}
+    sentence = ""
+    try:
+        assert torch.isfinite(logits(host_of(odd(kept, chance), tensors))).all()
+    except UserError as error:
+        sentence = str(error)
+    assert "\n" not in sentence

@@ -21,7 +21,7 @@ from esper.platform.frozen import Frozen
 from esper.platform.host_spec import ResNetSpec
 from esper.platform.seeding import stream
 from esper.platform.spec import RunSpec
-from esper.workers.tolaria.data.prepared import BaseManifest, Draws, Prepared, Split, digest, evenly, mapped
+from esper.workers.tolaria.data.prepared import BaseManifest, Draws, Prepared, Split, digest, evenly, mapped, usable
 
 VERSION = 1
 
@@ -103,6 +103,9 @@ class ImageData(Prepared):
             sums = (split.pixels, split.labels) if verify else (None, None)
             pixels = mapped(path / f"{name}-pixels.npy", "images", sums[0], read, shape, np.uint8)
             labels = mapped(path / f"{name}-labels.npy", "images", sums[1], read, shape[:1], np.uint16)
+            if verify and labels.max() >= manifest.classes:
+                with usable(path, "images"):
+                    raise ValueError(f"it holds class {labels.max()}, of {manifest.classes}")
             arrays[name] = pixels, labels
         return cls(path, manifest, arrays)
 

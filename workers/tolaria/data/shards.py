@@ -89,7 +89,9 @@ class TokenData(Prepared):
             sha256 = split.sha256 if verify else None
             ids[name] = mapped(path / f"{name}.arrow", "text", sha256, _read, (split.tokens,), np.uint16, np.uint32)
         data = cls(path, manifest, ids)
-        _ = data.tokenizer if verify else None  # or it is refused
+        if verify and max(array.max() for array in ids.values()) >= data.tokenizer.vocab_size:
+            with usable(path, "text"):
+                raise ValueError("it holds ids that its tokenizer has not")
         return data
 
     def windows(self, split: Split, starts: np.ndarray, length: int) -> np.ndarray:

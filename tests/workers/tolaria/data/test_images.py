@@ -1,5 +1,6 @@
 """Images: each source to prepared data and batches of them, and what is no image data, each in a sentence."""
 
+import hashlib
 import io
 import json
 import os
@@ -20,12 +21,13 @@ from PIL import Image
 from esper.platform.data_spec import ImageSpec
 from esper.platform.errors import UserError
 from esper.platform.spec import RunSpec
-from esper.workers.tolaria.data import ensure, image_sources, open_data, prepare, sources
+from esper.workers.tolaria.data import ImageData, ensure, image_sources, open_data, prepare, sources
 from esper.workers.tolaria.data.prepared import FILE
 from tests.pipelines.helpers import Harm
 
 CPU = torch.device("cpu")
 LABELS = np.arange(60) % 10
+CIFAR10 = Path(__file__).parents[5] / "shared" / "data" / "cifar10" / "cifar10_5k.npz"
 
 
 def images(n: int, size: int = 32, channels: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +50,8 @@ def spec_of(data: dict, size: int = 8, channels: int = 1) -> RunSpec:
 
 
 def test_digits_are_prepared_whole_and_mapped_by_whoever_opens_them(digits):
-    """Every digit is in one of the splits, equal ones in one only; nothing is copied."""
+    """Every digit is in one of the splits, equal ones in one only; nothing is copied, and it pickles as its path."""
+    assert isinstance(digits, ImageData)
     manifest = digits.manifest
     assert (manifest.vocab_size, manifest.size, manifest.channels) == (10, 8, 1)
     assert manifest.counts == {"train": 1437, "valid": 360}
@@ -57,6 +60,9 @@ def test_digits_are_prepared_whole_and_mapped_by_whoever_opens_them(digits):
     assert int(max(array.max() for array, _ in digits.arrays.values())) == 255
     assert not digits.arrays["train"][0].flags.writeable
     assert isinstance(digits.arrays["train"][0], np.memmap)
+    pickled = pickle.dumps(digits)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled).manifest == manifest
 
 
 def test_an_epoch_has_each_image_of_its_slice_once_and_batches_depend_on_seed_and_step_alone(digits):
@@ -305,6 +311,7 @@ def test_text_is_no_data_for_a_resnet(shards):
         (lambda folder: np.save(folder / "train-labels.npy", np.zeros(1437)), False),
         (lambda folder: np.save(folder / "train-pixels.npy", np.zeros((1437, 1, 8, 9), np.uint8)), False),
         (lambda folder: np.save(folder / "valid-pixels.npy", np.zeros((360, 1, 8, 8), np.uint8)), True),
+        (lambda folder: sign(folder, np.full(360, 10, np.uint16)), True),  # a class that it has not
         (lambda folder: rewrite(folder, mean=[1.0, 2.0]), False),
         (lambda folder: rewrite(folder, deviation=[0.0]), False),
         (lambda folder: (folder / "train-pixels.npy").write_bytes(b"\x93NUMPY\1\0\x03\0('\n"), False),
@@ -321,3 +328,22 @@ def test_damaged_images_are_refused(digits, tmp_path, damage, verified):
 def rewrite(folder: Path, **changes: object) -> None:
     values = json.loads((folder / FILE).read_text())
     (folder / FILE).write_text(json.dumps(values | changes))
+
+
+def sign(folder: Path, labels: np.ndarray) -> None:
+    """Replace the held-out classes, and give the manifest their checksum."""
+    np.save(folder / "valid-labels.npy", labels)
+    values = json.loads((folder / FILE).read_text())
+    values["splits"]["valid"]["labels"] = hashlib.sha256((folder / "valid-labels.npy").read_bytes()).hexdigest()
+    (folder / FILE).write_text(json.dumps(values))
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason=f"needs CIFAR-10 in {CIFAR10}")
+def test_real_cifar_images_are_as_they_were_measured(tmp_path):
+    """The class's names and counts are told in its SOURCE.md."""
+    data = open_data(ensured(tmp_path, source=str(CIFAR10), size=16))
+    assert data.manifest.counts == {"train": 4000, "valid": 1000}
+    counts = {split: np.bincount(labels) for split, (_, labels) in data.arrays.items()}
+    assert (counts["train"].min(), counts["train"].max()) == (366, 422)
+    assert (counts["valid"].min(), counts["valid"].max()) == (86, 112)
+    assert data.manifest.mean == pytest.approx([125.3, 123.0, 113.9], abs=3)  # of all 50,000

@@ -1,5 +1,6 @@
 """Prepared text: windows, a map that is no copy, and damage that is refused, always in a sentence."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -31,6 +32,15 @@ def test_the_map_is_not_a_copy_and_pickles_as_its_path(shards):
     assert pickle.loads(pickled).manifest == data.manifest
 
 
+def sign(path, *columns):
+    """Replace a split's content, and give the manifest its checksum."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("tokens", columns[0].type)])) as writer:
+        for column in columns:
+            writer.write_batch(pa.record_batch([column], names=["tokens"]))
+    split = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "tokens": 500}
+    rewrite(path.parent, lambda m: m["splits"]["train"].update(split))
+
+
 def rewrite(folder, change):
     values = json.loads((folder / FILE).read_text())
     change(values)
@@ -43,6 +53,10 @@ def rewrite(folder, change):
         (lambda path: path.unlink(), False),
         (lambda path: shutil.copy(path.with_name("valid.arrow"), path), False),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"\5", b"\6")), True),  # seen by the checksum alone
+        (lambda path: sign(path, pa.array(np.zeros(500))), False),
+        (lambda path: sign(path, pa.array([None] * 500, pa.uint16())), False),
+        (lambda path: sign(path, pa.array(np.full(500, 300, np.uint16))), True),  # not the tokenizer's
+        (lambda path: sign(path, *(pa.array(np.zeros(n, np.uint16)) for n in (100, 400))), False),
     ],
 )
 def test_damaged_ids_are_refused(prepared, damage, verified):
