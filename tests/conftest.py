@@ -21,12 +21,11 @@ from esper.workers.tolaria.data import Data, ImageData, TokenData, prepare
 
 TESTS = Path(__file__).parent
 # Of the files, first: each goes whole to a process (`make test`), and none is to wait for such a one at the end. Before
-# all that share a Ray: plug-ins, whose folder a Ray that runs already does not know.
+# all that share a Ray: the test of chaos, which connects its process to nodes of its own.
 LONGEST = """
-pipelines/test_plugins pipelines/test_sweep pipelines/test_ppo workers/test_compiled pipelines/test_chaos
-platform/test_tracking platform/test_cluster policies/simic/test_dispatcher policies/simic/test_ppo
-pipelines/test_resume test_doc_commands test_gpu_script workers/test_resume pipelines/reports/test_report
-workers/kasmina/test_growth
+pipelines/test_chaos pipelines/test_sweep pipelines/test_ppo workers/test_compiled platform/test_tracking
+platform/test_cluster policies/simic/test_dispatcher policies/simic/test_ppo pipelines/test_plugins test_doc_commands
+pipelines/test_resume test_gpu_script workers/test_resume pipelines/reports/test_report workers/kasmina/test_growth
 """
 TINYSTORIES = Path(__file__).parents[2] / "shared" / "data" / "tinystories"
 
