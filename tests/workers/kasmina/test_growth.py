@@ -23,6 +23,7 @@ from tests.workers.kasmina.growing import (
     named,
     outside,
     pick,
+    resnet,
     small,
     train,
     tree,
@@ -103,6 +104,20 @@ def test_flops_are_the_counted_ones(kind, data):
         if name != "expert":  # whose FLOPs depend on its gate: test_experts.py
             kasmina.graft(site, name)
     assert flops(host) * 3 == host.shape.flops_per_token() * host.spec.tokens * len(batch(host))
+
+
+@pytest.mark.parametrize("make", [small, resnet, lambda: resnet(norm="batch")], ids=KINDS)
+def test_a_graft_makes_no_spike(make):
+    """The losses after it, on the same batch, against those of a twin that waited."""
+    waited = make()
+    train(*waited, 30)
+    sites = waited[0].shape.injection_specs()
+    for name in {name: None for site in sites for name in site.blueprints}:
+        host, kasmina = copy.deepcopy(waited)
+        kasmina.graft(next(site.id for site in sites if name in site.blueprints), name)
+        grown, plain = train(host, kasmina, 12), train(*copy.deepcopy(waited), 12)
+        assert grown[0] == pytest.approx(plain[0], abs=1e-5)
+        assert max(a - b for a, b in zip(grown, plain, strict=True)) < 0.03, name
 
 
 def test_a_seed_warms_up_from_above_zero():
