@@ -48,7 +48,7 @@ def test_no_graft_spikes(real):
 @pytest.mark.timeout(1800)
 def test_fifty_random_grafts_do_not_spike(real):
     """At random decisions of two runs that grow as they go, random (site, blueprint); the worst are printed (`-s`)."""
-    overrides = ["budget.axis=steps", "budget.amount=6000", "budget.decisions=24"]
+    overrides = ["budget.axis=steps", "budget.amount=6000", "budget.decisions=24", "optimizer.decay_from=0.8"]
     random = stream(0, "test")
     found: list[tuple[float, str]] = []
     for seed, init in enumerate(("zero", "copy")):
