@@ -64,9 +64,9 @@ def write(path: Path, state: Any, tensors: Mapping[str, Tensor]) -> None:
 
 def read(path: Path) -> Content:
     """`unpack` from a file; raises UserError where it is missing, unreadable or damaged."""
-    if not path.exists():
-        raise UserError(f"checkpoint {path} is not there: name the file of one, or start the run anew.")
     with in_a_sentence(f"checkpoint {path} is damaged", MEND):
+        if not path.exists():  # which raises for a name that no file can have
+            raise UserError(f"checkpoint {path} is not there: name the file of one, or start the run anew.")
         return unpack(path.read_bytes(), str(path))
 
 

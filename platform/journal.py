@@ -62,9 +62,9 @@ def read_entries(path: Path) -> list[Entry]:
 
 def _read(path: Path) -> tuple[list[Entry], int]:
     """The entries, and the whole lines' length in bytes."""
-    if not path.exists():
-        return [], 0
     with in_a_sentence(f"{path} cannot be read", "make it a file that may be read"):
+        if not path.exists():
+            return [], 0
         content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     entries = []

@@ -45,6 +45,8 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes):
         with pytest.raises(UserError, match=r"points\.jsonl is damaged in line 2 \(.*\): restore"):
             open_it(path)
     assert read_entries(tmp_path / "nothing") == []
+    with pytest.raises(UserError, match=r"cannot be read \(.*\): make it a file that may be read"):
+        read_entries(tmp_path / ("long" * 100))
 
 
 def test_a_write_that_a_full_disk_cuts_short_names_its_file_and_leaves_the_old_one(tmp_path, files_of_at_most):
