@@ -80,9 +80,9 @@ def annealed_losses(summary: Mapping[str, Any]) -> list[Annealed]:
 
 def stages(curve: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Of a run's curve: sizes, float64 (S, 3), and tokens, float64 (S,)."""
-    sizes, tokens = [], []
+    sizes, tokens = [[curve[0][name] for name in SIZE]], [0]
     for before, point in pairwise(curve):
-        if not sizes or not _same(before, point):
+        if not _same(before, point):
             sizes.append([point[name] for name in SIZE])
             tokens.append(0)
         tokens[-1] += point["tokens"] - before["tokens"]

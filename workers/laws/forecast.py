@@ -33,7 +33,8 @@ def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
     used, fractions = clock.slice * np.arange(clock.decisions + 1), np.arange(clock.decisions) / clock.decisions
     used[k] = run.reading()
     most = min(AHEAD, int((fractions[k:] < run.spec.optimizer.decay_from).sum()))
-    course = course_from(run.spec, run.shape, most, law, clock.slice, used, fractions)
+    pace = law.pace(run.curve[0]["layers"])
+    course = course_from(run.spec, run.shape, most, law, pace, clock.slice, used, fractions)
     known = course.classes
 
     def expected(to: int, end: int, cost: float) -> float:
@@ -58,10 +59,9 @@ def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
 
 def member_losses(curve: list[dict[str, Any]], law: ScalingLaw) -> np.ndarray:
     """What M laws say of a run's losses at the points of its curve, nats, float64 (points, M)."""
-    sizes = np.array([[point[name] for name in SIZE] for point in curve[1:]], float).reshape(-1, 3, 1)
-    tokens = np.diff([float(point["tokens"]) for point in curve])
-    first = np.full((1, np.size(law.floor)), np.log(VOCABULARY))
-    return np.concatenate([first, law.followed(sizes, tokens[:, None]).reshape(-1, first.size)])
+    sizes = np.array([[point[name] for name in SIZE] for point in curve], float)[..., None]
+    tokens = np.diff([float(point["tokens"]) for point in curve], prepend=0.0)
+    return law.followed(sizes, tokens[:, None]).reshape(len(curve), -1)
 
 
 def steady(spec: RunSpec, fractions: np.ndarray, losses: np.ndarray) -> np.ndarray:

@@ -3,8 +3,9 @@
     L(N, D) = E + A·(N/N₀)^(−α)·l^(−λ) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2, for λ = 0)
 
 N effective parameters (N₀: one layer of the born shape), l layers, D effective tokens (D₀: that shape's in the spec's
-budget), so A and B are nats. A token counts l^(−κ) of one: a deeper host gets further, and takes more tokens. The state
-is L: D is what the current size would have needed for it, so grafts keep L continuous.
+budget), so A and B are nats. The state is L: D is what the current size would have needed for it, so grafts keep L
+continuous. A token counts b^(−κ) of one, b the layers that the host began with: what begins deep takes more tokens, what
+grows deep does not.
 """
 
 import math
@@ -83,20 +84,20 @@ class ScalingLaw:
         attention, other, layers = size
         return self.heads * attention + self.width * other + self.layer * layers
 
-    def pace(self, size: Sequence[Array] | np.ndarray) -> Array:
-        """What a token counts at a `size_of`: l^(−κ)."""
-        return size[2] ** -self.slowness
+    def pace(self, layers: float) -> Array:
+        """What a token counts in a run that began with so many layers: b^(−κ)."""
+        return layers**-self.slowness
 
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
-        """The loss after `tokens` more, times the size's `pace`, monotone in `loss`, which must exceed `size_loss`."""
+        """The loss after `tokens` more, times the run's `pace`, monotone in `loss`, which must exceed `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
 
     def followed(self, sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Losses of a run after each of its stages, (S, …), by the stages' sizes, (S, 3, …), and tokens, (S, …)."""
-        loss, found = math.log(VOCABULARY), []
+        loss, found, tokens = math.log(VOCABULARY), [], tokens * self.pace(sizes[0, 2])
         for size, more in zip(sizes, tokens, strict=True):
-            loss = self.trained(loss, self.size_loss(size), more * self.pace(size))
+            loss = self.trained(loss, self.size_loss(size), more)
             found.append(loss)
         return np.array(found)
 

@@ -76,7 +76,7 @@ class SurrogateRun(Episode):
     def _resized(self) -> None:
         super()._resized()
         size = size_of(self.shape)[:, 0]
-        self.size_loss, self.pace = self.law.size_loss(size), self.law.pace(size)
+        self.size_loss, self.pace = self.law.size_loss(size), self.law.pace(self._born.depth())
 
     def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[np.ndarray, Ledger]]:
         random = stream(self.seed, "twins", self.ledger.steps)
