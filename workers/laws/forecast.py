@@ -14,7 +14,7 @@ from esper.platform.errors import UserError
 from esper.platform.law_file import CONSTANTS, FIT, FittedLaws
 from esper.platform.spec import RunSpec
 from esper.workers.laws.oracle import best_plans, course_from, followed
-from esper.workers.laws.scaling_law import SIZE, VOCABULARY, ScalingLaw
+from esper.workers.laws.scaling_law import SIZE, ScalingLaw
 
 AHEAD = 8  # grafts that are planned for, at most: more come into view as they are played
 LEAST = 2.0  # members that share the weight, at least, as an effective number

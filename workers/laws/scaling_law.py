@@ -4,8 +4,8 @@
 
 N effective parameters (N₀: one layer of the born shape), l layers, D effective tokens (D₀: that shape's in the spec's
 budget), so A and B are nats. The state is L: D is what the current size would have needed for it, so grafts keep L
-continuous. A token counts b^(−κ) of one, b the layers that the host began with: what begins deep takes more tokens, what
-grows deep does not.
+continuous. A token counts b^(−κ) of one, b the layers that the host began with: a deep start takes more tokens,
+growing deep does not.
 """
 
 import math
