@@ -42,6 +42,7 @@ class HostShape(Protocol):
     def flops_per_token(self) -> int: ...
     def depth(self) -> int: ...  # layers: what the reference clock charges a fixed time for
     def experts(self) -> int: ...  # gated parts inside layers: they cost a fixed time too
+    def expert_parameters(self) -> int: ...  # of these; a law tells them apart too
     def totals(self) -> tuple[int, ...]: ...  # counts on which alone its sizes and costs depend
     def parts(self) -> list[str]: ...  # names of what may have been inserted: layers, and parts inside them
     def part_after(self, other: Any) -> str: ...  # the name of the one part that `other` lacks

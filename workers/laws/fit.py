@@ -23,7 +23,7 @@ from esper.platform.law_file import FittedLaws
 from esper.platform.seeding import stream
 from esper.platform.spec import LawSpec, Range, RunSpec
 from esper.workers.laws.forecast import ensemble, member_losses, steady
-from esper.workers.laws.scaling_law import SIZE, VOCABULARY, ScalingLaw, size_of
+from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, size_at, size_of
 from esper.workers.tolaria.hosts import start_shape
 
 BOUNDS: dict[str, Range] = {  # of the fitted constants: growing always helps a little
@@ -36,6 +36,7 @@ BOUNDS: dict[str, Range] = {  # of the fitted constants: growing always helps a 
 WEIGHTS = ("heads", "width", "layer")  # fitted within the spec's ranges
 DEPTH: dict[str, Range] = {"depth": (1e-3, 1.0), "slowness": (1e-3, 1.2)}  # what layers do beside, within these;
 NO_DEPTH: dict[str, Range] = dict.fromkeys(DEPTH, (1e-9, 1e-9))  # by static runs alone it looks like an exponent
+EXPERT: dict[str, Range] = {"expert": (0.02, 2.0)}  # where runs have any
 STARTS = (0.25, 0.6, 1.3)  # exponents at which fits start, in all pairs
 TOLERANCE = 0.01  # Huber threshold on the log loss, about the spread of seeds
 # Nats above the lowest loss that halve a loss's weight: early losses fall faster than a power law. 8 short runs of
@@ -51,7 +52,7 @@ MEMBERS = 32  # of an ensemble
 class Annealed(NamedTuple):
     """A loss that a run's rate was let down for: its last, or a cooldown fork's."""
 
-    sizes: np.ndarray  # by `SIZE`, of each stage, float64 (S, 3)
+    sizes: np.ndarray  # by `SIZE`, of each stage, float64 (S, 4)
     tokens: np.ndarray  # trained on in each stage, float64 (S,)
     loss: float  # on validation, nats per token
     seed: int
@@ -67,9 +68,9 @@ class LawFit(NamedTuple):
 
 
 def annealed_losses(summary: Mapping[str, Any]) -> list[Annealed]:
-    """Those of a run, by its summary; none where it diverged, was pruned or rolled back."""
+    """Those of a run, by its summary; none where it diverged or was rolled back."""
     curve, found = summary["val_curve"], []
-    if summary["diverged"] or summary["prunes"] or summary["rollbacks"]:
+    if summary["diverged"] or summary["rollbacks"]:
         return found
     for fork in summary["annealed"]:
         same = [i for i, point in enumerate(curve) if _same(point, fork) and point["tokens"] <= fork["tokens"]]
@@ -79,18 +80,18 @@ def annealed_losses(summary: Mapping[str, Any]) -> list[Annealed]:
 
 
 def stages(curve: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Of a run's curve: sizes, float64 (S, 3), and tokens, float64 (S,)."""
-    sizes, tokens = [[curve[0][name] for name in SIZE]], [0]
+    """Of a run's curve: sizes, float64 (S, 4), and tokens, float64 (S,)."""
+    sizes, tokens = [size_at(curve[0])], [0]
     for before, point in pairwise(curve):
         if not _same(before, point):
-            sizes.append([point[name] for name in SIZE])
+            sizes.append(size_at(point))
             tokens.append(0)
         tokens[-1] += point["tokens"] - before["tokens"]
     return np.array(sizes, float), np.array(tokens, float)
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[name] == other[name] for name in SIZE)
+    return size_at(one) == size_at(other)
 
 
 def fitted(folder: Path, found: Sequence[tuple[RunSpec, str, Mapping[str, Any]]]) -> tuple[FittedLaws, ScalingLaw]:
@@ -140,7 +141,9 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
             f"and the sizes here are (layers): {sizes}: run more, with --set budget.cooldowns=[0.25,0.5]."
         )
     grew = any(len(point.tokens) > 1 for point in points)
+    gated = any(point.sizes[:, 3].any() for point in points)
     ranges = {name: getattr(spec.laws, name) for name in WEIGHTS} | (DEPTH if grew else NO_DEPTH)
+    ranges |= EXPERT if gated else {"expert": (1.0, 1.0)}
     middles = {name: math.sqrt(low * high) for name, (low, high) in ranges.items()}
     fixed = {name: (value, value) for name, value in (dict.fromkeys(BOUNDS, 1.0) | middles).items()}
     unfitted = ScalingLaw.drawn(0, spec.model_copy(update={"laws": LawSpec.model_validate(fixed)}))
@@ -190,7 +193,7 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
     law = with_constants(best)
     residual = float(np.sqrt(np.mean(np.square(law.followed(sizes, tokens)[-1] - losses))))
     errors = np.std(fitted, axis=0) if fitted else np.zeros(len(best))
-    laws = _ranges(law, errors, BOUNDS | DEPTH if grew else BOUNDS)
+    laws = _ranges(law, errors, BOUNDS | (DEPTH if grew else {}) | (EXPERT if gated else {}))
     return LawFit(law, spec.laws.model_copy(update=laws), [with_constants(each) for each in fitted], residual)
 
 
@@ -255,7 +258,7 @@ def predicted(law: ScalingLaw, points: Sequence[Annealed]) -> np.ndarray:
 
 
 def _padded(points: Sequence[Annealed]) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes, float64 (S, 3, points), and tokens, float64 (S, points): short ones end with stages of no tokens."""
+    """Sizes, float64 (S, 4, points), and tokens, float64 (S, points): short ones end with stages of no tokens."""
     most = max(len(point.tokens) for point in points)
     sizes = [np.pad(point.sizes, ((0, most - len(point.tokens)), (0, 0)), mode="edge") for point in points]
     return np.stack(sizes, -1), np.stack([np.pad(p.tokens, (0, most - len(p.tokens))) for p in points], -1)
@@ -264,7 +267,7 @@ def _padded(points: Sequence[Annealed]) -> tuple[np.ndarray, np.ndarray]:
 def _ranges(law: ScalingLaw, errors: np.ndarray, bounds: Mapping[str, Range]) -> dict[str, Range]:
     """Each constant's range within its bounds, with E + A at most `ROOM` of `START`."""
     ranges = {}
-    of = dict(zip((*BOUNDS, *WEIGHTS, *DEPTH), errors, strict=True))
+    of = dict(zip((*BOUNDS, *WEIGHTS, *DEPTH, *EXPERT), errors, strict=True))
     for name, (lowest, highest) in bounds.items():
         value, factor = getattr(law, name), min(WIDEST, max(1 + SHARE, math.exp(2 * of[name])))
         ranges[name] = max(lowest, value / factor), min(highest, value * factor)

@@ -14,7 +14,7 @@ from esper.platform.errors import UserError
 from esper.platform.law_file import CONSTANTS, FIT, FittedLaws
 from esper.platform.spec import RunSpec
 from esper.workers.laws.oracle import best_plans, course_from, followed
-from esper.workers.laws.scaling_law import SIZE, ScalingLaw
+from esper.workers.laws.scaling_law import ScalingLaw, size_at
 
 AHEAD = 8  # grafts that are planned for, at most: more come into view as they are played
 LEAST = 2.0  # members that share the weight, at least, as an effective number
@@ -33,8 +33,8 @@ def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
     used, fractions = clock.slice * np.arange(clock.decisions + 1), np.arange(clock.decisions) / clock.decisions
     used[k] = run.reading()
     most = min(AHEAD, int((fractions[k:] < run.spec.optimizer.decay_from).sum()))
-    pace = law.pace(run.curve[0]["layers"])
-    course = course_from(run.spec, run.shape, most, law, pace, clock.slice, used, fractions)
+    law = law.begun(run.curve[0]["layers"])
+    course = course_from(run.spec, run.shape, most, law, clock.slice, used, fractions)
     known = course.classes
 
     def expected(to: int, end: int, cost: float) -> float:
@@ -59,7 +59,7 @@ def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
 
 def member_losses(curve: list[dict[str, Any]], law: ScalingLaw) -> np.ndarray:
     """What M laws say of a run's losses at the points of its curve, nats, float64 (points, M)."""
-    sizes = np.array([[point[name] for name in SIZE] for point in curve], float)[..., None]
+    sizes = np.array([size_at(point) for point in curve])[..., None]
     tokens = np.diff([float(point["tokens"]) for point in curve], prepend=0.0)
     return law.followed(sizes, tokens[:, None]).reshape(len(curve), -1)
 

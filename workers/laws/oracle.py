@@ -40,7 +40,7 @@ class Classes(NamedTuple):
     """The C classes that grafts of B blueprints reach from the start, class 0."""
 
     blueprints: tuple[str, ...]
-    size: np.ndarray  # by `size_of`, float64 (3, C)
+    size: np.ndarray  # by `size_of`, float64 (4, C)
     graft_cost: np.ndarray  # of a graft that leads here, on the budget's axis, float64 (C,)
     axis_per_step: np.ndarray  # a step's cost in each class, float64 (C,)
     # Class after a graft in this one, or NONE, int64 (B + V, C): after each blueprint's at the deepest site that takes
@@ -127,28 +127,21 @@ def _slices(spec: RunSpec, instance: Instance) -> tuple[np.ndarray, np.ndarray]:
 
 def course(spec: RunSpec, instance: Instance, seed: int = 0) -> Course:
     """The course of an instance; `seed` draws the law where it names none."""
-    law = ScalingLaw.drawn(seed if instance.law is None else instance.law, spec)
     slice_ = spec.budget.amount * instance.budget / spec.budget.decisions
     shape = start_shape(spec, VOCABULARY, instance.n_layer)
+    law = ScalingLaw.drawn(seed if instance.law is None else instance.law, spec).begun(shape.depth())
     most = sum(_slices(spec, Instance())[1] < spec.optimizer.decay_from)  # one graft a decision
-    return course_from(spec, shape, most, law, law.pace(shape.depth()), slice_, *_slices(spec, instance))
+    return course_from(spec, shape, most, law, slice_, *_slices(spec, instance))
 
 
 def course_from(
-    spec: RunSpec,
-    shape: Any,
-    most: int,
-    law: ScalingLaw,
-    pace: Array,
-    slice_: float,
-    used: np.ndarray,
-    fractions: np.ndarray,
+    spec: RunSpec, shape: Any, most: int, law: ScalingLaw, slice_: float, used: np.ndarray, fractions: np.ndarray
 ) -> Course:
     """From a shape, with at most so many grafts; the constants of M laws as arrays make what rests on them (C, M)."""
     known = _classes(spec.model_dump_json(exclude={"laws", "ppo", "fleet"}), shape, most)
     several = (..., None) if isinstance(law.floor, np.ndarray) else ()
     size, per_unit = known.size[several], (batch_tokens(spec) / known.axis_per_step)[several]
-    size_loss, per_unit = law.size_loss(size), per_unit * pace
+    size_loss = law.size_loss(size)
     legal = slice_ / known.axis_per_step >= spec.growth.min_optimizer_steps
     spans = np.maximum(1, np.ceil(known.graft_cost / slice_ - 1e-9)).astype(int)
     return Course(known, law, size_loss, per_unit, used, fractions, fractions < spec.optimizer.decay_from, legal, spans)

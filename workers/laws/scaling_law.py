@@ -3,14 +3,13 @@
     L(N, D) = E + A·(N/N₀)^(−α)·l^(−λ) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2, for λ = 0)
 
 N effective parameters (N₀: one layer of the born shape), l layers, D effective tokens (D₀: that shape's in the spec's
-budget), so A and B are nats. The state is L: D is what the current size would have needed for it, so grafts keep L
-continuous. A token counts b^(−κ) of one, b the layers that the host began with: a deep start takes more tokens,
-growing deep does not.
+budget, times b^κ in a run that began with b layers: a deep start takes more tokens, growing deep does not). So A and B
+are nats. The state is L: D is what the current size would have needed for it, so grafts keep L continuous.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -23,17 +22,23 @@ from esper.workers.observe import batch_tokens
 from esper.workers.tolaria.hosts import start_shape
 
 VOCABULARY = 96
-SIZE = ("attention_parameters", "other_parameters", "layers")  # what a law knows of a shape
+SIZE = ("attention_parameters", "other_parameters", "layers", "expert_parameters")  # what a law knows of a shape
 CONTINUOUS = ("parameter_seconds", "seconds", "flops")  # axes on which a surrogate trains parts of a step
 
 Array = Any  # a float or a float64 array
 
 
 def size_of(*shapes: HostShape) -> np.ndarray:
-    """By `SIZE`, of attention's matrices, of all else but embeddings, and layers: float64 (3, …)."""
+    """By `SIZE`, of attention's matrices, of all else but embeddings, layers, and of experts among these: (4, …)."""
     attention = [shape.attention_parameters() for shape in shapes]
     rest = [shape.parameters_count(non_embedding=True) for shape in shapes]
-    return np.array([attention, np.subtract(rest, attention), [shape.depth() for shape in shapes]], float)
+    gated = [shape.expert_parameters() for shape in shapes]
+    return np.array([attention, np.subtract(rest, attention), [shape.depth() for shape in shapes], gated], float)
+
+
+def size_at(point: Mapping[str, Any]) -> list[float]:
+    """By `SIZE`, at a point of a run's curve; older runs did not tell experts from others."""
+    return [float(point.get(name, 0)) for name in SIZE]
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class ScalingLaw:
     tokens: Array  # D₀
     depth: Array  # λ
     slowness: Array  # κ
+    expert: Array  # how much an expert's parameter counts, in that of any other
 
     @classmethod
     def drawn(cls, seed: int, spec: RunSpec) -> Self:
@@ -62,14 +68,14 @@ class ScalingLaw:
             raise UserError(f"{what}, and a surrogate starts at ln {VOCABULARY} = {start:.2f}: set them lower.")
         drawn = {}  # what came later is drawn last, so its range does not change the others
         first = ("heads", "width", "layer", "size", "size_exponent", "data", "data_exponent", "floor")
-        for name in (*first, "depth", "slowness"):
+        for name in (*first, "depth", "slowness", "expert"):
             low, high = getattr(laws, name)
             if name in ("heads", "width", "layer", "data"):
                 drawn[name] = math.exp(random.uniform(math.log(low), math.log(high)))
             else:
                 drawn[name] = float(random.uniform(low, high))
         one = start_shape(spec, VOCABULARY, 1)
-        attention, other, _ = size_of(one)[:, 0].tolist()
+        attention, other = size_of(one)[:2, 0].tolist()
         drawn["layer"] *= attention + other
         reference = drawn["heads"] * attention + drawn["width"] * other + drawn["layer"]
         return cls(**drawn, reference=reference, tokens=budget_tokens(spec, one))
@@ -81,23 +87,28 @@ class ScalingLaw:
 
     def effective(self, size: Sequence[Array] | np.ndarray) -> Array:
         """N of a `size_of`."""
-        attention, other, layers = size
-        return self.heads * attention + self.width * other + self.layer * layers
+        attention, other, layers, gated = size
+        return self.heads * attention + self.width * (other + (self.expert - 1) * gated) + self.layer * layers
 
-    def pace(self, layers: float) -> Array:
-        """What a token counts in a run that began with so many layers: b^(−κ)."""
-        return layers**-self.slowness
+    def begun(self, layers: Array) -> Self:
+        """The law of a run that began with so many layers: D₀ is b^κ times that of one layer."""
+        return replace(self, tokens=self.tokens * layers**self.slowness)
 
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
-        """The loss after `tokens` more, times the run's `pace`, monotone in `loss`, which must exceed `size_loss`."""
+        """The loss after `tokens` more, monotone in `loss`, which must exceed `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
 
     def followed(self, sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Losses of a run after each of its stages, (S, …), by the stages' sizes, (S, 3, …), and tokens, (S, …)."""
-        loss, found, tokens = math.log(VOCABULARY), [], tokens * self.pace(sizes[0, 2])
+        """Losses of a run after each of its stages, (S, …), by the stages' sizes, (S, 4, …), and tokens, (S, …).
+
+        A prune adds the rise in size loss.
+        """
+        law, loss, found = self.begun(sizes[0, 2]), math.log(VOCABULARY), []
+        before = law.size_loss(sizes[0])
         for size, more in zip(sizes, tokens, strict=True):
-            loss = self.trained(loss, self.size_loss(size), more)
+            after = law.size_loss(size)
+            loss, before = law.trained(loss + np.maximum(0.0, after - before), after, more), after
             found.append(loss)
         return np.array(found)
 

@@ -33,6 +33,15 @@ class LayeredShape(ABC):
     def depth(self) -> int:
         return len(self.layers)
 
+    def attention_parameters(self) -> int:
+        return 0
+
+    def experts(self) -> int:
+        return 0
+
+    def expert_parameters(self) -> int:
+        return 0
+
     def without(self, name: str) -> Self:
         """A copy without a layer `h<uid>`, or without a part inside one."""
         layer, part = self.layer(name), name.partition(".")[2]

@@ -89,8 +89,8 @@ class ResNetShape(LayeredShape):
         """Channel attentions: gated parts too, which cost a fixed time."""
         return sum(layer.gate > 0 for layer in self.layers)
 
-    def attention_parameters(self) -> int:
-        return 0
+    def expert_parameters(self) -> int:
+        return sum(self._gate(layer) for layer in self.layers)
 
     def totals(self) -> tuple[int, ...]:
         of = [[layer for layer in self.layers if layer.stage == stage] for stage in range(STAGES)]
@@ -132,8 +132,12 @@ class ResNetShape(LayeredShape):
         return self.stream(stage - 1) * self.stream(stage)
 
     def _block(self, layer: BlockSpec) -> int:
+        c = self.stream(layer.stage)
+        return 2 * TAPS * c * layer.width + 2 * c + 2 * layer.width + self._gate(layer)
+
+    def _gate(self, layer: BlockSpec) -> int:
         c, r = self.stream(layer.stage), layer.gate
-        return 2 * TAPS * c * layer.width + 2 * c + 2 * layer.width + (2 * c * r + r + c if r else 0)
+        return 2 * c * r + r + c if r else 0
 
 
 class Norm(nn.Module):

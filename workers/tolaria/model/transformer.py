@@ -87,6 +87,9 @@ class TransformerShape(LayeredShape):
     def experts(self) -> int:
         return sum(len(layer.experts) for layer in self.layers)
 
+    def expert_parameters(self) -> int:
+        return sum(self._of_expert(expert) for layer in self.layers for expert in layer.experts)
+
     def with_units(self, site_id: str, units: int) -> Self:
         """A copy with `units` more heads or neurons at a site; fewer, if negative."""
         field = "heads" if site_id.endswith(".attention") else "width"
@@ -115,8 +118,10 @@ class TransformerShape(LayeredShape):
         c, inner = self.n_embd, layer.heads * self.head_dim
         attention = 4 * c * inner + 3 * inner + c
         mlp = 2 * c * layer.width + layer.width + c
-        experts = sum(c + 2 * c * expert.width + expert.width + c for expert in layer.experts)
-        return attention, mlp + experts, 4 * c
+        return attention, mlp + sum(map(self._of_expert, layer.experts)), 4 * c
+
+    def _of_expert(self, expert: ExpertSpec) -> int:
+        return 2 * self.n_embd * expert.width + expert.width + 2 * self.n_embd
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, dropout: float) -> Tensor:
