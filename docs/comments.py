@@ -7,7 +7,7 @@ from typing import Any
 
 import griffe
 
-from esper.pipelines.settings import comments
+from esper.pipelines.tools.settings import comments
 
 remarks = cache(lambda path: comments(Path(path).read_text(encoding="utf-8")))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-from esper.pipelines.settings import Group, groups
+from esper.pipelines.tools.settings import Group, groups
 
 ROOT = Path(__file__).parents[1]
 RECORDED = "benchmarks/recorded/tinystories-char/README.md"

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from esper.pipelines import policy, settings
+from esper.pipelines import policy
 from esper.pipelines.common import cli
 from esper.pipelines.common.arguments import parse
+from esper.pipelines.tools import settings
 from esper.platform.frozen import Frozen
 from esper.platform.spec import load_spec, presets
 from tests.pages import DOCS, PAGES, RECORDED, ROOT, blocks, fenced

@@ -58,10 +58,10 @@ TRAINING = python("workers")
 @pytest.mark.parametrize(
     ("what", "measured", "limit"),
     [
-        ("lines of Python, tests apart", lines(CODE), 19_420),
-        ("lines of tests", lines(python("tests")), 11_428),
-        ("lines of docstrings and comments", prose(CODE), 2_136),
-        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 19),
+        ("lines of Python, tests apart", lines(CODE), 19_452),
+        ("lines of tests", lines(python("tests")), 11_455),
+        ("lines of docstrings and comments", prose(CODE), 2_141),
+        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 14),
         ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",

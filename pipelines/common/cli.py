@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 from esper import __version__
 from esper.pipelines.common.arguments import choose
@@ -36,4 +37,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, argv: list[str] | None) -> int:
-    return import_module(f"esper.pipelines.{name}").main(argv)
+    tools = "" if (Path(__file__).parents[1] / f"{name}.py").exists() else "tools."
+    return import_module(f"esper.pipelines.{tools}{name}").main(argv)

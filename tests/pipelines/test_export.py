@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from esper import from_gpt2
-from esper.pipelines import prepare, sample, train
+from esper.pipelines import prepare, train
 from esper.pipelines.common import single_run
-from esper.pipelines.export import main
+from esper.pipelines.tools import sample
+from esper.pipelines.tools.export import main
 from esper.platform import checkpoint
 from esper.platform.errors import UserError
 from esper.workers.tolaria.data import TokenData

@@ -2,7 +2,8 @@
 
 import pytest
 
-from esper.pipelines import prepare, sample, train
+from esper.pipelines import prepare, train
+from esper.pipelines.tools import sample
 from esper.platform.storage import read_json
 from tests.pipelines.helpers import planned, sets, summary_of
 

@@ -16,9 +16,10 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.pipelines import record, train
+from esper.pipelines import train
 from esper.pipelines.common.ended_runs import EndedRun
 from esper.pipelines.common.play import play
+from esper.pipelines.tools import record
 from esper.platform.contracts import GraftAction
 from esper.platform.errors import UserError
 from esper.platform.recording import FILES, SEEN_FILE

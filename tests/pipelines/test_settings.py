@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from esper.pipelines import settings
+from esper.pipelines.tools import settings
 from esper.platform.spec import RunSpec, load_spec, presets
 
 KEYS = [setting for group in settings.groups() for setting in group.settings]

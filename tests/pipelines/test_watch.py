@@ -3,8 +3,9 @@
 import pytest
 from PIL import Image
 
-from esper.pipelines import train, watch
+from esper.pipelines import train
 from esper.pipelines.reports.growth_picture import layers_over
+from esper.pipelines.tools import watch
 from tests.pipelines.helpers import planned
 from tests.workers.growing_run import begun, choose, outcome
 

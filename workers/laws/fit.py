@@ -73,7 +73,7 @@ def annealed_losses(summary: Mapping[str, Any]) -> list[Annealed]:
     if summary["diverged"] or summary["rollbacks"]:
         return found
     for fork in summary["annealed"]:
-        same = [i for i, point in enumerate(curve) if _same(point, fork) and point["tokens"] <= fork["tokens"]]
+        same = [i for i, p in enumerate(curve) if size_at(p) == size_at(fork) and p["tokens"] <= fork["tokens"]]
         if same and fork["val_loss"] is not None:  # what the run did after the fork began is another size
             found.append(Annealed(*stages([*curve[: same[-1] + 1], fork]), fork["val_loss"], summary["seed"]))
     return [*found, Annealed(*stages(curve), summary["val_loss"], summary["seed"])]
@@ -83,15 +83,11 @@ def stages(curve: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """Of a run's curve: sizes, float64 (S, 4), and tokens, float64 (S,)."""
     sizes, tokens = [size_at(curve[0])], [0]
     for before, point in pairwise(curve):
-        if not _same(before, point):
+        if size_at(before) != size_at(point):
             sizes.append(size_at(point))
             tokens.append(0)
         tokens[-1] += point["tokens"] - before["tokens"]
     return np.array(sizes, float), np.array(tokens, float)
-
-
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return size_at(one) == size_at(other)
 
 
 def fitted(folder: Path, found: Sequence[tuple[RunSpec, str, Mapping[str, Any]]]) -> tuple[FittedLaws, ScalingLaw]:

@@ -34,7 +34,7 @@ def run(arguments: SampleArguments) -> None:
 def load(path: Path) -> tuple[Any, Any]:
     """The host and its tokenizer. Raises UserError where there is none, or the host takes no text."""
     from esper.pipelines.common.single_run import saved_run
-    from esper.pipelines.export import tokenizer_of
+    from esper.pipelines.tools.export import tokenizer_of
     from esper.platform import checkpoint
     from esper.workers.tolaria.export import MODEL, host_of, load_native, load_native_tokenizer
 

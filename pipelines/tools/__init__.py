@@ -1,0 +1,1 @@
+"""Commands about one run, one machine or one key: nothing that Ray is asked to do."""
