@@ -167,7 +167,7 @@ class LawSpec(Frozen):
     width: Range = (0.03, 6.0)  # weight of any other parameter; log
     layer: Range = (0.02, 1.0)  # weight of a layer itself, in parameters of the first; log
     depth: RangeFrom0 = (0.0, 0.0)  # λ: A falls as layers^(−λ)
-    slowness: RangeFrom0 = (0.0, 0.0)  # κ: tokens count (layers at the start)^(−κ)
+    slowness: RangeFrom0 = (0.0, 0.0)  # κ: tokens count layers^(−κ)
     expert: Range = (1.0, 1.0)  # weight of an expert's parameter, in that of any other
 
 

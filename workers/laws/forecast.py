@@ -33,7 +33,6 @@ def forecast(run: Any, laws: FittedLaws) -> np.ndarray:
     used, fractions = clock.slice * np.arange(clock.decisions + 1), np.arange(clock.decisions) / clock.decisions
     used[k] = run.reading()
     most = min(AHEAD, int((fractions[k:] < run.spec.optimizer.decay_from).sum()))
-    law = law.begun(run.curve[0]["layers"])
     course = course_from(run.spec, run.shape, most, law, clock.slice, used, fractions)
     known = course.classes
 

@@ -129,7 +129,7 @@ def course(spec: RunSpec, instance: Instance, seed: int = 0) -> Course:
     """The course of an instance; `seed` draws the law where it names none."""
     slice_ = spec.budget.amount * instance.budget / spec.budget.decisions
     shape = start_shape(spec, VOCABULARY, instance.n_layer)
-    law = ScalingLaw.drawn(seed if instance.law is None else instance.law, spec).begun(shape.depth())
+    law = ScalingLaw.drawn(seed if instance.law is None else instance.law, spec)
     most = sum(_slices(spec, Instance())[1] < spec.optimizer.decay_from)  # one graft a decision
     return course_from(spec, shape, most, law, slice_, *_slices(spec, instance))
 
@@ -141,7 +141,7 @@ def course_from(
     known = _classes(spec.model_dump_json(exclude={"laws", "ppo", "fleet"}), shape, most)
     several = (..., None) if isinstance(law.floor, np.ndarray) else ()
     size, per_unit = known.size[several], (batch_tokens(spec) / known.axis_per_step)[several]
-    size_loss = law.size_loss(size)
+    size_loss, per_unit = law.size_loss(size), per_unit * law.pace(size)
     legal = slice_ / known.axis_per_step >= spec.growth.min_optimizer_steps
     spans = np.maximum(1, np.ceil(known.graft_cost / slice_ - 1e-9)).astype(int)
     return Course(known, law, size_loss, per_unit, used, fractions, fractions < spec.optimizer.decay_from, legal, spans)

@@ -3,13 +3,13 @@
     L(N, D) = E + A·(N/N₀)^(−α)·l^(−λ) + B·(D/D₀)^(−β)        (Hoffmann et al. 2022, 2203.15556, eq. 2, for λ = 0)
 
 N effective parameters (N₀: one layer of the born shape), l layers, D effective tokens (D₀: that shape's in the spec's
-budget, times b^κ in a run that began with b layers: a deep start takes more tokens, growing deep does not). So A and B
-are nats. The state is L: D is what the current size would have needed for it, so grafts keep L continuous.
+budget), so A and B are nats. A token counts l^(−κ) of one: a deeper host gets further, and takes more tokens. The state
+is L: D is what the current size would have needed for it, so grafts keep L continuous.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -90,12 +90,12 @@ class ScalingLaw:
         attention, other, layers, gated = size
         return self.heads * attention + self.width * (other + (self.expert - 1) * gated) + self.layer * layers
 
-    def begun(self, layers: Array) -> Self:
-        """The law of a run that began with so many layers: D₀ is b^κ times that of one layer."""
-        return replace(self, tokens=self.tokens * layers**self.slowness)
+    def pace(self, size: Sequence[Array] | np.ndarray) -> Array:
+        """What a token counts at a `size_of`: l^(−κ)."""
+        return size[2] ** -self.slowness
 
     def trained(self, loss: Array, size_loss: Array, tokens: Array) -> Array:
-        """The loss after `tokens` more, monotone in `loss`, which must exceed `size_loss`."""
+        """The loss after `tokens` more, times the size's `pace`, monotone in `loss`, which must exceed `size_loss`."""
         have = ((loss - size_loss) / self.data) ** (-1 / self.data_exponent)
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
 
@@ -104,11 +104,11 @@ class ScalingLaw:
 
         A prune adds the rise in size loss.
         """
-        law, loss, found = self.begun(sizes[0, 2]), math.log(VOCABULARY), []
-        before = law.size_loss(sizes[0])
+        loss, found, before = math.log(VOCABULARY), [], self.size_loss(sizes[0])
         for size, more in zip(sizes, tokens, strict=True):
-            after = law.size_loss(size)
-            loss, before = law.trained(loss + np.maximum(0.0, after - before), after, more), after
+            after = self.size_loss(size)
+            risen = loss + np.maximum(0.0, after - before)
+            loss, before = self.trained(risen, after, more * self.pace(size)), after
             found.append(loss)
         return np.array(found)
 

@@ -62,8 +62,7 @@ class SurrogateRun(Episode):
         random, points = stream(self.seed, "noise"), self.spec.budget.decisions + 1
         self._errors = LOSS_NOISE * random.standard_normal(points)
         constants = self.laws and {name: values[number % len(values)] for name, values in self.laws.ensemble.items()}
-        law = ScalingLaw(**constants) if constants else ScalingLaw.drawn(number, self.spec)
-        self.law = law.begun(self.shape.depth())
+        self.law = ScalingLaw(**constants) if constants else ScalingLaw.drawn(number, self.spec)
         if self.laws and self.laws.errors:
             axis, clock = self.spec.budget.axis, self.spec.clock
             steps = self.clock.slice / clock.axis_per_step(axis, self.shape, self.tokens_per_step)
@@ -73,7 +72,8 @@ class SurrogateRun(Episode):
 
     def _resized(self) -> None:
         super()._resized()
-        self.size_loss = self.law.size_loss(size_of(self.shape)[:, 0])
+        size = size_of(self.shape)[:, 0]
+        self.size_loss, self.pace = self.law.size_loss(size), self.law.pace(size)
 
     def _tries(self, actions: Sequence[GraftAction], optimizer_steps: int) -> Iterator[tuple[np.ndarray, Ledger]]:
         random = stream(self.seed, "twins", self.ledger.steps)
@@ -84,7 +84,7 @@ class SurrogateRun(Episode):
             twin.ledger = replace(self.ledger)
             twin._change(twin._accept(action))
             own = TWIN_NOISE * random.standard_normal(optimizer_steps)
-            losses = twin.law.trained(twin.loss_now, twin.size_loss, tokens) + shared + own
+            losses = twin.law.trained(twin.loss_now, twin.size_loss, twin.pace * tokens) + shared + own
             twin._step(float(optimizer_steps))
             yield losses, twin.ledger
 
@@ -140,7 +140,7 @@ class SurrogateRun(Episode):
         return (1 + measured) * cost * self.layout.step_seconds if measured > 0 else 0.0
 
     def _step(self, steps: float) -> None:
-        self.loss_now = self.law.trained(self.loss_now, self.size_loss, steps * self.tokens_per_step)
+        self.loss_now = self.law.trained(self.loss_now, self.size_loss, steps * self.tokens_per_step * self.pace)
         self._charge(steps * self.layout.step_seconds, steps)
 
     def _charge(self, seconds: float, steps: float = 0.0) -> None:
