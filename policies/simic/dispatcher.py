@@ -6,7 +6,7 @@
                          ended ──► PPOTraining.iterate() ──► RLlib's PPO learner ──► new weights, between two batches
 
 Rules, each tested:
-1. All ready replies are answered in one batch; nothing is polled.
+1. All ready replies are answered in one batch; nothing is polled. Few of many wait 5 ms for others.
 2. Every episode is learned from whole, in the order of beginning: the order of ending would prefer short episodes.
 3. A step keeps the logits and the number of the weights that chose its action: PPO's ratio is right at any lag.
 4. Episode i has the seed `derive(seed, "episode", i)`, its decision k the stream (seed, "policy", i, k); no action
@@ -60,6 +60,7 @@ COUNTS = (
 )
 GIVE_UP = 6  # times as many losses in a row as workers
 OVERTAKING = 2  # episodes a worker that may end before one that began before them
+GATHER = 0.005  # seconds in which more replies may come where few of many have: a batch costs little more than one
 LOOK = 1.0  # seconds between two looks for late workers
 KNOWN = 64  # latest replies that tell how much longer than expected a decision takes
 
@@ -202,14 +203,15 @@ class Dispatcher:
         gc.freeze()  # else each full collection walks torch's, Ray's and RLlib's 300,000 objects: 0.2 s for all threads
         try:
             while not self._stopped:
-                self._turn()
+                if self._turn() < len(self._orders) / 10:
+                    time.sleep(GATHER)
         except BaseException as error:  # surfaces in collect()
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _turn(self) -> None:
-        """Give free workers orders; then book the replies that have come, and answer all that ask for an action."""
+    def _turn(self) -> int:
+        """Give free workers orders; then book the replies that came, answer those that ask; returns how many came."""
         with self._changed:
             self._count_time()
             while self._free and (self._orphaned or not self._resting()):
@@ -246,6 +248,7 @@ class Dispatcher:
                     if self._counted > episode.deadline:
                         late = TimeoutError(f"no answer in {self._counted - episode.since:,.0f} s")
                         self._lose(worker, late, "late")
+        return len(events)
 
     def _count_time(self) -> None:
         now = time.monotonic()
