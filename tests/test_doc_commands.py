@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import subprocess
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ def model_of(words: list[str]) -> tuple[type[Frozen], list[str]]:
     assert words[0] in cli.COMMANDS
     if words[0] == "policy":
         return policy.ACTIONS[words[1]][0], words[2:]
-    main = import_module(f"esper.pipelines.{words[0]}").main
-    return inspect.getclosurevars(main).nonlocals["model_class"], words[1:]
+    return inspect.getclosurevars(cli.module_of(words[0]).main).nonlocals["model_class"], words[1:]
 
 
 @pytest.mark.parametrize("page", PAGES)

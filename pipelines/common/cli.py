@@ -4,6 +4,7 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from esper import __version__
 from esper.pipelines.common.arguments import choose
@@ -36,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     return choose("esper", "command", commands, line)
 
 
-def _run(name: str, argv: list[str] | None) -> int:
+def module_of(name: str) -> ModuleType:
+    """Where a command lies: in `pipelines/`, or in `pipelines/tools/`."""
     tools = "" if (Path(__file__).parents[1] / f"{name}.py").exists() else "tools."
-    return import_module(f"esper.pipelines.{tools}{name}").main(argv)
+    return import_module(f"esper.pipelines.{tools}{name}")
+
+
+def _run(name: str, argv: list[str] | None) -> int:
+    return module_of(name).main(argv)
