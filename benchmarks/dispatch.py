@@ -42,10 +42,7 @@ class Recorded:
 
 
 class Offered(LocalFleet):
-    """Workers that work an exponential time at each decision: their replies arrive as a Poisson process.
-
-    Before, each answers some orders at once, so that they stand at evenly spread decisions of their episodes.
-    """
+    """Workers that work an exponential time at each decision (a Poisson process), and begin at evenly spread places."""
 
     lockstep = False
 

@@ -1,7 +1,4 @@
-"""The sections of `gpu.py`: `python benchmarks/gpu_sections.py NAME DEVICE FILE` writes a section's rows to FILE.
-
-A section yields its rows and then raises if a check failed. On a CPU the `tinystories` preset is made far smaller.
-"""
+"""The sections of `gpu.py`: `python benchmarks/gpu_sections.py NAME DEVICE FILE` writes rows, and fails after them."""
 
 import json
 import os

@@ -57,9 +57,6 @@ def in_turns(works: Mapping[str, Callable[[], object]], steps: int) -> dict[str,
 
 
 def times(ours: Sequence[float], other: Sequence[float]) -> str:
-    """Our time over the other's, block by block: the median, and the range.
-
-    The range of 7 blocks covers the true median with 98 % (sign test, 1 − 2·½⁷).
-    """
+    """Our time over the other's: median and range over 7 blocks, which covers the true median with 98 % (sign test)."""
     ratios = [a / b for a, b in zip(ours, other, strict=True)]
     return f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -1,8 +1,4 @@
-"""Esper: grow GPTs while they train, on Ray.
-
-The folders of the repository appear here as subpackages through relative links:
-`esper.platform`, `esper.workers`, `esper.policies`, `esper.pipelines`.
-"""
+"""Esper: grow GPTs while they train, on Ray. The repository's folders appear here as subpackages, through links."""
 
 from importlib import import_module
 from typing import Any

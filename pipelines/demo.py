@@ -1,7 +1,4 @@
-"""The whole story in minutes on a laptop (`make demo`): text, a trained controller, arms compared, the report.
-
-It shows that everything works together; a demo this short does not train a good policy.
-"""
+"""The whole story in minutes on a laptop; a demo this short does not train a good policy."""
 
 import shutil
 import sys

@@ -1,8 +1,4 @@
-"""Look at a trained controller, hold it against the other arms, or boil it down to a schedule. Without Ray.
-
-esper policy evaluate runs/ppo-20260101-120000 --data stories.txt      # on text; without --data on loss laws
-esper policy distill runs/ppo-20260101-120000 --out plan.json          # for `esper train schedule --schedule …`
-"""
+"""Look at a trained controller, hold it against the other arms, or boil it down to a schedule. Without Ray."""
 
 import sys
 from functools import partial

@@ -1,8 +1,4 @@
-"""Turn text into a tokenizer and token shards, or images into files of pixels, for `--data` of the other pipelines.
-
-esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories
-esper prepare --task cifar10 --data cifar-10-batches-py --out data/cifar10
-"""
+"""Turn text into a tokenizer and token shards, or images into files of pixels, for `--data` of the other pipelines."""
 
 import sys
 

@@ -1,7 +1,4 @@
-"""Write the report on a sweep: which arm reaches a lower loss at equal cost, and how sure that is.
-
-Reads only MLflow; leaves `report.html`, `report.png` and `report.json` in a folder and with the sweep's run.
-"""
+"""Write the report on a sweep from MLflow: `report.html`, `report.png`, `report.json`, also into the sweep's run."""
 
 import re
 import sys

@@ -1,9 +1,4 @@
-"""Train one GPT under one arm.
-
-esper train tamiyo --data stories.txt --set budget.decisions=12
-esper train tamiyo --from gpt2 --data stories.txt          # one that is trained already
-esper train --resume runs/train-tamiyo-20260101-120000      # to the same numbers; Ctrl-C and SIGTERM save first
-"""
+"""Train one GPT under one arm."""
 
 import sys
 from pathlib import Path

@@ -96,10 +96,7 @@ class CheckpointStore(AbstractContextManager["CheckpointStore"]):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")  # joined at exit
 
     def save(self, name: str, state: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Queue what `pack` takes and return at once; of one name only the newest is written.
-
-        Tensors are not copied: do not change them afterwards.
-        """
+        """Queue what `pack` takes; of one name only the newest is written. Leave its tensors as they are: no copies."""
         self._queue(name, (state, dict(tensors)))
 
     def drop(self, name: str) -> None:

@@ -1,7 +1,6 @@
 """Clocks: what a step costs, by measured time or by a reference that load does not change, and how far a budget is.
 
-Reference step: `base + layer·depth + expert·experts + FLOPs/rate`.
-`esper calibrate` fits the constants on an idle device. The wall clock takes the formula only to predict a graft's cost.
+Reference step: `base + layer·depth + expert·experts + FLOPs/rate`; the wall clock takes it to predict a graft's cost.
 """
 
 from dataclasses import dataclass

@@ -61,10 +61,9 @@ class Resized:
 
 
 class HostProtocol(Protocol):
-    """What Kasmina asks of a model, of any domain: a CNN's pair of convolutions is a pair of linears.
+    """What Kasmina asks of a model, of any domain: units (heads, neurons, channels) lie between a pair of linear maps.
 
-    A site takes units (heads, neurons, channels) between a pair of linears, or parts: modules (layers, experts) that
-    the host names.
+    Parts are modules (layers, experts) that the host names.
     """
 
     @property

@@ -1,7 +1,4 @@
-"""Journal: an append-only file of JSON lines that survives its process.
-
-A line is written whole or not at all; an unfinished last line is cut off when the file is opened.
-"""
+"""Journal: an append-only file of JSON lines that survives its process; an unfinished last line is cut off."""
 
 import errno
 import json

@@ -25,10 +25,7 @@ class Ledger:
     validation_seconds: float = 0.0  # wall; not part of any budget
 
     def charge(self, *, seconds: float, parameters: int, parameters_non_embedding: int, **amounts: float) -> None:
-        """Add a training step's cost, or a graft's (no steps and tokens), at the size it was done at.
-
-        `amounts` are of `wall_seconds`, `steps`, `tokens` and `flops`.
-        """
+        """Add a step's or a graft's cost at its size; `amounts`: `wall_seconds`, `steps`, `tokens`, `flops`."""
         for name, amount in {"seconds": seconds, **amounts}.items():
             setattr(self, name, getattr(self, name) + amount)
         self.parameter_seconds += parameters * seconds

@@ -1,7 +1,4 @@
-"""RunSpec: everything that decides a run's numbers, from a preset and overrides.
-
-Sizes that memory depends on are bounded. Names (blueprint, host, tokenizer) are resolved by their registries.
-"""
+"""RunSpec: everything that decides a run's numbers, from a preset and overrides; names are resolved by registries."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -68,10 +68,7 @@ def read_json(path: Path, what: str, example: str) -> Any:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `path` when the block ends without an error; of two at once the first wins.
-
-    Raises UserError where it cannot be written.
-    """
+    """Yield a folder that becomes `path` if the block ends well; of two the first wins. UserError: not writable."""
     partial = beside(path.absolute())
     try:
         partial.mkdir(parents=True)

@@ -157,10 +157,7 @@ def milliseconds() -> int:
 
 
 def sync(folder: Path, uri: str, seconds: float = SYNC_SECONDS) -> bool:
-    """Send a store what it lacks of a run that no tracker is open for; whether it has all after `seconds` at most.
-
-    Raises UserError where the journal is damaged.
-    """
+    """Send a store what it lacks of a run that is closed; whether it has all. UserError for a damaged journal."""
     sender = _Sender(folder, read_entries(folder / JOURNAL), uri)
     if not sender.complete:
         sender.start()
@@ -175,10 +172,7 @@ def synced(folder: Path, uri: str) -> bool:
 
 
 class _Sender(threading.Thread):
-    """Sends a run's entries, which may grow, to a store, in order, from where that store stands.
-
-    Whatever fails is tried again after a pause, over a new connection.
-    """
+    """Sends a run's entries, which may grow, to a store, in order; what fails is tried again, over a new connection."""
 
     def __init__(self, folder: Path, entries: Sequence[Entry], uri: str, *, system_metrics: bool = False) -> None:
         super().__init__(name=f"tracking {folder.name}", daemon=True)

@@ -42,10 +42,7 @@ DIGEST_LENGTH = 36  # MLflow's limit
 
 
 def tracking_uri(uri: str | None = None) -> str:
-    """Where runs are kept: `uri`, else `MLFLOW_TRACKING_URI`, else an SQLite file here; files absolute.
-
-    Raises UserError where the file's path has letters that no address of MLflow can hold.
-    """
+    """Where runs are kept: `uri`, `MLFLOW_TRACKING_URI` or an SQLite file here; UserError: MLflow cannot name it."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     file = sqlite_file(uri)
     if file is None:

@@ -233,8 +233,7 @@ class GrowthRun(TrainedEpisode):
     def _next_path(self) -> Path:
         """Of the slice that begins: by compiled steps if in the last one the host was as it is, without young seeds.
 
-        By the reference clock only spec and course of the run decide, so that its numbers do not depend on when a build
-        ends.
+        By the reference clock spec and course alone decide: numbers do not depend on when a build ends.
         """
         package = self.trainer.package() if self.spec.trainer.compile != "off" else None
         if package is None:

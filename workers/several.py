@@ -1,7 +1,4 @@
-"""A run of whichever of several specs its instance names: one fleet then trains a controller on several kinds of hosts.
-
-Observations are padded to the largest of the specs' telemetry sizes.
-"""
+"""A run of whichever of several specs its instance names; observations are padded to the largest telemetry sizes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

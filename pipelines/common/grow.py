@@ -182,10 +182,7 @@ class Grower:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Grow a model as it was at its birth to what was saved, and go on from there.
-
-        UserError, and no change, where the model is another one, has grown, or was to be grown otherwise.
-        """
+        """Grow a model as at its birth to what was saved, and go on; UserError, and no change, for another one."""
         host = self._ranks.host
         with in_a_sentence("this is no state of a Grower", "give what `grower.state_dict()` returned"):
             values, born, saved = state["run"], {name: tuple(size) for name, size in state["born"].items()}, None

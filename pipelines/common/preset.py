@@ -45,11 +45,7 @@ def resolve_spec(arguments: CommonArguments, *, on: Literal["here", "fleet", "la
 
 
 def check_fits(spec: RunSpec) -> None:
-    """Raise UserError where training at the starting size needs more than the machine's memory.
-
-    Weights, gradients and AdamW's moments in float32, and what the backward pass needs of each layer; the
-    vocabulary's part is left out.
-    """
+    """Raise UserError where weights, gradients, AdamW's moments and activations at the start exceed the memory."""
     shape, each = start_shape(spec, vocab_size=1), spec.data.batch_size * spec.host.activations
     needed = 16 * shape.parameters_count() + 4 * each * shape.depth()  # bytes
     there = psutil.virtual_memory().total

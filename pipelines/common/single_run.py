@@ -36,10 +36,7 @@ CHECKPOINTS, RUN = "checkpoints", "run"  # in the output folder: `checkpoints/ru
 
 
 def begin(arguments: CommonArguments, arm: str, files: Mapping[str, Path | None]) -> int:
-    """Settle, and train from the start.
-
-    `files` are the arm's inputs by the names of `ArmInputs`, and the `config` and `model` of a GPT-2 to start with.
-    """
+    """Settle, and train from the start; `files`: the arm's inputs by their names in `ArmInputs`, and a GPT-2's."""
     spec, policy = resolve_spec(arguments), files["policy"]
     files = {**files, "policy": policy and policy_file(policy)}
     if (weights := files.get("model")) is not None:

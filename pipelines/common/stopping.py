@@ -16,10 +16,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_signals(how: str) -> Iterator[Callable[[], None]]:
-    """Yield `check`, to be called where stopping is possible: it raises Stopped, which says `how` to go on.
-
-    A second signal acts at once.
-    """
+    """Yield `check`, which raises Stopped after a signal and says `how` to go on; a second signal acts at once."""
     asked: list[int] = []
 
     def check() -> None:

@@ -165,10 +165,7 @@ def evaluate(arguments: EvaluateArguments) -> None:
 def rows(
     played: Mapping[str, Summaries], bounds: np.ndarray | None, reference: str | None = None
 ) -> list[dict[str, Any]]:
-    """A row per arm, then the bound: mean `loss`, `to_bound` and paired `difference` to the reference, in nats.
-
-    `closed` is the share of the gap between reference and bound, `grafts` a mean per episode, `diverged` a count.
-    """
+    """A row per arm, then the bound: means in nats, `closed` of the gap between them, `grafts`, `diverged`."""
     losses = {arm: np.array([run["val_loss"] for run in runs]) for arm, runs in played.items()}
     base = losses.get(reference or "")
     gap = 0.0 if bounds is None or base is None else float((base - bounds).mean())

@@ -1,7 +1,4 @@
-"""The runs of sweeps as MLflow keeps them, a trial from its tags and its `summary.json`; as data frames for notebooks.
-
-Nothing is made in a store.
-"""
+"""The runs of sweeps as MLflow keeps them, a trial from its tags and `summary.json`; as data frames for notebooks."""
 
 import json
 import math
@@ -136,8 +133,7 @@ class Sweep(NamedTuple):
 def read_sweeps(uri: str | None, experiment: str | None, wanted: str | None, *, newest: bool = False) -> list[Sweep]:
     """The sweeps of an experiment (None: all) and a run id or name (None: any), newest first, or only the newest.
 
-    Raises:
-        UserError: the store is not there or does not answer, or holds no such sweep, or no trial has finished.
+    UserError where the store is not there or does not answer, holds no such sweep, or no trial has finished.
     """
     address = tracking_uri(uri)
     folder, file = address.removeprefix("file://").removeprefix("file:"), sqlite_file(address)

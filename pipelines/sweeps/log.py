@@ -73,10 +73,7 @@ class SweepLog(tune.Callback):
         return missing
 
     def close(self, others: Iterable[Path], seconds: float) -> bool:
-        """End what is still open, and send MLflow what it lacks, for at most `seconds`; whether it has had everything.
-
-        `others` are folders of other tracked runs, which may not be there.
-        """
+        """End what is open; send MLflow what it and the folders `others` lack, in `seconds`; whether it has all."""
         uri, deadline = self.parent.uri, time.monotonic() + seconds
 
         def left() -> float:

@@ -1,7 +1,4 @@
-"""Fit the reference clock, seconds of a step as a function of shape: `esper calibrate`, on an idle machine.
-
-Leaves `clock.json`, for a preset's `clock` section, and `summary.json` with every shape that was timed.
-"""
+"""Fit the reference clock on an idle machine; leaves `clock.json`, for a preset, and `summary.json` with timings."""
 
 import json
 import sys

@@ -1,7 +1,4 @@
-"""Ended runs as one benchmark: `Esper/GrowthRecorded-v0` replays them, for controllers to be compared without training.
-
-esper record runs/sweep-20260101-120000 --out recording
-"""
+"""Ended runs as one benchmark, which `Esper/GrowthRecorded-v0` replays: controllers are compared without training."""
 
 import json
 import sys

@@ -1,7 +1,4 @@
-"""Text from a trained GPT, on the CPU: of a run's folder, an export in the native format, or a checkpoint.
-
-esper sample runs/train-tamiyo-20260101-120000 --prompt "Once upon a time" --temperature 0.7
-"""
+"""Text from a trained GPT, on the CPU: of a run's folder, an export in the native format, or a checkpoint."""
 
 import sys
 from pathlib import Path

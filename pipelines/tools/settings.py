@@ -1,8 +1,4 @@
-"""Every key that `--set` takes: default, what is allowed, meaning, from the spec's models and the comments in them.
-
-esper settings                # all of them; the documentation's page is made of the same
-esper settings growth         # those that begin so
-"""
+"""Every key that `--set` takes: default, what is allowed, meaning, from the spec's models and the comments in them."""
 
 import inspect
 import io

@@ -1,7 +1,4 @@
-"""A run of `esper train`, under way or ended, as a picture: its loss over the budget, and its network as it grew.
-
-esper watch runs/train-tamiyo-20260101-120000          # growth.png in the run's folder; --gif: growth.gif, as it went
-"""
+"""A run of `esper train`, under way or ended, as a picture: its loss over the budget, and its network as it grew."""
 
 import sys
 from pathlib import Path

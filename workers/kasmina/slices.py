@@ -68,10 +68,7 @@ class Apart:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Clip each group's gradients, as `torch.nn.utils.clip_grad_norm_` does one; returns the norms, (groups,).
-
-        One pass over all slices; on a CPU, what is short enough is not multiplied.
-        """
+        """Clip each group's gradients, as torch's `clip_grad_norm_` does one; returns the norms, (groups,)."""
         gradients: list[Tensor] = []
         for parameter, axis, sizes in self._cuts:
             if parameter.grad is None:

@@ -1,7 +1,4 @@
-"""Optimizer surgery: a torch optimizer's groups and state follow changes of the model's parameters.
-
-What was there keeps its state to the bit; what is new starts with none: zeros in a parameter that has grown.
-"""
+"""Optimizer surgery: groups and state follow a model's parameters, to the bit; what is new starts with none."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -194,10 +194,7 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
 
 
 def held_out_residual(spec: RunSpec, runs: Sequence[Sequence[Annealed]]) -> float | None:
-    """Root mean square, nats, over growing runs, each foretold by a law fitted without those of its seed; None: none.
-
-    UserError as for `fit_laws`.
-    """
+    """Root mean square, nats, over growing runs, each by a law fitted without those of its seed; None without any."""
     growing = [run for run in runs if any(len(point.tokens) > 1 for point in run)]
     misses = []
     for seed in sorted({run[0].seed for run in growing}):

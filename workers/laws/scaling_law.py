@@ -100,10 +100,7 @@ class ScalingLaw:
         return size_loss + self.data * (have + tokens / self.tokens) ** -self.data_exponent
 
     def followed(self, sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Losses of a run after each of its stages, (S, …), by the stages' sizes, (S, 4, …), and tokens, (S, …).
-
-        A prune adds the rise in size loss.
-        """
+        """Losses after each stage (S, …), by sizes (S, 4, …) and tokens (S, …); a prune adds the rise in size loss."""
         loss, found, before = math.log(VOCABULARY), [], self.size_loss(sizes[0])
         for size, more in zip(sizes, tokens, strict=True):
             after = self.size_loss(size)

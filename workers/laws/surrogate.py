@@ -43,8 +43,7 @@ class SurrogateState(EpisodeState):
 class SurrogateRun(Episode):
     """The Run contract over a scaling law, with GrowthRun's spec, ledger, candidates, telemetry and reward.
 
-    With `laws` an episode follows a member of their ensemble, and all its losses but the last look as a run's do: they
-    differ from the law's as one of the fitted runs' did.
+    With `laws` it follows one of their ensemble, and all losses but the last differ from it as a fitted run's did.
     """
 
     State = SurrogateState
@@ -113,10 +112,7 @@ class SurrogateRun(Episode):
         self._charge(self.spec.clock.graft_seconds)
 
     def _train(self, boundary: float) -> tuple[float, float]:
-        """On continuous axes train exactly to the boundary, or to the next one that a graft's cost has not passed.
-
-        With fitted laws train whole steps, as runs do.
-        """
+        """Train to the boundary, or the next that a graft's cost has not passed; by fitted laws in whole steps."""
         reading, per_step = self.reading(), float(self.layout.axis_per_step[0])
         if self.spec.budget.axis in CONTINUOUS and self.laws is None:
             slice_ = self.clock.slice

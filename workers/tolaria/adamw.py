@@ -1,7 +1,4 @@
-"""AdamW (1711.05101) without `torch._dynamo`, whose import costs a process a second and 800 modules.
-
-torch wraps an optimizer's methods for `torch.compile`, and the wrappers import it; here they are taken off.
-"""
+"""AdamW (1711.05101) without torch's wrappers for `torch._dynamo`, whose import costs a process a second."""
 
 from inspect import unwrap
 

@@ -20,10 +20,7 @@ def sample(
     top_k: int = 40,
     seed: int = 0,
 ) -> str:
-    """The prompt and what the host adds to it, `tokens` at most, to the document's end; at temperature 0 the likeliest.
-
-    Raises UserError where the prompt has a character that the host's text had not.
-    """
+    """The prompt and at most `tokens` more, to the document's end; UserError for a character that the text had not."""
     if lacks := sorted({text for text in prompt if tokenizer.encode(text) == [tokenizer.unseen_id]}):
         raise UserError(f"the prompt has {' '.join(map(repr, lacks))}, and the run's text had not: leave it out.")
     training, ids = host.training, [tokenizer.end_id, *tokenizer.encode(prompt)]  # an end stands before each document

@@ -1,7 +1,4 @@
-"""What all kinds of prepared data are: a folder of files and their manifest, mapped into memory.
-
-So all processes of a machine share one copy.
-"""
+"""What all kinds of prepared data are: a folder of files and a manifest, mapped into memory that processes share."""
 
 import hashlib
 from abc import ABC, abstractmethod
