@@ -36,7 +36,6 @@ class Recorded:
         self._answers, self.decisions = answers, 0
 
     def advance(self, order: Order) -> Reply:
-        """The recorded answer to an order."""
         self.decisions += bool(order.actions)
         return Reply(order.episode, self._answers[len(order.actions)], expected=1.0)
 
@@ -68,7 +67,6 @@ class Offered(LocalFleet):
         heapq.heappush(self._due, (now + work, worker, order))
 
     def ready(self, timeout: float) -> Events:
-        """All replies that have arrived, waiting for the first."""
         self.spent = time.thread_time()
         events, self._events = self._events, []
         if events:
@@ -82,7 +80,6 @@ class Offered(LocalFleet):
         return events
 
     def wake(self) -> None:
-        """Make `ready` return now."""
         self._woken.set()
 
 

@@ -1,4 +1,4 @@
-"""The sections of `gpu.py`: `python benchmarks/gpu_sections.py NAME DEVICE FILE` writes rows, and fails after them."""
+"""The sections of `gpu.py`: `python benchmarks/gpu_sections.py NAME DEVICE FILE` writes rows; a failed check raises."""
 
 import json
 import os

@@ -63,7 +63,6 @@ class Plain:
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
 
     def step(self) -> None:
-        """One optimizer step."""
         inputs, targets = self.batch()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -110,7 +109,6 @@ class OwnLoop:
         self.grower = Grower(self.host, self.optimizer, "static", **settings) if watched else None
 
     def step(self) -> None:
-        """One optimizer step."""
         idx, targets = self.batch()
         loss = F.cross_entropy(self.host(idx).flatten(0, 1), targets.flatten())
         loss.backward()

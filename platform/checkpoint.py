@@ -33,9 +33,8 @@ Content = tuple[Any, dict[str, Tensor]]  # state and tensors
 def pack(state: Any, tensors: Mapping[str, Tensor]) -> bytes:
     """A checkpoint as the bytes of its file; raises what json or safetensors raise for what they cannot hold.
 
-    Args:
-        state: a JSON value: dicts with string keys, lists (no tuples), strings, finite numbers, booleans, None.
-        tensors: dense and real; shared memory is written in full, `requires_grad` is not kept.
+    `state` is a JSON value, without tuples and with finite numbers. `tensors` are dense and real; memory they share is
+    written for each, `requires_grad` is not kept.
     """
     text = json.dumps(state, allow_nan=False, separators=(",", ":"))
     data = safetensors.torch.save(_unshared(tensors), {"version": VERSION, "state": text, "sha256": NO_DIGEST})

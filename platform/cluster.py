@@ -43,12 +43,9 @@ def prepare() -> None:
 def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
     """Have a cluster for a block; one that is started for it is shut down at its end.
 
-    Where a server of a cluster started here dies, this process says so and stops. Raises UserError where `RAY_ADDRESS`
-    leads to no cluster, or the cluster has fewer GPUs than `gpus`.
-
-    Args:
-        cpus: cores of a cluster started here; None takes this machine's.
-        gpus: GPUs the caller will use; None takes what is there.
+    Where a server of a cluster started here dies, this process says so and stops. `cpus` are the cores of a cluster
+    started here, by default this machine's; `gpus` are those the caller will use, by default what is there. UserError
+    where `RAY_ADDRESS` leads to no cluster, or the cluster has fewer GPUs.
     """
     prepare()
     import ray

@@ -123,7 +123,6 @@ class BlockSpec(Frozen):
 
     @property
     def parts(self) -> list[str]:
-        """Names of the parts inside it."""
         return ["gate"] if self.gate else []
 
     def without(self, part: str) -> Self:
@@ -193,7 +192,6 @@ class ResNetSpec(Frozen):
         return self if n_layer is None else self.model_copy(update={"n_layer": n_layer, "layers": None})
 
     def unfit(self, dtype: str, device: str) -> str | None:
-        """Why these cannot run it, as a sentence, or None."""
         return None
 
     def __str__(self) -> str:

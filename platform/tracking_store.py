@@ -69,10 +69,7 @@ def runs_page(uri: str, experiment_id: str | None) -> str:
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client of a store; the first to come makes an SQLite file, the others wait for it.
-
-    Its tables are made beside the file's place and renamed: MLflow cannot use a store that was killed amid that.
-    """
+    """A client of a store; the first makes an SQLite file elsewhere and renames it: MLflow cannot use one half made."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

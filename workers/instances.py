@@ -31,7 +31,7 @@ def in_turn(name: str, specs: Sequence[RunSpec], *, text: bool) -> Callable[[int
 
 
 def instance_set(name: str, spec: RunSpec, *, text: bool = False) -> dict[int, Instance]:
-    """Instances by id: budget (× 32 on text), starting layers, law or slice of the text; UserError: unknown name."""
+    """Instances by id, of several budgets, starting layers, and laws or slices of the text; UserError: unknown name."""
     if name not in SETS:
         raise unknown("instance set", name, SETS)
     (size, first_law), (low, high) = SETS[name], BUDGETS_ON_TEXT if text else BUDGETS

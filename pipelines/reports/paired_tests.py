@@ -111,10 +111,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 class Trials:
-    """One grid point's runs, by what they are for: an entry of `points` of a `sweep.json`.
-
-    `sequential`: seeds were added while one looked.
-    """
+    """The runs of a grid point (an entry of `points`), by purpose; `sequential`: seeds were added while one looked."""
 
     def __init__(
         self, runs: Iterable[Run], point: dict[str, Any], labels: Sequence[str], sequential: bool = False

@@ -127,7 +127,6 @@ class LocalFleet:
         self._events: Events = [(worker, None) for worker in self._workers]
 
     def submit(self, worker: int, order: Order) -> None:
-        """Carry the order out and keep its answer."""
         try:
             event = self._workers[worker].advance(order)
         except Exception as error:

@@ -57,10 +57,7 @@ class ControllerNet(nn.Module):
 
     @torch.inference_mode()
     def choose(self, inputs: Mapping[str, np.ndarray], uniform: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Legal rows that numbers in [0, 1), (B,), pick by inverse distribution, int64 (B,), and what picked them.
-
-        That is the logits (B, A), each row's ln p (B,), both float32, and the values (B,).
-        """
+        """Legal rows int64 (B,) by inverse distribution from `uniform` (B,); logits (B, A), ln p (B,), values (B,)."""
         dtype = cast(Tensor, self.score[0].weight).dtype
         outputs, values = self({name: torch.from_numpy(array).to(dtype) for name, array in inputs.items()})
         logits = outputs.float().numpy()

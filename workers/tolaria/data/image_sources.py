@@ -1,7 +1,4 @@
-"""Sources of images: scikit-learn's digits, CIFAR-10 from the hub or on disk, `.npz` files; and what is held out.
-
-N images, C channels.
-"""
+"""Sources of N images with C channels: digits of scikit-learn, CIFAR-10, `.npz` files; and what of them is held out."""
 
 import hashlib
 import io

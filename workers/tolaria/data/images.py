@@ -1,7 +1,4 @@
-"""Prepared images: a file of pixels and one of classes per split, their manifest, and batches.
-
-N images in all, B in a batch, C channels.
-"""
+"""Prepared images: pixels and classes of each split, a manifest, batches. N images in all, B in a batch, C channels."""
 
 import hashlib
 import json
@@ -126,10 +123,7 @@ class ImageData(Prepared):
         return torch.tensor([self.manifest.mean, self.manifest.deviation])[:, :, None, None]
 
     def examples(self, split: Split, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The images at `rows` (N,), by the training set's mean and deviation: float32 (N, C, size, size), int64 (N,).
-
-        They go to the device as bytes.
-        """
+        """Images at `rows` (N,), by the training set's mean and deviation: float32 (N, C, size, size), int64 (N,)."""
         pixels, labels = self.arrays[split]
         sent = torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows].astype(np.int64))
         if device.type == "cuda":

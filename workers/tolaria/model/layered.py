@@ -1,6 +1,6 @@
 """What hosts of a stack of layers share, whatever a layer is: their shape's bookkeeping, and parts put in and out.
 
-A layer is named `h<uid>` and never loses its name; a part inside it `h<uid>.<name>`.
+A layer is named `h<uid>` for good, and no other gets its uid later; a part inside it is `h<uid>.<name>`.
 """
 
 from abc import ABC, abstractmethod

@@ -29,10 +29,7 @@ MOMENTUM = 0.1  # a batch's share of BatchNorm's running mean and variance
 
 @dataclass(frozen=True)
 class ResNetShape(LayeredShape):
-    """A whole ResNet's shape.
-
-    Sites: `s<n>.stream` where stage n begins, then `h<uid>.conv`, `h<uid>.stream` per block; uids are never used again.
-    """
+    """A ResNet's shape; its sites: `s<n>.stream` where stage n begins, `h<uid>.conv` and `.stream` of each block."""
 
     classes: int
     image_size: int
@@ -281,10 +278,7 @@ class ResNetHost(LayeredHost):
         return sizes
 
     def insert(self, site_id: str, shape: ResNetShape) -> tuple[str, Pairs]:
-        """Insert the part that only `shape` has, uninitialised: (its name, parameters with siblings).
-
-        Siblings are those of the block before (else behind) it; a gate's are its block's first convolution and norm.
-        """
+        """Siblings are those of the block before (else behind) it; a gate's are its block's `conv_1` and `norm_1`."""
         name = shape.part_after(self.shape)
         layer = shape.layer(name)
         if "." not in name:

@@ -29,10 +29,7 @@ INSTALL = 'install it with pip install --no-build-isolation "esper-growth[flash-
 
 @dataclass(frozen=True)
 class TransformerShape(LayeredShape):
-    """A whole transformer's shape.
-
-    Sites: `wte.stream`, then `h<uid>.attention`, `h<uid>.ffn`, `h<uid>.stream` per layer; uids are never used again.
-    """
+    """A transformer's shape; its sites: `wte.stream`, then `h<uid>.attention`, `.ffn` and `.stream` of each layer."""
 
     vocab_size: int
     block_size: int
@@ -304,10 +301,7 @@ class TransformerHost(LayeredHost):
         return {site: stream.float().square().mean().sqrt().item() for site, stream in streams.items()}
 
     def insert(self, site_id: str, shape: TransformerShape) -> tuple[str, Pairs]:
-        """Insert the part that only `shape` has, uninitialised: (its name, parameters with siblings).
-
-        Siblings are those of the layer before (else behind) it; an expert's are the MLP's, its router's is `c_fc`.
-        """
+        """Siblings are those of the layer before (else behind) it; an expert's are the MLP's, a router's is `c_fc`."""
         name = shape.part_after(self.shape)
         layer = shape.layer(name)
         if "." not in name:
