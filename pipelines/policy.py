@@ -1,4 +1,7 @@
-"""Look at a trained controller, hold it against the other arms, or boil it down to a schedule. Without Ray."""
+"""Look at a trained controller, hold it against the other arms, or boil it down to a schedule. Without Ray.
+
+esper policy evaluate runs/ppo-20260101-120000 --data stories.txt      # on text; without --data on loss laws
+"""
 
 import sys
 from functools import partial

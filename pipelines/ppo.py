@@ -1,6 +1,8 @@
 """Train a controller: PPO (Simic) over a fleet of Ray workers, each growing a GPT on text; leaves `policy.safetensors`.
 
+esper ppo --surrogate                               # on loss laws, in minutes; on text it takes hours
 ray job submit -- python pipelines/ppo.py           # on a cluster
+esper ppo --resume runs/ppo-20260101-120000         # with the episodes under way, in `episodes/` and `saves/`
 """
 
 import sys

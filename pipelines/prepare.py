@@ -1,4 +1,7 @@
-"""Turn text into a tokenizer and token shards, or images into files of pixels, for `--data` of the other pipelines."""
+"""Turn text into a tokenizer and token shards, or images into files of pixels, for `--data` of the other pipelines.
+
+esper prepare --data stories.txt --tokenizer bpe:4096 --out data/stories
+"""
 
 import sys
 

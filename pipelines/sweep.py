@@ -1,4 +1,8 @@
-"""Compare arms at an equal budget: arms × sizes × seeds × a grid, under Ray Tune, with the curves in MLflow."""
+"""Compare arms at an equal budget: arms × sizes × seeds × a grid, under Ray Tune, with the curves in MLflow.
+
+esper sweep --arms static,tamiyo,ppo --sizes 1,2,3 --seeds 5 --tune-lr      # trains ppo where no --policy is given
+esper sweep --resume runs/sweep-20260101-120000                             # what is missing, and no more
+"""
 
 import sys
 

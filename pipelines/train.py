@@ -1,4 +1,8 @@
-"""Train one GPT under one arm."""
+"""Train one GPT under one arm.
+
+esper train tamiyo --data stories.txt --set budget.decisions=12
+esper train --resume runs/train-tamiyo-20260101-120000      # to the same numbers; Ctrl-C and SIGTERM save first
+"""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Does a controller that learned on one kind of network carry over to another? Fine-tunes it there, and compares.
 
+esper transfer --policy runs/ppo-digits --to tinystories-char --episodes 30 --budgets 0.5e6,1e6,2e6 --seeds 5
+
 Arms, beside those of `--arms`: the policy as it is (`ppo:zero-shot`), after so many episodes there (`ppo:fine-tuned`),
 one from scratch with as many (`ppo:scratch`) and, with `--laws`, one trained on loss laws (`ppo:laws`).
 """

@@ -157,7 +157,10 @@ def milliseconds() -> int:
 
 
 def sync(folder: Path, uri: str, seconds: float = SYNC_SECONDS) -> bool:
-    """Send a store what it lacks of a run that is closed; whether it has all. UserError for a damaged journal."""
+    """Send a store what it lacks of a run that no tracker is open for; whether it has all after `seconds` at most.
+
+    Raises UserError where the journal is damaged.
+    """
     sender = _Sender(folder, read_entries(folder / JOURNAL), uri)
     if not sender.complete:
         sender.start()

@@ -10,7 +10,10 @@ RATE = 0.2
 
 
 class RandomPolicy:
-    """Grafts by draws keyed by (seed, decision), with probability `RATE`; or `matched` blueprints, once per mention."""
+    """Grafts by draws keyed by (seed, decision), with probability `RATE` at each.
+
+    With `matched` instead those blueprints, once per mention, in random order, at random sites, before the rate decays.
+    """
 
     def __init__(self, seed: int = 0, *, matched: Sequence[str] | None = None) -> None:
         self._seed, self._matched = seed, matched

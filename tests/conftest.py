@@ -119,7 +119,7 @@ def pytest_configure(config):
 
     os.environ.update(ENVIRONMENT)  # tests import MLflow before a tracker does
     torch.set_num_threads(1)
-    settings.register_profile("default", max_examples=15, deadline=None)
+    settings.register_profile("default", max_examples=10, deadline=None)
     settings.register_profile("all", max_examples=200, deadline=None)
     settings.load_profile("all" if os.environ.get("ESPER_TEST_ALL") == "1" else "default")
 

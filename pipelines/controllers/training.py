@@ -235,7 +235,10 @@ def _checkpoint(out: Path, iteration: int) -> Path:
 def held_out(
     tasks: Sequence[Task], out: Path, seed: int, check: Callable[[], None], laws: Path | None = None
 ) -> list[dict[str, Any]]:
-    """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and checkpoint in `out`."""
+    """`iteration`, `episode`, `val_loss`, `diverged` and ledger axes per held-out episode and checkpoint in `out`.
+
+    Episodes are of each task in turn, one of each at least. `check` may raise; a later call continues.
+    """
     (spec, data), turns = tasks[0], len(tasks)
     number = spec.ppo.held_out and max(spec.ppo.held_out, turns)
     instances = in_turn("tuning", [each for each, _ in tasks], text=data is not None)

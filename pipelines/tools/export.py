@@ -1,4 +1,7 @@
-"""Write a trained GPT, with its tokenizer, as files that others can load: the newest checkpoint of `esper train`."""
+"""Write a trained GPT, with its tokenizer, as files that others can load: the newest checkpoint of `esper train`.
+
+esper export runs/train-static-20260101-120000 --out gpt2 --format gpt2     # for transformers; default: native
+"""
 
 import sys
 from pathlib import Path

@@ -206,7 +206,7 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
     before, between, after = (FittedLaws.read(each) for each in (path, *sorted(out.glob("rounds/*/laws.json"))))
     entries = read_entries(out / "runs.jsonl")
     assert {entry["iteration"] for entry in entries} == {1, 2}
-    sound = [entry for entry in entries if annealed_losses(entry["summary"])]  # no law is fitted to one with prunes
+    sound = [entry for entry in entries if annealed_losses(entry["summary"])]
     assert before.runs == 3
     assert between.runs == 3 + sum(entry["iteration"] == 1 for entry in sound)
     assert after.runs == 3 + len(sound) > between.runs

@@ -138,7 +138,7 @@ class Trainer:
         return torch.stack((loss.detach(), norm, norm if seeds is None else norm + seeds))
 
     def evaluate(self, between: Callable[[], None] = lambda: None, *, whole: bool = False) -> float:
-        """Mean loss, nats per token, on the held-out set or its part for decisions; `between` follows each part."""
+        """Mean loss, nats per token, on the held-out set or its part for decisions; sets `accuracy`."""
         loss, self.accuracy = self._mean_loss(*(self._held_out if whole else self._part), between)
         return loss
 

@@ -51,7 +51,7 @@ def by_run(points):
 def fitted(request) -> tuple[ScalingLaw, list[Annealed], LawFit]:
     law = truth(request.param)
     points = static_points(law)
-    return law, points, fit_laws(SPEC, by_run(points))
+    return law, points, fit_laws(SPEC, by_run(points), 12)
 
 
 def test_it_foretells_every_size_at_every_count_of_tokens(fitted):
