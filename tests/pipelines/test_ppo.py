@@ -73,6 +73,7 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     after = summary_of(out)
     assert [metrics["iteration"] for metrics in after["history"]] == [1, 2, 3]
     assert after["history"][:2] == summary["history"]
+    assert not any("anchor_kl" in metrics for metrics in after["history"])  # as there is no anchor
     assert after["decisions"] == summary["decisions"] + after["history"][2]["decisions"]
     assert after["surrogate"]  # as it was, without saying so again
     assert after["mlflow"] == summary["mlflow"]
@@ -136,12 +137,8 @@ def resumed_to_the_bit(laws, *flags: str) -> dict:
     return summary_of(straight)
 
 
-def test_resumed_it_is_the_same_to_the_bit(laws):
-    assert not any("anchor_kl" in metrics for metrics in resumed_to_the_bit(laws)["history"])
-
-
 @pytest.mark.usefixtures("short_lessons")
-def test_it_begins_with_a_clone_of_the_planner(laws, fitted, tmp_path, capfd):
+def test_it_begins_with_a_clone_of_the_planner_and_resumed_is_the_same_to_the_bit(laws, fitted, tmp_path, capfd):
     summary, out = resumed_to_the_bit(laws, "--laws", str(fitted)), tmp_path / "straight"
     told = capfd.readouterr().err
     assert "clone   the planner by 2 lessons of 4 surrogate episodes" in told
