@@ -190,7 +190,7 @@ def _iterate(
             except OSError as error:
                 what = f"no checkpoint can be written ({error})"
                 raise UserError(f"{what}: make room, and go on with `esper ppo --resume {out}`.") from error
-            for path in checkpoints(out)[:-1]:
+            for path in sorted((out / CHECKPOINTS).glob("0*"))[:-1]:  # those that a kill left half deleted too
                 if int(path.name) % every:
                     shutil.rmtree(path, ignore_errors=True)
             note(reached)
