@@ -25,6 +25,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in minutes on a laptop
 	$(BIN)/python pipelines/demo.py
 
+# Python caches what it compiled, wherever that is off: tests start a hundred processes.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 # Three at once, for many wait for Ray or MLflow to start. Neighbours, which share a Ray or a server, are in one process;
 # the longest files begin (tests/conftest.py).
 test: $(READY)  ## all tests but the slow ones; those for a GPU show as skipped without one

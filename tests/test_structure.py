@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,31 +44,27 @@ def prose(files: Iterable[Path]) -> int:
 
 
 CODE = [*python(*MAY_IMPORT, "benchmarks", "docs"), ROOT / "esper" / "__init__.py"]
-WATCHING = [
-    *python("pipelines/reports"),
-    *(
-        file
-        for file in CODE
-        if re.search(r"/(report|tracking\w*|live\w*|health|log|chart_view|progress|journal)\.py$", str(file))
-    ),
-]
-TRAINING = python("workers")
+WATCHES = r"/(report|tracking\w*|live\w*|health|log|chart_view|progress|journal)\.py$"
+
+
+def watching() -> list[Path]:
+    return [*python("pipelines/reports"), *(file for file in CODE if re.search(WATCHES, str(file)))]
 
 
 @pytest.mark.parametrize(
-    ("what", "measured", "limit"),
+    ("what", "measure", "limit"),
     [
-        ("lines of Python, tests apart", lines(CODE), 19_299),
-        ("lines of tests", lines(python("tests")), 11_453),
-        ("lines of docstrings and comments", prose(CODE), 1_980),
-        ("entries in pipelines", len([p for p in (ROOT / "pipelines").iterdir() if p.name != "__pycache__"]), 14),
-        ("lines that watch training, against those that train and grow", lines(WATCHING), lines(TRAINING)),
+        ("lines of Python, tests apart", lambda: lines(CODE), 19_311),
+        ("lines of tests", lambda: lines(python("tests")), 11_455),
+        ("lines of docstrings and comments", lambda: prose(CODE), 1_980),
+        ("entries in pipelines", lambda: sum(p.name != "__pycache__" for p in (ROOT / "pipelines").iterdir()), 14),
+        ("lines that watch training beyond those that train", lambda: lines(watching()) - lines(python("workers")), 0),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
-def test_a_limit_holds(what: str, measured: int, limit: int):
+def test_a_limit_holds(what: str, measure: Callable[[], int], limit: int):
     """To be raised only on purpose: make something simpler instead."""
-    assert measured <= limit, f"{what}: {measured:,}, and the limit is {limit:,}"
+    assert (measured := measure()) <= limit, f"{what}: {measured:,}, and the limit is {limit:,}"
 
 
 def imported(file: Path) -> Iterator[str]:

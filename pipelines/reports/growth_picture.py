@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import matplotlib.pyplot as plt
-from matplotlib.animation import FuncAnimation, PillowWriter
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from PIL import Image
 
 from esper.pipelines.common.single_run import saved_run
 from esper.pipelines.reports.figures import PALETTE, STYLE
@@ -28,7 +29,7 @@ from esper.workers.tolaria.hosts import start_shape
 BORN = "0.75"  # the grey of what a run began with
 WIDTHS = {"width": 1.0}  # share of a row that the widest of a kind takes; other kinds get less
 NARROW = 0.4
-FRAMES_A_SECOND, LAST = 3, 8  # of an animation; how many of them its end is shown for
+FRAME, LAST = 330, 2700  # milliseconds that an animation shows a decision for, and its end
 
 Layer = dict[str, Any]  # as a summary's `shape` has it
 
@@ -108,12 +109,14 @@ def save_animation(growth: Growth, out: Path) -> None:
     """The run as it went, a frame a decision, as a GIF."""
     if out.suffix != ".gif":
         raise UserError(f"an animation is a GIF, and {out} is not called so: name a file that ends in .gif.")
-    last = len(growth.curve) - 1
     with plt.rc_context(STYLE), _written(out, "lies in a folder that is there"):
-        figure = plt.figure(figsize=(8.6, 3.6), layout="constrained")
-        frames = [*range(last), *[last] * LAST]
-        film = FuncAnimation(figure, lambda at: draw(figure, growth, at), frames, init_func=lambda: None)
-        film.save(out, PillowWriter(fps=FRAMES_A_SECOND), dpi=80)
+        figure, frames = plt.figure(figsize=(8.6, 3.6), dpi=80, layout="constrained"), []
+        for at in range(len(growth.curve)):
+            draw(figure, growth, at)
+            figure.canvas.draw()
+            frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))  # pyright: ignore
+        lasting = [FRAME] * (len(frames) - 1) + [LAST]
+        frames[0].save(out, save_all=True, append_images=frames[1:], duration=lasting, loop=0)
         plt.close(figure)
 
 

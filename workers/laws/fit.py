@@ -47,6 +47,7 @@ SIZES, APART = 3, 1.2  # least number of sizes of several token counts, and leas
 START = math.log(VOCABULARY)  # a surrogate's first loss, nats
 ROOM = 0.95  # of that, for the largest E + A
 MEMBERS = 32  # of an ensemble
+NUDGE = 1.5e-8  # of a log constant, for the slope there
 
 
 class Annealed(NamedTuple):
@@ -151,8 +152,8 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
     spread = np.maximum(1e-9, (bounds[1] - bounds[0])[-len(ranges) :] / math.sqrt(12))  # of the prior's logarithms
     bounds += 1e-9 * np.array([[-1], [1]])  # a range may be a point
 
-    def with_constants(logs: np.ndarray) -> ScalingLaw:
-        constants = dict(zip((*BOUNDS, *ranges), np.exp(logs).tolist(), strict=True))
+    def with_constants(values: Any) -> ScalingLaw:
+        constants = dict(zip((*BOUNDS, *ranges), values, strict=True))
         law = replace(unfitted, **{**constants, "layer": constants["layer"] * float(one[:2].sum())})
         return replace(law, reference=law.effective(one))
 
@@ -166,16 +167,22 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
         return np.clip(logs, bounds[0] + inside, bounds[1] - inside)
 
     def residuals(logs: np.ndarray, weights: np.ndarray, prior: np.ndarray) -> np.ndarray:
-        law = with_constants(logs)
-        if law.floor + law.size >= ROOM * START:
-            return np.full(len(losses) + len(prior), 10.0)
-        ends = law.followed(sizes, tokens)[-1]
-        own = logs[[2, 4, *range(len(BOUNDS), len(logs))]]  # a weak pull: of exponents to 1/2
+        law = with_constants(np.exp(logs).T[..., None])  # of logs (n,) or, all at once, (k, n)
+        with np.errstate(invalid="ignore"):
+            ends = law.followed(sizes, tokens)[-1]
+        own = logs[..., [2, 4, *range(len(BOUNDS), logs.shape[-1])]]  # a weak pull: of exponents to 1/2
         pull = TOLERANCE * (own - prior) / [1, 1, *spread]
-        return np.append(weights * near * np.log(ends / losses), pull)
+        found = np.concatenate([weights * near * np.log(ends / losses), pull], axis=-1)
+        return np.where(law.floor + law.size < ROOM * START, found, 10.0)
+
+    def jacobian(logs: np.ndarray, *weighted: np.ndarray) -> np.ndarray:
+        steps = NUDGE * np.maximum(1, np.abs(logs))
+        near_by = logs + np.diag(np.where(logs + steps > bounds[1], -steps, steps))
+        at, *moved = residuals(np.stack([logs, *near_by]), *weighted)
+        return ((np.array(moved) - at) / (near_by - logs).diagonal()[:, None]).T
 
     def search(begin: np.ndarray, weights: np.ndarray, prior: np.ndarray) -> Any:
-        robust: Any = {"loss": "huber", "f_scale": TOLERANCE, "max_nfev": 500, "x_scale": 1.0}
+        robust: Any = {"jac": jacobian, "loss": "huber", "f_scale": TOLERANCE, "max_nfev": 500, "x_scale": 1.0}
         return least_squares(residuals, begin, bounds=tuple(bounds), args=(weights, prior), **robust)
 
     middle = np.log([0.5, 0.5, *middles.values()])
@@ -186,11 +193,12 @@ def fit_laws(spec: RunSpec, runs: Sequence[Sequence[Annealed]], members: int = M
         weights = np.repeat(np.sqrt(random.exponential(size=len(runs))), [len(run) for run in runs])
         prior = np.append(middle[:2] + random.standard_normal(2), random.uniform(*bounds[:, -len(ranges) :]))
         fitted.append(search(np.append(best[: len(BOUNDS)], prior[2:]), weights, prior).x)
-    law = with_constants(best)
+    law = with_constants(np.exp(best).tolist())
     residual = float(np.sqrt(np.mean(np.square(law.followed(sizes, tokens)[-1] - losses))))
     errors = np.std(fitted, axis=0) if fitted else np.zeros(len(best))
     laws = _ranges(law, errors, BOUNDS | (DEPTH if grew else {}) | (EXPERT if gated else {}))
-    return LawFit(law, spec.laws.model_copy(update=laws), [with_constants(each) for each in fitted], residual)
+    drawn = [with_constants(np.exp(each).tolist()) for each in fitted]
+    return LawFit(law, spec.laws.model_copy(update=laws), drawn, residual)
 
 
 def held_out_residual(spec: RunSpec, runs: Sequence[Sequence[Annealed]]) -> float | None:

@@ -76,9 +76,8 @@ def check(spec: RunSpec) -> None:
 def pays(clock: ClockSpec, depth: int, step_seconds: float, steps: float) -> bool:
     """Whether `steps` more steps, of so many predicted seconds, save more than a build takes.
 
-    A compiled step saves about what a step costs whatever its size, which the clock's formula tells: 0.6 of that was
-    measured for the `demo` preset, 1 and 1.2 to 2 for `tinystories-char` with 1 and 4 layers; nothing for a host whose
-    matrix products are nearly all its time.
+    A compiled step saves about what the clock says that a step costs whatever its size (0.6 of it was measured for
+    `demo`, 1 to 2 for `tinystories-char`); nothing where matrix products are nearly all of the time.
     """
     saved = clock.base_seconds + clock.layer_seconds * depth
     return saved * steps > BUILD_SECONDS and saved > LEAST_SAVED * step_seconds
@@ -263,6 +262,8 @@ def main(order: str, path: Path) -> None:
         signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(BUILD_LIMIT)
         try:
+            # Whether the compiler works is known at once; tracing a step takes ten seconds.
+            subprocess.run([str(compiler()), "-x", "c++", "-fsyntax-only", os.devnull], check=True)
             write_bytes(path, _build(json.loads(order)))
         except Exception as error:
             with suppress(OSError):
