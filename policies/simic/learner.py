@@ -9,6 +9,7 @@
 from typing import Any, cast
 
 import numpy as np
+import torch
 import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.connectors.connector_v2 import ConnectorV2
@@ -20,10 +21,12 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from torch import Tensor
 
+from esper.platform.adamw import EagerAdamW
 from esper.platform.seeding import derive
 from esper.policies.simic.net import ControllerNet, divergence
 
 ANCHOR = "anchor_logits"  # a batch's column, float32 (B, A)
+SEED = "seed"  # in `learner_config_dict`: with its own RLlib sets torch's deterministic mode, which imports a compiler
 SMALLEST = 1e-4  # standard deviation that advantages are divided by; RLlib's
 
 
@@ -58,9 +61,17 @@ class SimicLearner(PPOTorchLearner):
     """PPO's learner with the differences above."""
 
     def build(self) -> None:
+        torch.manual_seed(self.config.learner_config_dict[SEED])
         super().build()
         assert self._learner_connector is not None
         self._learner_connector.append(DecisionsOnly())
+
+    def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
+        """RLlib's Adam, without the compiler that torch's imports."""
+        parameters = self.get_parameters(self.module[module_id])
+        optimizer = EagerAdamW(cast(Any, parameters), weight_decay=0.0)
+        given: Any = {"optimizer": optimizer, "params": parameters, "lr_or_lr_schedule": config.lr}
+        self.register_optimizer(module_id=module_id, **given)
 
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
@@ -76,7 +87,7 @@ class SimicLearner(PPOTorchLearner):
         """Seed numpy's global generator, by which RLlib shuffles."""
         super().before_gradient_based_update(timesteps=timesteps)
         number = self.get_state(components=[])[WEIGHTS_SEQ_NO]
-        np.random.seed(derive(self.config.seed or 0, "minibatches", number) % 2**32)
+        np.random.seed(derive(self.config.learner_config_dict[SEED], "minibatches", number) % 2**32)
 
     def set_kl_coefficient(self, value: float) -> None:
         """Go on with an adaptive KL coefficient, which RLlib's state leaves out."""

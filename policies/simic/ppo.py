@@ -38,7 +38,7 @@ from esper.policies.simic.baseline import Baseline
 from esper.policies.simic.dispatcher import Dispatcher, Progress
 from esper.policies.simic.episode import Played
 from esper.policies.simic.fleet import Fleet
-from esper.policies.simic.learner import ANCHOR, SimicLearner, SimicModule
+from esper.policies.simic.learner import ANCHOR, SEED, SimicLearner, SimicModule
 from esper.policies.simic.metrics import decided_on, sample_metrics, stacked, update_metrics
 from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import FILE, SimicPolicy
@@ -80,7 +80,7 @@ class PPOTraining:
         self._check, self._net, self.baseline = check, ControllerNet(spec.ppo.hidden), Baseline()
         self.anchor: ControllerNet | None = None  # that updates are held near to, by `ppo.anchor`
         self.episodes: list[Played] = []  # of the last iteration
-        for noisy in ("ray.rllib", "ray.tune"):
+        for noisy in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         torch.set_num_threads(1)  # on busy cores two made an update 8 times slower; also fixes the rounding
         with ExitStack() as undo:
@@ -229,7 +229,7 @@ def _config(ppo: PPOSpec, space: TelemetrySpace, seed: int) -> PPOConfig:
             learner_class=SimicLearner,
             num_learners=ppo.learners,
             num_gpus_per_learner=ppo.learner_gpus,
-            learner_config_dict={ANCHOR: ppo.anchor},
+            learner_config_dict={ANCHOR: ppo.anchor, SEED: seed},
         )
         .rl_module(rl_module_spec=RLModuleSpec(module_class=SimicModule), model_config={"hidden": ppo.hidden})
         .training(
@@ -246,7 +246,6 @@ def _config(ppo: PPOSpec, space: TelemetrySpace, seed: int) -> PPOConfig:
             grad_clip=0.5,
             grad_clip_by="norm",  # per tensor: a global clip would let a large value error shrink the policy's step
         )
-        .debugging(seed=seed)
     )
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esper.platform.adamw import EagerAdamW
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
@@ -22,7 +23,6 @@ from esper.workers.kasmina import Kasmina, Seed
 from esper.workers.kasmina.registry import Blueprint, Natural
 from esper.workers.kasmina.slices import Slice
 from esper.workers.tolaria import compiled
-from esper.workers.tolaria.adamw import EagerAdamW
 from esper.workers.tolaria.data import Data
 from esper.workers.tolaria.data.prepared import evenly
 from esper.workers.tolaria.gpt2 import from_gpt2

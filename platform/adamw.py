@@ -13,6 +13,7 @@ class EagerAdamW(AdamW):
 
     add_param_group = unwrap(Optimizer.add_param_group)
     zero_grad = unwrap(Optimizer.zero_grad)
+    state_dict, load_state_dict = unwrap(Optimizer.state_dict), unwrap(Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
