@@ -25,8 +25,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in minutes on a laptop
 	$(BIN)/python pipelines/demo.py
 
-# Python caches what it compiled, wherever that is off: tests start a hundred processes.
+# Tests start a hundred processes: they share what Python compiled, wherever that is off, and have a thread each.
 test test-all: export PYTHONDONTWRITEBYTECODE =
+test test-all: export OMP_NUM_THREADS = 1
 
 # Three at once, for many wait for Ray or MLflow to start. Neighbours, which share a Ray or a server, are in one process;
 # the longest files begin (tests/conftest.py).
