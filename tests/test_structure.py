@@ -54,7 +54,7 @@ def watching() -> list[Path]:
 @pytest.mark.parametrize(
     ("what", "measure", "limit"),
     [
-        ("lines of Python, tests apart", lambda: lines(CODE), 19_311),
+        ("lines of Python, tests apart", lambda: lines(CODE), 19_321),
         ("lines of tests", lambda: lines(python("tests")), 11_455),
         ("lines of docstrings and comments", lambda: prose(CODE), 1_980),
         ("entries in pipelines", lambda: sum(p.name != "__pycache__" for p in (ROOT / "pipelines").iterdir()), 14),

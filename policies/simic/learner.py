@@ -67,9 +67,8 @@ class SimicLearner(PPOTorchLearner):
         self._learner_connector.append(DecisionsOnly())
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        """RLlib's Adam, without the compiler that torch's imports."""
         parameters = self.get_parameters(self.module[module_id])
-        optimizer = EagerAdamW(cast(Any, parameters), weight_decay=0.0)
+        optimizer = EagerAdamW(cast(Any, parameters), weight_decay=0.0)  # RLlib's Adam, which imports a compiler
         given: Any = {"optimizer": optimizer, "params": parameters, "lr_or_lr_schedule": config.lr}
         self.register_optimizer(module_id=module_id, **given)
 
