@@ -25,9 +25,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in minutes on a laptop
 	$(BIN)/python pipelines/demo.py
 
-# Tests start a hundred processes: they share what Python compiled, wherever that is off, and have a thread each.
+# Tests start a hundred processes, which share what Python compiled, wherever that is off.
 test test-all: export PYTHONDONTWRITEBYTECODE =
-test test-all: export OMP_NUM_THREADS = 1
 
 # Three at once, for many wait for Ray or MLflow to start. Neighbours, which share a Ray or a server, are in one process;
 # the longest files begin (tests/conftest.py).

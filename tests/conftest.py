@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -16,8 +17,9 @@ from esper.platform import cluster
 from esper.platform.data_spec import DataSpec, ImageSpec
 from esper.platform.spec import RunSpec
 from esper.platform.tracking_store import ENVIRONMENT, connect
-from esper.workers.kasmina import registry
-from esper.workers.tolaria.data import Data, ImageData, TokenData, prepare
+
+if TYPE_CHECKING:  # importing torch is left to the processes that run tests: xdist's own need not
+    from esper.workers.tolaria.data import Data, ImageData, TokenData
 
 TESTS = Path(__file__).parent
 # Of the files, first: each goes whole to a process (`make test`), and none is to wait for such a one at the end. Before
@@ -47,19 +49,25 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, text_file) -> Path:
+    from esper.workers.tolaria.data import prepare
+
     out = tmp_path_factory.mktemp("shards") / "char"
     prepare(DataSpec(source=str(text_file)), out)
     return out
 
 
 @pytest.fixture(scope="session")
-def tokens(shards) -> TokenData:
+def tokens(shards) -> "TokenData":
+    from esper.workers.tolaria.data import TokenData
+
     return TokenData.open(shards)
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> ImageData:
+def digits(tmp_path_factory) -> "ImageData":
     """scikit-learn's."""
+    from esper.workers.tolaria.data import ImageData, prepare
+
     out = tmp_path_factory.mktemp("images") / "digits"
     prepare(ImageSpec(), out)
     return ImageData.open(out)
@@ -71,7 +79,7 @@ def domain(request) -> str:
 
 
 @pytest.fixture
-def data(domain, tokens, digits) -> Data:
+def data(domain, tokens, digits) -> "Data":
     return {"text": tokens, "images": digits}[domain]
 
 
@@ -115,10 +123,8 @@ def tiny_spec() -> RunSpec:
 
 
 def pytest_configure(config):
-    import torch
-
     os.environ.update(ENVIRONMENT)  # tests import MLflow before a tracker does
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     settings.register_profile("default", max_examples=10, deadline=None)
     settings.register_profile("all", max_examples=200, deadline=None)
     settings.load_profile("all" if os.environ.get("ESPER_TEST_ALL") == "1" else "default")
@@ -163,6 +169,8 @@ def module(tmp_path, store):
         (tmp_path / f"{name}.py").write_text(text)
         sys.modules.pop(name, None)
         importlib.invalidate_caches()
+
+    from esper.workers.kasmina import registry
 
     path, kinds = list(sys.path), dict(registry._KINDS)
     yield write

@@ -55,7 +55,7 @@ def watching() -> list[Path]:
     ("what", "measure", "limit"),
     [
         ("lines of Python, tests apart", lambda: lines(CODE), 19_321),
-        ("lines of tests", lambda: lines(python("tests")), 11_455),
+        ("lines of tests", lambda: lines(python("tests")), 11_463),
         ("lines of docstrings and comments", lambda: prose(CODE), 1_980),
         ("entries in pipelines", lambda: sum(p.name != "__pycache__" for p in (ROOT / "pipelines").iterdir()), 14),
         ("lines that watch training beyond those that train", lambda: lines(watching()) - lines(python("workers")), 0),

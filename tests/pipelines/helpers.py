@@ -46,7 +46,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen | None = No
     while not condition():
         assert process is None or process.poll() is None, "the process ended"
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 class Harm:
