@@ -10,6 +10,7 @@ from typing import Any, Self
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from PIL import Image
@@ -110,14 +111,13 @@ def save_animation(growth: Growth, out: Path) -> None:
     if out.suffix != ".gif":
         raise UserError(f"an animation is a GIF, and {out} is not called so: name a file that ends in .gif.")
     with plt.rc_context(STYLE), _written(out, "lies in a folder that is there"):
-        figure, frames = plt.figure(figsize=(8.6, 3.6), dpi=80, layout="constrained"), []
+        canvas, frames = FigureCanvasAgg(Figure(figsize=(8.6, 3.6), dpi=80, layout="constrained")), []
         for at in range(len(growth.curve)):
-            draw(figure, growth, at)
-            figure.canvas.draw()
-            frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB"))  # pyright: ignore
+            draw(canvas.figure, growth, at)
+            canvas.draw()
+            frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
         lasting = [FRAME] * (len(frames) - 1) + [LAST]
         frames[0].save(out, save_all=True, append_images=frames[1:], duration=lasting, loop=0)
-        plt.close(figure)
 
 
 @contextmanager
