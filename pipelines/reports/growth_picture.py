@@ -171,7 +171,7 @@ def _draw_network(axes: Axes, growth: Growth, at: int) -> None:
     axes.set_yticks(range(len(growth.layers[at])), [f"h{layer['uid']}" for layer in growth.layers[at]])
     axes.set_xticks([])
     axes.grid(visible=False)
-    axes.set_title("input at the bottom; grey: at the start; in colour: grown", fontsize=9)
+    axes.set_title("input at the bottom\ngrey: at the start; in colour: grown", fontsize=9)
     axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
 
 
