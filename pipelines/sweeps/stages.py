@@ -255,8 +255,8 @@ class PointStages:
             spec, files = self._needs(arm, purpose, seed, spec)
         except UserError as why:
             impossible = str(why)
-        if arm.kind.anneals and not spec.budget.cooldowns and setting is None:
-            spec = spec.overridden({"budget.cooldowns": COOLDOWNS})
+        if arm.kind.anneals and setting is None and "budget.cooldowns" not in (*self._plan.own, *self.point.values):
+            spec = spec.overridden({"budget.cooldowns": spec.budget.cooldowns or COOLDOWNS})
         inputs, note = ArmInputs(seed, spec=spec, **files), ""
         if setting is not None:
             note = f"rate{setting.rate:g}-decay{setting.decay_from:g}"

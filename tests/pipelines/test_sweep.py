@@ -131,9 +131,8 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")}
     assert sweep.main(["--resume", str(out)]) == 1
     assert {path: path.stat().st_mtime_ns for path in out.glob("trials/*/summary.json")} == before
-    assert [state(out)["points"][0][key] for key in ("settings", "size")] == [
-        point[key] for key in ("settings", "size")
-    ]
+    settled = state(out)["points"][0]
+    assert (settled["settings"], settled["size"]) == (point["settings"], point["size"])
     assert "failed  onejump-seed2000000: it has not been run to its end" in capfd.readouterr().err
     assert len(children(store, out)) == len(runs)
 
@@ -151,7 +150,7 @@ def test_two_budgets_with_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_
         run_trials(stage, trials, *others)
 
     flags = ["--arms", "static,onejump", "--tuning-seeds", "1", "--width", "1e-9", "--budgets", "24,16"]
-    flags += ["--sizes", "auto", "--seeds", "auto:3"]
+    flags += ["--sizes", "auto", "--seeds", "auto:3", *sets("budget.cooldowns=[]")]
     with monkeypatch.context() as patched:
         patched.setattr(comparison, "run_trials", stopping)
         small = sets('growth.blueprints={"block":{}}', "growth.max_layers=2", "growth.min_optimizer_steps=3")
@@ -175,6 +174,7 @@ def test_two_budgets_with_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_
         assert {trial["label"] for trial in own if trial["purpose"] == "tuning"} == {"static-1", "static-2"}
         tests = Counter(trial["label"] for trial in own if trial["purpose"] == "test")
         assert tests == dict.fromkeys(["onejump", "static-1", "static-2"], 3)
+    assert not any(summary(out, name)["annealed"] for name in trials)  # as asked
     runs = check_tracked(client(), out)
     assert all(run.data.metrics["steps"] == json.loads(run.data.tags["grid"])["budget.amount"] for run in runs.values())
 
