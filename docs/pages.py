@@ -9,8 +9,8 @@ from mkdocs.structure.files import File
 from esper.pipelines.tools.settings import Group, groups
 
 ROOT = Path(__file__).parents[1]
-RECORDED = "benchmarks/recorded/tinystories-char/README.md"
-ELSEWHERE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "infra/README.md", RECORDED)  # pages under the same names
+DATA = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/*/*/README.md"))]
+ELSEWHERE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "infra/README.md", *DATA)  # pages under the same names
 
 
 def on_files(files: Any, config: Any) -> None:

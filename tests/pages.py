@@ -7,8 +7,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RECORDED = "benchmarks/recorded/tinystories-char/README.md"
-PAGES = [f"../{name}" for name in ("README.md", "CONTRIBUTING.md", "infra/README.md", RECORDED)] + [
+CONTROLLERS, RECORDED = (f"benchmarks/{kind}/tinystories-char/README.md" for kind in ("controllers", "recorded"))
+PAGES = [f"../{name}" for name in ("README.md", "CONTRIBUTING.md", "infra/README.md", CONTROLLERS, RECORDED)] + [
     page.name for page in sorted(DOCS.glob("*.md"))
 ]
 

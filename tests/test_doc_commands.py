@@ -19,7 +19,7 @@ from esper.pipelines.common.arguments import parse
 from esper.pipelines.tools import settings
 from esper.platform.frozen import Frozen
 from esper.platform.spec import load_spec, presets
-from tests.pages import DOCS, PAGES, RECORDED, ROOT, blocks, fenced
+from tests.pages import CONTROLLERS, DOCS, PAGES, RECORDED, ROOT, blocks, fenced
 from tests.pipelines.helpers import sets
 
 # In the pages' blocks each program writes its words instead of running: a NUL behind a word, a line's end behind all.
@@ -82,7 +82,7 @@ def test_a_pages_commands_are_accepted(page, tmp_path):
 
 
 NOT_RUN = {  # page, or how commands begin → why they are only parsed
-    f"../{RECORDED}": "an hour of training",
+    **dict.fromkeys((f"../{CONTROLLERS}", f"../{RECORDED}"), "an hour of training"),
     "results.md": "days of training",
     "make": "sets up an environment, runs these tests, measures for minutes",
     "python": "measures for minutes, or is the same as `esper`",

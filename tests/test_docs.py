@@ -100,6 +100,16 @@ def _(get, run):
     assert names["regrets"] == [tamiyo[i] - best[i] for i in names["env"].instance_set]
 
 
+@of("results.md")
+def _(get, run):
+    """The page's numbers are those of the runs that are kept."""
+    get("monkeypatch").chdir(ROOT)
+    [names] = run()
+    rows = [line.replace("*", "") for line in (ROOT / "docs/results.md").read_text().splitlines() if line[:3] == "| `"]
+    for arm, cells in names["table"].replace("-", "−", regex=True).iterrows():
+        assert any(row.startswith(f"| `{arm}`") and all(cell in row for cell in cells) for row in rows), arm
+
+
 @of("sweeps.md")
 def _(get, run):
     few = SyntheticSweep(statics={1: 1.4}, grown={}, seeds=(0,), tuning_seeds=())

@@ -157,9 +157,7 @@ def test_a_store_that_is_made_anew_in_mid_run_gets_everything(store: str, begin,
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_full_disk_is_told_once_and_what_is_logged_again_is_there_once(
-    store, begin, tmp_path, files_of_at_most, capsys
-):
+def test_a_full_disk_is_told_once_and_what_is_logged_again_is_there(store, begin, tmp_path, files_of_at_most, capsys):
     with begin("trial") as tracker:
         assert tracker.run_id
         tracker.log(point(0), 0)

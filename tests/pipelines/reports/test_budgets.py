@@ -65,9 +65,7 @@ def test_regret_is_to_the_size_chosen_at_each_budget_and_its_mean_is_taken_seed_
     interval, half = rows[None].interval, 2.5706 * means.std(ddof=1) / np.sqrt(6)  # t quantile of 5 degrees of freedom
     assert interval is not None
     assert (interval.mean, interval.half) == (pytest.approx(means.mean()), pytest.approx(half, rel=1e-4))
-    assert rows[None].as_dict()["detectable"] == pytest.approx(
-        half / 2.5706 * 3.5, rel=0.05
-    )  # 2.57 + 0.92, and a little
+    assert rows[None].as_dict()["detectable"] == pytest.approx(half / 2.5706 * 3.5, rel=0.05)  # 2.57 + 0.92, about
     assert at(over, "static-2")[4e6].values.tolist() == [0.0] * 6
     assert at(over, "static-1")[4e6].values.mean() == pytest.approx(0.05, abs=0.02)
 

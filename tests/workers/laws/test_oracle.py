@@ -78,12 +78,7 @@ def played(run: SurrogateRun, entries: list[tuple[float, str]], instance: Instan
         ("tinystories-char", "seconds", 60, "clock.graft_seconds=3.1"),  # decisions merge
         ("tinystories-char", "tokens", 7.5e6, "growth.max_layers=3"),  # entries wait for ever
         ("tinystories-char", "steps", 5000, "growth.blueprints.attention.limit=3"),
-        (
-            "digits",
-            "parameter_seconds",
-            1e5,
-            "growth.min_optimizer_steps=1",
-        ),  # at the deepest site
+        ("digits", "parameter_seconds", 1e5, "growth.min_optimizer_steps=1"),  # at the deepest site
     ],
 )
 @settings(max_examples=5)

@@ -39,9 +39,7 @@ def size_loss(run):
 
 
 @given(AXES, st.integers(0, 2**40), st.floats(0, 1), st.floats(0.25, 4), st.integers(1, 3))
-def test_rewards_telescope_no_play_beats_the_oracle_and_every_observation_is_sound(
-    axis, seed, eagerness, budget, n_layer
-):
+def test_rewards_telescope_no_play_beats_the_oracle_and_observations_are_sound(axis, seed, eagerness, budget, n_layer):
     run, random = start(axis, seed=seed, budget=budget, n_layer=n_layer), np.random.default_rng(seed)
     spec, first_loss, rewards = run.spec, run.loss, []
     while not run.ended:
