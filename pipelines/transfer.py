@@ -28,7 +28,7 @@ class TransferArguments(SweepArguments):
 
     to: str | None = flag(None, "The preset to carry it over to; must be given.", "NAME|FILE")
     policy: tuple[str, ...] = flag((), "The policy: an `esper ppo` run, or a checkpoint in it; must be given.", "PATH")
-    episodes: int = flag(30, "Episodes of fine-tuning, and of training from scratch.", ge=1, le=10_000)
+    episodes: int = flag(30, "Episodes of fine-tuning, and of training from scratch, at least.", ge=1, le=10_000)
     laws: Path | None = flag(None, "For planner, and to train ppo:laws on: fitted loss laws of that preset.", "FILE")
     arms: str = flag("static,tamiyo,random:tamiyo,twice,mixed,onejump", "The other arms.", "A,B,C")
     seeds: str = flag("5", "Test seeds of each arm; auto:N adds some.", "N|auto:N")

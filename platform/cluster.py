@@ -61,10 +61,8 @@ def session(cpus: int | None = None, gpus: int | None = None) -> Iterator[None]:
             ending.enter_context(_watched())
             say(f"Ray: {where}, {counted(cores(), 'core')}" + (f", {counted(_gpus(), 'GPU')}" if _gpus() else ""))
         if gpus is not None and gpus > _gpus():
-            raise UserError(
-                f"{counted(gpus, 'GPU')} asked for, but the Ray cluster has {_gpus()}: choose a CPU preset, or run on "
-                "a cluster with enough of them (RAY_ADDRESS)."
-            )
+            what = f"{counted(gpus, 'GPU')} asked for, but the Ray cluster has {_gpus()}"
+            raise UserError(f"{what}: choose a CPU preset, or run on a cluster with enough of them (RAY_ADDRESS).")
         yield
 
 

@@ -46,9 +46,8 @@ class FittedLaws(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if wrong := {*CONSTANTS} ^ self.ensemble.keys():
-            raise ValueError(
-                f"its ensemble lacks {', '.join(sorted(wrong))}, or knows more: fit it again, with `{FIT}`."
-            )
+            lacks = ", ".join(sorted(wrong))
+            raise ValueError(f"its ensemble lacks {lacks}, or knows more: fit it again, with `{FIT}`.")
         if len({len(values) for values in self.ensemble.values()}) > 1:
             raise ValueError("its ensemble's constants are not of equally many members.")
         return self

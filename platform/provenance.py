@@ -73,10 +73,9 @@ def check_pins(out: Path, *, data: str | None) -> dict[str, Path]:
         *((f"sources of {name}", was, plugins.digest(name)) for name, was in pins.plugins.items()),
     ):
         if found != was:
-            raise UserError(
-                f"the run in {out} began with other {what} ({str(was)[:12]}) than there is now ({str(found)[:12]}), "
-                "which may give other numbers: go on with that one, or start the run anew."
-            )
+            other = f"with other {what} ({str(was)[:12]}) than there is now ({str(found)[:12]})"
+            mend = "which may give other numbers: go on with that one, or start the run anew"
+            raise UserError(f"the run in {out} began {other}, {mend}.")
     return {name: out / path for name, path in pins.inputs.items()}
 
 

@@ -61,17 +61,15 @@ class SchedulePolicy:
     def load(cls, path: Path) -> "SchedulePolicy":
         values = read_json(path, f"--schedule {path}", "a JSON file")
         if not isinstance(values, list):
-            raise UserError(
-                f"--schedule {path} holds no list: write it as "
-                '[{"at": 0.15, "blueprint": "block"}], at being a budget fraction.'
-            )
+            form = '[{"at": 0.15, "blueprint": "block"}], at being a budget fraction'
+            raise UserError(f"--schedule {path} holds no list: write it as {form}.")
         return cls([Entry.checked(value, f"entry {i} of {path}") for i, value in enumerate(values)])
 
     def act(self, telemetry: Telemetry, probe: Probe | None = None) -> GraftAction:
         """The due entry, or WAIT; a UserError where the run lacks its blueprint or site."""
         if telemetry.sequence == 0:
             self._next = 0
-        if self._next == len(self.entries) or telemetry.get("budget_used") < self.entries[self._next].at:
+        if self._next == len(self.entries) or telemetry.get("budget_used") < self.entries[self._next].at - 1e-6:
             return GraftAction(0, telemetry.sequence, "nothing due")
         entry = self.entries[self._next]
         rows = self._rows(telemetry, entry)

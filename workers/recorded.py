@@ -109,7 +109,5 @@ class RecordedRun:
                 if not equal or (node != i and seen.slice(node, 1) != seen.slice(i, 1)):
                     other = runs[of[node]]
                     told = f"runs {other['run']} ({other['arm']}) and {run} ({own['arm']}) of seed {own['seed']}"
-                    raise UserError(
-                        f"{told} took the same actions and came to other numbers: record runs of one code and machine, "
-                        "by the reference clock, and none of arm lag, which pays for its trials."
-                    )
+                    mend = "record runs of one code and machine, by the reference clock, and none of arm lag"
+                    raise UserError(f"{told} took the same actions and came to other numbers: {mend}.")

@@ -124,7 +124,7 @@ def _keywords(name: str, field: FieldInfo) -> dict[str, Any]:
     """What `add_argument` takes; an argument that is not given is left out, for the model to fill in."""
     parts = get_args(field.annotation)
     kind, text = parts[0] if type(None) in parts else field.annotation, field.description or ""
-    if not field.is_required() and str(field.default) not in ("None", "False", "()"):
+    if not field.is_required() and str(field.default) not in ("None", "False", "()", ""):
         text += f" (default: {field.default})"
     keywords = {"help": text.replace("%", "%%"), "default": SUPPRESS}
     if kind is bool:

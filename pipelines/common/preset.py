@@ -50,10 +50,8 @@ def check_fits(spec: RunSpec) -> None:
     needed = 16 * shape.parameters_count() + 4 * each * shape.depth()  # bytes
     there = psutil.virtual_memory().total
     if needed > there:
-        raise UserError(
-            f"training needs about {needed / 2**30:,.0f} GiB of memory and this machine has {there / 2**30:,.0f}: "
-            "choose a smaller host, context or batch."
-        )
+        what = f"training needs about {needed / 2**30:,.0f} GiB of memory and this machine has {there / 2**30:,.0f}"
+        raise UserError(f"{what}: choose a smaller host, context or batch.")
 
 
 def describe(spec: RunSpec) -> str:

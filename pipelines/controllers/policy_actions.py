@@ -30,7 +30,7 @@ from esper.platform.plugins import arm_target
 from esper.platform.seeding import derive
 from esper.platform.spec import RunSpec
 from esper.platform.storage import check_unused, write_json, write_text
-from esper.policies.arms import ALIASES, ArmInputs, make_policy
+from esper.policies.arms import ALIASES, NEEDS, ArmInputs, make_policy
 from esper.policies.planner import PlannerPolicy
 from esper.policies.schedule import NAMED, Entry, SchedulePolicy, as_json, median_schedule
 from esper.policies.simic.policy import SimicPolicy, policy_file, trained_on
@@ -245,6 +245,8 @@ def parse_arms(names: str | None, *, on_text: bool, given: Collection[str] = ())
     for arm in arms:
         if arm not in (*here, PPO) and arm_target(arm) is None:
             raise unknown("arm on text (schedule: with --schedule FILE)" if on_text else "arm", arm, [*here, PPO])
+    for arm in sorted(set(given) - set(arms)):
+        raise UserError(f"--{NEEDS[arm][0]} is for arm {arm!r}, which --arms lacks: add it, or leave the file out.")
     return [arm for arm in dict.fromkeys(arms) if arm != PPO]
 
 

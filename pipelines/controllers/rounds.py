@@ -38,7 +38,7 @@ from esper.policies.simic.net import ControllerNet
 from esper.policies.simic.policy import FILE, SimicPolicy, trained_on
 from esper.policies.simic.ppo import begin_from
 from esper.workers.instances import instance_set
-from esper.workers.laws.fit import fitted
+from esper.workers.laws.fit import annealed_losses, fitted
 from esper.workers.laws.surrogate import SurrogateRun
 
 ROUNDS, RUNS = "rounds", "runs.jsonl"  # in the output folder: laws and clones by iteration; episodes learned from
@@ -133,7 +133,11 @@ def runs_of(path: Path, text: str) -> list[Any]:
     if not folder.is_dir() or folder == Path():
         what = f"--rounds fits laws anew to the runs of --laws {path}, and these are not where they were ({folder})"
         raise UserError(f"{what}: fit it again, with `{FIT}`.")
-    return [(run.spec.model_dump(mode="json"), run.text, run.summary) for run in ended_runs(folder)]
+    found = [run for run in ended_runs(folder) if annealed_losses(run.summary)]
+    if len(found) != laws.runs:
+        what = f"--rounds fits laws anew to the runs of --laws {path}, {laws.runs}, and {folder} has {len(found)} now"
+        raise UserError(f"{what}: fit it again, with `{FIT}`.")
+    return [(run.spec.model_dump(mode="json"), run.text, run.summary) for run in found]
 
 
 @dataclass(frozen=True)

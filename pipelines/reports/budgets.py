@@ -99,8 +99,8 @@ class OverBudgets:
         """
         from scipy.interpolate import PchipInterpolator  # which takes half a second, and few sweeps need
 
-        best = np.fmin.accumulate(self.envelope)
-        falls = np.isfinite(self.envelope) & (np.append(np.inf, best[:-1]) > self.envelope)
+        before = np.fmin.accumulate(np.append(np.inf, self.envelope[:-1]))
+        falls = np.isfinite(self.envelope) & (before > self.envelope)
         gain, log_budget = -self.envelope[falls], np.log(self.budgets[falls])
         if len(gain) < 2:
             return np.full_like(losses, np.nan)

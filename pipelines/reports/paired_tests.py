@@ -98,7 +98,7 @@ def pair(arm: Seeds, other: Seeds, axis: str, sequential: bool = False) -> Paire
         ended = cost > longest / (1 + NEAR)
         differences.append(run.loss - (baseline.loss if ended else float(baseline.loss_at(axis, cost))))
     if not np.isfinite(differences).all():
-        return PairedTest(np.empty(0), doubt="it has no annealed loss at so low a cost")
+        return PairedTest(np.empty(0), diverged=diverged, doubt="it has no annealed loss at so low a cost")
     return PairedTest(np.array(differences), beyond, diverged, left_out="; ".join(left_out), sequential=sequential)
 
 

@@ -92,4 +92,4 @@ def _named(text: str) -> tuple[str, str]:
     name, _, of = text.partition(":")
     if name not in NAMES:
         return text, ""
-    return ALIASES.get(name, name), ALIASES.get(of, of)
+    return ALIASES.get(name, name), of if name == PPO else ALIASES.get(of, of)

@@ -117,6 +117,8 @@ class Sweep:
             PointStages(folder, plan, point, before, inputs, self._log)
             for point, before in zip(points, settled, strict=True)
         ]
+        for stages in self._points:
+            stages.trainer = self._points[stages.point.trains]
 
     def run(self) -> None:
         self._parent.artifact(self._folder.out / "spec.json")
@@ -143,7 +145,7 @@ class Sweep:
         """Run what is missing of each grid point's batches, side by side."""
         for batches in zip_longest(*stages):
             now = [batch for batch in batches if batch is not None]
-            stage = "+".join(dict.fromkeys(stage for stage, _, _ in now))
+            stage = "+".join(dict.fromkeys(stage for stage, trials, _ in now if trials))
             wanted = {trial: wanted for _, trials, wanted in now for trial in trials}
             if missing := self._log.begin(stage, wanted):
                 run_trials(stage, missing, self._folder, self._log)

@@ -53,7 +53,7 @@ class SweepArguments(ResumableArguments):
         "For ppo: a trained policy; without one it is trained first. For arm ppo:NAME: NAME=PATH; may be given again.",
         "[NAME=]PATH",
     )
-    train_on: TrainedOn = flag("text", "Where no --policy is given: on text, or on loss laws fitted to static runs.")
+    train_on: TrainedOn = flag("text", "What ppo without --policy learns on: text, or loss laws fitted to static runs.")
     schedule: Path | None = flag(None, "For schedule: a JSON list of grafts.", "FILE")
     laws: Path | None = flag(None, "For planner: loss laws that `esper policy fit` fitted.", "FILE")
 
@@ -168,6 +168,8 @@ class SweepPlan(Frozen):
                 else f"--policy {name}=… is of arm 'ppo:{name}', which --arms lacks: add it, or leave the policy out."
             )
         arms = [arm for arm in self.arms if not arm.policy]
+        if spec.host.layers and STATIC in {arm.name for arm in arms}:
+            raise UserError("host.layers is one network's shape, and static arms have sizes: leave it out.")
         names, needs, policy = {arm.name for arm in arms}, {arm.kind.needs for arm in arms}, policies.get("")
         laws, trains = self.train_on == "laws", policy is None and PPO in names
         unused = {name: path and name not in needs for name, path in files.items()}

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from esper.pipelines.common.run_folder import PLAN, RunFolder
+from esper.pipelines.common.run_folder import RunFolder
 from esper.pipelines.sweeps import search
 from esper.pipelines.sweeps.arms import LRPATH, OPENLOOP, PPO, RANDOM, SCHEDULES, STATIC, Arm, policy_input
 from esper.pipelines.sweeps.log import SUMMARY, SweepLog
@@ -32,6 +32,7 @@ from esper.platform.console import say
 from esper.platform.errors import UserError
 from esper.platform.frozen import Frozen
 from esper.platform.ledger import AXES
+from esper.platform.provenance import PINS
 from esper.platform.spec import RunSpec
 from esper.platform.storage import read_json, write_json
 from esper.policies.arms import ArmInputs, make_policy
@@ -55,8 +56,7 @@ class Settled(Frozen, extra="ignore"):
     size: str | None = None  # the best static one; None where nobody could choose
     schedule: str | None = None  # label of the best one, likewise
     controller: dict[str, Any] | None = None  # `trained_on`, `checkpoint` and what it has `spent`, if there is one
-    no_controller: str | None = None  # why there is none
-    openloop: bool = False  # the controller's median schedule is known
+    openloop: bool = False  # its median schedule is known
 
 
 def static_arms(sizes: Iterable[Size], spec: RunSpec) -> list[Arm]:
@@ -72,6 +72,7 @@ class PointStages:
     ) -> None:
         self.point, self.settled = point, settled.model_dump(exclude_unset=True)
         self.controller = folder.out / (f"ppo-{point.trains}" if point.several else "ppo")  # where it is trained
+        self.trainer, self.failed = self, ""  # of the point that trains it; why that could not, until a resume
         self._folder, self._plan, self._inputs, self._log = folder, plan, inputs, log
         self._openloop = folder.out / f"openloop-{point.index}.json"
         self.statics = [] if plan.search_sizes else static_arms(plan.sizes, point.spec)
@@ -89,9 +90,13 @@ class PointStages:
             free = [arm for arm in arms if arm.of is None and arm.name not in (STATIC, OPENLOOP)]
             yield from self._find_settings([arm for arm in free if arm != Arm(name=PPO)])
         yield from self._choose()
-        if Arm(name=PPO) in arms and "controller" not in self.settled:
-            self._train_controller()
-        if Arm(name=PPO) in arms and self._plan.tune_lr and self.settled["controller"]:
+        if Arm(name=PPO) in arms and not self.settled.get("controller"):
+            if self.trainer is self:
+                self._train_controller()
+            while not (self.trainer.failed or self.trainer.settled.get("controller")):
+                yield "controller", [], False
+            self.settled["controller"] = self.trainer.settled.get("controller")
+        if Arm(name=PPO) in arms and self._plan.tune_lr and self.settled.get("controller"):
             yield from self._find_settings([Arm(name=PPO)])
         if Arm(name=OPENLOOP) in arms:
             yield from self._distill()
@@ -201,12 +206,12 @@ class PointStages:
             say(f"tuning  {self.point}best static size: {size}{tried}" + f", schedule: {schedule}" * bool(schedule))
 
     def _train_controller(self) -> None:
-        """Train it, resume it or take the one there: on text, or in minutes on loss laws (zero-shot on text then)."""
+        """Train it, or go on: on text, or in minutes on loss laws (zero-shot on text then)."""
         from esper.pipelines.controllers.training import ON_LAWS, train_controller  # RLlib takes seconds to import
 
         out, plan, spec, laws = self.controller, self._plan, self._spec(Arm(name=PPO)), self._plan.train_on == "laws"
         try:
-            if not (out / PLAN).exists():
+            if not (out / PINS).exists():
                 if laws:
                     spec = spec.overridden({key: value for key, value in ON_LAWS.items() if key not in plan.own})
                     spec = self._with_laws(spec)
@@ -222,7 +227,7 @@ class PointStages:
             known = {"checkpoint": summary["checkpoint"], "trained_on": plan.train_on, "spent": summary["spent"]}
             self.settled["controller"] = known
         except UserError as error:  # the other arms need none
-            self.settled |= {"controller": None, "no_controller": str(error)}
+            self.failed = str(error)
             say(f"ppo     {self.point}no controller: {error}")
 
     def _with_laws(self, spec: RunSpec) -> RunSpec:
@@ -243,7 +248,7 @@ class PointStages:
             write_json(self._openloop, as_json(entries))
             told = ", ".join(f"{entry.blueprint} at {entry.at:.0%}" for entry in entries)
             say(f"openloop {self.point}{told or 'no graft: the policy waits'}")
-        self.settled["openloop"] = bool(played)
+            self.settled["openloop"] = True
 
     def _trials(self, arms: Sequence[Arm], purpose: Purpose, seeds: Sequence[int] | None = None) -> list[Trial]:
         own = self._plan.tuning_seeds if seeds is None else seeds
@@ -277,14 +282,14 @@ class PointStages:
                 raise UserError("which static size is best is not known: it takes tuning seeds")
             return lrpath_spec(spec, Size.of(self.settled["size"]), leader["val_curve"]), {}
         if arm.name == OPENLOOP:
-            if not self.settled["openloop"]:
+            if not self.settled.get("openloop"):
                 raise UserError("the policy has no run on tuning seeds to take a schedule from")
             return spec, {"schedule": self._openloop}
         if arm.policy:
             return spec, {"policy": self._inputs[policy_input(arm.policy)]}
         if arm.name == PPO:
-            if self.settled["controller"] is None:
-                raise UserError(f"there is no controller: {self.settled['no_controller']}")
+            if not self.settled.get("controller"):
+                raise UserError(f"there is no controller: {self.trainer.failed}")
             return spec, {"policy": Path(self.settled["controller"]["checkpoint"])}
         need = arm.kind.needs
         return spec, {need: self._inputs[need]} if need else {}

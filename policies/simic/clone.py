@@ -75,5 +75,6 @@ def agreement(net: ControllerNet, episodes: Sequence[Played]) -> float:
     with torch.no_grad():
         logits: Tensor = net.logits(decided_on(episodes))
     own, its = logits.softmax(dim=-1).numpy(), torch.from_numpy(stacked(episodes, "logits")).softmax(dim=-1).numpy()
-    same = [likeliest(a) == likeliest(b) for a, b in zip(own, its, strict=True) if b[0] < 1]
+    free = (stacked(episodes, "logits")[:, 1:] > ILLEGAL).any(axis=1)
+    same = [likeliest(a) == likeliest(b) for a, b in zip(own[free], its[free], strict=True)]
     return float(np.mean(same)) if same else 1.0

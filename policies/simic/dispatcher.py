@@ -335,10 +335,8 @@ class Dispatcher:
                 self._in_a_row["episodes"] += 1
         if max(self._in_a_row.values()) >= max(GIVE_UP * max(self._most, self._fleet.starting()), DEATHS + 1):
             lost = " and ".join(f"{number} {what}" for what, number in self._in_a_row.items() if number)
-            raise UserError(
-                f"{lost} in a row were lost; the last one by {told.rstrip('.')}: mend that, and try one run with "
-                "`esper train`."
-            )
+            what = f"{lost} in a row were lost; the last one by {told.rstrip('.')}"
+            raise UserError(f"{what}: mend that, and try one run with `esper train`.")
 
     def _settle(self, ended: InFlight | None = None) -> None:
         """Count an ended episode; those before which none is under way are complete, and who collects is told."""

@@ -18,15 +18,13 @@ from esper.platform.telemetry import Candidate, TelemetrySpace
 REACHED = ("budget_fraction", "val_loss", "parameters", *AXES)  # of a run's point: for the live view, and what it cost
 
 
-def _packed(array: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes()).decode("ascii")
-
-
 def _unpacked(value: Any) -> np.ndarray:
     return value if isinstance(value, np.ndarray) else np.frombuffer(base64.b64decode(value, validate=True), np.float32)
 
 
-Floats = Annotated[np.ndarray, PlainValidator(_unpacked), PlainSerializer(_packed)]  # float32; in JSON base64
+# float32; in JSON base64.
+Packed = PlainSerializer(lambda array: base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes()).decode())
+Floats = Annotated[np.ndarray, PlainValidator(_unpacked), Packed]
 
 
 class Decision(Frozen):
@@ -133,10 +131,8 @@ class InFlight:
         reply, asked = Reply.checked(answer), len(self.decisions)
         telemetry, outcome = reply.telemetry, reply.answer
         if (reply.episode, telemetry.sequence) != (self.number, asked):
-            raise ValueError(
-                f"it is of episode {reply.episode}, observation {telemetry.sequence}, "
-                f"but {asked} of {self.number} was asked for"
-            )
+            its = f"it is of episode {reply.episode}, observation {telemetry.sequence}"
+            raise ValueError(f"{its}, but {asked} of {self.number} was asked for")
         if isinstance(outcome, Transition) != bool(asked):
             raise ValueError("it has no outcome" if asked else "it is no observation")
         problem = telemetry.problems(space)

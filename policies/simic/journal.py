@@ -32,10 +32,9 @@ class EpisodeJournal:
                 for each in decisions:
                     arrays(each.observation[None], self._space)
             except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"{path} is damaged, or another version's ({' '.join(str(error).split())}): delete that file to "
-                    "train again what it holds of the episodes in flight, and resume again."
-                ) from None
+                what = f"{path} is damaged, or another version's ({' '.join(str(error).split())})"
+                mend = "delete that file to train again what it holds of the episodes in flight, and resume again"
+                raise UserError(f"{what}: {mend}.") from None
             self._episodes[path] = {each.episode for each in decisions}
             for each in decisions:
                 if each.k == len(episode := found.setdefault(each.episode, [])):

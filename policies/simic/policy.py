@@ -97,8 +97,6 @@ class SimicPolicy:
             net = ControllerNet(card.hidden)
             net.load_state_dict(tensors)
         except (KeyError, RuntimeError):
-            raise UserError(
-                f"policy {file} holds another network than one of width {card.hidden}, all float32 and finite: "
-                "train it again."
-            ) from None
+            what = f"policy {file} holds another network than one of width {card.hidden}, all float32 and finite"
+            raise UserError(f"{what}: train it again.") from None
         return cls(net, card=card)

@@ -46,6 +46,7 @@ LINES = [
     ("sweep --arms static,openloop", "give --policy CHECKPOINT"),
     ("sweep --arms static,planner", "needs fitted laws: give --laws FILE"),
     ("sweep --arms static --laws x", "no arm of --arms uses --laws"),
+    ('sweep --arms static --set host.layers=[{"uid":0,"heads":2,"width":512}]', "static arms have sizes: leave it out"),
     ("sweep --arms static --policy /nowhere", "no arm of --arms uses --policy"),
     ("sweep --arms static,ppo --train-on laws", "give more, such as --sizes 1,2,4"),
     ("sweep --seeds 0", "--seeds '0' is no number of test seeds"),

@@ -209,18 +209,17 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
     assert after.runs == 3 + len(sound) > between.runs
     assert [each["iterations"] for each in summary_of(out)["clones"]] == [0, 1]
 
-    nowhere = tmp_path / "nowhere.json"
-    nowhere.write_text(before.model_copy(update={"folder": ""}).model_dump_json())
-    text = tmp_path / "text.json"
-    text.write_text(before.model_copy(update={"text": "another"}).model_dump_json())
-    other = tmp_path / "other.json"
-    other.write_text(before.model_copy(update={"preset": "demo"}).model_dump_json())
+    edits = {"nowhere": {"folder": ""}, "text": {"text": "another"}, "other": {"preset": "demo"}, "fewer": {"runs": 2}}
+    for name, edit in edits.items():
+        (tmp_path / f"{name}.json").write_text(before.model_copy(update=edit).model_dump_json())
+    nowhere, text, other, fewer = (tmp_path / f"{name}.json" for name in edits)
     for arguments, sentence in (
         ([*command, "--rounds", "9"], "--rounds is 9, but ppo.iterations only 2"),
         ([*tiny, "--rounds", "2"], "--rounds fits the laws of --laws FILE anew: give them, or leave it out"),
         ([*command[:2], "--surrogate", "--laws", path, "--rounds", "2"], "--rounds needs episodes on text"),
         ([*tiny, *small, "--laws", nowhere, "--rounds", "2"], "fit it again, with `esper policy fit"),
         ([*tiny, *small, "--laws", text, "--rounds", "2"], "and they are of another: leave it out"),
+        ([*tiny, *small, "--laws", fewer, "--rounds", "2"], "the runs of --laws .*, 2, and .* has 3 now: fit it again"),
         ([*tiny, *small, "--laws", other], "the laws were fitted to runs of preset 'demo'"),
     ):
         refused(ppo.main, arguments, sentence)

@@ -75,7 +75,9 @@ def test_planned_grafts_that_were_not_played_are_known(spec):
 @pytest.mark.parametrize("name", NAMED)
 def test_named_schedules_graft_all_that_they_name(spec, name):
     policy = make_policy(name, ArmInputs(spec=spec))
-    assert kinds(spec, policy) == [entry.blueprint for entry in named_schedule(name, "transformer")]
+    for decisions in (20, 24, 25):
+        own = changed(spec, budget={"decisions": decisions})
+        assert kinds(own, policy) == [entry.blueprint for entry in named_schedule(name, "transformer")]
     with pytest.raises(UserError, match=f"blueprint in arm '{name}'"):
         make_policy(name, ArmInputs(spec=load_spec("tinystories-char", ['growth.blueprints={"expert":{}}'])))
 

@@ -223,13 +223,16 @@ def decision_losses(law: ScalingLaw, runs: Sequence[tuple[RunSpec, Mapping[str, 
         used.append(np.append(steady(spec, fractions[-1][:-1], seen[-1][:-1]), False))  # the last loss is another
     pairs = [np.stack([own, losses])[:, there] for own, losses, there in zip(told, seen, used, strict=True)]
     by_law, by_run = np.concatenate(pairs, axis=1)
+    if len(by_law) < 2:
+        what = "loss laws need decisions between the warm-up and the decay of the rate, and these runs have none"
+        raise UserError(f"{what}: fit runs of more decisions, or of a later decay.")
     factor, offset = np.polyfit(by_law, by_run, 1).tolist()
     factor, errors = max(0.1, factor), []
     shown = [losses - offset - factor * own for own, losses in zip(told, seen, strict=True)]
     for (spec, summary), own, at in zip(runs, shown, fractions, strict=True):
         evenly = np.interp(np.linspace(0, 1, spec.budget.decisions + 1), at, own)
         errors.append((summary["val_curve"][1]["tokens"], evenly.round(5).tolist()))
-    steady_ones = [each[there] for each, there in zip(shown, used, strict=True)]
+    steady_ones = [each[there] for each, there in zip(shown, used, strict=True) if there.any()]
     noise = np.sqrt(np.mean([each.var() for each in steady_ones]))
     misfit = np.std([each.mean() for each in steady_ones])
     one, two = (start_shape(runs[0][0], vocabulary).parameters_count() for vocabulary in (1, 2))

@@ -101,6 +101,10 @@ def test_a_budget_at_which_the_envelope_is_no_lower_is_no_part_of_its_curve():
         run.summary["val_loss"] += 0.5
     row = at(only(bump), "onejump")[2e6]
     assert row.saved == pytest.approx([0, 0, 0], abs=1e-6)
+    from_second = swept(lambda budget: {"onejump": law(1.25 * budget)})
+    for run in from_second[0].trials.test["static-1"].values():
+        run.summary["diverged"] = True
+    assert at(only(from_second), "onejump")[1e6].saved == pytest.approx([0.2] * 3, abs=0.02)
     flat = swept(lambda budget: {"onejump": 1.0}, budgets=(1e6, 2e6))
     for verdict in flat:
         for run in (*verdict.trials.test["static-1"].values(), *verdict.trials.test["static-2"].values()):

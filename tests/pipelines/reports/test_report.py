@@ -160,6 +160,12 @@ def test_the_page_shows_what_each_arm_writes(store, tmp_path):
     assert "Once static-1 &lt;0&gt;" in shown
 
 
+def test_a_sweep_that_was_stopped_before_its_tests_has_a_report(store):
+    sweep = SyntheticSweep(seeds=())
+    log(MlflowClient(store), sweep.runs(), sweep.sweep())
+    assert report.main([]) == 0
+
+
 def test_the_command_says_the_verdict_on_each_grid_point(store, capfd, refused):
     points = [replace(FEW, grid=f'{{"budget.amount": {amount}}}') for amount in (500000, 1000000)]
     runs = [replace(run, name=f"{run.name}{point.grid}") for point in points for run in point.runs()]

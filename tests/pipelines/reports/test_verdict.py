@@ -136,6 +136,7 @@ PAIRED = [
     # To diverge once is enough, however low the rest; a seed without a loss is left out, and named.
     (wins({("tamiyo", 3): DIVERGED}), BEST, "static-2: worse: tamiyo diverged on seed 3"),
     (wins({"tamiyo": DIVERGED}), BEST, "static-2: worse: tamiyo diverged on seed 1, tamiyo diverged on seed 2, "),
+    (wins({("tamiyo", 3): DIVERGED}, forks=(), cost={"tamiyo": {"seconds": 9.0}}), SECONDS, ".*worse: tamiyo diverged"),
     (wins({("static-2", 3): DIVERGED}, seeds=6), BEST, "static-2: better: static-2 has no loss on seed 3"),
     (wins({("tamiyo", 3): FAILED}, seeds=6), BEST, "static-2: better: tamiyo has no loss on seed 3"),
     (wins({("tamiyo", 3): {"grafts": []}}), BEST, "static-2: cannot say: it grew on 4 seeds only, and a test takes 5"),

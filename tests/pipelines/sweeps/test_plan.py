@@ -1,13 +1,18 @@
 """A sweep's arms, sizes and grid, as its command line names them; and its trials' names and specs."""
 
 import json
+from itertools import zip_longest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from esper.pipelines.demo import DemoArguments
 from esper.pipelines.sweeps.arms import Arm, parse_arms
-from esper.pipelines.sweeps.plan import Point, SweepPlan, Trial, parse_budgets, parse_grid
+from esper.pipelines.sweeps.plan import Point, SweepArguments, SweepPlan, Trial, parse_budgets, parse_grid
 from esper.pipelines.sweeps.sizes import Size, lrpath_spec, parse_sizes, with_rates
+from esper.pipelines.sweeps.stages import PointStages, Settled
 from esper.platform.contracts import GraftAction
 from esper.platform.spec import load_spec
 from esper.workers.run import GrowthRun
@@ -23,7 +28,7 @@ from esper.workers.tolaria.rate import rate
         ("gradual,onejump,static_lrpath", "gradual onejump static_lrpath:gradual"),
         ("tamiyo,ppo,static_final:heuristic,static_final:ppo", "tamiyo ppo static_final:tamiyo static_final:ppo"),
         ("static,random", "static-1 static-2 random"),  # nobody to match
-        ("tamiyo,ppo:a,ppo,ppo:b", "tamiyo ppo ppo:a ppo:b"),
+        ("tamiyo,ppo:a,ppo,ppo:baseline", "tamiyo ppo ppo:a ppo:baseline"),
     ],
 )
 def test_static_arms_come_first_one_for_each_size_and_followers_last(text, labels):
@@ -90,3 +95,24 @@ def test_a_static_size_under_another_runs_rate(tiny_spec, tokens):
 def test_the_demos_own_arguments_make_a_plan():
     plan = SweepPlan.settled(DemoArguments(), load_spec("demo"))
     assert (len(plan.seeds), len(plan.grid), len(plan.sizes)) == (2, 2, 3)
+
+
+@pytest.mark.parametrize("known", [{"checkpoint": "x"}, None])
+def test_a_controller_is_trained_at_its_first_budget_whoever_comes_first(monkeypatch, known):
+    """And a resume trains it again where that failed."""
+    spec, trained = load_spec("tinystories-char"), list[int]()
+    plan = SweepPlan.settled(SweepArguments(arms="static,ppo", budgets="1e6,4e6"), spec)
+    any_: Any = SimpleNamespace(out=Path("sweep"))
+
+    def train(self: PointStages) -> None:
+        trained.append(self.point.index)
+        self.settled["controller"], self.failed = known, "" if known else "the disk is full"
+
+    monkeypatch.setattr(PointStages, "_train_controller", train)
+    monkeypatch.setattr(PointStages, "_choose", lambda self: iter([("rates", [], True)] * (2 - 2 * self.point.index)))
+    for settled in (Settled(), Settled(controller=None)):
+        points = [PointStages(any_, plan, point, settled, {}, any_) for point in plan.points(spec)]
+        points[1].trainer = points[0]
+        assert len(list(zip_longest(*(point.choices() for point in points)))) == 2
+        assert [point.settled["controller"] for point in points] == [known, known]
+    assert trained == [0, 0]

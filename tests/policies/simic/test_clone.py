@@ -52,6 +52,8 @@ def test_a_clone_plays_as_its_teacher_and_is_the_same_each_time(monkeypatch):
         torch.rand(3)  # whatever the process draws beside
         teach(net, episodes, baseline, 7, lambda: None)
     assert agreement(nets[0], unseen) > 0.98
+    waits = [replace(each, logits=np.tile(choice(np.array([1.3, 1.4]), 5), (len(each), 1))) for each in unseen]
+    assert agreement(nets[0], waits) == 0  # where to graft was worse: a choice too
     for one, other in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert untaught(16, 6).score[0].weight.ne(untaught(16, 5).score[0].weight).any()  # pyright: ignore

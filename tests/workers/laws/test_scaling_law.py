@@ -9,7 +9,16 @@ import pytest
 from esper.platform.contracts import Instance
 from esper.platform.errors import UserError
 from esper.platform.spec import LawSpec, load_spec
-from esper.workers.laws.fit import BOUNDS, Annealed, LawFit, annealed_losses, fit_laws, held_out_residual, predicted
+from esper.workers.laws.fit import (
+    BOUNDS,
+    Annealed,
+    LawFit,
+    annealed_losses,
+    decision_losses,
+    fit_laws,
+    held_out_residual,
+    predicted,
+)
 from esper.workers.laws.scaling_law import VOCABULARY, ScalingLaw, budget_tokens, size_of
 from esper.workers.laws.surrogate import SurrogateRun
 from esper.workers.tolaria.hosts import start_shape
@@ -156,6 +165,20 @@ def test_experts_and_prunes_are_told_by_the_runs_that_have_them():
     (pruned,) = annealed_losses(run.summary())
     assert len(pruned.tokens) == 4
     assert predicted(law, [pruned])[0] == pytest.approx(run.loss_now, abs=1e-6)
+
+
+def test_runs_without_a_decision_at_full_rate_say_nothing_of_the_noise():
+    law, found = ScalingLaw.drawn(8, SPEC), []
+    for spec in (SPEC, SPEC.overridden({"budget.decisions": 2})):
+        run = SurrogateRun(spec)
+        run.reset(Instance(law=8), seed=0)
+        play(run, {})
+        found.append((spec, run.summary()))
+        for i, point in enumerate(found[-1][1]["val_curve"]):
+            point["val_loss"] += 0.01 * (-1) ** i
+    assert decision_losses(law, found)["noise"] == decision_losses(law, found[:1])["noise"] > 2e-3
+    with pytest.raises(UserError, match="these runs have none: fit runs of more decisions"):
+        decision_losses(law, found[1:])
 
 
 # (size, size_exponent, data, data_exponent, heads, width, layer, reference) of tinystories-char, E = 0.3
