@@ -8,9 +8,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 CONTROLLERS, RECORDED = (f"benchmarks/{kind}/tinystories-char/README.md" for kind in ("controllers", "recorded"))
-PAGES = [f"../{name}" for name in ("README.md", "CONTRIBUTING.md", "infra/README.md", CONTROLLERS, RECORDED)] + [
-    page.name for page in sorted(DOCS.glob("*.md"))
-]
+OTHERS = ("README.md", "CONTRIBUTING.md", "infra/README.md", CONTROLLERS, RECORDED)
+PAGES = [*(f"../{name}" for name in OTHERS), *(page.name for page in sorted(DOCS.glob("*.md")))]
 
 
 def fenced(page: str) -> list[tuple[str, str]]:

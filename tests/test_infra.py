@@ -91,9 +91,7 @@ def test_the_image_starts_ray_and_the_wheel_of_what_it_copies_holds_every_module
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(tree)], check=True)
     [wheel] = tmp_path.glob("*.whl")
-    files = [
-        file for folder in ("platform", "workers", "policies", "pipelines") for file in (ROOT / folder).rglob("*.*")
-    ]
+    files = [file for top in ("platform", "workers", "policies", "pipelines") for file in (ROOT / top).rglob("*.*")]
     names = {f"esper/{file.relative_to(ROOT)}" for file in files if file.suffix in (".py", ".html", ".json")}
     assert any(name.endswith(".json") for name in names)
     assert {"esper/__init__.py"} | names <= set(zipfile.ZipFile(wheel).namelist())

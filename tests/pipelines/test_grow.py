@@ -366,9 +366,8 @@ def test_two_ranks_grow_alike_from_one_decision_and_as_one_process_on_both_halve
         loss = (halves[0] + halves[1]) / 2
         loss.backward()
         alone.grower.step(loss)
-        assert (losses[step] + other_losses[step]) / 2 == pytest.approx(
-            loss.item(), abs=0.01
-        )  # Adam magnifies rounding
+        mean = (losses[step] + other_losses[step]) / 2
+        assert mean == pytest.approx(loss.item(), abs=0.01)  # Adam magnifies rounding
 
 
 class Illegal:

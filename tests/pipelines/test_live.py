@@ -1,6 +1,5 @@
 """What a person sees of a training: the live view in a terminal, plain lines elsewhere, and a picture in the end."""
 
-import contextlib
 import io
 import re
 import sys
@@ -49,10 +48,6 @@ class Screen(io.StringIO):
                 lines[-1] += part
         return [line.rstrip() for line in lines if line.strip()]
 
-    @property
-    def cursor(self) -> bool:
-        return self.getvalue().rfind("\x1b[?25h") >= self.getvalue().rfind("\x1b[?25l")
-
 
 def open_terminal(monkeypatch, kind: str = "xterm") -> Screen:
     """Not a fixture: pytest changes the streams between a fixture and its test."""
@@ -85,14 +80,13 @@ def test_in_a_terminal_everything_said_stands_above_one_view(monkeypatch):
             view.iteration(i, METRICS | {"return_mean": 2 + i / 10}, {i: f"Once {i}.", 9: None})
             wait_for(lambda i=i: f"iteration {i}/4" in screen.getvalue())
         talker.join()
-        assert screen.cursor  # also if it were killed now
         wait_for(lambda: screen.seen()[-1].strip() == "...")
         line = r" +\d+  training +7 +3 +50%  2.2500 +12,345 +0.4  \[red\]"
         assert sum(bool(re.match(line, each)) for each in screen.seen()) > 5
         assert "workers: 100 training, 50 starting" in screen.seen()
     say("after")
     lines = screen.seen()
-    assert (lines[0], lines[-1], screen.cursor) == ("before", "after", True)
+    assert (lines[0], lines[-1]) == ("before", "after")
     assert [line for line in lines if line.startswith("message")] == MESSAGES  # each once, whole, in order
     for what in ("stray", "result"):
         assert [line for line in lines if line.startswith(what)] == [f"{what} {i}" for i in range(1, 5)]
@@ -102,16 +96,6 @@ def test_in_a_terminal_everything_said_stands_above_one_view(monkeypatch):
     assert re.match(r"return mean +\+2.400 +▁▃▅█", lines[head + 1].replace("▆", "▅"))
     assert [line for line in lines if "writes" in line] == ["episode 4 writes: Once 4."]
     assert not any("training" in line for line in lines)  # the workers are gone from the last picture
-
-
-def test_ctrl_c_leaves_the_terminal_sane(monkeypatch):
-    screen = open_terminal(monkeypatch)
-    with contextlib.suppress(KeyboardInterrupt), TrainingView(4, 0, list):
-        say("last")
-        raise KeyboardInterrupt
-    assert screen.cursor
-    assert [line.split()[0] for line in screen.seen()] == ["last", "iteration"]
-    assert sys.stderr is screen
 
 
 def test_workers_or_a_terminal_that_cannot_be_seen_cost_no_training(monkeypatch):

@@ -63,11 +63,9 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
     assert [line.split()[0] for line in table[1:]] == arms
     result = read(out, "evaluation.json")
     rows = {row["arm"]: row for row in result["rows"]}
-    losses = {
-        arm: np.array([i["arms"][arm]["val_loss"] for i in result["instances"].values()])
-        for arm in result["instances"]["0"]["arms"]
-    }
-    bounds = np.array([instance["bound"] for instance in result["instances"].values()])
+    played = result["instances"]
+    losses = {arm: np.array([i["arms"][arm]["val_loss"] for i in played.values()]) for arm in played["0"]["arms"]}
+    bounds = np.array([instance["bound"] for instance in played.values()])
     assert len(bounds) == 6
     for arm, reached in losses.items():
         assert (reached >= bounds - 1e-9).all()
@@ -79,7 +77,6 @@ def test_evaluate_sets_the_arms_side_by_side(trained, tmp_path, capsys):
     told = rows["ppo"]["difference"]
     assert (told["mean"] - told["half_width_95"], told["mean"] + told["half_width_95"]) == pytest.approx((low, high))
     assert rows["static"]["grafts"] == 0 < rows["ppo"]["grafts"]
-
     again = tmp_path / "again"
     assert pipeline.main(["evaluate", str(trained), *FEW, "--arms", "random,schedule", "--out", str(again)]) == 0
     repeated = read(again, "evaluation.json")
@@ -136,7 +133,6 @@ def test_laws_are_fitted_to_runs_and_played_by(tiny, runs, tmp_path, capfd, refu
     assert 0 < laws.held_out < 1
     assert f"{laws.residual:.4f} nats (rms) over 7 annealed losses" in told
     assert f"{laws.held_out:.4f} over growing runs" in told
-
     assert train.main(["planner", *tiny, "--laws", str(path), "--out", str(out), "--seed", "3"]) == 0
     assert "notice" not in capfd.readouterr().err
     grafts = summary_of(out)["grafts"]
@@ -144,12 +140,10 @@ def test_laws_are_fitted_to_runs_and_played_by(tiny, runs, tmp_path, capfd, refu
     (out / "summary.json").unlink()  # as if killed before it was written
     assert train.main(["--resume", str(out)]) == 0
     assert summary_of(out)["grafts"] == grafts
-
     path.write_text(json.dumps(json.loads(path.read_text()) | {"text": "another"}))
     more = ["--laws", str(path), "--out", str(tmp_path / "other"), *sets("host.n_head=4")]
     assert train.main(["planner", *tiny, *more]) == 0
     assert "was fitted to runs that differ from these in host.n_head, the text" in capfd.readouterr().err
-
     refused(pipeline.main, ["fit", runs / "width", "--out", tmp_path / "w"], "laws are fitted to 3 sizes or more")
     (runs / "s1" / "spec.json").write_text((runs / "s1" / "spec.json").read_text().replace('"tiny"', '"tinier"'))
     refused(pipeline.main, ["fit", runs, "--out", tmp_path / "w"], "are of several: tinier, tiny: name others")

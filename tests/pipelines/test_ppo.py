@@ -54,9 +54,8 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     assert ppo.main(["--resume", str(out)]) == 0
     summary = summary_of(out)
     assert summary["iterations"] == len(summary["history"]) == 2
-    assert {entry["episode"] for path in (out / "episodes").iterdir() for entry in read_entries(path)} >= set(
-        summary["in_flight"]
-    )
+    kept = {entry["episode"] for path in (out / "episodes").iterdir() for entry in read_entries(path)}
+    assert kept >= set(summary["in_flight"])
     assert (out / "training.png").stat().st_size > 10_000
     assert summary["spent"] == dict.fromkeys(AXES, 0.0)  # no GPT was trained
     run = client().get_run(summary["mlflow"])
@@ -68,7 +67,6 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     best = Path(summary["checkpoint"])
     assert int(best.name) == summary["best_iteration"]
     assert (out / "policy.safetensors").read_bytes() == (best / "policy.safetensors").read_bytes()
-
     assert ppo.main(["--resume", str(out), *more(3)]) == 0
     after = summary_of(out)
     assert [metrics["iteration"] for metrics in after["history"]] == [1, 2, 3]
@@ -90,7 +88,6 @@ def test_on_laws_then_resumed_in_place_then_played(laws, tiny, client, tmp_path,
     assert points(other, found.run_id, "return_mean") == points(client(), after["mlflow"], "return_mean")
     artifacts = {file.path for file in other.list_artifacts(found.run_id)}
     assert artifacts >= {"summary.json", "training.png", "policy.safetensors"}
-
     (out / "summary.json").unlink()  # as if it had died right at its end
     assert ppo.main(["--resume", str(out)]) == 0
     assert summary_of(out)["history"] == after["history"]
@@ -158,10 +155,8 @@ def test_it_begins_with_a_given_policy_and_stays_near_to_it(laws, tmp_path, refu
     SimicPolicy(made_net(1, 1.0)).save(given, {"preset": "another"})
     summary = summary_of(out := laws(2, "tuned", "--init-from", str(given)))
     assert set(summary["held_out_losses"]) == {"0", "1", "2"}
-    first, kept, last = (
-        SimicPolicy.load(path).net.state_dict()
-        for path in (out / "checkpoints" / "000000", given, out / "checkpoints" / "000002")
-    )
+    paths = (out / "checkpoints" / "000000", given, out / "checkpoints" / "000002")
+    first, kept, last = (SimicPolicy.load(path).net.state_dict() for path in paths)
     torch.testing.assert_close(first, kept, rtol=0, atol=0)
     assert any((kept[name] != last[name]).any() for name in kept)
     near = [metrics["anchor_kl"] for metrics in summary["history"]]
@@ -208,7 +203,6 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
     assert between.runs == 3 + sum(entry["iteration"] == 1 for entry in sound)
     assert after.runs == 3 + len(sound) > between.runs
     assert [each["iterations"] for each in summary_of(out)["clones"]] == [0, 1]
-
     edits = {"nowhere": {"folder": ""}, "text": {"text": "another"}, "other": {"preset": "demo"}, "fewer": {"runs": 2}}
     for name, edit in edits.items():
         (tmp_path / f"{name}.json").write_text(before.model_copy(update=edit).model_dump_json())
@@ -332,7 +326,6 @@ def test_the_best_policy_is_chosen_by_held_out_episodes_that_are_played_once(tmp
     assert losses[3] < losses[1] - 0.1
     diverged = [entry | {"diverged": entry["episode"] == 2} for entry in played]
     assert training.mean_losses(diverged) == {1: float("inf"), 3: float("inf")}
-
     monkeypatch.setattr(training, "held_out_episode", lambda *_: pytest.fail("played again"))
     assert training.held_out([(spec, None)], tmp_path, 0, lambda: None) == played
 
@@ -347,7 +340,6 @@ def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     (out / "checkpoints" / "000001").mkdir(exist_ok=True)  # as if killed while it was being deleted
-
     reached = checkpoints()[-1]
     process = start("ppo", ["--resume", str(out)], tmp_path / "log")
     wait_for(lambda: checkpoints()[-1] > reached, process)
@@ -358,7 +350,6 @@ def test_whatever_ends_it_it_goes_on_with_nothing_lost_or_doubled(tiny, client, 
     assert "Traceback" not in log
     assert "Ray" not in log  # which laws do not need
     assert not (out / "summary.json").exists()
-
     assert ppo.main(["--resume", str(out)]) == 0
     summary = summary_of(out)
     assert [metrics["iteration"] for metrics in summary["history"]] == list(range(1, 7))

@@ -105,7 +105,6 @@ def test_trained_runs_are_recorded_and_what_nobody_did_is_counted(tiny, tmp_path
             _, _, _, _, info = env.step(row)
         assert info["val_loss"] == end["val_loss"]
     assert env.run.instance.best == min(end["val_loss"] for end in ends.values())
-
     run = env.run
     run.reset()
     while len(run.telemetry.legal()) < 2:
@@ -137,7 +136,6 @@ def test_runs_that_are_no_tree_and_files_that_are_no_recording_are_refused(tmp_p
     with pytest.raises(UserError, match="differ in the text"):
         record.check_alike([one, other._replace(text="another")])
     record.check_alike([one, other._replace(spec=SPEC.overridden({"budget.amount": 1e6, "host.n_layer": 2}))])
-
     folder = recorded(tmp_path, [one, other])
     kept = {name: (folder / name).read_bytes() for name in (*FILES, "manifest.json")}
     manifest = json.loads(kept["manifest.json"])
@@ -163,7 +161,6 @@ def test_runs_that_are_no_tree_and_files_that_are_no_recording_are_refused(tmp_p
     RecordedRun(folder)
     with pytest.raises(UserError, match="cannot be read"):
         growth_recorded_env(tmp_path / "nothing")
-
     out = tmp_path / "run"
     assert train.main(["static", *tiny, "--out", str(out)]) == 0
     (out / SEEN_FILE).write_bytes(b"no table")

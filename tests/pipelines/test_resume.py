@@ -58,9 +58,7 @@ STOPS = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
 def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, monkeypatch):
     flags, shown = ["schedule", *plan, *tiny, *LONG], {}
     folders = {name: tmp_path / name for name in (*STOPS, "killed at once")}
-    processes = {
-        name: start("train", [*flags, "--out", str(folders[name])], tmp_path / f"{name}.log") for name in STOPS
-    }
+    processes = {key: start("train", [*flags, "--out", str(folders[key])], tmp_path / f"{key}.log") for key in STOPS}
     with monkeypatch.context() as patch:  # killed before it had anything to train
         patch.setattr(single_run, "train", lambda *arguments: 0)
         assert main([*flags, "--out", str(folders["killed at once"])]) == 0
@@ -73,7 +71,6 @@ def test_stopped_or_killed_it_ends_the_same(tiny, plan, runs, tmp_path, capfd, m
     assert not [out for out in folders.values() if (out / "summary.json").exists()]
     assert f"go on with: esper train --resume {folders['stopped']}" in shown["stopped"]
     step = shown["stopped"].split("saved at optimizer step ")[1].split()[0]
-
     Path(plan[1]).unlink()  # the runs have their own
     again = ["schedule", "--schedule", str(folders["killed"] / "inputs" / "schedule.json"), *flags[3:]]
     assert main([*again, "--out", str(tmp_path / "undisturbed")]) == 0
@@ -115,7 +112,6 @@ def test_a_resume_rests_on_what_the_run_began_with(tiny, plan, tokens, tmp_path,
     assert main([*flags, "--out", str(out)]) == 0
     ended = summary_of(out)
     (out / "summary.json").unlink()  # as if killed before it was written
-
     refused(main, ["--resume", tmp_path])
     with alone(out):
         refused(main, ["--resume", out], "another process works in")

@@ -83,7 +83,6 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     for part in (*told, "follow ", "done", "left", "viewStateShareKey"):
         assert part in printed
     assert "WARNING" not in printed
-
     found = state(out)
     point = found["points"][0]
     assert {trial["status"] for trial in found["trials"].values()} == {"done"}
@@ -96,7 +95,6 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     # What was spent beside the test runs: 40 steps a trial, and two forks in those that are annealed.
     assert point["spent"]["rates"]["steps"] == 4 * 40
     assert point["spent"]["tuning"]["steps"] == 3 * (40 + 7 + 10) + (40 + 3 + 5)
-
     ended = {arm: summary(out, f"{arm.replace(':', '.of.')}-seed0") for arm in tests}
     # Arms are paired: equal seeds see the same batches and start from the same weights.
     assert len({ended[arm]["val_curve"][0]["val_loss"] for arm in ("static-1", *SCHEDULES)}) == 1
@@ -112,7 +110,6 @@ def test_every_stage(tiny, client, tmp_path, capfd, monkeypatch):
     assert rates[1][:3] == rates[0][:3]  # it grows later
     assert rates[2] == pytest.approx([2 * rate for rate in rates[0]])
     assert "it did not grow" in printed
-
     store = client()
     runs = check_tracked(store, out)
     run = runs["static_final.of.onejump-seed0"]
@@ -163,7 +160,6 @@ def test_two_budgets_with_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_
     assert re.search(r"\nbudget.amount = (16|24): \S+ writes: ", told)
     assert "budget.amount = 16: a decision holds 2 steps after a graft" in told
     assert told.count("ever be grafted") == 1
-
     found = state(out)
     points, trials, sizes = found["points"], found["trials"], ["1", "2"]
     assert found["seeds"] == list(range(3))
@@ -193,7 +189,6 @@ def test_two_budgets_with_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_
     page = (out / "report" / "report.html").read_text()
     for words in ("those of a confidence sequence", "added until 95 % intervals", f"tested: {', '.join(sizes)}"):
         assert words in page
-
     parent = next(iter(runs.values())).data.tags["mlflow.parentRunId"]
     tracked = {point.step: point.value for point in client().get_metric_history(parent, "regret/onejump")}
     assert tracked == {budget: pytest.approx(rows[budget]["mean"]) for budget in (16, 24)}

@@ -47,6 +47,5 @@ def test_the_ledger_adds_up(charges):
     assert ledger.parameter_seconds == pytest.approx(sum(n * s for n, s, _ in charges))
     assert ledger.tokens == 8 * ledger.steps
     assert ledger.wall_seconds == pytest.approx(2 * ledger.seconds)
-    assert [getattr(copies, axis) for axis in AXES] == pytest.approx(
-        [getattr(ledger, axis) + 7 * (axis == "steps") for axis in AXES]
-    )
+    wanted = [getattr(ledger, axis) + 7 * (axis == "steps") for axis in AXES]
+    assert [getattr(copies, axis) for axis in AXES] == pytest.approx(wanted)

@@ -18,9 +18,8 @@ LAG = LagPolicy(steps=6, patience=0.1, cost=0.05, tokens_per_parameter=0.0)
 
 def begin(tiny_spec, tokens, *, amount=800.0, axis="steps", clock=None, **growth):
     """A run of 800 steps in 8 decisions after its first: a trial of 4 grafts over 6 steps is 30 of them."""
-    return begun(
-        changed(tiny_spec, budget={"amount": amount, "axis": axis}, clock=clock or {}, growth=growth), tokens, None
-    )
+    spec = changed(tiny_spec, budget={"amount": amount, "axis": axis}, clock=clock or {}, growth=growth)
+    return begun(spec, tokens, None)
 
 
 @pytest.fixture

@@ -303,10 +303,7 @@ def test_mechanics_is_met_when_no_graft_did_harm_whoever_chose_it(change, said, 
     assert told in mechanics.sentence
 
 
-ON_IMAGES, FINE_TUNED = (
-    {"preset": "digits", "hosts": ["resnet"]},
-    {"preset": "demo", "hosts": ["resnet", "transformer"]},
-)
+ON_IMAGES, TUNED = {"preset": "digits", "hosts": ["resnet"]}, {"preset": "demo", "hosts": ["resnet", "transformer"]}
 HERE = {"preset": "demo", "hosts": ["transformer"], "surrogate": False}
 
 
@@ -325,7 +322,7 @@ def test_a_policy_transfers_where_it_ends_below_the_best_size_and_not_above_one_
 ):
     grown = {"ppo:zero-shot": zero_shot, "ppo:fine-tuned": fine_tuned, "ppo:scratch": scratch, "ppo:laws": 1.0}
     truth = SyntheticSweep(grown=grown | {"onejump": NO_MATCH})
-    cards = {"ppo:zero-shot": ON_IMAGES, "ppo:fine-tuned": FINE_TUNED, "ppo:scratch": HERE}
+    cards = {"ppo:zero-shot": ON_IMAGES, "ppo:fine-tuned": TUNED, "ppo:scratch": HERE}
     trained_on = {**cards, "ppo:laws": HERE | {"surrogate": True}}  # no match for a transferred one: it cost no runs
     transfer = judged(truth, policies=trained_on).criteria[2]
     assert transfer.outcome == outcome

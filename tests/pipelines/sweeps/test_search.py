@@ -103,10 +103,6 @@ def test_it_goes_no_farther_than_growing_and_the_budget(kind, budget, best):
 
 def test_of_a_resnet_it_tries_whole_groups_of_channels_only():
     """A quarter of its width is no whole group: each second width would be refused, and end the line."""
-    changes = {
-        "host.channels": 16,
-        "host.group": 8,
-        "growth.blueprints": {"conv_width": {"width": 8}, "conv_block": {}},
-    }
-    spec = load_spec("cifar10-cpu").overridden(changes)
+    own = {"host.channels": 16, "host.group": 8, "growth.blueprints": {"conv_width": {"width": 8}, "conv_block": {}}}
+    spec = load_spec("cifar10-cpu").overridden(own)
     assert search.best_size(search_sizes(spec, 1, 64, 1)).numbers(spec.host)[1] == pytest.approx(64, rel=0.3)

@@ -147,9 +147,8 @@ def test_a_seed_takes_the_settings_of_its_siblings_group():
     host = small(n_layer=1)[0]
     matrices = [p for p in host.parameters() if p.dim() > 1]
     others = [p for p in host.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0, "betas": (0.5, 0.6)}]
-    )
+    rest = {"params": others, "weight_decay": 0.0, "betas": (0.5, 0.6)}
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.3}, rest])
     kasmina = Kasmina(host, optimizer)
     kasmina.graft("h0.stream", "block")
     for group, matrix in zip(optimizer.param_groups, (True, False), strict=True):

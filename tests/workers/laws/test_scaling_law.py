@@ -69,9 +69,7 @@ def test_it_foretells_every_size_at_every_count_of_tokens(fitted):
     exact = [*static_points(law, noise=0), *others]
     assert np.abs(predicted(fit.law, exact) - [point.loss for point in exact]).max() < 0.01
     assert 0.8 * NOISE < fit.residual < 1.2 * NOISE
-    assert fit_laws(SPEC, by_run(points[::-1]), 0).law.floor == pytest.approx(
-        fit.law.floor, rel=1e-3
-    )  # the order says nothing
+    assert fit_laws(SPEC, by_run(points[::-1]), 0).law.floor == pytest.approx(fit.law.floor, rel=1e-3)  # in any order
 
 
 def test_the_ranges_surround_the_truth_the_fit_and_the_curves(fitted):
@@ -147,9 +145,8 @@ def test_growing_runs_tell_what_heads_width_and_depth_are_worth(grown):
 
 def test_experts_and_prunes_are_told_by_the_runs_that_have_them():
     """Experts of a law in which each of their parameters counts a fifth of another; a prune adds what it takes away."""
-    spec = SPEC.overridden(
-        {"laws.expert": (0.2, 0.2), "laws.slowness": (0.4, 0.4), "growth.blueprints": {"expert": {}, "ffn": {}}}
-    )
+    ranges = {"laws.expert": (0.2, 0.2), "laws.slowness": (0.4, 0.4)}
+    spec = SPEC.overridden({**ranges, "growth.blueprints": {"expert": {}, "ffn": {}}})
     run, law, found = SurrogateRun(spec), ScalingLaw.drawn(8, spec), []
     for kinds in (["expert"] * 2, ["expert"] * 5, ["ffn"] * 3, ["ffn", "expert", "ffn", "expert"]):
         run.reset(Instance(law=8), seed=len(found))

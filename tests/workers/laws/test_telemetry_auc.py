@@ -76,9 +76,8 @@ def test_a_surrogate_of_fitted_laws_looks_like_a_run(tinystories, tmp_path):
     played, fitted_to = [], []
     for number in range(RUNS):
         budget, layers = BUDGETS[number // 2 % 2], 1 + number // 4 % 3
-        spec = load_spec(
-            "tinystories-char", [f"budget.amount={budget}", f"host.n_layer={layers}", "trainer.compile=off"]
-        )
+        own = [f"budget.amount={budget}", f"host.n_layer={layers}", "trainer.compile=off"]
+        spec = load_spec("tinystories-char", own)
         policy = StaticPolicy() if number in range(0, 12, 2) else RandomPolicy(number)
         arm, run = Followed(policy=policy), GrowthRun(spec, data)
         run.reset(seed=number)
