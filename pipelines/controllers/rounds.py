@@ -135,7 +135,7 @@ def runs_of(path: Path, text: str) -> list[Any]:
         raise UserError(f"{what}: fit it again, with `{FIT}`.")
     found = [run for run in ended_runs(folder) if annealed_losses(run.summary)]
     if len(found) != laws.runs:
-        what = f"--rounds fits laws anew to the runs of --laws {path}, {laws.runs}, and {folder} has {len(found)} now"
+        what = f"--rounds fits laws anew to the {laws.runs} runs of --laws {path}, and {folder} has {len(found)} now"
         raise UserError(f"{what}: fit it again, with `{FIT}`.")
     return [(run.spec.model_dump(mode="json"), run.text, run.summary) for run in found]
 

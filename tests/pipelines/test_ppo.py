@@ -213,7 +213,7 @@ def test_rounds_fit_the_laws_to_what_was_learned_from_and_clone_anew(tiny, tmp_p
         ([*command[:2], "--surrogate", "--laws", path, "--rounds", "2"], "--rounds needs episodes on text"),
         ([*tiny, *small, "--laws", nowhere, "--rounds", "2"], "fit it again, with `esper policy fit"),
         ([*tiny, *small, "--laws", text, "--rounds", "2"], "and they are of another: leave it out"),
-        ([*tiny, *small, "--laws", fewer, "--rounds", "2"], "the runs of --laws .*, 2, and .* has 3 now: fit it again"),
+        ([*tiny, *small, "--laws", fewer, "--rounds", "2"], "has 3 now: fit it again, with `esper policy fit"),
         ([*tiny, *small, "--laws", other], "the laws were fitted to runs of preset 'demo'"),
     ):
         refused(ppo.main, arguments, sentence)
