@@ -105,7 +105,7 @@ def short_tables(verdicts: Sequence[Verdict]) -> list[str]:
     overs = over_budgets(verdicts)
     found = [(f"{over.title} regret over budgets, nats".strip(), budget_tables(over)[0]) for over in overs]
     found = found or [(verdict.trials.title, arm_table(verdict).loc[:, :"outcome"]) for verdict in verdicts]
-    frames = [(title, frame.astype(object).to_string(index=False, na_rep="–")) for title, frame in found]
+    frames = [(title, frame.astype(object).to_string(index=False, na_rep="–")) for title, frame in found if len(frame)]
     return ["\n".join(filter(None, part)) for part in frames]
 
 
