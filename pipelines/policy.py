@@ -30,7 +30,7 @@ class PlayArguments(InfoArguments):
 
     preset: str | None = flag(None, "A preset's name or a JSON file (default: what it was trained on).", "NAME|FILE")
     instances: Literal["train", "test"] = flag("test", "The instance set.")
-    episodes: int | None = flag(None, "Play only the first N instances (default: all; on text, 4).", ge=1)
+    episodes: int | None = flag(None, "Play only the first N instances (default: all; on text, a few).", ge=1)
 
 
 class FitArguments(Frozen):

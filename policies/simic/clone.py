@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from esper.platform.seeding import derive, torch_stream
@@ -73,8 +72,8 @@ def teach(
 def agreement(net: ControllerNet, episodes: Sequence[Played]) -> float:
     """Fraction of the decisions, of those with a choice, at which network and teacher would play the same row."""
     with torch.no_grad():
-        logits: Tensor = net.logits(decided_on(episodes))
-    own, its = logits.softmax(dim=-1).numpy(), torch.from_numpy(stacked(episodes, "logits")).softmax(dim=-1).numpy()
-    free = (stacked(episodes, "logits")[:, 1:] > ILLEGAL).any(axis=1)
+        own = net.logits(decided_on(episodes)).softmax(dim=-1).numpy()
+    taught = stacked(episodes, "logits")
+    its, free = torch.from_numpy(taught).softmax(dim=-1).numpy(), (taught[:, 1:] > ILLEGAL).any(axis=1)
     same = [likeliest(a) == likeliest(b) for a, b in zip(own[free], its[free], strict=True)]
     return float(np.mean(same)) if same else 1.0

@@ -22,9 +22,8 @@ def _unpacked(value: Any) -> np.ndarray:
     return value if isinstance(value, np.ndarray) else np.frombuffer(base64.b64decode(value, validate=True), np.float32)
 
 
-# float32; in JSON base64.
 Packed = PlainSerializer(lambda array: base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes()).decode())
-Floats = Annotated[np.ndarray, PlainValidator(_unpacked), Packed]
+Floats = Annotated[np.ndarray, PlainValidator(_unpacked), Packed]  # float32; in JSON base64
 
 
 class Decision(Frozen):

@@ -1,5 +1,6 @@
 """What a person sees of a training: the live view in a terminal, plain lines elsewhere, and a picture in the end."""
 
+import contextlib
 import io
 import re
 import sys
@@ -48,6 +49,10 @@ class Screen(io.StringIO):
                 lines[-1] += part
         return [line.rstrip() for line in lines if line.strip()]
 
+    @property
+    def cursor(self) -> bool:
+        return self.getvalue().rfind("\x1b[?25h") >= self.getvalue().rfind("\x1b[?25l")
+
 
 def open_terminal(monkeypatch, kind: str = "xterm") -> Screen:
     """Not a fixture: pytest changes the streams between a fixture and its test."""
@@ -80,13 +85,14 @@ def test_in_a_terminal_everything_said_stands_above_one_view(monkeypatch):
             view.iteration(i, METRICS | {"return_mean": 2 + i / 10}, {i: f"Once {i}.", 9: None})
             wait_for(lambda i=i: f"iteration {i}/4" in screen.getvalue())
         talker.join()
+        assert screen.cursor  # also if it were killed now
         wait_for(lambda: screen.seen()[-1].strip() == "...")
         line = r" +\d+  training +7 +3 +50%  2.2500 +12,345 +0.4  \[red\]"
         assert sum(bool(re.match(line, each)) for each in screen.seen()) > 5
         assert "workers: 100 training, 50 starting" in screen.seen()
     say("after")
     lines = screen.seen()
-    assert (lines[0], lines[-1]) == ("before", "after")
+    assert (lines[0], lines[-1], screen.cursor) == ("before", "after", True)
     assert [line for line in lines if line.startswith("message")] == MESSAGES  # each once, whole, in order
     for what in ("stray", "result"):
         assert [line for line in lines if line.startswith(what)] == [f"{what} {i}" for i in range(1, 5)]
@@ -96,6 +102,16 @@ def test_in_a_terminal_everything_said_stands_above_one_view(monkeypatch):
     assert re.match(r"return mean +\+2.400 +▁▃▅█", lines[head + 1].replace("▆", "▅"))
     assert [line for line in lines if "writes" in line] == ["episode 4 writes: Once 4."]
     assert not any("training" in line for line in lines)  # the workers are gone from the last picture
+
+
+def test_ctrl_c_leaves_the_terminal_sane(monkeypatch):
+    screen = open_terminal(monkeypatch)
+    with contextlib.suppress(KeyboardInterrupt), TrainingView(4, 0, list):
+        say("last")
+        raise KeyboardInterrupt
+    assert screen.cursor
+    assert [line.split()[0] for line in screen.seen()] == ["last", "iteration"]
+    assert sys.stderr is screen
 
 
 def test_workers_or_a_terminal_that_cannot_be_seen_cost_no_training(monkeypatch):
@@ -144,12 +160,10 @@ ALL = (COLUMNS, -(-len(PANELS) // COLUMNS))
 GAPS = [FULL | {"kl": float(kl), "value_loss": float(kl)} for kl in ("1", "nan", "inf")]
 
 
-@pytest.mark.parametrize(
-    ("rows", "panels"), [(GAPS, ALL), ([{"return_mean": 1.0, "kl": 0.1}, {"failures": 1}], (3, 1))]
-)
-def test_what_was_logged_has_its_panel(tmp_path, rows, panels):
+@pytest.mark.parametrize(("rows", "grid"), [(GAPS, ALL), ([{"return_mean": 1.0, "kl": 0.1}, {"failures": 1}], (3, 1))])
+def test_what_was_logged_has_its_panel(tmp_path, rows, grid):
     training_picture([{"iteration": float(i), **row} for i, row in enumerate(rows, 7)], tmp_path / "training.png")
     height, width, _ = imread(tmp_path / "training.png").shape
-    assert (round(width / (3.6 * 120)), round(height / (2.5 * 120))) == panels
+    assert (round(width / (3.6 * 120)), round(height / (2.5 * 120))) == grid
     training_picture([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -117,9 +117,7 @@ def test_installed_packages_announce_arms_and_blueprints_by_name(module, tiny, t
         ("class Policy:\n    def act(self, seen, probe):\n        1 / 0", "own:Policy", "own.py, line 3: mend it."),
     ],
 )
-def test_an_arm_that_is_none_is_refused_before_anything_begins(
-    module, text, arm, sentence, tiny, tmp_path, refused, capfd
-):
+def test_an_arm_that_is_none_is_refused_before_it_begins(module, text, arm, sentence, tiny, tmp_path, refused, capfd):
     out = tmp_path / "out"
     if text is not None:
         module("own", text)

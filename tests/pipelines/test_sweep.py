@@ -195,9 +195,7 @@ def test_two_budgets_with_sizes_and_seeds_as_many_as_it_takes(tiny, client, tmp_
     assert client().get_run(parent).data.metrics["mean_regret/onejump"] == pytest.approx(rows[None]["mean"])
 
 
-def test_a_trial_that_fails_stops_no_other_and_a_store_that_never_comes_nothing(
-    tiny, tmp_path, refused, monkeypatch, capfd
-):
+def test_a_failed_trial_stops_no_other_and_an_absent_store_nothing(tiny, tmp_path, refused, monkeypatch, capfd):
     """Stopped before its first trial, it also goes on with the schedule that it began with, or not at all."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setattr(comparison, "SYNC_SECONDS", 3)

@@ -6,10 +6,8 @@ from esper.pipelines.train import main
 from esper.platform.spec import load_spec
 from tests.pipelines.helpers import planned, summary_of
 
-SUMMARY = (
-    "arm seed preset val_loss perplexity parameters parameters_non_embedding tokens flops seconds wall_seconds "
-    "parameter_seconds clock decisions grafts val_curve"
-)
+SUMMARY = """arm seed preset val_loss perplexity parameters parameters_non_embedding tokens flops seconds
+wall_seconds parameter_seconds clock decisions grafts val_curve"""
 GRAFT = "budget_fraction site blueprint parameters_before parameters_after val_loss_before val_loss_after outcome"
 POINT = "budget_fraction tokens flops seconds wall_seconds parameter_seconds parameters val_loss"
 

@@ -34,10 +34,8 @@ def test_any_field_is_overridable_of_a_preset_or_a_file(tmp_path):
         spec.threads = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
-SIZES = (
-    "growth.max_layers host.n_layer host.n_head host.n_embd host.block_size host.mlp_width data.batch_size threads "
-    "data.eval_tokens data.decision_tokens ppo.hidden ppo.decisions ppo.minibatch fleet.workers budget.decisions"
-)
+SIZES = """growth.max_layers host.n_layer host.n_head host.n_embd host.block_size host.mlp_width data.batch_size
+threads data.eval_tokens data.decision_tokens ppo.hidden ppo.decisions ppo.minibatch fleet.workers budget.decisions"""
 
 
 @pytest.mark.parametrize(

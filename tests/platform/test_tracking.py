@@ -227,9 +227,7 @@ def test_a_store_that_takes_nothing_holds_nobody_is_one_sentence_for_all_runs_an
     assert [entry["kind"] for entry in read_entries(tmp_path / "trial" / JOURNAL)] == ["run", "point", "end"]
 
 
-def test_a_server_that_dies_in_mid_run_or_comes_late_gets_every_point_once(
-    begin, tmp_path, monkeypatch, capsys, template
-):
+def test_a_server_that_dies_midway_or_comes_late_gets_every_point_once(begin, tmp_path, monkeypatch, capsys, template):
     shutil.copy(template, tmp_path / "server.db")
     with MlflowServer(tmp_path, f"sqlite:///{tmp_path}/server.db") as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)

@@ -165,9 +165,7 @@ def test_a_copy_is_bound_anew_and_leaves_its_run_alone(spec, tokens):
     assert same_weights(run, weights(fork))
 
 
-def test_a_build_that_fails_or_a_package_that_cannot_be_loaded_leaves_runs_eager(
-    spec, tokens, tmp_path, monkeypatch, capsys
-):
+def test_a_failed_build_or_a_package_that_does_not_load_leaves_runs_eager(spec, tokens, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ESPER_CACHE", str(tmp_path))
     loaded = begun(changed(spec, optimizer={"eps": 1e-7}), tokens)
     write_bytes(loaded.trainer.package().path, b"PK")

@@ -50,11 +50,9 @@ def test_gymnasiums_checker_finds_nothing(id, tiny_spec, shards):
 
 
 def test_the_id_with_its_module_is_enough_in_a_process_that_never_imported_esper():
-    code = (
-        "import gymnasium, sys; assert 'esper' not in sys.modules\n"
-        f"env = gymnasium.make('esper.workers.environment:{SURROGATE}', spec='demo')\n"
-        "env.reset(seed=0); env.step(env.action_space.sample()); assert 'ray' not in sys.modules"
-    )
+    code = f"""import gymnasium, sys; assert 'esper' not in sys.modules
+env = gymnasium.make('esper.workers.environment:{SURROGATE}', spec='demo')
+env.reset(seed=0); env.step(env.action_space.sample()); assert 'ray' not in sys.modules"""
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -117,13 +117,18 @@ class ImageData(Prepared):
             mend = f"set host.image_size={own.size} and host.image_channels={own.channels}"
             raise UserError(f"{what}, and the host takes {takes}: {mend}, or data.size to average them down.")
 
+    @cached_property
+    def _levels(self) -> Tensor:
+        """The training set's mean and deviation of each channel, float32 (2, C, 1, 1)."""
+        return torch.tensor([self.manifest.mean, self.manifest.deviation])[:, :, None, None]
+
     def examples(self, split: Split, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images at `rows` (N,), by the training set's mean and deviation: float32 (N, C, size, size), int64 (N,)."""
         pixels, labels = self.arrays[split]
         sent = torch.from_numpy(pixels[rows]), torch.from_numpy(labels[rows].astype(np.int64))
         if device.type == "cuda":
             sent = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in sent)
-        mean, deviation = torch.tensor([self.manifest.mean, self.manifest.deviation], device=device)[:, :, None, None]
+        mean, deviation = self._levels.to(device)
         return (sent[0].float() - mean) / deviation, sent[1]
 
     def batches(self, spec: RunSpec, seed: int, part: tuple[float, float], device: torch.device) -> "ImageBatches":
